@@ -1,0 +1,76 @@
+"""Tiny models for the tests of the library. Everything runs on one CPU thread."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from apt_core.discriminator import Discriminator
+from apt_core.wan import WanBackbone
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Runs the models in fp64 although they ask for fp32 inside: what is left of a difference is then a mistake, not rounding."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def _wan(cls=WanBackbone, layers=3, seed=0, channels=4):
+    torch.manual_seed(seed)
+    model = cls(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=10,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=layers,
+        rope_max_seq_len=32,
+    )
+    return model.requires_grad_(True)
+
+
+@pytest.fixture
+def wan():
+    """Factory: wan(cls=WanBackbone, layers=3, seed=0, channels=4)."""
+    return _wan
+
+
+@pytest.fixture
+def stock():
+    """Factory of the stock class with the same weights as wan() of that seed."""
+    return lambda **kw: _wan(WanTransformer3DModel, **kw)
+
+
+@pytest.fixture
+def disc():
+    """Factory: disc(layers=3, seed=0, **Discriminator arguments)."""
+
+    def make(layers=3, seed=0, **kw):
+        backbone = _wan(layers=layers, seed=seed)
+        torch.manual_seed(seed + 100)
+        return Discriminator(backbone, **kw)
+
+    return make
+
+
+@pytest.fixture
+def batch():
+    """Factory: real, fake, text, t, real_noise, fake_noise for the tiny models."""
+
+    def make(n=2, seed=1):
+        g = torch.Generator().manual_seed(seed)
+        shape = (n, 4, 2, 4, 6)
+        real, fake, real_noise, fake_noise = (torch.randn(shape, generator=g) for _ in range(4))
+        return real, fake, torch.randn(n, 5, 10, generator=g), torch.rand(n, generator=g), real_noise, fake_noise
+
+    return make

@@ -1,0 +1,105 @@
+"""The commands that rebuild the shipped files, each for an update or two: what they write is what the library loads."""
+
+import numpy as np
+import pytest
+import torch
+
+from apt_core.checkpoint import load_transformer
+from apt_core.errors import AptError
+from apt_core.text import load_text_encoder
+from apt_core.vae import LATENTS_MEAN, LATENTS_STD, decode, encode, load_vae
+from trainer.mini import ASSETS, train_base, train_vae
+from trainer.mini.clips import draw
+from trainer.mini.features import load_features, train_features
+from trainer.mini.muon import Muon
+from trainer.mini.pretrain import FILES, pretrain
+from trainer.mini.train_text import train_text_encoder
+
+SHIPPED_LIMIT = 24 * 2**20
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_shipped_files_are_there_and_small():
+    sizes = [(ASSETS / name).stat().st_size for name in FILES.values()]
+    assert sum(sizes) <= SHIPPED_LIMIT
+
+
+def test_the_shipped_vae_gives_clips_back():
+    vae = load_vae(ASSETS / "vae.safetensors")
+    clips, _ = draw(31, range(8), True)
+    x = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = encode(vae, x)
+        y = decode(vae, latents)
+    assert latents.shape == (8, 16, 3, 6, 6)
+    assert 10 * torch.log10(4 / (x - y).pow(2).mean()) > 28  # dB
+    assert latents.mean().abs() < 0.3 and 0.8 < latents.std() < 1.2
+
+
+def test_vae_training_starts_as_an_image_network_per_frame_and_folds_its_statistics(tmp_path):
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    fresh = AutoencoderKLWan(base_dim=4).eval()
+    train_vae.inflate(fresh)
+    frame = torch.randn(1, 3, 1, 16, 16)
+    with torch.no_grad():
+        still = fresh.decode(fresh.encode(frame.repeat(1, 1, 5, 1, 1)).latent_dist.mean).sample
+        alone = fresh.decode(fresh.encode(frame).latent_dist.mean).sample
+    assert torch.allclose(still, alone.expand_as(still), atol=1e-5)
+
+    stages = (train_vae.Stage(1, 2, 16, 1, 1e-2, 1e-2), train_vae.Stage(1, 1, 16, 5, 1e-2, 1e-3))
+    train_vae.train_vae(tmp_path / "vae.safetensors", stages=stages, pool_size=4, report=quiet)
+    vae = load_vae(tmp_path / "vae.safetensors")
+    mean, std = train_vae.latent_statistics(vae, draw(1000, range(4), True)[0], "cpu")
+    assert np.allclose(mean, LATENTS_MEAN["2.1"], atol=2e-3) and np.allclose(std, LATENTS_STD["2.1"], rtol=2e-3)
+
+
+def test_text_and_features_write_what_the_library_loads(tmp_path):
+    train_text_encoder(tmp_path / "text.safetensors", updates=2, batch=4, report=quiet)
+    text = load_text_encoder(tmp_path / "text.safetensors")
+    assert text.text_length == 32 and text.encode(["a red circle"])[0].shape[1] == 96
+    train_features(tmp_path / "features.safetensors", updates=2, batch=4, report=quiet)
+    assert load_features(tmp_path / "features.safetensors")(torch.zeros(1, 3, 48, 48))[1].shape == (1, 32, 6, 6)
+
+
+def test_base_training_resumes_where_it_stopped(tmp_path):
+    vae, text = ASSETS / "vae.safetensors", ASSETS / "text_encoder.safetensors"
+    stages = (train_base.Stage(2, 0.0, 0.02, 0.02), train_base.Stage(2, 1.0, 0.02, 0.01))
+    settings = dict(stages=stages, image_batch=2, video_batch=2, images=4, videos=4, report=quiet, judge_count=2)
+    whole = train_base.train_base(tmp_path / "whole.safetensors", vae, text, work=tmp_path / "a", **settings)
+    train_base.train_base(tmp_path / "half.safetensors", vae, text, work=tmp_path / "b", **settings | {"stages": stages[:1]})
+    resumed = train_base.train_base(tmp_path / "resumed.safetensors", vae, text, work=tmp_path / "b", **settings)
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+    assert load_transformer(tmp_path / "resumed.safetensors").config.num_layers == 6
+
+
+def test_muon_moves_every_parameter_and_resumes():
+    torch.manual_seed(0)
+    nets = [torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.Flatten(), torch.nn.Linear(24, 5)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, optimizers = torch.randn(3, 4, 4, 4), [Muon(net.parameters()) for net in nets]
+
+    def step(net, optimizer):
+        net(x).square().mean().backward()
+        optimizer.step(0.02)
+
+    before = [p.clone() for p in nets[0].parameters()]
+    for net, optimizer in zip(nets, optimizers):
+        step(net, optimizer)
+    assert all(not torch.equal(a, b) for a, b in zip(before, nets[0].parameters()))
+    fresh = Muon(nets[1].parameters())
+    fresh.load_state_dict(optimizers[1].state_dict())
+    step(nets[0], optimizers[0])
+    step(nets[1], fresh)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+        assert torch.equal(a, b)
+
+
+def test_an_unknown_part_is_refused(tmp_path):
+    with pytest.raises(AptError, match="no part 'nope' to train; use all, vae, text, features, base"):
+        pretrain("nope", tmp_path, seed=0, device="cpu", amp=False, compiled=False)

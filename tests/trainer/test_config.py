@@ -1,0 +1,66 @@
+"""Presets: every value typed, unknown names and bad values refused in one sentence."""
+
+import pytest
+
+from apt_core.errors import AptError
+from apt_core.objectives import Objective
+from trainer.config import PRESETS, load_preset
+
+
+def test_every_shipped_preset_loads():
+    for path in PRESETS.glob("*.toml"):
+        assert load_preset(path.stem).name == path.stem
+
+
+def test_the_paper_variant_keeps_the_papers_structure():
+    phases = load_preset("mini").phases("paper")
+    for phase in (phases.image, phases.video):
+        objective = phase.objective()
+        assert not objective.relativistic and objective.r1_weight == Objective.paper("image").r1_weight == 100
+        assert objective.r2_weight == objective.centering == phase.warmup == 0 and objective.reg_fraction == 1
+    assert (phases.image.shift, phases.video.shift) == (1, 12)
+
+
+def test_the_stable_variant_is_relativistic_with_both_penalties():
+    for phase in (load_preset("mini").phases("stable").image, load_preset("mini").phases("stable").video):
+        objective = phase.objective()
+        assert objective.relativistic and objective.r1_weight > 0 and objective.r2_weight > 0 and objective.centering == 0.01
+
+
+def test_unknown_names_are_refused_with_what_there_is():
+    with pytest.raises(AptError, match="no preset 'nope'; use one of .*mini"):
+        load_preset("nope")
+    with pytest.raises(AptError, match="no stage 2 named 'wild'; it has paper, stable"):
+        load_preset("mini").phases("wild")
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("updates = 150", "image.updates is -3"),
+        ("lr_generator = 1e-4", "image.lr_generator is -3"),
+        ('negative_prompt = "blurry, broken, deformed, bad quality"', "negative_prompt is -3"),
+    ],
+)
+def test_a_bad_value_is_named(tmp_path, line, complaint):
+    text = (PRESETS / "mini.toml").read_text()
+    assert line in text
+    bad = tmp_path / "bad.toml"
+    bad.write_text(text.replace(line, line.split("=")[0] + "= -3", 1))
+    with pytest.raises(AptError, match=complaint) as error:
+        load_preset(bad)
+    assert "\n" not in str(error.value) and "bad.toml" in str(error.value)
+
+
+def test_a_misspelled_setting_is_an_error(tmp_path):
+    bad = tmp_path / "bad.toml"
+    bad.write_text((PRESETS / "mini.toml").read_text().replace("[sampling]", "[sampling]\ngiudance = 2", 1))
+    with pytest.raises(AptError, match="giudance"):
+        load_preset(bad)
+
+
+def test_broken_toml_is_named(tmp_path):
+    bad = tmp_path / "bad.toml"
+    bad.write_text("name = ")
+    with pytest.raises(AptError, match="bad.toml is not valid TOML"):
+        load_preset(bad)

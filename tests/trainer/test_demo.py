@@ -1,0 +1,122 @@
+"""The whole demo in its smallest form: every stage, every file, resuming, and other people's data."""
+
+import json
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import trainer.demo
+from apt_core.checkpoint import load_transformer, read_header
+from apt_core.errors import AptError
+from trainer.config import load_preset
+from trainer.demo import Demo
+from trainer.mini.evaluate import COLUMNS
+
+TINY = load_preset(Path(__file__).parent / "tiny.toml")
+KEYS = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "calls", "samples")
+SAMPLES = 6
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("demo")
+    return out, Demo(out, TINY, samples=SAMPLES).run()
+
+
+def test_the_report_has_every_column_and_number(run):
+    out, result = run
+    assert json.loads((out / "report.json").read_text()) == result
+    for name in ("columns", "image_columns"):
+        assert tuple(result[name]) == COLUMNS
+        for row in result[name].values():
+            assert set(KEYS) <= row.keys() and row["samples"] == SAMPLES
+            assert all(np.isfinite(row[key]) for key in KEYS)
+        assert result[name]["real"]["structure"] == result[name]["real"]["alignment"] == 1.0
+        assert [row["calls"] for row in result[name].values()] == [0, 4, 1, 1, 1, 2]
+    assert set(result["seconds"]) >= {"data", "precompute", "distill", "adversarial_image", "adversarial_video"}
+    assert len(result["losses"]["distill"]) == 3 and len(result["losses"]["adversarial_video"]) == 2
+    assert {"d_loss", "r1", "g_loss", "logit_real", "logit_fake"} <= result["losses"]["adversarial_video"][0].keys()
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0] or result["versions"]["torch"] == torch.__version__
+    assert result["settings"]["seed"] == 0
+
+
+def test_the_pictures_and_the_video_open(run):
+    out, _ = run
+    with Image.open(out / "compare.png") as sheet:
+        assert sheet.width > 6 * 3 * 96
+    with av.open(out / "sample.mp4") as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert sum(1 for _ in container.decode(stream)) == 4 * 9
+
+
+def test_the_export_is_a_trained_generator_in_official_keys(run):
+    out, _ = run
+    header = read_header(out / "apt-mini.safetensors")
+    apt = json.loads(header.metadata["apt"])
+    assert (apt["kind"], apt["phase"], apt["timestep"], apt["base"]) == ("generator", "video", 1000, "mini")
+    assert apt["native"] == {"height": 48, "width": 48, "frames": 9, "fps": 8}
+    assert "blocks.0.self_attn.q.weight" in header.shapes and "head.modulation" in header.shapes
+    final, start = load_transformer(out / "apt-mini.safetensors"), load_transformer(out / "distilled.safetensors")
+    moved = [not torch.equal(a, b) for a, b in zip(final.parameters(), start.parameters())]
+    assert all(moved)
+
+
+def test_a_finished_run_trains_nothing_again_and_an_interrupted_one_goes_on(run, tmp_path, monkeypatch):
+    out = tmp_path / "again"
+    shutil.copytree(run[0], out)
+    state = json.loads((out / "state.json").read_text())
+    del state["stages"]["adversarial_video"]
+    (out / "state.json").write_text(json.dumps(state))
+    whole = (out / "apt-mini.safetensors").read_bytes()
+    (out / "apt-mini.safetensors").unlink()
+    monkeypatch.setattr(trainer.demo, "distill", None)
+    monkeypatch.setattr(trainer.demo, "precompute", None)
+    result = Demo(out, TINY, samples=SAMPLES).run()
+    assert (out / "apt-mini.safetensors").read_bytes() == whole
+    assert result["columns"] == run[1]["columns"]
+
+
+def test_another_seed_in_the_same_folder_is_refused(run):
+    with pytest.raises(AptError, match="holds a run with another seed; give another --out"):
+        Demo(run[0], TINY, seed=1, samples=SAMPLES).run()
+
+
+def test_ctrl_c_leaves_finished_stages(tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.demo, "distill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Demo(tmp_path, TINY, samples=SAMPLES).run()
+    assert set(json.loads((tmp_path / "state.json").read_text())["stages"]) == {"data", "precompute"}
+    assert (tmp_path / "latents" / "index.json").exists()
+
+
+def test_the_stable_preset_runs_on_other_peoples_pictures(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"Ein Foto Nr. {i}, caf\u00e9 \u732b")
+    result = Demo(tmp_path / "out", TINY, variant="stable", data=folder, samples=4).run()
+    assert result["columns"] == {} and tuple(result["image_columns"]) == COLUMNS
+    assert result["image_columns"]["apt_1"]["structure"] is None and result["image_columns"]["apt_1"]["samples"] == 4
+    assert load_transformer(tmp_path / "out" / "apt-mini.safetensors") is not None
+    assert len(result["losses"]["adversarial_image"]) == 3
+
+
+def test_data_without_captions_stops_before_any_training(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    with pytest.raises(AptError, match="caption"):
+        Demo(tmp_path / "out", TINY, data=folder).run()
+    assert not list((tmp_path / "out").glob("*.safetensors"))

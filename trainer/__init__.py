@@ -1,0 +1,1 @@
+"""Training, sampling and measuring APT models: `python -m trainer COMMAND`."""

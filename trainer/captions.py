@@ -1,0 +1,175 @@
+"""Captioned videos and images in a folder: sidecar text files, or metadata.jsonl / metadata.csv at its root."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from apt_core.errors import AptError
+from trainer.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+COLUMNS = ("caption", "text")
+TEXTS = (".txt", ".json", ".jsonl", ".csv", ".md")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to train on. kind: "video" or "image"; caption: one line, never empty."""
+
+    path: Path
+    kind: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A file that cannot be used, and the sentence that says why and what would do."""
+
+    path: Path
+    reason: str
+
+
+def find_items(folder: str | Path, *, skip_bad: bool = False) -> tuple[list[Item], list[Bad]]:
+    """All captioned media below `folder`, in the order of their relative paths, and what cannot be used (with `skip_bad`).
+
+    A file's caption is what metadata.jsonl or metadata.csv at the root says (columns file_name and caption, or text), else the
+    UTF-8 text file of the same name beside it. Hidden files, and files that are neither media nor captioned, are passed over.
+    Raises AptError for a folder that is missing, empty, or has no caption at all; without `skip_bad` also for the first bad
+    item, after all have been looked at: see `refuse_bad`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AptError(f"{folder} is not a folder: give one with videos or images and their captions.")
+    files = _files(folder)
+    captions, bad = _metadata(folder)
+    media = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
+    # What metadata names may lie outside the folder or be of a kind that cannot be read.
+    media += sorted(captions.keys() - set(media))
+    if not media and not bad:
+        raise AptError(f"{folder} holds no videos or images: give a folder of them ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}).")
+    known, texts = set(media), {path for path in files if path.suffix == ".txt"}
+    if not captions and not bad and not any(path.with_suffix(".txt") in texts for path in media):
+        raise AptError(
+            f"{folder} has no captions for its {len(media)} videos and images: "
+            "put a .txt file of the same name beside each, or a metadata.jsonl with file_name and caption at the root."
+        )
+    # A captioned file of an unknown kind was surely meant to be used.
+    strange = {path for path in files if path.suffix.lower() not in TEXTS and path not in known and path.with_suffix(".txt") in texts}
+
+    items = []
+    for path in sorted(known | strange, key=lambda path: item_id(folder, path)):
+        try:
+            items.append(_item(path, captions.get(path)))
+        except AptError as error:
+            bad.append(Bad(path, str(error)))
+    if not skip_bad:
+        refuse_bad(bad)
+    return items, bad
+
+
+def refuse_bad(bad: Sequence[Bad]) -> None:
+    """Raises one AptError if there is anything bad: the first reason, how many more there are, and the way on without them."""
+    if not bad:
+        return
+    first = bad[0].reason.rstrip(".")
+    more = f"; {len(bad) - 1} more cannot be used either" if len(bad) > 1 else ""
+    raise AptError(f"{first}{more}; --skip-bad would go on without {'them' if more else 'it'}.")
+
+
+def item_id(folder: Path, path: Path) -> str:
+    """The path relative to `folder`, with forward slashes: the same on every machine and wherever the folder lies."""
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _files(folder: Path) -> list[Path]:
+    found = []
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _item(path: Path, caption: str | None) -> Item:
+    if not path.is_file():
+        raise AptError(f"{path} does not exist, but metadata names it: mend its file_name or remove the line.")
+    kind = kind_of(path)
+    if caption is None:
+        beside = path.with_suffix(".txt")
+        if not beside.is_file():
+            raise AptError(f"{path} has no caption: write one into {beside.name} beside it, or remove it.")
+        caption = _read_text(beside)
+    caption = " ".join(caption.split())
+    if not caption:
+        raise AptError(f"{path} has an empty caption: write what it shows, or remove it.")
+    return Item(path, kind, caption)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise AptError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:  # UTF-16 without a mark decodes, to letters with zeros between
+        raise AptError(f"{path} is not UTF-8 text: save it as UTF-8.")
+    return text
+
+
+def _metadata(folder: Path) -> tuple[dict[Path, str], list[Bad]]:
+    """Captions by path, and the lines that cannot be used."""
+    present = [folder / name for name in METADATA if (folder / name).is_file()]
+    if len(present) > 1:
+        raise AptError(f"{folder} holds both {METADATA[0]} and {METADATA[1]}: keep one of them.")
+    captions, bad = {}, []
+    for file in present:
+        text = _read_text(file)
+        for line, row in _json_rows(text) if file.suffix == ".jsonl" else _csv_rows(file, text):
+            try:
+                name, caption = _fields(f"{file}, line {line},", row)
+                path = folder / Path(os.path.normpath(name))
+                if path in captions:
+                    raise AptError(f"{file}, line {line}, names {name} a second time: keep one caption for each file.")
+                captions[path] = caption
+            except AptError as error:
+                bad.append(Bad(file, str(error)))
+        if not captions and not bad:
+            raise AptError(f"{file} is empty: write a file_name and a caption for each video and image.")
+    return captions, bad
+
+
+def _fields(where: str, row) -> tuple[str, str]:
+    if not isinstance(row, dict):
+        raise AptError(f"{where} is not a JSON object: write one with file_name and caption.")
+    name = row.get("file_name")
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise AptError(f"{where} has no file_name: write which file it describes.")
+    caption = next((row[column] for column in COLUMNS if row.get(column) is not None), "")
+    if not isinstance(caption, str):
+        raise AptError(f"{where} has a caption that is not text: write it in quotation marks.")
+    return name.strip(), caption
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, object]]:
+    # Not splitlines, which also breaks at the line separators that JSON allows within a string.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, None
+
+
+def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), skipinitialspace=True)
+    try:
+        columns = reader.fieldnames or []
+        if "file_name" not in columns or not any(column in columns for column in COLUMNS):
+            raise AptError(f"{file} has the columns {', '.join(columns) or '(none)'}: it needs file_name and caption (or text).")
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise AptError(f"{file}, line {reader.line_num}, is not valid CSV ({error}): export it again.") from None

@@ -1,0 +1,180 @@
+"""The whole way in miniature: captioned clips, precompute, stage 1, both phases of stage 2, export, samples, report."""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from apt_core.checkpoint import read_header
+from apt_core.errors import AptError
+from apt_core.text import load_text_encoder
+from apt_core.vae import load_vae
+from trainer.adversarial import adversarial
+from trainer.batches import Batches
+from trainer.config import Preset
+from trainer.distill import distill
+from trainer.files import write_json
+from trainer.media import write_image, write_video
+from trainer.mini import ASSETS
+from trainer.mini.clips import draw
+from trainer.mini.report import write_report
+from trainer.precompute import precompute
+from trainer.progress import console, stage_bar
+
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run of the demo. `data` is a folder of captioned clips and pictures, or None for drawn ones."""
+
+    out: Path
+    preset: Preset
+    variant: str = "paper"
+    data: Path | None = None
+    seed: int = 0
+    samples: int = 128
+    skip_bad: bool = False
+    truncate_captions: bool = False
+    device: str = "cpu"
+
+    def run(self) -> dict:
+        """Run every stage that is not finished yet and return the report.
+
+        Raises AptError for unusable data, before any training starts, and for an `out` that holds a run with other settings.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        state = RunState(self.out / "state.json", self._identity())
+        phases = self.preset.phases(self.variant)
+        base = ASSETS / "transformer.safetensors"
+        folder, latents = self.data or self.out / "data", self.out / "latents"
+        names = {"distilled": self.out / "distilled.safetensors", "image": self.out / "apt-image.safetensors", "video": self.out / "apt-mini.safetensors"}
+
+        if self.data is None:
+            state.stage("data", "Drawing clips", lambda report: self._draw(folder, report))
+        text = load_text_encoder(ASSETS / "text_encoder.safetensors")
+        state.stage("precompute", "Encoding", lambda report: self._precompute(folder, latents, text, report))
+
+        batches = Batches(latents, text, self.seed)
+        metadata = self._metadata(text)
+        common = dict(seed=self.seed, device=self.device, metadata=metadata)
+        state.stage("distill", "Stage 1: distill", lambda report: distill(base, batches, self.preset, names["distilled"], report=report, **common))
+        start = names["distilled"]
+        kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
+        for kind in kinds:
+            out = names[kind] if kind != kinds[-1] else names["video"]
+            state.stage(
+                f"adversarial_{kind}",
+                f"Stage 2: {kind}s",
+                lambda report: adversarial(kind, start, base, batches, getattr(phases, kind), out, report=report, **common),
+            )
+            start = out
+            names[kind] = out
+        state.stage("export", "Checking the export", lambda report: self._check_export(names["video"]))
+        files = {kind: {"base": base, "distilled": names["distilled"], "apt": names[kind]} for kind in kinds}
+        with stage_bar("Sampling and judging") as report:
+            result = write_report(self, files, batches, state.record(), report)
+        console.print(f"[bold]{self.out / 'apt-mini.safetensors'}[/] opens in ComfyUI's Load Diffusion Model; see compare.png, sample.mp4 and report.json beside it.")
+        return result
+
+    def _identity(self) -> dict:
+        """What makes two runs the same run."""
+        keys = ("variant", "seed", "skip_bad", "truncate_captions")
+        facts = {key: getattr(self, key) for key in keys} | {"data": str(self.data.resolve()) if self.data else None}
+        return facts | {"preset": self.preset.model_dump()}
+
+    def _draw(self, folder: Path, report: Callable) -> list:
+        """Real files with sidecar captions: PNG images and near-lossless H.264 clips."""
+        folder.mkdir(parents=True, exist_ok=True)
+        data = self.preset.data
+        total = data.images + data.clips
+        for moving, count, done in ((False, data.images, 0), (True, data.clips, data.images)):
+            for i in range(count):
+                pixels, scenes = draw(self.seed + 5000, [i], moving, data.frames if moving else 1)
+                stem = folder / f"{'clip' if moving else 'image'}-{i:05d}"
+                if moving:
+                    write_video(stem.with_suffix(".mp4"), pixels[0], data.fps, crf=8, pixel_format="yuv444p")
+                else:
+                    write_image(stem.with_suffix(".png"), pixels[0, 0])
+                stem.with_suffix(".txt").write_text(scenes[0].caption + "\n")
+                report(done + i + 1, total)
+        return []
+
+    def _precompute(self, folder: Path, latents: Path, text, report: Callable) -> list:
+        data = self.preset.data
+        vae = load_vae(ASSETS / "vae.safetensors").to(self.device)
+        precompute(
+            folder, latents, vae, text, height=data.height, width=data.width, frames=data.frames, fps=data.fps,
+            skip_bad=self.skip_bad, truncate_captions=self.truncate_captions, progress=report,
+        )  # fmt: skip
+        return []
+
+    def _metadata(self, text) -> dict:
+        data = self.preset.data
+        return {
+            "base": "mini",
+            "text_length": text.text_length,
+            "vae": {"name": "mini", "stride": [4, 8, 8], "channels": 16},
+            "native": {"height": data.height, "width": data.width, "frames": data.frames, "fps": data.fps},
+            "preset": f"{self.preset.name}/{self.variant}",
+            "seed": self.seed,
+        }
+
+    def _check_export(self, path: Path) -> list:
+        read_header(path)
+        return []
+
+
+class RunState:
+    """Which stages of a run are finished, with their wall seconds and losses, in one small file."""
+
+    def __init__(self, path: Path, identity: dict) -> None:
+        self.path = path
+        identity = json.loads(json.dumps(identity))
+        self.state = {"settings": identity, "stages": {}}
+        if path.exists():
+            try:
+                self.state = json.loads(path.read_text())
+                old = self.state["settings"]
+            except (ValueError, KeyError):
+                raise AptError(f"{path} is damaged; delete it to start over, or give another --out.") from None
+            changed = sorted(key for key in identity if old.get(key) != identity[key])
+            if changed:
+                raise AptError(f"{path.parent} holds a run with another {', '.join(changed)}; give another --out, or the settings of that run.")
+
+    def stage(self, name: str, title: str, work: Callable) -> None:
+        """Do `work(report)` unless it is done; what it returns is kept as the stage's losses."""
+        if name in self.state["stages"]:
+            console.print(f"[dim]{title}: done before, in {self.state['stages'][name]['seconds']:.0f} s[/]")
+            return
+        started = time.perf_counter()
+        with stage_bar(title) as report:
+            losses = work(report)
+        self.state["stages"][name] = {"seconds": round(time.perf_counter() - started, 2), "losses": losses}
+        write_json(self.path, self.state)
+
+    def record(self) -> dict:
+        """Wall seconds, losses, settings and versions, for the report."""
+        stages = self.state["stages"]
+        return {
+            "settings": self.state["settings"],
+            "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+            "losses": {name: stage["losses"] for name, stage in stages.items() if stage["losses"]},
+            "versions": versions(),
+        }
+
+
+def versions() -> dict[str, str]:
+    """Python, machine and the libraries that matter."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found

@@ -1,0 +1,300 @@
+"""Video and image files to pixels and back (PyAV, Pillow). Pixels are uint8 RGB arrays `[frames, height, width, 3]`."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+from apt_core.errors import AptError
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+AGAIN = "export or download it again"
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a file's header says. `height` and `width` are as shown, after rotation; `fps` is the average.
+    An image has 1 frame, duration 0 and fps 0; a video whose header does not say has duration None."""
+
+    kind: str
+    frames: int | None
+    duration: float | None
+    height: int
+    width: int
+    fps: float
+
+
+def kind_of(path: str | Path) -> str:
+    """ "video" or "image", by the suffix. Raises AptError for any other suffix."""
+    suffix = Path(path).suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    known = " ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
+    raise AptError(f"{path} is of a kind that cannot be read ({suffix or 'no suffix'}): convert it to one of {known}.")
+
+
+def probe(path: str | Path) -> Media:
+    """Kind, length and size; of a video the first frame alone is decoded. Raises AptError for a file that cannot be opened."""
+    if kind_of(path) == "image":
+        with _image(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the sides
+            return Media("image", 1, 0.0, *((width, height) if turned else (height, width)), 0.0)
+    with _video(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise AptError(f"{path} holds no frame that can be decoded: {AGAIN}.")
+        height, width = (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
+        rate = float(stream.average_rate or 0)
+        length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, av.time_base)
+        duration = float(length) or None
+        frames = stream.frames or (round(duration * rate) if duration else None)
+        return Media("video", frames, duration, height, width, rate)
+
+
+def read_video(path: str | Path, frames: int, fps: float, height: int, width: int, start: float = 0.0) -> np.ndarray:
+    """uint8 `[frames, height, width, 3]`: `frames` moments `start + k / fps` seconds, each the source frame nearest in time.
+
+    Frames are resized (Lanczos, antialiased) until they cover height x width and cropped in the centre; rotation flags and pixels
+    that are not square are honoured, frame rates may vary. The clip must still be showing at the last moment, (frames - 1) / fps.
+    Raises AptError for a file that is unreadable, damaged or too short, and for one without a video stream.
+    """
+    out = np.empty((frames, height, width, 3), np.uint8)
+    moments = [_rational(start) + k / _rational(fps) for k in range(frames)]
+    done, before, shown = 0, None, None
+    with _video(path) as (container, stream):
+        origin, aspect = _seek(container, stream, start), float(stream.sample_aspect_ratio or 1)
+        for frame, time, length in _timed(container, stream):
+            origin = time if origin is None else origin
+            now = time - origin
+            while done < frames and moments[done] <= now:
+                chosen = before if before and moments[done] - before[1] <= now - moments[done] else (frame, now)
+                if shown is None or shown[0] is not chosen[0]:
+                    shown = chosen[0], _pixels(path, chosen[0], height, width, aspect)
+                out[done] = shown[1]
+                done += 1
+            before = frame, now
+            if done == frames:
+                return out
+        end = before[1] + length if before else Fraction(0)
+        if moments[-1] >= end:
+            raise _too_short(path, end - _rational(start), frames, fps)
+        out[done:] = _pixels(path, before[0], height, width, aspect)
+        return out
+
+
+def check_video(path: str | Path, frames: int, fps: float, start: float = 0.0) -> None:
+    """Raises the AptError that `read_video` would, from the file's packets and its first frame: cheap, nothing else is decoded."""
+    last = _rational(start) + (frames - 1) / _rational(fps)
+    probe(path)
+    with _video(path) as (container, stream):
+        origin, end = _seek(container, stream, start), None
+        gap = _gap(stream)
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise AptError(f"{path} is truncated or damaged: {AGAIN}.")
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if stamp is None:
+                # Files without time stamps are read at their average rate; the last, empty packet has none either.
+                if not packet.size:
+                    continue
+                stamp, length = 0 if end is None else end / stream.time_base, gap
+            else:
+                length = packet.duration * stream.time_base if packet.duration else gap
+            time = stamp * stream.time_base
+            origin = time if origin is None else origin
+            end = max(time + length, end or time)
+            if packet.dts is not None and packet.dts * stream.time_base - origin > last:
+                break
+    end = end - origin if end is not None else Fraction(0)
+    if last >= end:
+        raise _too_short(path, end - _rational(start), frames, fps)
+
+
+def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
+    """uint8 `[1, height, width, 3]`, turned by its EXIF orientation, resized to cover and cropped as `read_video` does.
+
+    Transparent pixels lie over white; palettes, grey, 16 bit and CMYK become RGB; of an animation the first frame is taken.
+    Raises AptError for a file that is unreadable or damaged.
+    """
+    with _image(path) as image:
+        image.draft("RGB", (2 * max(height, width),) * 2)  # lets a large JPEG be decoded at a fraction of its size
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
+            image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+        return _cover(image.convert("RGB"), height, width)[None]
+
+
+def check_image(path: str | Path) -> None:
+    """Raises the AptError that `read_image` would; a JPEG is decoded at an eighth of its size."""
+    with _image(path) as image:
+        image.draft("RGB", (1, 1))
+        image.load()
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 16, pixel_format: str = "yuv420p") -> None:
+    """Write uint8 `[F, H, W, 3]` as H.264 in an .mp4 that plays while it loads; tagged BT.709. The file appears whole or not at all.
+
+    crf: 0 (largest) to 51; pixel_format: "yuv420p" for players, "yuv444p" with a crf of 10 or less for clips to train on.
+    Raises AptError for pixels of another shape or type, odd sides in yuv420p, another suffix, and a place that cannot be written.
+    """
+    path, frames = Path(path), _checked(path, frames, 4)
+    if path.suffix.lower() != ".mp4":
+        raise AptError(f"{path}: videos are written as .mp4, give a name that ends so.")
+    height, width = frames.shape[1:3]
+    if pixel_format == "yuv420p" and (height % 2 or width % 2):
+        raise AptError(f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: crop them or use yuv444p.")
+    with _replacing(path) as partial, av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=_rational(fps))
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
+        stream.options = {"crf": str(crf)}
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
+        codec.color_range = 1  # limited
+        if height * width <= 256 * 256:
+            codec.thread_count = 1  # starting threads takes longer than a small clip
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
+        container.mux(stream.encode())
+
+
+def write_image(path: str | Path, pixels: np.ndarray) -> None:
+    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`."""
+    path, pixels = Path(path), np.asarray(pixels)
+    pixels = _checked(path, pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels, 3)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise AptError(f"{path}: no image can be written with this suffix, give one of {' '.join(IMAGE_SUFFIXES)}.")
+    with _replacing(path) as partial:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=kind)
+
+
+@contextmanager
+def _video(path: str | Path) -> Iterator[tuple]:
+    """The container and its first video stream; FFmpeg's exceptions become AptError."""
+    kind_of(path)
+    _refuse_empty(path)
+    try:
+        with av.open(str(path)) as container:
+            stream = next(iter(container.streams.video), None)
+            if stream is None:
+                raise AptError(f"{path} has no video stream: give a file with pictures, or remove it.")
+            if stream.codec_context is None:
+                raise AptError(f"{path} is in a codec that this FFmpeg does not know: convert it to H.264.")
+            yield container, stream
+    except (av.FFmpegError, OSError) as error:
+        raise AptError(f"{path} cannot be read as a video ({error.strerror or type(error).__name__}): {AGAIN}.") from None
+
+
+@contextmanager
+def _image(path: str | Path) -> Iterator[Image.Image]:
+    _refuse_empty(path)
+    try:
+        with Image.open(path) as image:
+            yield image
+    except AptError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen types
+        reason = type(error).__name__ if str(path) in str(error) else " ".join(str(error).split()).rstrip(".")
+        raise AptError(f"{path} cannot be read as an image ({reason}): {AGAIN}.") from None
+
+
+def _refuse_empty(path: str | Path) -> None:
+    if not Path(path).is_file():
+        raise AptError(f"{path} does not exist or is not a file: give the path of a video or an image.")
+    if not Path(path).stat().st_size:
+        raise AptError(f"{path} is empty (0 bytes): {AGAIN}.")
+
+
+def _seek(container, stream, start: float) -> Fraction | None:
+    """Where the stream's time begins, in seconds, if it says; positioned at a key frame at or before `start`."""
+    origin = None if stream.start_time is None else stream.start_time * stream.time_base
+    if start > 0:
+        container.seek(int(((origin or 0) + _rational(start)) / stream.time_base), stream=stream, backward=True)
+    return origin
+
+
+def _timed(container, stream) -> Iterator[tuple]:
+    """(frame, time, duration) in order of display, in seconds; frames without a time stamp follow at the average rate."""
+    next_time, gap = Fraction(0), _gap(stream)
+    for frame in container.decode(stream):
+        time = next_time if frame.pts is None else frame.pts * frame.time_base
+        length = frame.duration * frame.time_base if frame.duration else gap
+        next_time = time + length
+        yield frame, time, length
+
+
+def _gap(stream) -> Fraction:
+    return 1 / stream.average_rate if stream.average_rate else Fraction(0)
+
+
+def _pixels(path, frame, height: int, width: int, aspect: float) -> np.ndarray:
+    if frame.is_corrupt:
+        raise AptError(f"{path} is damaged (a frame cannot be decoded whole): {AGAIN}.")
+    # Players take untagged HD to be BT.709; FFmpeg would take it for BT.601.
+    matrix = "ITU709" if frame.colorspace == 2 and frame.height >= 720 and not frame.format.is_rgb else None
+    turns = _turns(frame)
+    image = Image.fromarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", src_colorspace=matrix), turns)))
+    return _cover(image, height, width, 1 / aspect if turns % 2 else aspect)
+
+
+def _turns(frame) -> int:
+    return round(frame.rotation / 90)
+
+
+def _cover(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> np.ndarray:
+    """uint8 `[height, width, 3]`, the largest centred part of the image of that shape; aspect: width of a source pixel over its height."""
+    w, h = image.size
+    scale = max(width / (w * aspect), height / h)
+    box_w, box_h = min(w, width / (scale * aspect)), min(h, height / scale)
+    left, top = (w - box_w) / 2, (h - box_h) / 2
+    if (box_w, box_h) == (width, height):  # no resizing: half a pixel to the side would only blur
+        left, top = int(left), int(top)
+    box = (left, top, min(w, left + box_w), min(h, top + box_h))
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def _too_short(path, has: Fraction, frames: int, fps: float) -> AptError:
+    has, need = math.floor(100 * max(has, 0)) / 100, math.ceil(100 * frames / _rational(fps)) / 100
+    return AptError(f"{path} has {has:.2f} s, {need:.2f} s ({frames} frames at {fps:g} fps) are needed: give a longer clip or lower frames.")
+
+
+def _rational(value: float) -> Fraction:
+    return Fraction(value).limit_denominator(100_000)
+
+
+def _checked(path: Path, pixels, dims: int) -> np.ndarray:
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        want = "[F, H, W, 3]" if dims == 4 else "[H, W, 3]"
+        raise AptError(f"{path}: pixels of shape {list(pixels.shape)} and type {pixels.dtype} were given, but {want} in uint8 are needed.")
+    return pixels
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` if all goes well."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except (OSError, av.FFmpegError) as error:
+        raise AptError(f"{path} could not be written ({error.strerror or error}): check the folder and its free space.") from None
+    finally:
+        partial.unlink(missing_ok=True)

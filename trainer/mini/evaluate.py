@@ -1,0 +1,82 @@
+"""The columns of the report: real, the base in 25 steps and in one, the distilled model, and APT in one step and two."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apt_core.checkpoint import load_transformer
+from apt_core.flow import sample_noise
+from apt_core.generator import euler_cfg, few_step, one_step
+from apt_core.vae import decode
+from trainer.config import Sampling
+
+COLUMNS = ("real", "base_25_cfg", "base_1", "distilled_1", "apt_1", "apt_2")
+TITLES = {
+    "real": "real",
+    "base_25_cfg": "base, {steps} steps, CFG {guidance:g}",
+    "base_1": "base, 1 step",
+    "distilled_1": "distilled, 1 step",
+    "apt_1": "APT, 1 step",
+    "apt_2": "APT, 2 steps",
+}
+
+
+@dataclass(frozen=True)
+class Models:
+    """Checkpoint files of one kind of sample (images or clips)."""
+
+    base: Path
+    distilled: Path
+    apt: Path
+
+
+class Sampler:
+    """Makes every column's latents from the same prompts and the same noise.
+
+    text, negative: padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`.
+    """
+
+    def __init__(self, models: Models, sampling: Sampling, kind: str, text: Tensor, negative: Tensor, shape: tuple, seed: int, device: str = "cpu", batch: int = 128):
+        self.sampling, self.kind, self.seed, self.device, self.batch = sampling, kind, seed, device, batch
+        self.text, self.negative, self.shape = text, negative.to(device), shape
+        self.networks = {name: load_transformer(getattr(models, name), device=device).requires_grad_(False) for name in ("base", "distilled", "apt")}
+
+    def latents(self, column: str) -> Tensor:
+        """Normalised latents `[n, C, F, h, w]` of one column."""
+        parts = []
+        for first in range(0, len(self.text), self.batch):
+            numbers = list(range(first, min(len(self.text), first + self.batch)))
+            parts.append(self._batch(column, numbers, self.text[numbers].to(self.device)).cpu())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _batch(self, column: str, numbers: list[int], text: Tensor) -> Tensor:
+        z = sample_noise(numbers, self.shape, self.seed, "sample/z").to(self.device)
+        s = self.sampling
+        if column == "base_25_cfg":
+            return euler_cfg(self.networks["base"], z, text, self.negative, s.steps, s.guidance, s.shift(self.kind))
+        if column == "apt_2":
+            return few_step(
+                self.networks["apt"], z, text, (1.0, s.second_time), lambda i: sample_noise(numbers, self.shape, self.seed, f"sample/z{i}")
+            )
+        return one_step(self.networks[column.removesuffix("_1")], z, text)
+
+
+def network_calls(column: str, sampling: Sampling) -> int:
+    """How many network calls one sample of a column takes (guidance calls twice a step)."""
+    return {"real": 0, "base_25_cfg": sampling.steps * (1 if sampling.guidance == 1 else 2), "apt_2": 2}.get(column, 1)
+
+
+@torch.no_grad()
+def to_pixels(vae, latents: Tensor, batch: int = 16, report: Callable[[int], None] = lambda done: None) -> np.ndarray:
+    """Normalised latents to uint8 `[n, F, H, W, 3]`."""
+    out = []
+    for part in latents.split(batch):
+        x = decode(vae, part.to(next(vae.parameters()).device))
+        out.append(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy())
+        report(len(part))
+    return np.concatenate(out)

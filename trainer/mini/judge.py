@@ -1,0 +1,121 @@
+"""What a drawn sample shows, read back from its pixels: colour, shape, background, direction, and whether it is whole.
+
+No learned part: a pixel belongs to the palette colour nearest in hue angle, the object is the largest region that is
+not background, and its shape is the one of equal area that overlaps it best.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from .clips import COLOR_NAMES, COLORS, DIRECTIONS, SHAPES, Scene, shape_distance
+
+MIN_OVERLAP = 0.84  # intersection over union with the ideal shape; a circle against a square of equal area has 0.83
+MIN_IN_ONE_PIECE = 0.90  # share of the object's pixels in its largest piece
+MAX_STRAY = 0.03  # share of the frame in a third colour, away from the object's edge
+AREA_RANGE = (140.0, 450.0)  # pixels; drawn objects have 201 to 314
+MAX_AREA_RATIO = 1.6  # largest to smallest frame of a clip
+MAX_STEP = 9.0  # pixels between two frames; drawn objects move 1.6 to 2.4
+MIN_TRAVEL = 6.0  # pixels from first to last frame that count as moving
+
+_PALETTE = np.array([COLORS[name] for name in COLOR_NAMES], np.float32)
+_PALETTE /= np.linalg.norm(_PALETTE, axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What one frame shows. `center` is (x, y) in pixels; `overlaps` are with the ideal shapes; `clean` asks for one object in
+    one piece, of a sensible size, and no third colour."""
+
+    color: int
+    background: int
+    overlaps: np.ndarray
+    area: float
+    center: tuple[float, float]
+    clean: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a clip shows: the majority of its frames, its direction of travel, and whether it holds together."""
+
+    color: str
+    shape: str
+    background: str
+    direction: str | None
+    structure: bool
+
+    def agrees(self, scene: Scene) -> dict[str, bool]:
+        """Word by word: does the sample show what the caption names? `all` needs every word (direction for clips)."""
+        words = {key: getattr(self, key) == getattr(scene, key) for key in ("color", "shape", "background")}
+        if scene.direction is not None:
+            words["direction"] = self.direction == scene.direction
+        return {**words, "all": all(words.values())}
+
+
+def read_frame(pixels: np.ndarray) -> Frame:
+    """Read one uint8 `[H, W, 3]` frame."""
+    rgb = pixels.astype(np.float32) / 255.0
+    cosine = rgb @ _PALETTE.T / (np.linalg.norm(rgb, axis=-1, keepdims=True) + 1e-6)
+    nearest = cosine.argmax(-1)
+    counts = np.bincount(nearest.ravel(), minlength=len(COLOR_NAMES))
+    background = int(counts.argmax())
+    counts[background] = 0
+    color = int(counts.argmax())
+
+    mask = cosine[..., color] > cosine[..., background]
+    labels, pieces = ndimage.label(mask)
+    if pieces == 0:
+        return Frame(color, background, np.zeros(len(SHAPES)), 0.0, (0.0, 0.0), False)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    body = labels == sizes.argmax()
+    area = float(body.sum())
+    ys, xs = np.nonzero(body)
+    cx, cy = xs.mean() + 0.5, ys.mean() + 0.5
+
+    grid_y, grid_x = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]] + 0.5
+    overlaps = []
+    for shape in SHAPES:
+        ideal = shape_distance(shape, grid_x - cx, grid_y - cy, np.sqrt(area / np.pi)) < 0
+        overlaps.append((ideal & body).sum() / max(1, (ideal | body).sum()))
+
+    near_object = ndimage.binary_dilation(mask, iterations=2)
+    stray = ((nearest != background) & ~near_object).mean() + ((nearest != color) & ndimage.binary_erosion(mask, iterations=2)).mean()
+    clean = area >= MIN_IN_ONE_PIECE * mask.sum() and AREA_RANGE[0] <= area <= AREA_RANGE[1] and stray <= MAX_STRAY
+    return Frame(color, background, np.array(overlaps), area, (float(cx), float(cy)), bool(clean))
+
+
+def read_clip(pixels: np.ndarray) -> Reading:
+    """Read a uint8 `[F, H, W, 3]` clip (F = 1 for an image). Structure needs every frame clean, and its object to
+    have the clip's colours and shape."""
+    frames = [read_frame(frame) for frame in pixels]
+    centers = np.array([f.center for f in frames])
+    areas = np.array([f.area for f in frames])
+    shape = int(np.mean([f.overlaps for f in frames], axis=0).argmax())
+    steps = np.linalg.norm(np.diff(centers, axis=0), axis=1) if len(frames) > 1 else np.zeros(1)
+    structure = (
+        all(f.clean and f.overlaps[shape] >= MIN_OVERLAP for f in frames)
+        and len({(f.color, f.background) for f in frames}) == 1
+        and areas.max() <= MAX_AREA_RATIO * areas.min()
+        and steps.max() <= MAX_STEP
+    )
+
+    def vote(values):
+        return int(np.bincount(values).argmax())
+
+    return Reading(
+        color=COLOR_NAMES[vote([f.color for f in frames])],
+        shape=SHAPES[shape],
+        background=COLOR_NAMES[vote([f.background for f in frames])],
+        direction=_direction(centers[-1] - centers[0]),
+        structure=bool(structure),
+    )
+
+
+def _direction(way: np.ndarray) -> str | None:
+    """The name of a displacement (x, y) in pixels, or None for one that is short or diagonal."""
+    name, along = max(((n, float(way @ np.array(d))) for n, d in DIRECTIONS.items()), key=lambda pair: pair[1])
+    across = float(np.linalg.norm(way)) ** 2 - along**2
+    return name if along >= MIN_TRAVEL and across <= (along / 2) ** 2 else None

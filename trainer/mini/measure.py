@@ -1,0 +1,71 @@
+"""Judges finished demo runs on many fresh samples: the README's table."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from apt_core.errors import AptError
+from apt_core.text import load_text_encoder
+from apt_core.vae import load_vae
+from trainer.batches import Embedder
+from trainer.config import Preset
+from trainer.files import write_json
+from trainer.progress import columns_table, console, stage_bar
+
+from . import ASSETS
+from .evaluate import COLUMNS, Models, Sampler
+from .features import load_features
+from .report import drawn_prompts, evaluate
+
+SAMPLE_SEED = 1_000_000  # no demo judges on these scenes or this noise
+SHAPES = {"image": (16, 1, 6, 6), "video": (16, 3, 6, 6)}
+
+
+def measure_runs(runs: list[Path], samples: int, out: Path | None = None) -> dict:
+    """Measure each run on `samples` images and clips of its own; print and return means and spreads over the runs.
+
+    Raises AptError for a folder that holds no finished run on drawn clips.
+    """
+    vae, net = load_vae(ASSETS / "vae.safetensors"), load_features(ASSETS / "features.safetensors")
+    text = Embedder(load_text_encoder(ASSETS / "text_encoder.safetensors"))
+    found: dict[str, list[dict]] = {"image": [], "video": []}
+    for number, run in enumerate(runs):
+        preset = _preset(run)
+        negative = text.embed([preset.sampling.negative_prompt])
+        for kind, file in (("image", "apt-image.safetensors"), ("video", "apt-mini.safetensors")):
+            prompts = drawn_prompts(text, kind, samples, SAMPLE_SEED + number)
+            models = Models(ASSETS / "transformer.safetensors", run / "distilled.safetensors", run / file)
+            sampler = Sampler(models, preset.sampling, kind, prompts.text, negative, SHAPES[kind], SAMPLE_SEED + number)
+            with stage_bar(f"{run.name}: {kind}s") as bar:
+                done = 0
+
+                def report(n: int) -> None:
+                    nonlocal done
+                    done += n
+                    bar(done, samples * (len(COLUMNS) - 1))
+
+                found[kind].append(evaluate(prompts, sampler, vae, net, report)[0])
+    result = {"runs": [str(run) for run in runs], "samples": samples}
+    for kind, name, title in (("image", "image_columns", "Images"), ("video", "columns", "Video")):
+        result[name] = {column: _mean([rows[column] for rows in found[kind]]) for column in COLUMNS}
+        result[f"{name}_by_run"] = found[kind]
+        console.print(columns_table(f"{title}: mean of {len(runs)} runs, {samples} samples each", result[name]))
+    if out:
+        write_json(out, result)
+    return result
+
+
+def _preset(run: Path) -> Preset:
+    try:
+        settings = json.loads((run / "state.json").read_text())["settings"]
+    except (OSError, ValueError, KeyError):
+        raise AptError(f"{run} holds no run of the demo; give the folders that `demo --out` made.") from None
+    if settings["data"]:
+        raise AptError(f"{run} was trained on other people's clips ({settings['data']}), which cannot be judged; give runs on drawn ones.")
+    return Preset.model_validate(settings["preset"])
+
+
+def _mean(rows: list[dict]) -> dict:
+    """Means over runs; counts stay whole, and what only drawn clips have stays."""
+    return {key: rows[0][key] if key in ("calls", "samples") else round(float(np.mean([row[key] for row in rows])), 4) for key in rows[0]}

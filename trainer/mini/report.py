@@ -1,0 +1,102 @@
+"""Samples every column, judges it, and leaves report.json, compare.png and sample.mp4."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from apt_core.vae import load_vae
+from trainer.files import write_json
+from trainer.pictures import comparison, sample_video
+from trainer.progress import columns_table, console
+
+from . import ASSETS
+from .clips import Scene, draw
+from .evaluate import COLUMNS, TITLES, Models, Sampler, network_calls, to_pixels
+from .features import load_features
+from .metrics import Reference
+
+ROWS = 6
+# Scenes that no training and no other measurement has seen: see the seeds of the other commands.
+PROMPT_SEED, REFERENCE_SEED = 70_000, 80_000
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What to sample and what to compare with: real clips of the same prompts, and other real clips as the reference."""
+
+    captions: list[str]
+    text: Tensor
+    real: np.ndarray
+    reference: np.ndarray
+    scenes: list[Scene] | None
+
+
+def drawn_prompts(batches, kind: str, count: int, seed: int) -> Prompts:
+    """Fresh drawn scenes: `count` to be prompts and the real column, and `count` others as the reference."""
+    moving = kind == "video"
+    real, scenes = draw(PROMPT_SEED + seed, range(count), moving)
+    reference, _ = draw(REFERENCE_SEED + seed, range(count), moving)
+    captions = [scene.caption for scene in scenes]
+    return Prompts(captions, batches.embed(captions), real, reference, scenes)
+
+
+def data_prompts(batches, kind: str, count: int, vae, report: Callable[[int], None]) -> Prompts:
+    """Somebody's own samples, as the VAE gives them back: they are prompts, real column and reference in one."""
+    data = batches.datasets[kind]
+    latents, text, captions = data.batch(list(range(min(count, len(data)))))
+    real = to_pixels(vae, latents, report=report)
+    return Prompts(captions, text, real, real, None)
+
+
+def evaluate(prompts: Prompts, sampler: Sampler, vae, net, report: Callable[[int], None]) -> tuple[dict, dict[str, np.ndarray]]:
+    """Rows by column, and the pixels they were measured on."""
+    reference = Reference(net, prompts.reference)
+    rows, pixels = {}, {}
+    for column in COLUMNS:
+        pixels[column] = prompts.real if column == "real" else to_pixels(vae, sampler.latents(column), report=report)
+        row = reference.measure(pixels[column], prompts.scenes)
+        rows[column] = {key: None if value is None else round(value, 4) for key, value in row.items()}
+        rows[column] |= {"calls": network_calls(column, sampler.sampling), "samples": len(prompts.captions)}
+    return rows, pixels
+
+
+def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict, report: Callable) -> dict:
+    """The last stage of the demo. `report` is a progress bar's (done, total)."""
+    vae, net = load_vae(ASSETS / "vae.safetensors").to(demo.device), load_features(ASSETS / "features.safetensors")
+    negative = batches.embed([demo.preset.sampling.negative_prompt])
+    total, done = 5 * sum(demo.samples if demo.data is None else min(demo.samples, len(batches.datasets[k])) for k in files), 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        report(done, max(done, total))
+
+    result = {"columns": {}, "image_columns": {}}
+    for kind, paths in files.items():
+        if demo.data is None:
+            prompts = drawn_prompts(batches, kind, demo.samples, demo.seed)
+        else:
+            prompts = data_prompts(batches, kind, demo.samples, vae, lambda n: None)
+        shape = tuple(batches.datasets[kind].batch([0])[0].shape[1:])
+        sampler = Sampler(Models(**paths), demo.preset.sampling, kind, prompts.text, negative, shape, demo.seed, demo.device)
+        rows, pixels = evaluate(prompts, sampler, vae, net, advance)
+        result["columns" if kind == "video" else "image_columns"] = rows
+        _pictures(demo, kind, prompts.captions, pixels, last=kind == list(files)[-1])
+    result |= record
+    write_json(demo.out / "report.json", result)
+    for name, title in (("image_columns", "Images"), ("columns", "Video")):
+        if result[name]:
+            console.print(columns_table(f"{title} ({demo.variant} preset, seed {demo.seed})", result[name]))
+    return result
+
+
+def _pictures(demo, kind: str, captions: list[str], pixels: dict[str, np.ndarray], last: bool) -> None:
+    sampling = demo.preset.sampling
+    titles = [TITLES[column].format(steps=sampling.steps, guidance=sampling.guidance) for column in COLUMNS]
+    cells = [[pixels[column][row] for column in COLUMNS] for row in range(min(ROWS, len(captions)))]
+    comparison(demo.out / ("compare.png" if last else f"compare-{kind}.png"), titles, captions[:ROWS], cells)
+    if last:
+        sample_video(demo.out / "sample.mp4", pixels["apt_1"][:16], demo.preset.data.fps)

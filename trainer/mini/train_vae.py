@@ -1,0 +1,116 @@
+"""Trains the miniature's video VAE: the official Wan 2.1 architecture with a small base width."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apt_core.vae import fold_statistics, save_vae
+
+from .clips import draw
+from .muon import Muon
+
+BASE_DIM = 12
+
+
+def crops(pool: np.ndarray, rng: np.random.Generator, batch: int, size: int, frames: int) -> Tensor:
+    """Random space-time crops of drawn clips: `[batch, 3, frames, size, size]` in [-1, 1]."""
+    out = []
+    for i in rng.integers(len(pool), size=batch):
+        t, y, x = (rng.integers(n - m + 1) for n, m in zip(pool.shape[1:4], (frames, size, size)))
+        out.append(pool[i, t : t + frames, y : y + size, x : x + size])
+    return torch.from_numpy(np.stack(out)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`updates` updates on `batch` random crops of `frames` frames and `size` pixels; `lr` falls to `lr_end`."""
+
+    updates: int
+    batch: int
+    size: int
+    frames: int
+    lr: float
+    lr_end: float
+
+
+RECIPE = (
+    Stage(1000, 16, 32, 1, 2e-2, 2e-2),
+    Stage(900, 8, 32, 5, 2e-2, 4e-3),
+    Stage(120, 4, 48, 9, 4e-3, 4e-4),
+)
+
+
+def train_vae(
+    out: Path,
+    *,
+    stages: tuple[Stage, ...] = RECIPE,
+    kl_weight: float = 1e-4,
+    pool_size: int = 3000,
+    seed: int = 0,
+    amp: bool = False,
+    device: str = "cpu",
+    report=print,
+):
+    """Train, fold the latents' statistics into Wan 2.1's fixed ones, and write `out` (official keys, fp32)."""
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 1])
+    pool, _ = draw(seed + 1000, range(pool_size), moving=True)
+    vae = AutoencoderKLWan(base_dim=BASE_DIM).to(device)
+    inflate(vae)
+    with torch.no_grad():
+        # Starts with a posterior of standard deviation 0.05: unit noise would hide everything that can be learned first.
+        vae.quant_conv.weight[vae.config.z_dim :] *= 0.1
+        vae.quant_conv.bias[vae.config.z_dim :] = -6.0
+    optimizer, update = Muon(vae.parameters()), 0
+    for stage in stages:
+        for i in range(stage.updates):
+            x = crops(pool, rng, stage.batch, stage.size, stage.frames).to(device)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+                posterior = vae.encode(x).latent_dist
+                y = vae.decode(posterior.sample()).sample
+            difference = x - y.float()
+            kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+            l1, l2 = difference.abs().mean(), difference.pow(2).mean()
+            (l1 + 3.0 * l2 + kl_weight * kl).backward()
+            optimizer.step((stage.lr + (stage.lr_end - stage.lr) * i / stage.updates) * min(1.0, (update + 1) / 50))
+            if update % 50 == 0:
+                report(f"vae {update}: l1 {l1:.4f} l2 {l2:.5f} kl {kl:.2f}")
+            update += 1
+        torch.save(vae.state_dict(), out.with_suffix(".partial"))
+
+    vae.eval()
+    mean, std = latent_statistics(vae, pool[:256], device)
+    fold_statistics(vae, mean, std)
+    save_vae(out, vae)
+    return vae
+
+
+@torch.no_grad()
+def inflate(vae) -> None:
+    """Make the video network an image network per frame, to begin with: every kernel looks at the present frame only,
+    and going up or down in time repeats or drops frames. Stage one then trains all that images can teach."""
+    for name, module in vae.named_modules():
+        if isinstance(module, torch.nn.Conv3d) and module.kernel_size[0] == 3:
+            if name.endswith("time_conv"):
+                eye = torch.eye(module.in_channels).repeat(module.out_channels // module.in_channels, 1)
+                module.weight.zero_()
+                module.weight[:, :, -1, 0, 0] = eye
+                module.bias.zero_()
+            else:
+                module.weight[:, :, :-1] = 0
+
+
+@torch.no_grad()
+def latent_statistics(vae, clips: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and standard deviation of the raw posterior means of `[n, F, H, W, 3]` clips: two `[16]`."""
+    latents = []
+    for chunk in np.array_split(clips, max(1, len(clips) // 16)):
+        x = torch.from_numpy(chunk).permute(0, 4, 1, 2, 3).float().to(device) / 127.5 - 1.0
+        latents.append(vae.encode(x).latent_dist.mean)
+    stacked = torch.cat(latents)
+    return stacked.mean(dim=(0, 2, 3, 4)), stacked.std(dim=(0, 2, 3, 4))

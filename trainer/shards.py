@@ -1,0 +1,267 @@
+"""What every training reads: normalised latents and text embeddings in safetensors shards, with one index of all samples.
+
+A shard holds samples of one kind and one latent shape: `latents` [N, C, F, h, w], `text` [sum of L, d] (each embedding at its true
+length, one after the other) and `offsets` [N + 1] into its rows. Its metadata repeats what the index says of its samples, so
+that a run which was stopped before its index was written can go on from its shards.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apt_core.errors import AptError
+from apt_core.tensorfile import metadata_json, read_header, write_tensors
+from trainer.files import write_json
+
+FORMAT, VERSION = "apt-shards", 1
+INDEX = "index.json"
+SHARD_SAMPLES, SHARD_BYTES = 512, 64 * 2**20
+AGAIN = "run precompute again"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of the index. id: path below the data folder; source: fingerprint of the file. What the writer fills in: bucket,
+    the latent's shape (C, F, h, w); tokens, the rows of the text embedding; shard and row, where it lies."""
+
+    id: str
+    kind: str
+    caption: str
+    source: str
+    bucket: tuple[int, ...] = ()
+    tokens: int = 0
+    shard: str = ""
+    row: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What it was made from: a changed file or caption is another sample."""
+        return self.id, self.kind, self.source, self.caption
+
+
+class ShardWriter:
+    """Adds samples to a folder of shards; use it in a `with` statement, which also on an error keeps what was added.
+
+    settings: everything that latents and embeddings depend on (JSON; models by fingerprint). `done` holds the samples of finished
+    shards by `Sample.key`. Files appear whole or not at all, and the index last. Raises AptError when the folder's shards have other settings.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping, *, dtype: torch.dtype = torch.float32):
+        self.folder, self.dtype = Path(folder), dtype
+        self.settings = json.loads(json.dumps({**settings, "dtype": str(dtype).removeprefix("torch.")}))
+        self.done: dict[tuple, Sample] = {}
+        self._taken: set[str] = set()
+        self._open: dict[tuple, list[tuple[Sample, Tensor, Tensor]]] = {}
+        if self.folder.exists() and not self.folder.is_dir():
+            raise AptError(f"{self.folder} is a file: give a folder for the shards.")
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            self._resume(path)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.flush()
+
+    def add(self, sample: Sample, latent: Tensor, text: Tensor) -> None:
+        """Take one more sample: latent `[C, F, h, w]`, text `[L, d]`. Full shards are written out, see also `flush`."""
+        key = (sample.kind, *latent.shape)
+        batch = self._open.setdefault(key, [])
+        batch.append((sample, latent.detach().to("cpu", self.dtype), text.detach().to("cpu", self.dtype)))
+        if len(batch) >= SHARD_SAMPLES or sum(a.nbytes + b.nbytes for _, a, b in batch) >= SHARD_BYTES:
+            self._write(key)
+
+    def flush(self) -> None:
+        """Write every sample that is still held."""
+        for key in list(self._open):
+            self._write(key)
+
+    def finish(self, keys: Iterable[tuple], facts: Mapping) -> Path:
+        """Flush, then write the index of the samples with these keys, in their order; returns its path. facts: vae, text, fps, ..."""
+        self.flush()
+        samples = [self.done[key] for key in keys]
+        digest = hashlib.blake2b(json.dumps([self.settings, [sample.key for sample in samples]]).encode(), digest_size=16)
+        index = {"format": FORMAT, "version": VERSION, **facts, "settings": self.settings, "fingerprint": digest.hexdigest()}
+        path = self.folder / INDEX
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            write_json(path, index | {"samples": [asdict(sample) for sample in samples]})
+        except OSError as error:
+            raise AptError(f"{path} could not be written ({error.strerror}): check the folder and its free space.") from None
+        return path
+
+    def _resume(self, path: Path) -> None:
+        try:
+            metadata = read_header(path).metadata
+            settings, described = metadata_json(path, metadata, "settings"), metadata_json(path, metadata, "samples")
+            samples = [_sample(entry) for entry in described["list"]]
+        except (AptError, KeyError, TypeError):
+            return  # damaged: its samples are encoded again, into a shard of this name
+        if changed := sorted(k for k in settings.keys() | self.settings.keys() if settings.get(k) != self.settings.get(k)):
+            names = ", ".join(f"{k} {_short(settings.get(k))} instead of {_short(self.settings.get(k))}" for k in changed)
+            raise AptError(f"{self.folder} holds shards made with {names}: give another folder, or delete it to start over.")
+        self._taken.add(path.name)
+        self.done.update((sample.key, sample) for sample in samples)
+
+    def _write(self, key: tuple) -> None:
+        if not (batch := self._open.pop(key, None)):
+            return
+        number = len(self._taken)
+        while (name := f"shard-{number:05d}.safetensors") in self._taken:
+            number += 1
+        samples = [
+            replace(sample, bucket=tuple(latent.shape), tokens=len(text), shard=name, row=row)
+            for row, (sample, latent, text) in enumerate(batch)
+        ]
+        lengths = torch.tensor([0] + [len(text) for _, _, text in batch])
+        tensors = {
+            "latents": torch.stack([latent for _, latent, _ in batch]),
+            "text": torch.cat([text for _, _, text in batch]),
+            "offsets": lengths.cumsum(0),
+        }
+        described = {"list": [asdict(sample) for sample in samples]}
+        write_tensors(self.folder / name, tensors, {"settings": json.dumps(self.settings), "samples": json.dumps(described)})
+        self._taken.add(name)
+        self.done.update((sample.key, sample) for sample in samples)
+
+
+class ShardDataset:
+    """The samples of one kind ("image" or "video"), read from disk as they are asked for.
+
+    `samples` is the index in order; `vae`, `text_dim`, `text_length`, `fps`, `settings` and `fingerprint` (of all sources and
+    settings) are what the index says. Raises AptError when the index or a shard is missing, damaged or of another format.
+    """
+
+    def __init__(self, folder: str | Path, kind: str):
+        self.folder, path = Path(folder), Path(folder) / INDEX
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise AptError(f"{path} does not exist: run precompute on a folder of captioned clips first.") from None
+        except (OSError, ValueError):
+            raise AptError(f"{path} is damaged: {AGAIN}.") from None
+        if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
+            raise AptError(f"{path} is not an index of {FORMAT} version {VERSION}: {AGAIN} into another folder.")
+        try:
+            self.vae, self.fps, self.settings = index["vae"], index["fps"], index["settings"]
+            self.text_dim, self.text_length, self.fingerprint = index["text"]["dim"], index["text"]["length"], index["fingerprint"]
+            self.samples = [_sample(entry) for entry in index["samples"] if entry["kind"] == kind]
+        except (KeyError, TypeError):
+            raise AptError(f"{path} is damaged: {AGAIN}.") from None
+        self._shards: dict[str, tuple[Tensor, Tensor, list[int]]] = {}
+        self._listed: dict[str, list[Sample]] = {}
+        for sample in self.samples:
+            self._listed.setdefault(sample.shard, []).append(sample)
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def buckets(self) -> dict[tuple[int, int, int, int], list[int]]:
+        """Positions of the samples by latent shape (C, F, h, w): a batch is drawn from one of them."""
+        buckets = {}
+        for i, sample in enumerate(self.samples):
+            buckets.setdefault(sample.bucket, []).append(i)
+        return buckets
+
+    def get(self, i: int) -> tuple[Tensor, Tensor, str]:
+        """Latent `[C, F, h, w]`, text embedding `[L, d]` at its true length, both fp32, and the caption."""
+        sample = self.samples[i]
+        latents, text, offsets = self._shard(sample.shard)
+        embedding = text[offsets[sample.row] : offsets[sample.row + 1]]
+        return latents[sample.row].to(torch.float32, copy=True), embedding.to(torch.float32, copy=True), sample.caption
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
+        """Latents `[B, C, F, h, w]`, text `[B, text_length, d]` with zeros after each caption, both fp32, and the captions.
+
+        Raises AptError when the samples are of different shapes.
+        """
+        shapes = {self.samples[i].bucket for i in indices}
+        if len(shapes) > 1:
+            raise AptError(f"{self.folder}: samples of different shapes {sorted(shapes)} cannot be one batch: draw them from one bucket.")
+        rows = [self.get(i) for i in indices]
+        text = torch.zeros(len(rows), self.text_length, self.text_dim)
+        for out, (_, embedding, _) in zip(text, rows):
+            out[: len(embedding)] = embedding
+        return torch.stack([latent for latent, _, _ in rows]), text, [caption for _, _, caption in rows]
+
+    def _check(self) -> None:
+        for name, samples in self._listed.items():
+            path = self.folder / name
+            try:
+                shapes = read_header(path).shapes
+            except AptError as error:
+                raise AptError(f"{str(error).rpartition(': ')[0]}: {AGAIN}.") from None
+            latents, text = shapes.get("latents", ()), shapes.get("text", ())
+            fits = all(latents[1:] == s.bucket and 0 <= s.row < latents[0] and s.tokens <= self.text_length for s in samples)
+            if not fits or text[1:] != (self.text_dim,) or shapes.get("offsets") != (latents[0] + 1,):
+                raise AptError(f"{path} does not hold what {INDEX} says: {AGAIN}.")
+
+    def _shard(self, name: str) -> tuple[Tensor, Tensor, list[int]]:
+        if name not in self._shards:
+            from safetensors import SafetensorError, safe_open
+
+            path = self.folder / name
+            try:
+                # The tensors are views of the mapped file: only the rows that are used are read.
+                with safe_open(path, framework="pt") as file:
+                    latents, text, offsets = (file.get_tensor(key) for key in ("latents", "text", "offsets"))
+            except (SafetensorError, OSError) as error:
+                raise AptError(f"{path} cannot be read ({error}): {AGAIN}.") from None
+            offsets = offsets.tolist()
+            if any(offsets[s.row + 1] - offsets[s.row] != s.tokens for s in self._listed[name]) or offsets[-1] != len(text):
+                raise AptError(f"{path} does not hold what {INDEX} says: {AGAIN}.")
+            self._shards[name] = latents, text, offsets
+        return self._shards[name]
+
+
+class EpochSampler:
+    """An endless shuffled order of `n` samples, a pure function of (seed, stream, update): nothing to save but the update's number.
+
+    Sample number g of the run (update * batch + place in the batch) is place g % n of epoch g // n, so each n numbers hold every
+    sample once; a batch may reach over two epochs. Streams ("d", "g") shuffle apart. Raises AptError for n or batch below 1.
+    """
+
+    def __init__(self, n: int, batch: int, seed: int, stream: str = ""):
+        if n < 1 or batch < 1:
+            raise AptError(f"{n} samples in batches of {batch} cannot be drawn: both must be 1 or more.")
+        self.n, self.size, self.seed, self.stream = n, batch, seed, stream
+        self._orders: dict[int, np.ndarray] = {}
+
+    def numbers(self, update: int, rank: int = 0, world: int = 1) -> range:
+        """The numbers that rank `rank` of `world` takes in an update: what its noise derives from.
+
+        Raises AptError when the batch does not divide over the ranks.
+        """
+        if self.size % world:
+            raise AptError(f"a batch of {self.size} does not divide over {world} processes: make it a multiple of {world}.")
+        share = self.size // world
+        first = update * self.size + rank * share
+        return range(first, first + share)
+
+    def batch(self, update: int, rank: int = 0, world: int = 1) -> list[int]:
+        """The samples, as positions in the dataset, that belong to `numbers(update, rank, world)`."""
+        return [int(self._order(number // self.n)[number % self.n]) for number in self.numbers(update, rank, world)]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            digest = hashlib.blake2b(f"order/{self.seed}/{self.stream}/{epoch}".encode(), digest_size=16).digest()
+            # Raw Philox words, unlike numpy's shuffles, are the same in every version of numpy.
+            words = np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64)).random_raw(self.n)
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: np.argsort(words, kind="stable")}
+        return self._orders[epoch]
+
+
+def _sample(entry: Mapping) -> Sample:
+    return Sample(**{**entry, "bucket": tuple(entry["bucket"])})
+
+
+def _short(value) -> str:
+    return value[:8] if isinstance(value, str) else str(value)
