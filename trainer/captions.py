@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt_core.errors import AptError
-from trainer.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, kind_of
+from trainer.media import IMAGE_SUFFIXES, KNOWN, VIDEO_SUFFIXES, kind_of
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("caption", "text")
+SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
+ALL_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 TEXTS = (".txt", ".json", ".jsonl", ".csv", ".md")
 
 
@@ -32,8 +34,8 @@ class Bad:
     reason: str
 
 
-def find_items(folder: str | Path, *, skip_bad: bool = False) -> tuple[list[Item], list[Bad]]:
-    """All captioned media below `folder`, in the order of their relative paths, and what cannot be used (with `skip_bad`).
+def find_items(folder: str | Path, kinds: Sequence[str] = ("image", "video"), *, skip_bad: bool = False) -> tuple[list[Item], list[Bad]]:
+    """All captioned media of these kinds below `folder`, in the order of their relative paths, and what cannot be used (with `skip_bad`).
 
     A file's caption is what metadata.jsonl or metadata.csv at the root says (columns file_name and caption, or text), else the
     UTF-8 text file of the same name beside it. Hidden files, and files that are neither media nor captioned, are passed over.
@@ -45,22 +47,24 @@ def find_items(folder: str | Path, *, skip_bad: bool = False) -> tuple[list[Item
         raise AptError(f"{folder} is not a folder: give one with videos or images and their captions.")
     files = _files(folder)
     captions, bad = _metadata(folder)
-    media = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES]
+    other = [suffix for kind, suffixes in SUFFIXES.items() if kind not in kinds for suffix in suffixes]
+    media = {path for path in files if path.suffix.lower() in ALL_SUFFIXES}
     # What metadata names may lie outside the folder or be of a kind that cannot be read.
-    media += sorted(captions.keys() - set(media))
+    media = {path for path in media | captions.keys() if path.suffix.lower() not in other}
+    names = " or ".join(f"{kind}s" for kind in kinds)
     if not media and not bad:
-        raise AptError(f"{folder} holds no videos or images: give a folder of them ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}).")
-    known, texts = set(media), {path for path in files if path.suffix == ".txt"}
+        raise AptError(f"{folder} holds no {names}: give a folder of them ({KNOWN}).")
+    texts = {path for path in files if path.suffix == ".txt"}
     if not captions and not bad and not any(path.with_suffix(".txt") in texts for path in media):
         raise AptError(
-            f"{folder} has no captions for its {len(media)} videos and images: "
+            f"{folder} has no captions ({names} in it: {len(media)}): "
             "put a .txt file of the same name beside each, or a metadata.jsonl with file_name and caption at the root."
         )
     # A captioned file of an unknown kind was surely meant to be used.
-    strange = {path for path in files if path.suffix.lower() not in TEXTS and path not in known and path.with_suffix(".txt") in texts}
+    strange = {path for path in files if path.suffix.lower() not in ALL_SUFFIXES + TEXTS and path.with_suffix(".txt") in texts}
 
     items = []
-    for path in sorted(known | strange, key=lambda path: item_id(folder, path)):
+    for path in sorted(media | strange, key=lambda path: item_id(folder, path)):
         try:
             items.append(_item(path, captions.get(path)))
         except AptError as error:

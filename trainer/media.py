@@ -16,6 +16,7 @@ from apt_core.errors import AptError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+KNOWN = " ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
 AGAIN = "export or download it again"
 
 
@@ -39,8 +40,7 @@ def kind_of(path: str | Path) -> str:
         return "video"
     if suffix in IMAGE_SUFFIXES:
         return "image"
-    known = " ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
-    raise AptError(f"{path} is of a kind that cannot be read ({suffix or 'no suffix'}): convert it to one of {known}.")
+    raise AptError(f"{path} is of a kind that cannot be read ({suffix or 'no suffix'}): convert it to {KNOWN}.")
 
 
 def probe(path: str | Path) -> Media:
@@ -56,8 +56,7 @@ def probe(path: str | Path) -> Media:
             raise AptError(f"{path} holds no frame that can be decoded: {AGAIN}.")
         height, width = (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
         rate = float(stream.average_rate or 0)
-        length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, av.time_base)
-        duration = float(length) or None
+        duration = float(stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base) or None
         frames = stream.frames or (round(duration * rate) if duration else None)
         return Media("video", frames, duration, height, width, rate)
 
@@ -71,7 +70,7 @@ def read_video(path: str | Path, frames: int, fps: float, height: int, width: in
     """
     out = np.empty((frames, height, width, 3), np.uint8)
     moments = [_rational(start) + k / _rational(fps) for k in range(frames)]
-    done, before, shown = 0, None, None
+    done, before = 0, None
     with _video(path) as (container, stream):
         origin, aspect = _seek(container, stream, start), float(stream.sample_aspect_ratio or 1)
         for frame, time, length in _timed(container, stream):
@@ -79,14 +78,14 @@ def read_video(path: str | Path, frames: int, fps: float, height: int, width: in
             now = time - origin
             while done < frames and moments[done] <= now:
                 chosen = before if before and moments[done] - before[1] <= now - moments[done] else (frame, now)
-                if shown is None or shown[0] is not chosen[0]:
-                    shown = chosen[0], _pixels(path, chosen[0], height, width, aspect)
-                out[done] = shown[1]
+                out[done] = _pixels(path, chosen[0], height, width, aspect)
                 done += 1
             before = frame, now
             if done == frames:
                 return out
-        end = before[1] + length if before else Fraction(0)
+        if before is None:
+            raise AptError(f"{path} holds no frame that can be decoded: {AGAIN}.")
+        end = before[1] + length
         if moments[-1] >= end:
             raise _too_short(path, end - _rational(start), frames, fps)
         out[done:] = _pixels(path, before[0], height, width, aspect)
@@ -98,25 +97,20 @@ def check_video(path: str | Path, frames: int, fps: float, start: float = 0.0) -
     last = _rational(start) + (frames - 1) / _rational(fps)
     probe(path)
     with _video(path) as (container, stream):
-        origin, end = _seek(container, stream, start), None
-        gap = _gap(stream)
+        origin, end = _seek(container, stream, start), Fraction(0)
+        gap, counted = _gap(stream), _counted(container)
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise AptError(f"{path} is truncated or damaged: {AGAIN}.")
-            stamp = packet.pts if packet.pts is not None else packet.dts
-            if stamp is None:
-                # Files without time stamps are read at their average rate; the last, empty packet has none either.
-                if not packet.size:
-                    continue
-                stamp, length = 0 if end is None else end / stream.time_base, gap
-            else:
-                length = packet.duration * stream.time_base if packet.duration else gap
-            time = stamp * stream.time_base
+            if not packet.size:  # marks the end
+                continue
+            stamp = None if counted else packet.dts if packet.pts is None else packet.pts
+            time = end if stamp is None else stamp * stream.time_base
             origin = time if origin is None else origin
-            end = max(time + length, end or time)
+            end = max(end, time + (packet.duration * stream.time_base if packet.duration and not counted else gap))
             if packet.dts is not None and packet.dts * stream.time_base - origin > last:
                 break
-    end = end - origin if end is not None else Fraction(0)
+    end -= origin or 0
     if last >= end:
         raise _too_short(path, end - _rational(start), frames, fps)
 
@@ -133,9 +127,7 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
         if image.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
             image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return _cover(image.convert("RGB"), height, width)[None]
 
 
@@ -155,13 +147,14 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 16,
     path, frames = Path(path), _checked(path, frames, 4)
     if path.suffix.lower() != ".mp4":
         raise AptError(f"{path}: videos are written as .mp4, give a name that ends so.")
+    if pixel_format not in ("yuv420p", "yuv444p") or "libx264" not in av.codecs_available:
+        raise AptError(f"{path}: this PyAV cannot write {pixel_format} with libx264: use yuv420p or yuv444p, and a PyAV from PyPI.")
     height, width = frames.shape[1:3]
     if pixel_format == "yuv420p" and (height % 2 or width % 2):
         raise AptError(f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: crop them or use yuv444p.")
     with _replacing(path) as partial, av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=_rational(fps))
-        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-        stream.options = {"crf": str(crf)}
+        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, pixel_format, {"crf": str(crf)}
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
         codec.color_range = 1  # limited
@@ -177,11 +170,10 @@ def write_image(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`."""
     path, pixels = Path(path), np.asarray(pixels)
     pixels = _checked(path, pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels, 3)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind is None or path.suffix.lower() not in IMAGE_SUFFIXES:
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise AptError(f"{path}: no image can be written with this suffix, give one of {' '.join(IMAGE_SUFFIXES)}.")
     with _replacing(path) as partial:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=kind)
+        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
 
 
 @contextmanager
@@ -222,21 +214,27 @@ def _refuse_empty(path: str | Path) -> None:
 
 
 def _seek(container, stream, start: float) -> Fraction | None:
-    """Where the stream's time begins, in seconds, if it says; positioned at a key frame at or before `start`."""
+    """Where the stream's time begins, in seconds, if it says; moves to a key frame at or before `start` where an index tells."""
+    if _counted(container):
+        return Fraction(0)
     origin = None if stream.start_time is None else stream.start_time * stream.time_base
-    if start > 0:
+    if start > 0 and {"mp4", "matroska"} & set(container.format.name.split(",")):
         container.seek(int(((origin or 0) + _rational(start)) / stream.time_base), stream=stream, backward=True)
     return origin
 
 
 def _timed(container, stream) -> Iterator[tuple]:
     """(frame, time, duration) in order of display, in seconds; frames without a time stamp follow at the average rate."""
-    next_time, gap = Fraction(0), _gap(stream)
+    next_time, gap, counted = Fraction(0), _gap(stream), _counted(container)
     for frame in container.decode(stream):
-        time = next_time if frame.pts is None else frame.pts * frame.time_base
-        length = frame.duration * frame.time_base if frame.duration else gap
+        time = next_time if counted or frame.pts is None else frame.pts * frame.time_base
+        length = frame.duration * frame.time_base if frame.duration and not counted else gap
         next_time = time + length
         yield frame, time, length
+
+
+def _counted(container) -> bool:
+    return container.format.name == "avi"  # of one rate by design; its time stamps are wrong where frames are reordered
 
 
 def _gap(stream) -> Fraction:
@@ -297,4 +295,5 @@ def _replacing(path: Path) -> Iterator[Path]:
     except (OSError, av.FFmpegError) as error:
         raise AptError(f"{path} could not be written ({error.strerror or error}): check the folder and its free space.") from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()

@@ -84,7 +84,8 @@ def precompute(
 
     All files, sizes and captions are checked before anything is encoded, and the first problem is raised with the number of the
     others; with `skip_bad` such files are left out, named in the report and in skipped.json. A stopped run goes on from its
-    finished shards, a repeated one encodes only what is new or changed. What stood in `out` before is never changed.
+    finished shards, a repeated one encodes only what is new or changed. Whole shards in `out` are
+    never changed, and the old index stands until the new one is complete.
     Raises AptError for what the user can mend: see `find_items`, `check_size`, `ShardWriter`.
     """
     folder, out = Path(folder), Path(out)
@@ -102,18 +103,21 @@ def precompute(
         "text_length": text_encoder.text_length, "truncate_captions": truncate_captions,
     }  # fmt: skip
     with ShardWriter(out, settings, dtype=dtype) as writer:
-        items, bad = find_items(folder, skip_bad=True)
-        items = [item for item in items if item.kind in kinds]
+        items, bad = find_items(folder, kinds, skip_bad=True)
         items, wrong = _check_captions(items, text_encoder, truncate_captions)
         samples = {item: _sample(folder, item) for item in items}
-        todo = [item for item, sample in samples.items() if sample.key not in writer.done]
-        unreadable = _check_files(todo, cut)
-        todo = [item for item in todo if item not in unreadable]
+        unreadable = _check_files([item for item, sample in samples.items() if sample.key not in writer.done], cut)
         samples = {item: sample for item, sample in samples.items() if item not in unreadable}
+        todo = [item for item, sample in samples.items() if sample.key not in writer.done]
         bad += wrong + list(unreadable.values())
         if not skip_bad:
             refuse_bad(bad)
         _refuse_nothing(folder, samples, bad, kinds)
+
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AptError(f"{out} cannot be made ({error.strerror}): give a folder that can be written to.") from None
 
         started, done = time.perf_counter(), len(samples) - len(todo)
         _tell(progress, done, len(samples))

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -233,7 +234,6 @@ class EpochSampler:
         if n < 1 or batch < 1:
             raise AptError(f"{n} samples in batches of {batch} cannot be drawn: both must be 1 or more.")
         self.n, self.size, self.seed, self.stream = n, batch, seed, stream
-        self._orders: dict[int, np.ndarray] = {}
 
     def numbers(self, update: int, rank: int = 0, world: int = 1) -> range:
         """The numbers that rank `rank` of `world` takes in an update: what its noise derives from.
@@ -248,15 +248,16 @@ class EpochSampler:
 
     def batch(self, update: int, rank: int = 0, world: int = 1) -> list[int]:
         """The samples, as positions in the dataset, that belong to `numbers(update, rank, world)`."""
-        return [int(self._order(number // self.n)[number % self.n]) for number in self.numbers(update, rank, world)]
+        places = (divmod(number, self.n) for number in self.numbers(update, rank, world))
+        return [int(_order(self.n, self.seed, self.stream, epoch)[place]) for epoch, place in places]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            digest = hashlib.blake2b(f"order/{self.seed}/{self.stream}/{epoch}".encode(), digest_size=16).digest()
-            # Raw Philox words, unlike numpy's shuffles, are the same in every version of numpy.
-            words = np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64)).random_raw(self.n)
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1} | {epoch: np.argsort(words, kind="stable")}
-        return self._orders[epoch]
+
+@lru_cache(maxsize=16)
+def _order(n: int, seed: int, stream: str, epoch: int) -> np.ndarray:
+    digest = hashlib.blake2b(f"order/{seed}/{stream}/{epoch}".encode(), digest_size=16).digest()
+    # Raw Philox words, unlike numpy's shuffles, are the same in every version of numpy.
+    words = np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64)).random_raw(n)
+    return np.argsort(words, kind="stable")
 
 
 def _sample(entry: Mapping) -> Sample:

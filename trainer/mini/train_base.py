@@ -35,7 +35,7 @@ class Stage:
     lr_end: float
 
 
-RECIPE = (Stage(2000, 0.0, 0.04, 0.04), Stage(8000, 0.67, 0.04, 0.02), Stage(2500, 0.67, 0.02, 0.001))
+RECIPE = (Stage(2000, 0.0, 0.04, 0.04), Stage(11500, 0.67, 0.04, 0.02), Stage(4500, 0.67, 0.02, 0.001))
 
 
 class Captions:
