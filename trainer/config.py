@@ -115,10 +115,14 @@ def load_preset(name: str | Path) -> Preset:
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
         raise AptError(f"there is no preset {str(name)!r}; use one of {known}, or the path of a .toml file.")
     try:
-        return Preset.model_validate(tomllib.loads(path.read_text()))
+        return Preset.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError):
+        raise AptError(f"preset {path.name} cannot be read: give a TOML file in UTF-8 that you may read.") from None
     except tomllib.TOMLDecodeError as error:
         raise AptError(f"preset {path.name} is not valid TOML: {error}.") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise AptError(f"preset {path.name}: {where} is missing: add it.") from None
         raise AptError(f"preset {path.name}: {where} is {first.get('input')!r}: {first['msg'].lower()}.") from None

@@ -4,13 +4,14 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
-from apt_core.checkpoint import read_header
+from apt_core.checkpoint import load_transformer
 from apt_core.errors import AptError
 from apt_core.text import load_text_encoder
 from apt_core.vae import load_vae
@@ -18,15 +19,16 @@ from trainer.adversarial import adversarial
 from trainer.batches import Batches
 from trainer.config import Preset
 from trainer.distill import distill
-from trainer.files import write_json
+from trainer.files import make_folder, replacing, write_json
 from trainer.media import write_image, write_video
 from trainer.mini import ASSETS
-from trainer.mini.clips import draw
+from trainer.mini.clips import SIZE, draw
 from trainer.mini.report import write_report
-from trainer.precompute import precompute
+from trainer.precompute import SKIPPED, precompute
 from trainer.progress import console, stage_bar
+from trainer.shards import INDEX
 
-LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy")
+LIBRARIES = ("comfyui-apt", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
 
 
 @dataclass(frozen=True)
@@ -46,25 +48,28 @@ class Demo:
     def run(self) -> dict:
         """Run every stage that is not finished yet and return the report.
 
-        Raises AptError for unusable data, before any training starts, and for an `out` that holds a run with other settings.
+        Raises AptError for unusable data, before any training starts, and for an `out` that cannot be written or holds a run with
+        other settings.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        phases, size = self.preset.phases(self.variant), self.preset.data
+        if self.data is None and (size.height, size.width) != (SIZE, SIZE):
+            raise AptError(f"preset {self.preset.name} asks for {size.width}x{size.height} pixels, but drawn clips have {SIZE}x{SIZE}; give --data.")
+        make_folder(self.out)
         state = RunState(self.out / "state.json", self._identity())
-        phases = self.preset.phases(self.variant)
         base = ASSETS / "transformer.safetensors"
         folder, latents = self.data or self.out / "data", self.out / "latents"
         names = {"distilled": self.out / "distilled.safetensors", "image": self.out / "apt-image.safetensors", "video": self.out / "apt-mini.safetensors"}
 
         if self.data is None:
-            state.stage("data", "Drawing clips", lambda report: self._draw(folder, report))
+            state.stage("data", "Drawing clips", lambda report: self._draw(folder, report), latents / INDEX, folder)
         text = load_text_encoder(ASSETS / "text_encoder.safetensors")
-        state.stage("precompute", "Encoding", lambda report: self._precompute(folder, latents, text, report))
+        state.stage("precompute", "Encoding", lambda report: self._precompute(folder, latents, text, report), latents / INDEX)
 
         batches = Batches(latents, text, self.seed)
         metadata = self._metadata(text)
         common = dict(seed=self.seed, device=self.device, metadata=metadata)
-        state.stage("distill", "Stage 1: distill", lambda report: distill(base, batches, self.preset, names["distilled"], report=report, **common))
         start = names["distilled"]
+        state.stage("distill", "Stage 1: distill", lambda report: distill(base, batches, self.preset, start, report=report, **common), start)
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
         for kind in kinds:
             out = names[kind] if kind != kinds[-1] else names["video"]
@@ -72,14 +77,15 @@ class Demo:
                 f"adversarial_{kind}",
                 f"Stage 2: {kind}s",
                 lambda report: adversarial(kind, start, base, batches, getattr(phases, kind), out, report=report, **common),
+                out,
             )
             start = out
             names[kind] = out
-        state.stage("export", "Checking the export", lambda report: self._check_export(names["video"]))
+        state.stage("export", "Checking the export", lambda report: self._check_export(names["video"], report))
         files = {kind: {"base": base, "distilled": names["distilled"], "apt": names[kind]} for kind in kinds}
         with stage_bar("Sampling and judging") as report:
             result = write_report(self, files, batches, state.record(), report)
-        console.print(f"[bold]{self.out / 'apt-mini.safetensors'}[/] opens in ComfyUI's Load Diffusion Model; see compare.png, sample.mp4 and report.json beside it.")
+        console.print(f"[bold]{escape(str(names['video']))}[/] opens in ComfyUI's Load Diffusion Model; see compare.png, sample.mp4 and report.json beside it.", soft_wrap=True)
         return result
 
     def _identity(self) -> dict:
@@ -90,7 +96,7 @@ class Demo:
 
     def _draw(self, folder: Path, report: Callable) -> list:
         """Real files with sidecar captions: PNG images and near-lossless H.264 clips."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         data = self.preset.data
         total = data.images + data.clips
         for moving, count, done in ((False, data.images, 0), (True, data.clips, data.images)):
@@ -101,17 +107,22 @@ class Demo:
                     write_video(stem.with_suffix(".mp4"), pixels[0], data.fps, crf=8, pixel_format="yuv444p")
                 else:
                     write_image(stem.with_suffix(".png"), pixels[0, 0])
-                stem.with_suffix(".txt").write_text(scenes[0].caption + "\n")
+                with replacing(stem.with_suffix(".txt")) as part:
+                    part.write_text(scenes[0].caption + "\n")
                 report(done + i + 1, total)
         return []
 
     def _precompute(self, folder: Path, latents: Path, text, report: Callable) -> list:
         data = self.preset.data
         vae = load_vae(ASSETS / "vae.safetensors").to(self.device)
-        precompute(
+        made = precompute(
             folder, latents, vae, text, height=data.height, width=data.width, frames=data.frames, fps=data.fps,
             skip_bad=self.skip_bad, truncate_captions=self.truncate_captions, progress=report,
         )  # fmt: skip
+        for bad in made.skipped:
+            console.print(f"left out: {bad.reason}", markup=False, highlight=False, soft_wrap=True)
+        if made.skipped:
+            console.print(f"{len(made.skipped)} left out, listed in {latents / SKIPPED}", markup=False, highlight=False, soft_wrap=True)
         return []
 
     def _metadata(self, text) -> dict:
@@ -125,13 +136,18 @@ class Demo:
             "seed": self.seed,
         }
 
-    def _check_export(self, path: Path) -> list:
-        read_header(path)
+    def _check_export(self, path: Path, report: Callable) -> list:
+        """The file as a user will read it: every key, shape and number."""
+        load_transformer(path)
+        report(1, 1)
         return []
 
 
 class RunState:
-    """Which stages of a run are finished, with their wall seconds and losses, in one small file."""
+    """Which stages of a run are finished, with their wall seconds and losses, in one small file.
+
+    Raises AptError for a file that is damaged or of a run with another identity.
+    """
 
     def __init__(self, path: Path, identity: dict) -> None:
         self.path = path
@@ -140,16 +156,17 @@ class RunState:
         if path.exists():
             try:
                 self.state = json.loads(path.read_text())
-                old = self.state["settings"]
-            except (ValueError, KeyError):
+                old = dict(self.state["settings"])
+                self.record()
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 raise AptError(f"{path} is damaged; delete it to start over, or give another --out.") from None
             changed = sorted(key for key in identity if old.get(key) != identity[key])
             if changed:
                 raise AptError(f"{path.parent} holds a run with another {', '.join(changed)}; give another --out, or the settings of that run.")
 
-    def stage(self, name: str, title: str, work: Callable) -> None:
-        """Do `work(report)` unless it is done; what it returns is kept as the stage's losses."""
-        if name in self.state["stages"]:
+    def stage(self, name: str, title: str, work: Callable, *made: Path) -> None:
+        """Do `work(report)` unless it is done and one of what it `made` is still there; what it returns is kept as the stage's losses."""
+        if name in self.state["stages"] and (not made or any(path.exists() for path in made)):
             console.print(f"[dim]{title}: done before, in {self.state['stages'][name]['seconds']:.0f} s[/]")
             return
         started = time.perf_counter()
@@ -163,6 +180,7 @@ class RunState:
         stages = self.state["stages"]
         return {
             "settings": self.state["settings"],
+            "seed": self.state["settings"]["seed"],
             "seconds": {name: stage["seconds"] for name, stage in stages.items()},
             "losses": {name: stage["losses"] for name, stage in stages.items() if stage["losses"]},
             "versions": versions(),

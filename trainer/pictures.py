@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from apt_core.errors import AptError
-from trainer.media import write_video
+from trainer.media import write_image, write_video
 
 INK, PAPER, GAP, LABEL = (20, 20, 24), (255, 255, 255), 8, 34
 
@@ -23,7 +23,10 @@ def filmstrip(clip: np.ndarray, factor: int = 2) -> np.ndarray:
 
 
 def comparison(path: Path, titles: list[str], prompts: list[str], cells: list[list[np.ndarray]]) -> None:
-    """A sheet with one row a prompt and one column a model; `cells[row][column]` are uint8 `[F, H, W, 3]`."""
+    """A sheet with one row a prompt and one column a model; `cells[row][column]` are uint8 `[F, H, W, 3]`.
+
+    Raises AptError for a place that cannot be written.
+    """
     strips = [[filmstrip(cell, factor=2 if len(cell) > 1 else 3) for cell in row] for row in cells]
     height, width = strips[0][0].shape[:2]
     font = ImageFont.load_default(size=15)
@@ -36,7 +39,7 @@ def comparison(path: Path, titles: list[str], prompts: list[str], cells: list[li
         for column, strip in enumerate(line):
             sheet.paste(Image.fromarray(strip), (GAP + (width + GAP) * column, top))
         pen.text((GAP, top + height + 6), _fit(prompt, font, sheet.width - 2 * GAP), INK, font=font)
-    sheet.save(path)
+    write_image(path, np.asarray(sheet))
 
 
 def _fit(text: str, font, width: int) -> str:
@@ -46,7 +49,10 @@ def _fit(text: str, font, width: int) -> str:
 
 
 def sample_video(path: Path, clips: np.ndarray, fps: float, factor: int = 4, loops: int = 4) -> None:
-    """Up to 16 clips `[n, F, H, W, 3]` in a square, repeated so that a player shows more than a second of them."""
+    """Up to 16 clips `[n, F, H, W, 3]` in a square, repeated so that a player shows more than a second of them.
+
+    Raises AptError when there are none, or for a place that cannot be written.
+    """
     side = max(1, min(4, int(len(clips) ** 0.5)))
     if not len(clips):
         raise AptError("there are no samples to write a video of; ask for at least one.")

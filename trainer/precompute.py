@@ -14,7 +14,7 @@ import torch
 from apt_core.errors import AptError
 from apt_core.vae import check_size, encode, stride
 from trainer.captions import Bad, Item, find_items, item_id, refuse_bad
-from trainer.files import write_json
+from trainer.files import make_folder, write_json
 from trainer.media import check_image, check_video, read_image, read_video
 from trainer.shards import Sample, ShardWriter
 
@@ -114,11 +114,7 @@ def precompute(
             refuse_bad(bad)
         _refuse_nothing(folder, samples, bad, kinds)
 
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AptError(f"{out} cannot be made ({error.strerror}): give a folder that can be written to.") from None
-
+        make_folder(out)
         started, done = time.perf_counter(), len(samples) - len(todo)
         _tell(progress, done, len(samples))
         failed = []

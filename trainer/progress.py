@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 console = Console()
 SHOWN = ("cd_loss_image", "cd_loss_video", "d_loss", "g_loss", "logit_real", "logit_fake", "r1")
@@ -15,10 +16,11 @@ SHOWN = ("cd_loss_image", "cd_loss_video", "d_loss", "g_loss", "logit_real", "lo
 def stage_bar(title: str) -> Iterator[Callable[[int, int, dict], None]]:
     """A bar for one stage: call what it yields with (done, total, metrics)."""
     columns = (
-        TextColumn("[bold]{task.description:<22}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[losses]}"),
+        TextColumn("[bold]{task.description:<20}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True, ratio=1)),  # takes the width that is left
     )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    title = escape(title)  # a folder's name may have brackets
+    with Progress(*columns, console=console, expand=True) as progress:
         task = progress.add_task(title, total=None, losses="")
 
         def report(done: int, total: int, metrics: dict | None = None) -> None:
@@ -30,11 +32,11 @@ def stage_bar(title: str) -> Iterator[Callable[[int, int, dict], None]]:
 
 def columns_table(title: str, columns: dict[str, dict]) -> Table:
     """The report's columns as rows of a terminal table."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False, collapse_padding=True)  # 80 columns hold it
     names = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "calls", "samples")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for column, row in columns.items():
         table.add_row(column, *(_cell(row[name]) for name in names))
     return table
@@ -43,4 +45,4 @@ def columns_table(title: str, columns: dict[str, dict]) -> Table:
 def _cell(value) -> str:
     if value is None:
         return "-"
-    return str(value) if isinstance(value, int) else f"{value:.2f}"
+    return str(value) if isinstance(value, int) else f"{value:.2f}" if value < 100 else f"{value:.0f}"

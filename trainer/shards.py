@@ -90,11 +90,7 @@ class ShardWriter:
         digest = hashlib.blake2b(json.dumps([self.settings, [sample.key for sample in samples]]).encode(), digest_size=16)
         index = {"format": FORMAT, "version": VERSION, **facts, "settings": self.settings, "fingerprint": digest.hexdigest()}
         path = self.folder / INDEX
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            write_json(path, index | {"samples": [asdict(sample) for sample in samples]})
-        except OSError as error:
-            raise AptError(f"{path} could not be written ({error.strerror}): check the folder and its free space.") from None
+        write_json(path, index | {"samples": [asdict(sample) for sample in samples]})
         return path
 
     def _resume(self, path: Path) -> None:

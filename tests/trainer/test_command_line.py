@@ -1,13 +1,20 @@
 """The command line: a mistake is one sentence and exit code 2, never a traceback."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
+# The package may be imported from the checkout, without being installed.
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))}
+
 
 def command(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "trainer", *arguments], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run([sys.executable, "-m", "trainer", *arguments], capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT)
 
 
 def test_help_names_the_commands():
@@ -24,6 +31,7 @@ def test_help_names_the_commands():
         (("demo", "--recipe", "nope"), "there is no preset 'nope'; use one of mini, or the path of a .toml file."),
         (("measure", "nowhere"), "nowhere holds no run of the demo"),
         (("pretrain-mini", "everything"), "there is no part 'everything' to train"),
+        (("pretrain-mini", "text", "--device", "nope"), "torch cannot use the device 'nope' here"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, sentence, tmp_path):
@@ -36,3 +44,26 @@ def test_mistakes_are_one_sentence(arguments, sentence, tmp_path):
 def test_an_unknown_option_is_refused(tmp_path):
     result = command("demo", "--sede", "1", cwd=tmp_path)
     assert result.returncode == 2 and "--sede" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("demo", "--seed", "-1"), ("demo", "--samples", "1"), ("pretrain-mini", "--seed", "-1")])
+def test_a_number_out_of_range_is_refused(arguments, tmp_path):
+    result = command(*arguments, cwd=tmp_path)
+    assert result.returncode == 2 and arguments[1] in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_says_what_is_kept(tmp_path):
+    command = [sys.executable, "-m", "trainer", "demo"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
+    try:
+        data = tmp_path / "runs" / "demo" / "data"
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not list(data.glob("*.png")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        complaint = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert complaint == "stopped; what is finished is kept, and the same command goes on from there.\n"

@@ -64,3 +64,13 @@ def test_broken_toml_is_named(tmp_path):
     bad.write_text("name = ")
     with pytest.raises(AptError, match="bad.toml is not valid TOML"):
         load_preset(bad)
+
+
+def test_a_missing_value_and_a_file_that_is_no_text_are_named(tmp_path):
+    bad = tmp_path / "bad.toml"
+    bad.write_text((PRESETS / "mini.toml").read_text().replace("second_time", "# second_time", 1))
+    with pytest.raises(AptError, match=r"^preset bad.toml: sampling.second_time is missing: add it.$"):
+        load_preset(bad)
+    bad.write_bytes(b"name = '\xff\xfe'")
+    with pytest.raises(AptError, match="preset bad.toml cannot be read: give a TOML file in UTF-8"):
+        load_preset(bad)

@@ -13,9 +13,13 @@ from PIL import Image
 import trainer.demo
 from apt_core.checkpoint import load_transformer, read_header
 from apt_core.errors import AptError
+from apt_core.tensorfile import read_tensors
 from trainer.config import load_preset
-from trainer.demo import Demo
+from trainer.demo import Demo, RunState
+from trainer.media import write_video
 from trainer.mini.evaluate import COLUMNS
+from trainer.mini.measure import measure_runs
+from trainer.mini.report import drawn_prompts
 
 TINY = load_preset(Path(__file__).parent / "tiny.toml")
 KEYS = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "calls", "samples")
@@ -29,6 +33,13 @@ def run(tmp_path_factory):
     return out, Demo(out, TINY, samples=SAMPLES).run()
 
 
+def assert_same_file(one, other):
+    """Equal weights and metadata; safetensors writes the metadata in any order."""
+    (weights, header), (expected, wanted) = read_tensors(one), read_tensors(other)
+    assert header.metadata == wanted.metadata and weights.keys() == expected.keys()
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
 def test_the_report_has_every_column_and_number(run):
     out, result = run
     assert json.loads((out / "report.json").read_text()) == result
@@ -39,11 +50,12 @@ def test_the_report_has_every_column_and_number(run):
             assert all(np.isfinite(row[key]) for key in KEYS)
         assert result[name]["real"]["structure"] == result[name]["real"]["alignment"] == 1.0
         assert [row["calls"] for row in result[name].values()] == [0, 4, 1, 1, 1, 2]
-    assert set(result["seconds"]) >= {"data", "precompute", "distill", "adversarial_image", "adversarial_video"}
+    stages = {"data", "precompute", "distill", "adversarial_image", "adversarial_video", "export", "report"}
+    assert set(result["seconds"]) == stages and result["seconds"]["report"] > 0
     assert len(result["losses"]["distill"]) == 3 and len(result["losses"]["adversarial_video"]) == 2
     assert {"d_loss", "r1", "g_loss", "logit_real", "logit_fake"} <= result["losses"]["adversarial_video"][0].keys()
     assert result["versions"]["torch"] == torch.__version__.split("+")[0] or result["versions"]["torch"] == torch.__version__
-    assert result["settings"]["seed"] == 0
+    assert result["settings"]["seed"] == result["seed"] == 0
 
 
 def test_the_pictures_and_the_video_open(run):
@@ -74,12 +86,11 @@ def test_a_finished_run_trains_nothing_again_and_an_interrupted_one_goes_on(run,
     state = json.loads((out / "state.json").read_text())
     del state["stages"]["adversarial_video"]
     (out / "state.json").write_text(json.dumps(state))
-    whole = (out / "apt-mini.safetensors").read_bytes()
     (out / "apt-mini.safetensors").unlink()
     monkeypatch.setattr(trainer.demo, "distill", None)
     monkeypatch.setattr(trainer.demo, "precompute", None)
     result = Demo(out, TINY, samples=SAMPLES).run()
-    assert (out / "apt-mini.safetensors").read_bytes() == whole
+    assert_same_file(out / "apt-mini.safetensors", run[0] / "apt-mini.safetensors")
     assert result["columns"] == run[1]["columns"]
 
 
@@ -120,3 +131,85 @@ def test_data_without_captions_stops_before_any_training(tmp_path):
     with pytest.raises(AptError, match="caption"):
         Demo(tmp_path / "out", TINY, data=folder).run()
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_file_that_was_moved_away_is_made_again(run, tmp_path, monkeypatch):
+    out = tmp_path / "again"
+    shutil.copytree(run[0], out)
+    (out / "apt-mini.safetensors").unlink()
+    monkeypatch.setattr(trainer.demo, "distill", None)
+    monkeypatch.setattr(trainer.demo, "write_report", lambda *args: {})
+    Demo(out, TINY, samples=SAMPLES).run()
+    assert_same_file(out / "apt-mini.safetensors", run[0] / "apt-mini.safetensors")
+
+
+def test_one_clip_a_few_pictures_and_a_bad_file(tmp_path, capsys):
+    folder = tmp_path / "my [odd] folder"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    write_video(folder / "a.mp4", rng.integers(0, 255, (9, 64, 64, 3), dtype=np.uint8), 8)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    for path in list(folder.iterdir()):
+        path.with_suffix(".txt").write_text("noise")
+    result = Demo(tmp_path / "out [/x]", TINY, data=folder, samples=4, skip_bad=True).run()
+    shown = capsys.readouterr().out
+    assert "left out: " in shown and "bad.png" in shown and "1 left out, listed in " in shown
+    for name, count in (("columns", 1), ("image_columns", 3)):
+        for row in result[name].values():
+            assert row["samples"] == count and np.isfinite(row["patch_fd"]) and row["sharpness"] > 0
+            assert (row["fd"] is None, row["diversity"] is None) == (count == 1, count == 1)
+    assert "NaN" not in (tmp_path / "out [/x]" / "report.json").read_text()
+
+
+@pytest.mark.parametrize("out", ["file", "file/inside"])
+def test_an_out_that_is_a_file_is_refused_and_stays(tmp_path, out):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(AptError, match="cannot be made, because it or a parent of it is a file: give another folder"):
+        Demo(tmp_path / out, TINY).run()
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"settings": 3}', '{"settings": {"seed": 0}}', '{"settings": {"seed": 0}, "stages": {"data": 1}}'])
+def test_a_damaged_state_is_named(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(AptError, match="state.json is damaged; delete it to start over"):
+        RunState(tmp_path / "state.json", {"seed": 0})
+
+
+def test_drawn_clips_have_one_size_and_any_length(run, tmp_path):
+    wide = TINY.model_copy(update={"data": TINY.data.model_copy(update={"width": 64})})
+    with pytest.raises(AptError, match="64x48 pixels, but drawn clips have 48x48; give --data"):
+        Demo(tmp_path / "out", wide).run()
+    assert not (tmp_path / "out").exists()
+
+    class Batches:
+        def embed(self, prompts):
+            return prompts
+
+    assert [drawn_prompts(Batches(), kind, 2, 0, frames=5).real.shape[1] for kind in ("image", "video")] == [1, 5]
+
+
+def test_measure_gives_the_mean_and_each_run(run, tmp_path):
+    result = measure_runs([run[0], run[0]], 4, tmp_path / "new" / "figures.json")
+    assert json.loads((tmp_path / "new" / "figures.json").read_text()) == result
+    for name in ("columns", "image_columns"):
+        assert tuple(result[name]) == COLUMNS and len(result[f"{name}_by_run"]) == 2
+        for column in COLUMNS:
+            each = [rows[column]["fd"] for rows in result[f"{name}_by_run"]]
+            assert result[name][column]["fd"] == pytest.approx(np.mean(each), abs=1e-4) and result[name][column]["samples"] == 4
+        # The second run is judged on scenes and noise of its own.
+        assert result[f"{name}_by_run"][0]["apt_1"]["fd"] != result[f"{name}_by_run"][1]["apt_1"]["fd"]
+
+
+def test_measure_names_an_unfinished_run_before_it_measures_any(run, tmp_path, monkeypatch):
+    out = tmp_path / "unfinished"
+    out.mkdir()
+    shutil.copy(run[0] / "state.json", out)
+    monkeypatch.setattr("trainer.mini.measure.evaluate", None)
+    with pytest.raises(AptError, match="unfinished has no distilled.safetensors; let the demo finish there first"):
+        measure_runs([run[0], out], 4)
+    (out / "state.json").write_text('{"settings": {"data": null, "preset": {}}}')
+    with pytest.raises(AptError, match="holds no run of the demo"):
+        measure_runs([out], 4)

@@ -25,7 +25,6 @@ EXTENT = {"circle": (1, 1, 1, 1), "square": (0.887, 0.887, 0.887, 0.887), "trian
 
 SIZE = 48
 FRAMES = 9
-FPS = 8
 NEGATIVE_PROMPT = "blurry, broken, deformed, bad quality"
 
 

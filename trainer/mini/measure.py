@@ -19,24 +19,25 @@ from .features import load_features
 from .report import drawn_prompts, evaluate
 
 SAMPLE_SEED = 1_000_000  # no demo judges on these scenes or this noise
-SHAPES = {"image": (16, 1, 6, 6), "video": (16, 3, 6, 6)}
+FILES = {"image": "apt-image.safetensors", "video": "apt-mini.safetensors"}
 
 
 def measure_runs(runs: list[Path], samples: int, out: Path | None = None) -> dict:
-    """Measure each run on `samples` images and clips of its own; print and return means and spreads over the runs.
+    """Measure each run on `samples` images and clips of its own; print the means over the runs, return them and each run's own.
 
-    Raises AptError for a folder that holds no finished run on drawn clips.
+    Raises AptError for a folder that holds no finished run on drawn clips, before anything is measured.
     """
+    presets = [_preset(run) for run in runs]
     vae, net = load_vae(ASSETS / "vae.safetensors"), load_features(ASSETS / "features.safetensors")
     text = Embedder(load_text_encoder(ASSETS / "text_encoder.safetensors"))
     found: dict[str, list[dict]] = {"image": [], "video": []}
-    for number, run in enumerate(runs):
-        preset = _preset(run)
+    for number, (run, preset) in enumerate(zip(runs, presets)):
         negative = text.embed([preset.sampling.negative_prompt])
-        for kind, file in (("image", "apt-image.safetensors"), ("video", "apt-mini.safetensors")):
-            prompts = drawn_prompts(text, kind, samples, SAMPLE_SEED + number)
+        for kind, file in FILES.items():
+            prompts = drawn_prompts(text, kind, samples, SAMPLE_SEED + number, preset.data.frames)
             models = Models(ASSETS / "transformer.safetensors", run / "distilled.safetensors", run / file)
-            sampler = Sampler(models, preset.sampling, kind, prompts.text, negative, SHAPES[kind], SAMPLE_SEED + number)
+            shape = (16, (prompts.real.shape[1] - 1) // 4 + 1, preset.data.height // 8, preset.data.width // 8)
+            sampler = Sampler(models, preset.sampling, kind, prompts.text, negative, shape, SAMPLE_SEED + number)
             with stage_bar(f"{run.name}: {kind}s") as bar:
                 done = 0
 
@@ -59,11 +60,15 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None) -> dic
 def _preset(run: Path) -> Preset:
     try:
         settings = json.loads((run / "state.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError):
+        data, preset = settings["data"], Preset.model_validate(settings["preset"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise AptError(f"{run} holds no run of the demo; give the folders that `demo --out` made.") from None
-    if settings["data"]:
-        raise AptError(f"{run} was trained on other people's clips ({settings['data']}), which cannot be judged; give runs on drawn ones.")
-    return Preset.model_validate(settings["preset"])
+    if data:
+        raise AptError(f"{run} was trained on other people's clips ({data}), which cannot be judged; give runs on drawn ones.")
+    for name in ("distilled.safetensors", *FILES.values()):
+        if not (run / name).is_file():
+            raise AptError(f"{run} has no {name}; let the demo finish there first.")
+    return preset
 
 
 def _mean(rows: list[dict]) -> dict:

@@ -23,16 +23,18 @@ class Reference:
         self.edges = edge_energy(pixels)
 
     def measure(self, pixels: np.ndarray, scenes: list[Scene] | None) -> dict[str, float | None]:
-        """The row of one column. Without scenes (other people's clips) structure and alignment are None: nobody knows the truth."""
+        """The row of one column. None is what cannot be known: structure and alignment without scenes (other people's clips), fd and
+        diversity of a single sample, sharpness against flat pictures."""
+        several = min(len(pixels), len(self.whole)) > 1
         whole, patches = features(self.net, pixels)
         whole, patches = whole / self.scale, patches / self.patch_scale
         row: dict[str, float | None] = {
-            "fd": frechet(self.whole, whole),
+            "fd": frechet(self.whole, whole) if several else None,
             "patch_fd": frechet(self.patches, patches),
-            "sharpness": edge_energy(pixels) / self.edges,
+            "sharpness": edge_energy(pixels) / self.edges if self.edges else None,
             "structure": None,
             "alignment": None,
-            "diversity": coverage(self.whole, whole),
+            "diversity": coverage(self.whole, whole) if several else None,
         }
         if scenes is not None:
             readings = [read_clip(clip) for clip in pixels]
@@ -66,12 +68,13 @@ def features(net: FeatureNet, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """Frechet distance between Gaussians fitted to two sets of features `[n, d]`."""
+    """Frechet distance between Gaussians fitted to two sets of features `[n, d]`, n > 1."""
     mean_a, mean_b = a.mean(0), b.mean(0)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # The trace of sqrt(A B) from the eigenvalues of A B, which are real and not negative up to rounding.
     eigenvalues = linalg.eigvals(cov_a @ cov_b).real.clip(min=0)
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(eigenvalues).sum())
+    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(eigenvalues).sum()
+    return max(0.0, float(distance))
 
 
 def edge_energy(pixels: np.ndarray) -> float:

@@ -1,9 +1,11 @@
 """Rebuilds the miniature's shipped files, one part after the other."""
 
-import shutil
 from pathlib import Path
 
+import torch
+
 from apt_core.errors import AptError
+from trainer.files import make_folder
 from trainer.progress import console
 
 from . import ASSETS
@@ -15,18 +17,22 @@ FILES = {"vae": "vae.safetensors", "text": "text_encoder.safetensors", "features
 def pretrain(part: str, out: Path, *, seed: int, device: str, amp: bool, compiled: bool) -> None:
     """Train `part` ("all" or one of PARTS) into `out`; a part that needs another takes it from `out`, else the shipped one.
 
-    Raises AptError for an unknown part.
+    Raises AptError for an unknown part, a device that torch cannot use, and a place that cannot be written.
     """
     if part not in (*PARTS, "all"):
         raise AptError(f"there is no part {part!r} to train; use all, {', '.join(PARTS)}.")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):  # AssertionError: torch without CUDA
+        raise AptError(f"torch cannot use the device {device!r} here; use cpu, or install a torch for that device.") from None
+    make_folder(out)
     for name in PARTS if part == "all" else (part,):
         target = out / FILES[name]
         if target.exists():
-            console.print(f"{target} is there already; delete it to train it again")
+            console.print(f"{target} is there already; delete it to train it again", markup=False)
             continue
         _train(name, target, _file("vae", out), _file("text", out), seed=seed, device=device, amp=amp, compiled=compiled)
-        console.print(f"wrote {target}")
+        console.print(f"wrote {target}", markup=False)
 
 
 def _file(name: str, out: Path) -> Path:
@@ -51,10 +57,3 @@ def _train(name: str, target: Path, vae: Path, text: Path, *, seed: int, device:
         from .train_base import train_base
 
         train_base(target, vae, text, work=target.parent / "base", seed=seed, device=device, compiled=compiled, report=report)
-
-
-def install(out: Path) -> None:
-    """Copy rebuilt files over the shipped ones."""
-    for name in FILES.values():
-        if (out / name).exists():
-            shutil.copyfile(out / name, ASSETS / name)

@@ -1,5 +1,6 @@
 """Samples every column, judges it, and leaves report.json, compare.png and sample.mp4."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +35,12 @@ class Prompts:
     scenes: list[Scene] | None
 
 
-def drawn_prompts(batches, kind: str, count: int, seed: int) -> Prompts:
-    """Fresh drawn scenes: `count` to be prompts and the real column, and `count` others as the reference."""
+def drawn_prompts(batches, kind: str, count: int, seed: int, frames: int) -> Prompts:
+    """Fresh drawn scenes: `count` to be prompts and the real column, and `count` others as the reference; clips have `frames` frames."""
     moving = kind == "video"
-    real, scenes = draw(PROMPT_SEED + seed, range(count), moving)
-    reference, _ = draw(REFERENCE_SEED + seed, range(count), moving)
+    frames = frames if moving else 1
+    real, scenes = draw(PROMPT_SEED + seed, range(count), moving, frames)
+    reference, _ = draw(REFERENCE_SEED + seed, range(count), moving, frames)
     captions = [scene.caption for scene in scenes]
     return Prompts(captions, batches.embed(captions), real, reference, scenes)
 
@@ -64,7 +66,11 @@ def evaluate(prompts: Prompts, sampler: Sampler, vae, net, report: Callable[[int
 
 
 def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict, report: Callable) -> dict:
-    """The last stage of the demo. `report` is a progress bar's (done, total)."""
+    """The last stage of the demo: samples every column of `files`, writes pictures, video and report.json, and prints the tables.
+
+    record: what the earlier stages left (RunState.record); report: a progress bar's (done, total).
+    """
+    started = time.perf_counter()
     vae, net = load_vae(ASSETS / "vae.safetensors").to(demo.device), load_features(ASSETS / "features.safetensors")
     negative = batches.embed([demo.preset.sampling.negative_prompt])
     total, done = 5 * sum(demo.samples if demo.data is None else min(demo.samples, len(batches.datasets[k])) for k in files), 0
@@ -77,7 +83,7 @@ def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict,
     result = {"columns": {}, "image_columns": {}}
     for kind, paths in files.items():
         if demo.data is None:
-            prompts = drawn_prompts(batches, kind, demo.samples, demo.seed)
+            prompts = drawn_prompts(batches, kind, demo.samples, demo.seed, demo.preset.data.frames)
         else:
             prompts = data_prompts(batches, kind, demo.samples, vae, lambda n: None)
         shape = tuple(batches.datasets[kind].batch([0])[0].shape[1:])
@@ -86,6 +92,7 @@ def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict,
         result["columns" if kind == "video" else "image_columns"] = rows
         _pictures(demo, kind, prompts.captions, pixels, last=kind == list(files)[-1])
     result |= record
+    result["seconds"] = record["seconds"] | {"report": round(time.perf_counter() - started, 2)}
     write_json(demo.out / "report.json", result)
     for name, title in (("image_columns", "Images"), ("columns", "Video")):
         if result[name]:

@@ -15,6 +15,7 @@ from apt_core.generator import euler_cfg
 from apt_core.text import load_text_encoder
 from apt_core.vae import decode, encode, load_vae
 from apt_core.wan import WanBackbone, predict_velocity
+from trainer.files import replacing
 
 from .clips import COLOR_NAMES, DIRECTION_NAMES, NEGATIVE_PROMPT, SHAPES, Scene, draw
 from .judge import read_clip
@@ -97,7 +98,8 @@ def train_base(
     for kind, count in (("image", images), ("video", videos)):
         cached = work / f"{kind}-{count}.pt"
         if not cached.exists():
-            torch.save(latent_pool(vae, captions, seed + 3000, count, kind == "video", device, report), cached)
+            with replacing(cached) as part:
+                torch.save(latent_pool(vae, captions, seed + 3000, count, kind == "video", device, report), part)
         pools[kind] = tuple(part.to(device) for part in torch.load(cached))
     table = captions.table.to(device)
 
@@ -107,7 +109,7 @@ def train_base(
     optimizer = Muon(model.parameters())
     update, state_file = 0, work / "state.pt"
     if state_file.exists():
-        state = torch.load(state_file)
+        state = torch.load(state_file, map_location=device)
         update = state["update"]
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
@@ -145,8 +147,8 @@ def train_base(
             losses, started = {"image": [], "video": []}, time.time()
         if update % 500 == 0 or update == total:
             state = {"update": update, "model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state, state_file.with_suffix(".tmp"))
-            state_file.with_suffix(".tmp").replace(state_file)
+            with replacing(state_file) as part:
+                torch.save(state, part)
         if update % judge_every == 0 or update == total:
             for judged in ("image", "video"):
                 report(f"base {update} {judged}: {json.dumps(judge_base(average, vae, captions, judged, count=judge_count, device=device))}")

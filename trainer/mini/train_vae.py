@@ -81,7 +81,6 @@ def train_vae(
             if update % 50 == 0:
                 report(f"vae {update}: l1 {l1:.4f} l2 {l2:.5f} kl {kl:.2f}")
             update += 1
-        torch.save(vae.state_dict(), out.with_suffix(".partial"))
 
     vae.eval()
     mean, std = latent_statistics(vae, pool[:256], device)

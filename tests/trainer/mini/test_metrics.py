@@ -62,3 +62,15 @@ def test_coverage_counts_real_clips_that_have_a_neighbour():
 
 def test_edges_vanish_in_a_flat_picture():
     assert edge_energy(np.full((2, 1, 48, 48, 3), 90, np.uint8)) == 0
+
+
+def test_what_cannot_be_known_is_none(net):
+    flat = np.full((3, 1, 48, 48, 3), 90, np.uint8)
+    one = Reference(net, draw(100, [0], False)[0]).measure(draw(101, [0], False)[0], None)
+    assert one["fd"] is None and one["diversity"] is None and np.isfinite(one["patch_fd"])
+    assert Reference(net, flat).measure(draw(101, range(3), False)[0], None)["sharpness"] is None
+
+
+def test_a_distance_is_never_below_zero():
+    few = np.random.default_rng(0).normal(size=(4, 32)) * 1e4
+    assert frechet(few, few) >= 0 and frechet(few, few[::-1]) >= 0

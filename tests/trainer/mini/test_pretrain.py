@@ -103,3 +103,27 @@ def test_muon_moves_every_parameter_and_resumes():
 def test_an_unknown_part_is_refused(tmp_path):
     with pytest.raises(AptError, match="no part 'nope' to train; use all, vae, text, features, base"):
         pretrain("nope", tmp_path, seed=0, device="cpu", amp=False, compiled=False)
+
+
+def test_a_base_training_stopped_while_it_saves_its_latents_can_go_on(tmp_path, monkeypatch):
+    vae, text = ASSETS / "vae.safetensors", ASSETS / "text_encoder.safetensors"
+    settings = dict(stages=(train_base.Stage(1, 0.0, 0.02, 0.02),), image_batch=2, images=2, videos=2, report=quiet, judge_count=2)
+
+    def stopped(value, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_base.torch, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train_base.train_base(tmp_path / "b.safetensors", vae, text, work=tmp_path / "work", **settings)
+    assert not list((tmp_path / "work").iterdir())
+    train_base.train_base(tmp_path / "b.safetensors", vae, text, work=tmp_path / "work", **settings)
+    assert (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/inside"])
+def test_a_place_that_is_a_file_is_refused(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(AptError, match="is a file: give another folder"):
+        pretrain("text", tmp_path / place, seed=0, device="cpu", amp=False, compiled=False)
