@@ -5,7 +5,7 @@ import torch
 from scipy import linalg
 
 from .clips import Scene
-from .features import FeatureNet
+from .features import CHANNELS, FeatureNet
 from .judge import read_clip
 
 NEIGHBOURS = 5
@@ -17,8 +17,10 @@ class Reference:
     def __init__(self, net: FeatureNet, pixels: np.ndarray) -> None:
         self.net = net
         whole, patches = features(net, pixels)
-        # Features are measured in units of their spread over real clips, so that none counts for its scale alone.
-        self.scale, self.patch_scale = whole.std(0) + 1e-6, patches.std(0) + 1e-6
+        # Features are measured in units of their spread over real clips, so that none counts for its scale alone; a change
+        # from frame to frame in the units of the feature that changes (real clips change so little that flicker would be all).
+        spread = whole[:, :CHANNELS].std(0) + 1e-6
+        self.scale, self.patch_scale = np.tile(spread, whole.shape[1] // CHANNELS), patches.std(0) + 1e-6
         self.whole, self.patches = whole / self.scale, patches / self.patch_scale
         self.edges = edge_energy(pixels)
 
