@@ -16,7 +16,7 @@ from apt_core.text import load_text_encoder, save_text_encoder, train_tokenizer
 
 from .clips import COLOR_NAMES, DIRECTION_NAMES, NEGATIVE_PROMPT, SHAPES, Scene, scene
 
-VOCABULARY = 768
+VOCABULARY = 704
 TEXT_LENGTH = 32
 WIDTH = 96
 
