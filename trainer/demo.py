@@ -21,7 +21,7 @@ from trainer.config import Preset
 from trainer.distill import distill
 from trainer.files import make_folder, replacing, write_json
 from trainer.media import write_image, write_video
-from trainer.mini import ASSETS
+from trainer.mini import ASSETS, VAE
 from trainer.mini.clips import SIZE, draw
 from trainer.mini.report import write_report
 from trainer.precompute import SKIPPED, precompute
@@ -114,7 +114,7 @@ class Demo:
 
     def _precompute(self, folder: Path, latents: Path, text, report: Callable) -> list:
         data = self.preset.data
-        vae = load_vae(ASSETS / "vae.safetensors").to(self.device)
+        vae = load_vae(VAE).to(self.device)
         made = precompute(
             folder, latents, vae, text, height=data.height, width=data.width, frames=data.frames, fps=data.fps,
             skip_bad=self.skip_bad, truncate_captions=self.truncate_captions, progress=report,

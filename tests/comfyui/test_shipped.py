@@ -10,13 +10,13 @@ from apt_core.checkpoint import load_transformer
 from apt_core.generator import one_step
 from apt_core.text import load_text_encoder
 from apt_core.vae import decode, denormalize, load_vae, normalize
-from trainer.mini import ASSETS
+from trainer.mini import ASSETS, VAE
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_shipped_transformer_in_one_step(comfyui, tmp_path):
-    file, vae = ASSETS / "transformer.safetensors", load_vae(ASSETS / "vae.safetensors")
+    file, vae = ASSETS / "transformer.safetensors", load_vae(VAE)
     torch.manual_seed(0)
     z = torch.randn(2, 16, 3, 6, 6)
     text = load_text_encoder(ASSETS / "text_encoder.safetensors").encode(["a red circle moving left on a green background"])[0][None]
@@ -33,11 +33,11 @@ def test_the_shipped_transformer_in_one_step(comfyui, tmp_path):
 
 
 def test_the_shipped_vae(comfyui, tmp_path):
-    vae = load_vae(ASSETS / "vae.safetensors")
+    vae = load_vae(VAE)
     torch.manual_seed(0)
     pixels, latents = torch.rand(9, 48, 48, 3), torch.randn(1, 16, 3, 6, 6)
     save_file({"pixels": pixels, "latents": denormalize(latents, vae)}, tmp_path / "in.safetensors")
-    result = comfyui("run_vae", vae=ASSETS / "vae.safetensors", inputs=tmp_path / "in.safetensors", out=tmp_path / "out.safetensors")
+    result = comfyui("run_vae", vae=VAE, inputs=tmp_path / "in.safetensors", out=tmp_path / "out.safetensors")
 
     assert result == {"complaints": [], "module": "comfy.ldm.wan.vae", "dtype": "torch.float32"}
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 
 from apt_core.errors import AptError
 from trainer.media import write_image, write_video
-from trainer.mini import ASSETS
+from trainer.mini import ASSETS, VAE
 from trainer.precompute import fingerprint, precompute
 from trainer.shards import ShardDataset
 
@@ -231,12 +231,12 @@ def test_fingerprints_tell_models_apart():
     assert fingerprint(shifted) != fingerprint(Vae())
 
 
-@pytest.mark.skipif(not (ASSETS / "vae.safetensors").exists() or not (ASSETS / "text_encoder.safetensors").exists(), reason="the miniature is not built yet")
+@pytest.mark.skipif(not (VAE).exists() or not (ASSETS / "text_encoder.safetensors").exists(), reason="the miniature is not built yet")
 def test_the_miniatures_own_models(data, tmp_path):
     from apt_core.text import load_text_encoder
     from apt_core.vae import encode, load_vae
 
-    vae, text = load_vae(ASSETS / "vae.safetensors"), load_text_encoder(ASSETS / "text_encoder.safetensors")
+    vae, text = load_vae(VAE), load_text_encoder(ASSETS / "text_encoder.safetensors")
     precompute(data, tmp_path / "out", vae, text, **SIZE)
     videos = ShardDataset(tmp_path / "out", "video")
     latents, padded, captions = videos.batch([2, 6])

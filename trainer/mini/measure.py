@@ -13,7 +13,7 @@ from trainer.config import Preset
 from trainer.files import write_json
 from trainer.progress import columns_table, console, stage_bar
 
-from . import ASSETS
+from . import ASSETS, VAE
 from .evaluate import COLUMNS, Models, Sampler
 from .features import load_features
 from .report import drawn_prompts, evaluate
@@ -28,7 +28,7 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None) -> dic
     Raises AptError for a folder that holds no finished run on drawn clips, before anything is measured.
     """
     presets = [_preset(run) for run in runs]
-    vae, net = load_vae(ASSETS / "vae.safetensors"), load_features(ASSETS / "features.safetensors")
+    vae, net = load_vae(VAE), load_features(ASSETS / "features.safetensors")
     text = Embedder(load_text_encoder(ASSETS / "text_encoder.safetensors"))
     found: dict[str, list[dict]] = {"image": [], "video": []}
     for number, (run, preset) in enumerate(zip(runs, presets)):

@@ -11,7 +11,7 @@ from trainer.progress import console
 from . import ASSETS
 
 PARTS = ("vae", "text", "features", "base")
-FILES = {"vae": "vae.safetensors", "text": "text_encoder.safetensors", "features": "features.safetensors", "base": "transformer.safetensors"}
+FILES = {"vae": "vae/apt_mini_vae.safetensors", "text": "text_encoder.safetensors", "features": "features.safetensors", "base": "transformer.safetensors"}
 
 
 def pretrain(part: str, out: Path, *, seed: int, device: str, amp: bool, compiled: bool) -> None:
@@ -31,6 +31,7 @@ def pretrain(part: str, out: Path, *, seed: int, device: str, amp: bool, compile
         if target.exists():
             console.print(f"{target} is there already; delete it to train it again", markup=False)
             continue
+        make_folder(target.parent)
         _train(name, target, _file("vae", out), _file("text", out), seed=seed, device=device, amp=amp, compiled=compiled)
         console.print(f"wrote {target}", markup=False)
 

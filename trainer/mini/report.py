@@ -13,7 +13,7 @@ from trainer.files import write_json
 from trainer.pictures import comparison, sample_video
 from trainer.progress import columns_table, console
 
-from . import ASSETS
+from . import ASSETS, VAE
 from .clips import Scene, draw
 from .evaluate import COLUMNS, TITLES, Models, Sampler, network_calls, to_pixels
 from .features import load_features
@@ -71,7 +71,7 @@ def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict,
     record: what the earlier stages left (RunState.record); report: a progress bar's (done, total).
     """
     started = time.perf_counter()
-    vae, net = load_vae(ASSETS / "vae.safetensors").to(demo.device), load_features(ASSETS / "features.safetensors")
+    vae, net = load_vae(VAE).to(demo.device), load_features(ASSETS / "features.safetensors")
     negative = batches.embed([demo.preset.sampling.negative_prompt])
     total, done = 5 * sum(demo.samples if demo.data is None else min(demo.samples, len(batches.datasets[k])) for k in files), 0
 

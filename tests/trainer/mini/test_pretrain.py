@@ -8,7 +8,7 @@ from apt_core.checkpoint import load_transformer
 from apt_core.errors import AptError
 from apt_core.text import load_text_encoder
 from apt_core.vae import LATENTS_MEAN, LATENTS_STD, decode, encode, load_vae
-from trainer.mini import ASSETS, train_base, train_vae
+from trainer.mini import ASSETS, VAE, train_base, train_vae
 from trainer.mini.clips import draw
 from trainer.mini.features import load_features, train_features
 from trainer.mini.muon import Muon
@@ -28,7 +28,7 @@ def test_shipped_files_are_there_and_small():
 
 
 def test_the_shipped_vae_gives_clips_back():
-    vae = load_vae(ASSETS / "vae.safetensors")
+    vae = load_vae(VAE)
     clips, _ = draw(31, range(8), True)
     x = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_text_and_features_write_what_the_library_loads(tmp_path):
 
 
 def test_base_training_resumes_where_it_stopped(tmp_path):
-    vae, text = ASSETS / "vae.safetensors", ASSETS / "text_encoder.safetensors"
+    vae, text = VAE, ASSETS / "text_encoder.safetensors"
     stages = (train_base.Stage(2, 0.0, 0.02, 0.02), train_base.Stage(2, 1.0, 0.02, 0.01))
     settings = dict(stages=stages, image_batch=2, video_batch=2, images=4, videos=4, report=quiet, judge_count=2)
     whole = train_base.train_base(tmp_path / "whole.safetensors", vae, text, work=tmp_path / "a", **settings)
@@ -106,7 +106,7 @@ def test_an_unknown_part_is_refused(tmp_path):
 
 
 def test_a_base_training_stopped_while_it_saves_its_latents_can_go_on(tmp_path, monkeypatch):
-    vae, text = ASSETS / "vae.safetensors", ASSETS / "text_encoder.safetensors"
+    vae, text = VAE, ASSETS / "text_encoder.safetensors"
     settings = dict(stages=(train_base.Stage(1, 0.0, 0.02, 0.02),), image_batch=2, images=2, videos=2, report=quiet, judge_count=2)
 
     def stopped(value, path):
