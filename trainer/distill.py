@@ -12,6 +12,7 @@ from apt_core.flow import sample_noise, sample_uniform
 from trainer.batches import Batches
 from trainer.config import Preset
 from trainer.log import History
+from trainer.mini.muon import Muon
 
 Report = Callable[[int, int, dict[str, float]], None]
 
@@ -27,7 +28,10 @@ def distill(base: Path, batches: Batches, preset: Preset, out: Path, *, seed: in
     teacher.requires_grad_(False)
     target.requires_grad_(False)
     negative = batches.embed([preset.sampling.negative_prompt]).to(device)
-    optimizer = torch.optim.Adam(student.parameters(), lr=settings.lr, betas=(0.9, 0.95))
+    if settings.optimizer == "muon":
+        optimizer = Muon(student.parameters())
+    else:
+        optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.95))
     target_ema = Ema(student, settings.target_decay, warmup=1)
     ema = Ema(student, settings.ema_decay, warmup=10)
 
@@ -44,6 +48,7 @@ def distill(base: Path, batches: Batches, preset: Preset, out: Path, *, seed: in
             student, teacher, consistency, x.to(device), z, text.to(device), negative, u, target=target if settings.target_decay else None
         )
         history.add({f"{name}_{kind}": value for name, value in metrics.items()})
+        optimizer.param_groups[0]["lr"] = settings.rate(update)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if settings.target_decay:
