@@ -59,6 +59,8 @@ def read_header(path: str | Path) -> Header:
         raise AptError(f"{path} has a broken safetensors header: copy or download it again.") from None
     if size < end:
         raise AptError(f"{path} is truncated ({size} bytes of {end}): copy or download it again.")
+    if size > end:
+        raise AptError(f"{path} has {size - end} bytes too many after its last tensor: copy or download it again.")
     return Header(metadata, shapes, dtypes)
 
 

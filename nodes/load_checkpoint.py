@@ -1,6 +1,7 @@
 """Load APT Checkpoint: a stock MODEL from one safetensors file, with what its metadata says."""
 
 import logging
+from textwrap import shorten
 
 import comfy.sd
 import comfy.utils
@@ -76,7 +77,13 @@ def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False
         state = {keys.transformer_to_official(key): value for key, value in state.items()}
     names = set(state)
     options = {"dtype": DTYPES.get(weight_dtype) or _own_dtype(state)}
-    model = comfy.sd.load_diffusion_model_state_dict(state, options, metadata=metadata, disable_dynamic=disable_dynamic)
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(state, options, metadata=metadata, disable_dynamic=disable_dynamic)
+    except (TypeError, RuntimeError) as error:  # a foreign name in `config`, a weight of another shape
+        if model_management.is_oom(error):
+            raise
+        reason = shorten(str(error), 300)
+        raise AptError(f"{path}: ComfyUI cannot build its transformer ({reason}): export or download it again.") from error
     if model is None:
         raise AptError(f"{path} is of a kind of Wan that ComfyUI does not know: update ComfyUI, or choose another file.")
     # ComfyUI only logs this, and computes with whatever was in memory.

@@ -7,6 +7,7 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy import model_management
+from comfy.model_sampling import CONST
 from comfy.samplers import KSAMPLER, CFGGuider
 from comfy_api.latest import io
 from torch import Tensor
@@ -67,6 +68,7 @@ class APTSampler(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, latent: dict, seed: int, steps: int, noise=None, sigmas: Tensor | None = None) -> io.NodeOutput:
         wan = read_model(NAME, model)
+        _check_flow(model)
         times = _times(steps, sigmas)
         latent = _read_latent(wan, model, latent)
         _check_text(wan, positive)
@@ -86,6 +88,7 @@ class APTSampler(io.ComfyNode):
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
+        _check_finite(samples)
         return io.NodeOutput({**latent, "samples": samples.to(model_management.intermediate_device())})
 
 
@@ -98,6 +101,24 @@ def few_step(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disab
         clean = model(x, sigmas[i] * batch, **extra_args)
         callback({"i": i, "x": x, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": clean})
     return clean
+
+
+def _check_flow(model) -> None:
+    """Nodes can exchange how a MODEL's output is read; a shift is harmless at time 1, all else makes noise of the picture."""
+    sampling = model.get_model_object("model_sampling")
+    timestep = float(sampling.timestep(torch.tensor(1.0)))
+    if not isinstance(sampling, CONST) or timestep != 1000:
+        kind = f"flow at timestep {timestep:g}" if isinstance(sampling, CONST) else "no flow"
+        raise AptError(f"{NAME}: a node made the model's sampling {kind}, but APT is a flow at timestep 1000: take that Model Sampling node out.")
+
+
+def _check_finite(samples: Tensor) -> None:
+    broken = int((~samples.isfinite()).sum())
+    if broken:
+        raise AptError(
+            f"{NAME}: {broken} of {samples.numel()} values of the sample are NaN or infinite: "
+            "load the model with weight_dtype default or bf16, and if that is no help, its file or a LoRA on it is broken."
+        )
 
 
 def _times(steps: int, sigmas: Tensor | None) -> list[float]:

@@ -18,6 +18,9 @@ RELEASED = {
 }
 
 
+MAX_FPS = 1000
+
+
 @dataclass(frozen=True)
 class WanModel:
     """Sizes of a Wan MODEL. `spatial` and `temporal`: pixels and frames to a latent; `patch`: latents to a token's side;
@@ -58,7 +61,8 @@ def check_native(what: str, apt: dict) -> None:
     if native is None:
         return
     sizes = [native.get(name) for name in ("width", "height", "frames")] if isinstance(native, dict) else [None]
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or not isinstance(native.get("fps"), (int, float)):
+    good = all(isinstance(size, int) and size > 0 for size in sizes) and isinstance(native.get("fps"), (int, float))
+    if not good or not 0 < native["fps"] <= MAX_FPS:
         raise AptError(f"{what}: its metadata entry `apt` has native {native!r}, not width, height, frames and fps: export the file again.")
 
 

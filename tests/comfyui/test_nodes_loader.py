@@ -70,6 +70,7 @@ def write_bad_files(folder: Path) -> None:
 
     whole = (folder / "fp32.safetensors").read_bytes()
     (folder / "truncated.safetensors").write_bytes(whole[:-100])
+    (folder / "longer.safetensors").write_bytes(whole + bytes(100))
     torch.save(official, folder / "pickle.pt")
     (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (folder / "vae.safetensors").write_bytes(VAE.read_bytes())
@@ -84,6 +85,11 @@ def write_bad_files(folder: Path) -> None:
     save_file(official, folder / "newer.safetensors", apt(format=2))
     save_file(official, folder / "kind.safetensors", apt(kind="critic"))
     save_file(official, folder / "native.safetensors", apt(native={"width": 64}))
+    save_file(official, folder / "fps.safetensors", apt(native=NATIVE | {"fps": 0}))
+    narrow = official | {"blocks.1.self_attn.q.weight": official["blocks.1.self_attn.q.weight"][:-2].clone()}
+    save_file(narrow, folder / "shape.safetensors", apt())
+    foreign = comfy_config(model.config) | {"attention_head_dim": 24}
+    save_file(official, folder / "foreign config.safetensors", {"config": json.dumps({"transformer": foreign})})
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +176,7 @@ def test_bad_files_get_a_sentence(run):
     again = "copy or download it again."
     assert result["sentences"] == {
         "truncated.safetensors": f"{name} truncated.safetensors is truncated ({size - 100} bytes of {size}): {again}",
+        "longer.safetensors": f"{name} longer.safetensors has 100 bytes too many after its last tensor: {again}",
         "pickle.pt": f"{name} pickle.pt is a pickle (.pt, .pth, .ckpt), which can run code when it is opened: convert it to safetensors.",
         "pointer.safetensors": f"{name} pointer.safetensors is a git-lfs pointer, not the file itself: run `git lfs pull`.",
         "vae.safetensors": f"{name} vae.safetensors: it is not a Wan transformer (conv1.bias is its first key, and head.modulation is not there): "
@@ -190,6 +197,13 @@ def test_bad_files_get_a_sentence(run):
         "kind.safetensors": f"{name} kind.safetensors: its metadata entry `apt` has kind 'critic': it must be one of generator, base, lora.",
         "native.safetensors": f"{name} native.safetensors: its metadata entry `apt` has native {{'width': 64}}, not width, height, frames and fps: "
         "export the file again.",
+        "fps.safetensors": f"{name} fps.safetensors: its metadata entry `apt` has native {NATIVE | {'fps': 0}}, not width, height, frames and fps: "
+        "export the file again.",
+        "shape.safetensors": f"{name} shape.safetensors: ComfyUI cannot build its transformer (Error(s) in loading state_dict for WanModel: "
+        "size mismatch for blocks.1.self_attn.q.weight: copying a param with shape torch.Size([46, 48]) from checkpoint, "
+        "the shape in current model is torch.Size([48, 48]).): export or download it again.",
+        "foreign config.safetensors": f"{name} foreign config.safetensors: ComfyUI cannot build its transformer (WanModel.__init__() got an "
+        "unexpected keyword argument 'attention_head_dim'): export or download it again.",
     }
     places = "models/diffusion_models or models/apt"
     assert result["not there"] == f"{name} nowhere.safetensors is not in {places}: put the file there, or choose another one."

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -48,6 +49,11 @@ def run(comfyui, generator, text, tmp_path_factory):
     merged["blocks.1.attn1.to_q.weight"] += up @ down
     save_generator(files / "merged.safetensors", merged, generator.config, {"base": "test"})
 
+    broken = load_file(files / "model.safetensors")
+    broken["head.head.weight"][0] = torch.nan
+    with safe_open(files / "model.safetensors", "pt") as model:
+        save_file(broken, files / "not finite.safetensors", model.metadata())
+
     save_file({"text": text}, folder / "in.safetensors")
     result = comfyui("sample_nodes", pack=PACK, files=files, inputs=folder / "in.safetensors", out=folder / "out.safetensors")
     return {name: (value - MEAN) / STD for name, value in load_file(folder / "out.safetensors").items()}, result
@@ -60,7 +66,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 def test_one_step_is_ksamplers_and_apt_cores(run, generator, text):
     latents, result = run
     close(latents["one"], one_step(generator, *noise(SEED), text))
-    for other in ("stock", "stock loader", "stock empty"):
+    for other in ("stock", "stock loader", "stock empty", "shifted"):
         assert torch.equal(latents["one"], latents[other]), other
     close(latents["masked"], latents["stock masked"])
     assert (latents["masked"] - latents["one"]).abs().max() > 0.1
@@ -119,6 +125,7 @@ def test_bad_input_gets_a_sentence(run):
     takes = "but this model takes [batch, 16, frames, height, width]: make it with Empty APT Latent from this model."
     sizes = "but this model takes sides in steps of 16:"
     order = "but they must start at 1 and decrease, staying above 0 until a last 0: for two steps 1, 0.7."
+    out = "but APT is a flow at timestep 1000: take that Model Sampling node out."
     assert run[1]["sentences"] == {
         "channels": f"{name} the latent is [1, 48, 2, 6, 4], {takes}",
         "image": f"{name} the latent is [1, 16, 6, 4], {takes}",
@@ -130,6 +137,10 @@ def test_bad_input_gets_a_sentence(run):
         "order": f"{name} the sigmas are 1, 0.5, 0.5, {order}",
         "empty": f"{name} the sigmas are empty, {order}",
         "timesteps": f"{name} the sigmas are 1000, 700, {order}",
+        "not finite": f"{name} 12 of 768 values of the sample are NaN or infinite: load the model with weight_dtype default or bf16, "
+        "and if that is no help, its file or a LoRA on it is broken.",
+        "times 1": f"{name} a node made the model's sampling flow at timestep 1, {out}",
+        "no flow": f"{name} a node made the model's sampling no flow, {out}",
         "model": f"{name} the model is Identity, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.",
     }
 

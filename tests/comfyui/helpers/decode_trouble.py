@@ -68,11 +68,14 @@ with torch.inference_mode():
 
     image_vae = load_vae(paths["vae"])
     image_vae.latent_dim, image_vae.latent_channels, image_vae.first_stage_model = 2, 4, torch.nn.Identity()
+    sound_vae = load_vae(paths["vae"])
+    sound_vae.output_channels, sound_vae.first_stage_model = 2, torch.nn.Identity()
     result["sentences"] = {
         "channels": sentence(APTVAEDecode, vae, {"samples": torch.zeros(1, 48, 3, 2, 2)}),
         "image latent": sentence(APTVAEDecode, vae, {"samples": torch.zeros(1, 16, 4, 4)}),
         "audio": sentence(APTVAEDecodeToVideo, vae, {"samples": torch.zeros(1, 16, 128), "type": "audio"}, 24.0),
         "image vae": sentence(APTVAEDecode, image_vae, {"samples": torch.zeros(1, 16, 3, 2, 2)}),
+        "sound vae": sentence(APTVAEDecodeToVideo, sound_vae, {"samples": torch.zeros(1, 64, 22), "type": "audio"}, 24.0),
         "fps 0": sentence(APTVAEDecodeToVideo, vae, clip, 0.0),
         "fps nan": sentence(APTVAEDecodeToVideo, vae, clip, float("nan")),
     }

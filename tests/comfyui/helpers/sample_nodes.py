@@ -14,6 +14,7 @@ from apt_nodes import load_nodes, offer, sentence
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicGuider, DisableNoise, RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_hunyuan import EmptyHunyuanLatentVideo
+from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow, ModelSamplingDiscrete, ModelSamplingSD3
 from comfy_extras.nodes_sd3 import EmptySD3LatentImage
 from safetensors.torch import load_file, save_file
 
@@ -80,6 +81,7 @@ with torch.inference_mode():
         "walk advanced": SamplerCustomAdvanced.execute(walk, guider, sampler, once, {"samples": torch.zeros(3, 16, 2, 6, 4)}).args[0]["samples"],
         "stock empty": sample(model, EmptyHunyuanLatentVideo.execute(WIDTH, HEIGHT, FRAMES).args[0]),
         "image": sample(model, EmptySD3LatentImage.execute(WIDTH, HEIGHT).args[0]),
+        "shifted": sample(ModelSamplingSD3().patch(model, 3.0)[0], empty(1)),
         "lora": sample(with_lora(model), empty(1)),
         "merged": sample(load("merged.safetensors"), empty(1)),
         "unpatched": sample(model, empty(1)),
@@ -101,6 +103,9 @@ with torch.inference_mode():
             "order": says(sigmas=torch.tensor([1, 0.5, 0.5])),
             "empty": says(sigmas=torch.tensor([])),
             "timesteps": says(sigmas=torch.tensor([1000.0, 700])),
+            "not finite": says(model=load("not finite.safetensors")),
+            "times 1": says(model=ModelSamplingAuraFlow().patch_aura(model, 3.0)[0]),
+            "no flow": says(model=ModelSamplingDiscrete().patch(model, "v_prediction", False)[0]),
             "model": says(model=SimpleNamespace(model=torch.nn.Identity())),
         },
         "walks": {
