@@ -1,0 +1,124 @@
+"""A run that was killed, stopped or moved to other machines is the run that was not."""
+
+import os
+import random
+import signal
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import layouts
+import pytest
+import torch
+from layouts import STABLE, Layout, assert_close, run_layout, start_workers, state_of, train_adversarial
+
+import trainer.adversarial
+from apt_core.errors import AptError
+from trainer.batches import Batches
+from trainer.parallel import Parallel
+from trainer.state import Keep, Preempted
+
+LONG = {**STABLE, "updates": 7}  # eight updates with the warm-up
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_bit_for_bit(processes, files, tmp_path):
+    layout = Layout(processes, Parallel(microbatch=1), LONG)
+    whole = run_layout(files, layout, tmp_path / "whole")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    options = {"keep": Keep(killed / "states", every=1)}
+    workers = start_workers(processes, train_adversarial, files, layout, killed, options)
+    while not list((killed / "states").glob("step-*/run.json")):
+        assert all(worker.is_alive() for worker in workers)
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    run_layout(files, layout, killed, options=options)
+    assert_close(killed, whole, 8, 0)
+    assert len(list((killed / "states").iterdir())) == 2  # the last two, and nothing half-written
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_a_run_moves_to_another_number_of_processes(before, after, files, tmp_path):
+    slow = {**STABLE, "lr_generator": 5e-7, "lr_discriminator": 5e-7}
+    parallel = Parallel(microbatch=1)
+    whole = run_layout(files, Layout(before, parallel, slow), tmp_path / "whole")
+    run_layout(files, Layout(before, parallel, {**slow, "updates": 2}), tmp_path / "moved")
+    moved = run_layout(files, Layout(after, parallel, slow), tmp_path / "moved")
+    assert_close(moved, whole, 5, 1e-6)
+
+
+def stop_in_generator_step(calls: list, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 3:  # the first of two microbatches of the second generator step
+        os.kill(os.getpid(), signal.SIGTERM)
+    return ORIGINAL(*args, **kwargs)
+
+
+ORIGINAL = trainer.adversarial.generator_backward
+
+
+def test_sigterm_saves_in_the_middle_of_an_update(files, tmp_path, monkeypatch):
+    layout = Layout(1, Parallel(microbatch=2), STABLE)
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(trainer.adversarial, "generator_backward", partial(stop_in_generator_step, []))
+    options = {"keep": Keep(tmp_path / "states", every=5)}
+    with pytest.raises(Preempted, match="stopped by a signal in update 3; all is saved") as stopped:
+        train_adversarial(files, layout, tmp_path, options)
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["step-000002-half"]
+    assert stopped.value.code == 0 and signal.getsignal(signal.SIGTERM) == handler
+    monkeypatch.undo()
+    train_adversarial(files, layout, tmp_path, options)
+    (tmp_path / "whole").mkdir()
+    train_adversarial(files, layout, tmp_path / "whole")
+    assert_close(tmp_path, tmp_path / "whole", 5, 0)
+
+
+def test_another_run_in_the_same_folder_is_refused(files, tmp_path):
+    train_adversarial(files, Layout(settings={"updates": 1}), tmp_path)
+    with pytest.raises(AptError, match=r"holds a run with another r1_weight \(100.0, now 5.0\): give another --out, or the settings of that run"):
+        train_adversarial(files, Layout(settings={"updates": 2, "r1_weight": 5.0}), tmp_path)
+    with pytest.raises(AptError, match="holds the states of a run .step-000001 is the newest.: resume it, or give another --out"):
+        train_adversarial(files, Layout(settings={"updates": 2}), tmp_path, {"resume": False})
+
+
+def test_a_full_disk_is_named_and_the_last_state_stays(files, tmp_path, monkeypatch):
+    train_adversarial(files, Layout(settings={"updates": 1}), tmp_path)
+    before = state_of(tmp_path, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    with pytest.raises(AptError, match=r"step-000002 could not be written to .*No space left on device.*step-000001 stands"):
+        train_adversarial(files, Layout(settings={"updates": 2}), tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in state_of(tmp_path, 1).items())
+
+
+def test_the_last_and_the_best_states_stay(files, tmp_path):
+    scores = iter([3.0, 1.0, 2.0, 5.0, 4.0])
+    options = {"keep": Keep(tmp_path / "states", every=1, last=1, best=2, judge=lambda: next(scores))}
+    train_adversarial(files, Layout(settings={"updates": 5}), tmp_path, options)
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == ["step-000002", "step-000003", "step-000005"]
+
+
+@pytest.mark.parametrize("worlds", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_no_sample_is_lost_or_seen_twice(worlds, files):
+    """Eleven updates of eight are eight epochs of the eleven samples, whoever takes part, and whatever is resumed in between."""
+    drawn, numbers = [], []
+    for update in range(11):
+        size = worlds[update % 3]
+        batches = Batches(files.shards, layouts.Text(), seed=0)  # as after a resume
+        micros = [
+            micro
+            for rank in range(size)
+            for micro in batches.take("video", "video/d", update, 8, SimpleNamespace(dp=size, dp_rank=rank), 2 if update % 2 else None)
+        ]
+        by_number = dict(zip((number for micro in micros for number in micro.numbers), (name for micro in micros for name in micro.names)))
+        numbers += sorted(by_number)
+        drawn += [by_number[number] for number in sorted(by_number)]
+    assert numbers == list(range(88))
+    assert all(sorted(drawn[i : i + 11]) == sorted(f"video-{n}.mp4" for n in range(11)) for i in range(0, 88, 11))
