@@ -96,18 +96,27 @@ class Sampling(Settings):
 
 
 class Distill(Settings):
-    """Stage 1. `video_share` of the updates see clips; `target_decay` is the EMA of the target network (0: the student itself)."""
+    """Stage 1. `video_share` of the updates see clips; `target_decay` is the EMA of the target network (0: the student itself); the rate
+    rises over `lr_warmup` updates and falls in a line from `lr` to `lr_end` (none: it stays). Muon is for models as small as the miniature."""
 
     updates: int = Field(ge=1)
     batch_image: int = Field(ge=1)
     batch_video: int = Field(ge=1)
     video_share: float = Field(ge=0, le=1)
+    optimizer: Literal["adam", "muon"] = "adam"
     lr: float = Field(gt=0)
+    lr_end: float | None = Field(None, gt=0)
+    lr_warmup: int = Field(0, ge=0)
     steps: int = Field(ge=1)
     guidance: float = Field(ge=1)
     fraction_at_final: float = Field(ge=0, le=1)
     target_decay: float = Field(ge=0, lt=1)
     ema_decay: float = Field(ge=0, lt=1)
+
+    def rate(self, update: int) -> float:
+        """The learning rate of update number `update`, counted from 0."""
+        end = self.lr if self.lr_end is None else self.lr_end
+        return (self.lr + (end - self.lr) * update / self.updates) * min(1.0, (update + 1) / max(1, self.lr_warmup))
 
     def consistency(self, shift: float) -> ConsistencySettings:
         return ConsistencySettings(self.steps, shift, self.guidance, self.fraction_at_final)

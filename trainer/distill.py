@@ -12,6 +12,7 @@ from trainer.averages import Averages
 from trainer.batches import Batches
 from trainer.config import Preset
 from trainer.distributed import World
+from trainer.mini.muon import Muon
 from trainer.networks import Load, Lora, distillation_networks
 from trainer.parallel import Parallel
 from trainer.samples import Samples
@@ -51,12 +52,15 @@ def distill(
     networks = distillation_networks(base, load, world, parallel, lora, target=settings.target_decay > 0)
     student, teacher, target = networks.generator, networks.opposite, networks.target
     negative = batches.embed([preset.sampling.negative_prompt]).to(world.device)
-    optimizer = torch.optim.Adam(student.parameters(), lr=settings.lr, betas=(0.9, 0.95))
+    if settings.optimizer == "muon":
+        optimizer = Muon(student.parameters())
+    else:
+        optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.95))
     learner = Learner("student", student, optimizer, networks, world, parallel, parallel.generator_zero, keep and keep.folder)
     averages = Averages(networks, (settings.ema_decay, *ema_decays))
     following = Averages(networks, (settings.target_decay,) if target is not None else (), warmup=1)
     identity = {"phase": "distilled", "seed": seed, "data": batches.fingerprint, "lora": str(lora), "ema_decays": list(ema_decays)}
-    identity |= {"sampling": preset.sampling.model_dump(exclude={"prompts"}), **settings.model_dump(exclude={"updates"})}
+    identity |= {"sampling": preset.sampling.model_dump(exclude={"prompts"}), **settings.model_dump(exclude={"updates"} if settings.lr_end is None else set())}
     run = Run(keep, world, identity, {"student": learner, "averages": averages, "target": following}, resume)
     if target is not None:
         following.copy_to(target)
@@ -74,6 +78,7 @@ def distill(
                 metrics = consistency_backward(student, teacher, consistency, x, z, text, negative, u, target=target, loss_scale=micro.share)
                 metrics["cd_loss_final"] *= metrics["final_share"]  # a mean over few of the samples: summed here, divided below
                 learner.add({name: value * micro.share for name, value in metrics.items()})
+            optimizer.param_groups[0]["lr"] = settings.rate(update)
             row = learner.step()
             row["cd_loss_final"] /= row["final_share"] or 1
             run.rows.append({name if name.endswith("gradient") else f"{name}_{kind}": value for name, value in row.items()})

@@ -101,7 +101,8 @@ class Learner:
         for group, rate in zip(self.optimizer.param_groups, rates):
             group["lr"] = rate
         for state in self.optimizer.state.values():
-            state["step"].zero_()
+            if "step" in state:
+                state["step"].zero_()
 
     def _synchronise(self, last: bool) -> None:
         for module in self._wrapped:

@@ -1,6 +1,7 @@
-"""Runs pieces of a real ComfyUI in a process of its own: it wants its own packages, command line and module names.
+"""Runs pieces of a real ComfyUI in processes of its own: it wants its own packages, command line and module names.
 
-COMFYUI_DIR is a checkout of ComfyUI, COMFYUI_PYTHON the interpreter that has its requirements (by default the tests' own).
+COMFYUI_DIR is a checkout of ComfyUI, COMFYUI_PYTHON the interpreter that has its requirements (by default the tests' own),
+CHROMIUM a browser for the tests that need one.
 """
 
 import json
@@ -10,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import Frontend, chromium
+from server import Server
+from stand_ins import make_stand_ins
 
 HELPERS = Path(__file__).parent / "helpers"
 
@@ -24,16 +28,36 @@ def comfyui_dir() -> Path:
     return Path(folder).resolve()
 
 
-@pytest.fixture
-def comfyui(comfyui_dir, tmp_path):
+@pytest.fixture(scope="session")
+def comfyui(comfyui_dir, tmp_path_factory):
     """comfyui(helper, **paths): run helpers/<helper>.py in ComfyUI; the paths are its arguments, its last line of JSON the result."""
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
 
     def run(helper: str, **paths) -> dict:
+        folder = tmp_path_factory.mktemp("comfyui")
         job = json.dumps({key: str(value) for key, value in paths.items()})
-        command = [python, str(HELPERS / f"{helper}.py"), str(comfyui_dir), str(tmp_path / "comfyui"), job]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        command = [python, str(HELPERS / f"{helper}.py"), str(comfyui_dir), str(folder / "base"), job]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
         assert done.returncode == 0, f"ComfyUI failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
         return json.loads(done.stdout.strip().splitlines()[-1])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_dir, tmp_path_factory) -> Server:
+    """A running server with the pack and the stand-ins for big models; one for all tests that do not count its memory."""
+    base = tmp_path_factory.mktemp("server")
+    make_stand_ins(base / "models")
+    # ComfyUI holds text encoders in fp16 even on a CPU, and the numbers here are compared in fp32.
+    with Server(comfyui_dir, base, "--fp32-text-enc") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def frontend(comfyui_dir, request):
+    """ComfyUI's frontend on that server, in a real browser."""
+    executable = chromium()
+    page = Frontend(request.getfixturevalue("server").url, executable)
+    yield page
+    page.close()

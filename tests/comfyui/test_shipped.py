@@ -53,4 +53,22 @@ def test_the_pack_loads_in_silence(comfyui, tmp_path):
         shutil.copy(ROOT / name, pack)
     for name in ("nodes", "apt_core", "workflows"):
         shutil.copytree(ROOT / name, pack / name, ignore=shutil.ignore_patterns("__pycache__"))
-    assert comfyui("load_pack", pack=pack) == {"loaded": True, "warnings": [], "nodes": []}
+    result = comfyui("load_pack", pack=pack)
+    assert result.pop("seconds") < 0.2, "what the pack adds to ComfyUI's start"
+    assert result == {
+        "loaded": True,
+        "warnings": [],
+        "printed": "",
+        "nodes": [
+            "APTEmptyLatent",
+            "APTLoadCheckpoint",
+            "APTLoadTextEncoder",
+            "APTNoiseWalk",
+            "APTSampler",
+            "APTVAEDecode",
+            "APTVAEDecodeToVideo",
+        ],
+        "listed": {"diffusion_models": ["apt_mini.safetensors"], "vae": ["apt_mini_vae.safetensors"]},
+        "saved to the same place": True,
+        "models/apt": ["apt"],
+    }

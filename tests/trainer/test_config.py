@@ -37,7 +37,7 @@ def test_unknown_names_are_refused_with_what_there_is():
 @pytest.mark.parametrize(
     "line, complaint",
     [
-        ("updates = 150", "image.updates is -3"),
+        ("updates = 90", "image.updates is -3"),
         ("lr_generator = 2e-4", "image.lr_generator is -3"),
         ('negative_prompt = "blurry, broken, deformed, bad quality"', "negative_prompt is -3"),
     ],
@@ -107,3 +107,12 @@ def test_a_misspelled_setting_in_a_file_names_the_right_one(tmp_path):
     bad.write_text((PRESETS / "mini.toml").read_text().replace("guidance = 2.0", "giudance = 2.0", 1))
     with pytest.raises(AptError, match=r"(sampling.guidance is missing|there is no setting sampling.giudance \(did you mean sampling.guidance\?\))"):
         load_preset(bad)
+
+
+def test_the_rate_of_stage_1_rises_and_falls():
+    settings = load_preset("mini").distill.model_copy(update=dict(updates=100, lr=0.01, lr_end=0.002, lr_warmup=20))
+    assert settings.rate(0) == pytest.approx(0.01 / 20)
+    assert settings.rate(9) == pytest.approx((0.01 - 0.008 * 0.09) / 2)
+    assert settings.rate(50) == pytest.approx(0.006)
+    assert settings.rate(99) == pytest.approx(0.01 - 0.008 * 0.99)
+    assert settings.model_copy(update=dict(lr_end=None, lr_warmup=0)).rate(77) == 0.01

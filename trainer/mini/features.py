@@ -60,7 +60,9 @@ def train_features(out: Path, *, updates: int = 1500, batch: int = 64, lr: float
         }
         loss = sum(losses.values())
         loss.backward()
-        optimizer.step(lr * min(1.0, (update + 1) / 50, (updates - update) / updates * 2))
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (update + 1) / 50, (updates - update) / updates * 2)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         if update % 100 == 0 or update == updates - 1:
             report(f"features {update}: " + " ".join(f"{n} {l.item():.3f}" for n, l in losses.items()))
     write_tensors(out, net.state_dict(), {})

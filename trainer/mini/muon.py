@@ -1,32 +1,37 @@
-"""The optimizer that the miniature's networks are pre-trained with."""
+"""The optimizer of the miniature's networks, where few updates must go a long way."""
+
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 
-class Muon:
-    """Muon for matrices and convolutions, AdamW at a tenth of its rate for gains, biases and tables.
+class Muon(torch.optim.Optimizer):
+    """torch's Muon for matrices and convolutions, AdamW at a tenth of its rate for gains, biases and tables.
 
-    On the miniature's VAE Muon gets in 200 updates where Adam is after 1000. torch's own Muon takes matrices only, so
-    each kernel is handed to it as a view `[out, in * k]`.
+    On the miniature's VAE it gets in 200 updates where Adam is after 1000, and in stage 1 it is ahead of Adam by a tenth of the
+    Frechet distance. torch's own Muon takes matrices only, so each kernel is handed to it as a view `[out, in * k]`.
+    lr: 0.02 to 0.04 where a network learns from nothing, 0.01 for stage 1.
     """
 
-    def __init__(self, parameters) -> None:
-        parameters = list(parameters)
-        self.kernels = [p for p in parameters if p.ndim >= 2 and min(p.shape[0], p[0].numel()) > 3]
-        self.views = [p.detach().flatten(1).requires_grad_() for p in self.kernels]
+    def __init__(self, parameters: Iterable[Tensor], lr: float = 0.02) -> None:
+        super().__init__(parameters, {"lr": lr})
+        everything = [p for group in self.param_groups for p in group["params"]]
+        self.kernels = [p for p in everything if p.ndim >= 2 and min(p.shape[0], p[0].numel()) > 3]
         taken = set(map(id, self.kernels))
+        self.others = [p for p in everything if id(p) not in taken]
+        self.views = [p.detach().flatten(1).requires_grad_() for p in self.kernels]
         self._muon = torch.optim.Muon(self.views, momentum=0.9, weight_decay=0.0)
-        self._adam = torch.optim.AdamW([p for p in parameters if id(p) not in taken], betas=(0.9, 0.99))
+        self._adam = torch.optim.AdamW(self.others, betas=(0.9, 0.99))
+        self._share_state()
 
-    def step(self, lr: float) -> None:
-        """Update from the gradients in `.grad`, at rate `lr` (0.02 is a good one), and clear them."""
+    def step(self, closure=None) -> None:
         for kernel, view in zip(self.kernels, self.views):
             view.grad = None if kernel.grad is None else kernel.grad.flatten(1)
-            kernel.grad = None
+        lr = self.param_groups[0]["lr"]
         self._muon.param_groups[0]["lr"], self._adam.param_groups[0]["lr"] = lr, lr / 10
         self._muon.step()
         self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict:
         return {"muon": self._muon.state_dict(), "adam": self._adam.state_dict()}
@@ -34,3 +39,10 @@ class Muon:
     def load_state_dict(self, state: dict) -> None:
         self._muon.load_state_dict(state["muon"])
         self._adam.load_state_dict(state["adam"])
+        self._share_state()
+
+    def _share_state(self) -> None:
+        for kernel, view in zip(self.kernels, self.views):
+            self.state[kernel] = self._muon.state[view]
+        for p in self.others:
+            self.state[p] = self._adam.state[p]

@@ -23,7 +23,7 @@ from .muon import Muon
 
 TRANSFORMER = dict(num_attention_heads=4, attention_head_dim=32, ffn_dim=512, num_layers=6, freq_dim=256)
 SHIFT = {"image": 1.5, "video": 3.0}
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,14 @@ class Stage:
     lr_end: float
 
 
-RECIPE = (Stage(2000, 0.0, 0.04, 0.04), Stage(11500, 0.67, 0.04, 0.02), Stage(4500, 0.67, 0.02, 0.001))
+RECIPE = (
+    Stage(2000, 0.0, 0.04, 0.04),
+    Stage(11500, 0.67, 0.04, 0.02),
+    Stage(4500, 0.67, 0.02, 0.001),
+    Stage(400, 0.8, 0.001, 0.025),
+    Stage(4600, 0.8, 0.025, 0.018),
+    Stage(3500, 0.8, 0.018, 0.0005),
+)
 
 
 class Captions:
@@ -77,7 +84,7 @@ def train_base(
     image_batch: int = 64,
     video_batch: int = 48,
     images: int = 8000,
-    videos: int = 8000,
+    videos: int = 24000,
     text_dropout: float = 0.1,
     ema_decay: float = 0.999,
     seed: int = 0,
@@ -137,7 +144,9 @@ def train_base(
         loss = error.pow(2).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step((stage.lr + (stage.lr_end - stage.lr) * inside) * min(1.0, (update + 1) / 300))
+        optimizer.param_groups[0]["lr"] = (stage.lr + (stage.lr_end - stage.lr) * inside) * min(1.0, (update + 1) / 300)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         update += 1
         torch._foreach_lerp_(averages, weights, 1 - min(ema_decay, update / (update + 10)))
         losses[kind].append(loss.detach())

@@ -77,7 +77,9 @@ def train_vae(
             kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
             l1, l2 = difference.abs().mean(), difference.pow(2).mean()
             (l1 + 3.0 * l2 + kl_weight * kl).backward()
-            optimizer.step((stage.lr + (stage.lr_end - stage.lr) * i / stage.updates) * min(1.0, (update + 1) / 50))
+            optimizer.param_groups[0]["lr"] = (stage.lr + (stage.lr_end - stage.lr) * i / stage.updates) * min(1.0, (update + 1) / 50)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             if update % 50 == 0:
                 report(f"vae {update}: l1 {l1:.4f} l2 {l2:.5f} kl {kl:.2f}")
             update += 1

@@ -86,7 +86,8 @@ def test_muon_moves_every_parameter_and_resumes():
 
     def step(net, optimizer):
         net(x).square().mean().backward()
-        optimizer.step(0.02)
+        optimizer.step()
+        optimizer.zero_grad()
 
     before = [p.clone() for p in nets[0].parameters()]
     for net, optimizer in zip(nets, optimizers):

@@ -1,0 +1,34 @@
+"""Where the loaders look for files: ComfyUI's own folders, models/apt, and the miniature that comes with the pack."""
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ..apt_core.errors import AptError
+
+MINI = Path(__file__).parents[1] / "apt_core" / "assets" / "mini"
+CHECKPOINTS = ("diffusion_models", "apt")
+
+
+def register() -> None:
+    """Makes models/apt known, and the miniature's files to the stock loaders too: last, for ComfyUI saves to the first folder of a kind."""
+    for kind in ("diffusion_models", "vae"):
+        folder_paths.add_model_folder_path(kind, str(MINI / kind))
+    folder_paths.add_model_folder_path("apt", os.path.join(folder_paths.models_dir, "apt"))
+    # A folder that only a pack knows would list every file, of whatever extension.
+    folder_paths.folder_names_and_paths["apt"] = (folder_paths.get_folder_paths("apt"), folder_paths.supported_pt_extensions)
+
+
+def names(*kinds: str) -> list[str]:
+    """Sorted names of all files of these kinds."""
+    return sorted({name for kind in kinds for name in folder_paths.get_filename_list(kind)})
+
+
+def find(name: str, *kinds: str) -> str:
+    """The path of a file by its name in the list. Raises AptError when none of these kinds of folders has it."""
+    for kind in kinds:
+        if path := folder_paths.get_full_path(kind, name):
+            return path
+    places = " or ".join(f"models/{kind}" for kind in kinds)
+    raise AptError(f"{name} is not in {places}: put the file there, or choose another one.")

@@ -1,0 +1,148 @@
+"""APT One-Step Sampler: `z - v(z, c, 1000)`, and a few steps by re-noising, on ComfyUI's own way of sampling."""
+
+from functools import partial
+
+import comfy.sample
+import comfy.utils
+import latent_preview
+import torch
+from comfy import model_management
+from comfy.samplers import KSAMPLER, CFGGuider
+from comfy_api.latest import io
+from torch import Tensor
+from tqdm.auto import trange
+
+from ..apt_core.errors import AptError
+from ..apt_core.flow import interpolate, shift
+from .noise import SeedNoise, WalkNoise
+from .wan_model import WanModel, read_model
+
+NAME = "APT One-Step Sampler"
+# Puts the second of two times at 0.7; the paper leaves it open.
+TIMES_SHIFT = 7 / 3
+
+
+class APTSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="APTSampler",
+            display_name=NAME,
+            category="APT",
+            description="Samples an APT model: one call of the network turns noise into the clip. No CFG, scheduler, shift or negative prompt: "
+            "they are not part of the method. The same as KSampler with 1 step, cfg 1, euler, simple, denoise 1.",
+            search_aliases=["ksampler", "sample", "one step", "1 step", "few step", "apt"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan model after APT, from Load APT Checkpoint or from a stock loader with an APT LoRA."),
+                io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode with the model's own text encoder."),
+                io.Latent.Input("latent", tooltip="The size and number of clips, from Empty APT Latent. What is in it is overwritten with noise."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Default 0. Item i of a batch has the seed + i: any of them comes out again alone, with batch size 1 and its own seed.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=1,
+                    min=1,
+                    max=8,
+                    tooltip="Calls of the network. Default 1, what the model was trained for; 2 is often better, with fresh noise in between "
+                    "up to time 0.7; more bring artifacts.",
+                ),
+                io.Noise.Input(
+                    "noise", optional=True, tooltip="Noise to start from in place of the seed's, from APT Noise Walk or a stock node. Default none."
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="The times of the calls in place of steps: the first is 1, they decrease, a last 0 is allowed. Default none.",
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The samples, for APT VAE Decode or any other.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, latent: dict, seed: int, steps: int, noise=None, sigmas: Tensor | None = None) -> io.NodeOutput:
+        wan = read_model(NAME, model)
+        times = _times(steps, sigmas)
+        latent = _read_latent(wan, model, latent)
+        _check_text(wan, positive)
+
+        first = noise or SeedNoise(seed)
+        # Other packs' noise knows of one step only.
+        later = first if isinstance(first, WalkNoise) else SeedNoise(seed)
+        guider = CFGGuider(model)
+        guider.inner_set_conds({"positive": positive})
+        samples = guider.sample(
+            first.generate_noise(latent),
+            latent["samples"],
+            KSAMPLER(few_step, {"fresh_noise": partial(later.generate_noise, latent)}),
+            torch.tensor([*times, 0.0]),
+            denoise_mask=latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(times)),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        return io.NodeOutput({**latent, "samples": samples.to(model_management.intermediate_device())})
+
+
+def few_step(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, fresh_noise) -> Tensor:
+    """apt_core.generator.few_step as a sampler function of ComfyUI: `model(x, sigma)` is the clean sample, sigmas are times and end with 0."""
+    batch = x.new_ones(len(x))
+    for i in trange(len(sigmas) - 1, disable=disable):
+        if i:
+            x = interpolate(clean, fresh_noise(i).to(x), sigmas[i])
+        clean = model(x, sigmas[i] * batch, **extra_args)
+        callback({"i": i, "x": x, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": clean})
+    return clean
+
+
+def _times(steps: int, sigmas: Tensor | None) -> list[float]:
+    if sigmas is None:
+        return [shift(1 - i / steps, TIMES_SHIFT) for i in range(steps)]
+    times = sigmas.tolist()
+    if times and times[-1] == 0:
+        times.pop()
+    if not times or times[0] != 1 or not times[-1] > 0 or any(not a > b for a, b in zip(times, times[1:])):
+        shown = ", ".join(f"{t:g}" for t in sigmas.tolist()) or "empty"
+        raise AptError(f"{NAME}: the sigmas are {shown}, but they must start at 1 and decrease, staying above 0 until a last 0: for two steps 1, 0.7.")
+    return times
+
+
+def _read_latent(wan: WanModel, model, latent: dict) -> dict:
+    latent, samples = latent.copy(), latent["samples"]
+    spatial, temporal = latent.pop("downscale_ratio_spacial", None), latent.pop("downscale_ratio_temporal", None)
+    if spatial:
+        # Empty latents that say what they stand for: ComfyUI fits them to the model.
+        samples = comfy.sample.fix_empty_latent_channels(model, samples, spatial, temporal)
+    if samples.is_nested or samples.ndim != 5 or samples.shape[1] != wan.channels:
+        shape = "nested" if samples.is_nested else list(samples.shape)
+        raise AptError(
+            f"{NAME}: the latent is {shape}, but this model takes [batch, {wan.channels}, frames, height, width]: "
+            "make it with Empty APT Latent from this model."
+        )
+    height, width = samples.shape[-2:]
+    if height % wan.patch or width % wan.patch:
+        low, high = (_pixels(wan, width, height, up) for up in (0, 1))
+        raise AptError(
+            f"{NAME}: the latent is for {width * wan.spatial}x{height * wan.spatial} pixels, but this model takes sides in steps of {wan.multiple}: "
+            f"{low} or {high} is nearest, make it with Empty APT Latent."
+        )
+    return {**latent, "samples": samples}
+
+
+def _pixels(wan: WanModel, width: int, height: int, up: bool) -> str:
+    sides = [max(side // wan.patch + (up and side % wan.patch > 0), 1) for side in (width, height)]
+    return "x".join(str(side * wan.multiple) for side in sides)
+
+
+def _check_text(wan: WanModel, positive: list) -> None:
+    for text, _ in positive:
+        if text.shape[-1] != wan.text_dim:
+            raise AptError(
+                f"{NAME}: the prompt has embeddings of {text.shape[-1]} channels, but this model reads {wan.text_dim}: use its own text encoder, "
+                "UMT5-XXL for Wan, apt_mini_text_encoder for the miniature."
+            )

@@ -1,0 +1,104 @@
+"""Wan's video VAEs decoded slice by slice with ComfyUI's own modules, so that the numbers are stock VAEDecode's."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from inspect import signature
+from typing import TypeVar
+
+import torch
+from comfy import model_management
+from comfy.ldm.wan import vae as wan21, vae2_2 as wan22
+from comfy.sd import VAE
+from comfy.utils import ProgressBar
+from latent_preview import MAX_PREVIEW_RESOLUTION, preview_to_image
+from torch import Tensor
+
+from ..apt_core.errors import AptError
+
+Result = TypeVar("Result")
+
+
+def read_latent(node: str, vae: VAE, samples: dict) -> Tensor:
+    """The tensor of a LATENT; of a nested one (video with sound) the first, as stock VAEDecode does.
+
+    Raises AptError, beginning with the node's display name, for one that this VAE was not made for.
+    """
+    latent = samples["samples"]
+    if latent.is_nested:
+        latent = latent.unbind()[0]
+    images_only = type(vae) is VAE and vae.latent_dim == 2 and latent.ndim == 5
+    if (images_only or _slicer(vae)) and (latent.ndim, latent.shape[1]) != (5, vae.latent_channels):
+        takes = f"{vae.latent_channels} channels" if images_only else f"[batch, {vae.latent_channels}, frames, height, width]"
+        raise AptError(
+            f"{node}: the latent is {list(latent.shape)}, but this VAE takes {takes}: "
+            "load the VAE that belongs to the model, Wan 2.1's for 16 channels and Wan 2.2's for 48."
+        )
+    return latent
+
+
+def decode(vae: VAE, latent: Tensor, consume: Callable[[Iterable[Tensor], int], Result]) -> Result:
+    """`consume(pieces, total)` of the decoded frames: pieces `[n, height, width, channels]` in [0, 1], clip after clip, and how many frames in all.
+
+    A Wan VAE makes a piece of each slice of its latents and keeps none. Any other VAE, and one that runs out of memory, decodes as
+    stock does, in one piece; after running out of memory `consume` is called anew.
+    """
+    slicer = _slicer(vae)
+    if slicer:
+        total = len(latent) * vae.upscale_ratio[0](latent.shape[2])
+        try:
+            return consume(_stream(vae, latent, slicer, total), total)
+        except Exception as error:
+            model_management.raise_non_oom(error)
+            logging.warning("Ran out of memory in a slice of the VAE decode, going on as stock VAEDecode does.")
+    # Not in the except block: the exception would keep the memory of the failed slice.
+    images = vae.decode(latent)
+    images = images.reshape(-1, *images.shape[-3:])
+    return consume([images], len(images))
+
+
+def _stream(vae: VAE, latent: Tensor, slicer: Callable, total: int) -> Iterator[Tensor]:
+    progress = ProgressBar(total)
+    vae.prepare_decode(latent.shape)
+    with model_management.cuda_device_context(vae.device):
+        for clip in latent.split(1):
+            for pixels in slicer(vae.first_stage_model, clip.to(vae.device, vae.vae_dtype)):
+                frames = vae.process_output(pixels.to(vae.vae_output_dtype()))[0].movedim(0, -1)
+                preview = preview_to_image(frames[-1, ..., :3], do_scale=False)
+                progress.update_absolute(progress.current + len(frames), preview=("JPEG", preview, MAX_PREVIEW_RESOLUTION))
+                yield frames
+                model_management.throw_exception_if_processing_interrupted()
+
+
+def _slicer(vae: VAE) -> Callable[[torch.nn.Module, Tensor], Iterator[Tensor]] | None:
+    """What decodes this VAE's latents by slices; None unless its decoder, which is private to ComfyUI, is as known here."""
+    model = vae.first_stage_model if type(vae) is VAE else None
+    if type(model) not in (wan21.WanVAE, wan22.WanVAE):
+        return None
+    takes = tuple(signature(model.decoder.forward).parameters)
+    if type(model) is wan22.WanVAE:
+        return _slices_of_22 if takes == ("x", "feat_cache", "feat_idx", "first_chunk") else None
+    # A decoder without run_up returns a tensor in place of chunks, and stock then cuts other slices.
+    return _slices_of_21 if takes == ("x", "feat_cache", "feat_idx") and hasattr(model.decoder, "run_up") else None
+
+
+def _slices_of_21(model: wan21.WanVAE, z: Tensor) -> Iterator[Tensor]:
+    """Latents [1, 16, f, h, w] -> pixels [1, 3, n, 8h, 8w] of 1, 2, 2, ... latent frames: stock's slices, for stock's bits."""
+    x = model.conv2(z)
+    cache = _empty_cache(model.decoder) if x.shape[2] > 1 else None
+    for start in (0, *range(1, x.shape[2], 2)):
+        part = x[:, :, start : start + 2 if start else 1]
+        yield torch.cat(model.decoder(part, feat_cache=cache, feat_idx=[0]), 2)
+
+
+def _slices_of_22(model: wan22.WanVAE, z: Tensor) -> Iterator[Tensor]:
+    """Latents [1, 48, f, h, w] -> pixels [1, 3, n, 16h, 16w] of one latent frame each."""
+    x = model.conv2(z)
+    cache = _empty_cache(model.decoder)
+    for i in range(x.shape[2]):
+        part = model.decoder(x[:, :, i : i + 1], feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
+        yield wan22.unpatchify(part, patch_size=2)
+
+
+def _empty_cache(decoder: torch.nn.Module) -> list[None]:
+    """One place for the last frames that each causal convolution saw."""
+    return [None] * sum(isinstance(module, wan21.CausalConv3d) for module in decoder.modules())

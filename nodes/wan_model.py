@@ -1,0 +1,72 @@
+"""What a MODEL says about itself: whether it is Wan, and the sizes that it takes."""
+
+from dataclasses import dataclass
+
+from comfy.model_base import WAN21
+from comfy.model_patcher import ModelPatcher
+
+from ..apt_core.errors import AptError
+from ..apt_core.tensorfile import metadata_json
+
+ATTACHMENT = "apt"
+"""Under this name a MODEL carries the `apt` metadata of its file."""
+
+# By the channels of the latents: what Wan 2.1 and Wan 2.2 5B were released for, where no metadata tells.
+RELEASED = {
+    16: {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
+    48: {"width": 1280, "height": 704, "frames": 121, "fps": 24.0},
+}
+
+
+@dataclass(frozen=True)
+class WanModel:
+    """Sizes of a Wan MODEL. `spatial` and `temporal`: pixels and frames to a latent; `patch`: latents to a token's side;
+    `native`: {width, height, frames, fps} that it was trained for, in pixels and frames."""
+
+    channels: int
+    spatial: int
+    temporal: int
+    patch: int
+    text_dim: int
+    native: dict
+
+    @property
+    def multiple(self) -> int:
+        """Width and height in pixels divide by it."""
+        return self.spatial * self.patch
+
+
+def read_model(node: str, model: ModelPatcher) -> WanModel:
+    """Raises AptError, beginning with the node's display name, for a model of another kind than Wan."""
+    if not isinstance(model.model, WAN21):
+        kind = type(model.model).__name__
+        raise AptError(f"{node}: the model is {kind}, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.")
+    format, network = model.model.latent_format, model.model.diffusion_model
+    return WanModel(
+        channels=format.latent_channels,
+        spatial=format.spacial_downscale_ratio,
+        temporal=format.temporal_downscale_ratio,
+        patch=network.patch_size[-1],
+        text_dim=network.text_dim,
+        native=_apt(node, model).get("native") or RELEASED[format.latent_channels],
+    )
+
+
+def check_native(what: str, apt: dict) -> None:
+    """Raises AptError when `native` in an `apt` object is there and not as the trainer writes it."""
+    native = apt.get("native")
+    if native is None:
+        return
+    sizes = [native.get(name) for name in ("width", "height", "frames")] if isinstance(native, dict) else [None]
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or not isinstance(native.get("fps"), (int, float)):
+        raise AptError(f"{what}: its metadata entry `apt` has native {native!r}, not width, height, frames and fps: export the file again.")
+
+
+def _apt(node: str, model: ModelPatcher) -> dict:
+    if apt := model.get_attachment(ATTACHMENT):
+        return apt
+    # Stock loaders drop the metadata of a model, but keep a LoRA's.
+    what = f"{node}: the LoRA"
+    apt = metadata_json(what, model.get_attachment("lora_metadata") or {}, "apt")
+    check_native(what, apt)
+    return apt

@@ -1,0 +1,98 @@
+"""Writes workflows/ (graphs and pictures) and the tests' snapshot of /object_info: builds each graph of graphs.py in ComfyUI's own
+frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else the graph itself.
+
+COMFYUI_DIR=... COMFYUI_PYTHON=... CHROMIUM=... python tests/comfyui/build_workflows.py [--screenshots FOLDER] [NAME ...]
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import tomllib
+import uuid
+from pathlib import Path
+
+from browser import Frontend
+from cards import card_of_picture, card_of_videos
+from graphs import PUBLIC, RUNNABLE, WORKFLOWS
+from interface import write_snapshot
+from server import ROOT, Server
+from stand_ins import make_stand_ins
+
+FOLDER = ROOT / "workflows"
+BUILD = """async ({nodes, links}) => {
+    await window.app.loadGraphData({nodes: [], links: [], groups: [], version: 0.4, last_node_id: 0, last_link_id: 0})
+    const graph = window.app.graph, made = {}
+    for (const item of nodes) {
+        const node = made[item.id] = window.LiteGraph.createNode(item.type)
+        graph.add(node)
+        if (item.title) node.title = item.title
+        for (const [name, value] of item.widgets) {
+            const widget = node.widgets.find(w => w.name === name)
+            if (!widget) throw new Error(`${item.type} has no widget ${name}, but ${node.widgets.map(w => w.name)}`)
+            widget.value = value
+            widget.callback?.(value)
+        }
+        node.pos = item.at
+    }
+    for (const link of links) {
+        const to = made[link.to], slot = to.inputs.findIndex(i => i.name === link.input)
+        if (slot < 0) throw new Error(`${to.type} has no input ${link.input}, but ${to.inputs.map(i => i.name)}`)
+        if (!made[link.from].connect(link.slot, to, slot)) throw new Error(`${to.type}.${link.input} refused the link`)
+    }
+    for (const item of nodes) {
+        const node = made[item.id], least = node.computeSize()
+        node.setSize([item.size[0] || least[0], Math.max(item.size[1], least[1])])
+    }
+    return JSON.stringify(graph.serialize())
+}"""
+
+
+def finish(name: str, graph: dict, core_version: str) -> dict:
+    """Node ids in the order of their definition, where each node and each public model file comes from, and no view of the canvas."""
+    pack = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    graph["nodes"].sort(key=lambda node: node["id"])
+    for node in graph["nodes"]:
+        ours = node["type"].startswith("APT")
+        if node["type"] == "MarkdownNote":
+            node["properties"] = {}
+            node["color"], node["bgcolor"] = "#432", "#653"
+            continue
+        origin = {"cnr_id": pack["name"], "ver": pack["version"]} if ours else {"cnr_id": "comfy-core", "ver": core_version}
+        node["properties"] = {**origin, "Node name for S&R": node["type"]}
+        files = [value for value in node.get("widgets_values", []) if value in PUBLIC]
+        if files:
+            node["properties"]["models"] = [{"name": file, "url": PUBLIC[file][0], "directory": PUBLIC[file][1]} for file in files]
+    graph["extra"] = {}
+    graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-apt/workflows/{name}"))
+    return graph
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--screenshots", type=Path, help="put a picture of each graph here")
+    parser.add_argument("names", nargs="*", default=list(WORKFLOWS))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        make_stand_ins(Path(scratch) / "models")
+        screenshots = arguments.screenshots or Path(scratch)
+        with Server(Path(os.environ["COMFYUI_DIR"]).resolve(), Path(scratch)) as server:
+            frontend = Frontend(server.url, os.environ["CHROMIUM"], 2200, 1200)
+            version = server.get("/system_stats")["system"]["comfyui_version"]
+            stock = {node.type for make in WORKFLOWS.values() for node in make().nodes}
+            write_snapshot(server.get("/object_info"), stock - {"MarkdownNote"})
+            for name in arguments.names:
+                graph = finish(name, json.loads(frontend.page.evaluate(BUILD, WORKFLOWS[name]().description())), version)
+                (FOLDER / f"{name}.json").write_text(json.dumps(graph, indent=2, ensure_ascii=False) + "\n")
+                frontend.open(graph)
+                frontend.picture(screenshots / f"{name}.png")
+                if name in RUNNABLE:
+                    card_of_videos([file for (file,) in server.run(frontend.prompt()).values()], FOLDER / f"{name}.jpg")
+                else:
+                    card_of_picture(screenshots / f"{name}.png", FOLDER / f"{name}.jpg")
+                print(f"{name}: {len(graph['nodes'])} nodes", flush=True)
+            frontend.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""APT One-Step Sampler with the generator `model` in `files` and the text in `inputs`, beside stock nodes; all latents into `out`."""
+
+import json
+from types import SimpleNamespace
+
+from comfyui import start
+
+paths, _ = start()
+
+import comfy.samplers
+import nodes
+import torch
+from apt_nodes import load_nodes, offer, sentence
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_custom_sampler import BasicGuider, DisableNoise, RandomNoise, SamplerCustomAdvanced
+from comfy_extras.nodes_hunyuan import EmptyHunyuanLatentVideo
+from comfy_extras.nodes_sd3 import EmptySD3LatentImage
+from safetensors.torch import load_file, save_file
+
+apt = load_nodes(paths["pack"])
+offer(paths["files"], "diffusion_models", "loras")
+WIDTH, HEIGHT, FRAMES, SEED = 32, 48, 5, 40
+
+
+def load(name: str):
+    return apt.APTLoadCheckpoint.execute(name, "default").args[0]
+
+
+def empty(batch: int, frames: int = FRAMES) -> dict:
+    return apt.APTEmptyLatent.execute(model, {"size": "custom", "width": WIDTH, "height": HEIGHT, "frames": frames}, batch).args[0]
+
+
+def sample(model, latent: dict, seed: int = SEED, steps: int = 1, **more) -> torch.Tensor:
+    out = apt.APTSampler.execute(model, cond, latent, seed, steps, **more).args[0]
+    assert not any(key.startswith("downscale") for key in out), "these keys are for empty latents"
+    return out["samples"]
+
+
+def stock(model, latent: dict, seed: int = SEED) -> torch.Tensor:
+    return nodes.common_ksampler(model, seed, 1, 1.0, "euler", "simple", cond, cond, latent)[0]["samples"]
+
+
+def with_lora(model):
+    return nodes.LoraLoaderModelOnly().load_lora_model_only(model, "lora.safetensors", 1.0)[0]
+
+
+def timesteps(steps: int) -> list[float]:
+    """What the network itself is told."""
+    seen, spied = [], model.clone()
+    spied.add_wrapper(WrappersMP.DIFFUSION_MODEL, lambda executor, x, t, *rest, **more: (seen.extend(t.tolist()), executor(x, t, *rest, **more))[1])
+    sample(spied, empty(1), steps=steps)
+    return seen
+
+
+with torch.inference_mode():
+    model = load("model.safetensors")
+    cond = [[load_file(paths["inputs"])["text"], {}]]
+    filled = {"samples": torch.randn(1, 16, 2, 6, 4, generator=torch.Generator().manual_seed(9)), "noise_mask": torch.zeros(1, 48, 32)}
+    filled["noise_mask"][..., :20] = 1
+    batch = {"samples": torch.zeros(3, 16, 2, 6, 4)}
+    walk = apt.APTNoiseWalk.execute("3, 8", False).args[0]
+    guider = BasicGuider.execute(model, cond).args[0]
+    sampler, once = comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0])
+
+    out = {
+        "one": sample(model, empty(1)),
+        "stock": stock(model, empty(1)),
+        "stock loader": stock(nodes.UNETLoader().load_unet("model.safetensors", "default")[0], empty(1)),
+        "masked": sample(model, filled),
+        "stock masked": stock(model, filled),
+        "batch": sample(model, batch),
+        "alone": sample(model, empty(1), SEED + 2),
+        "cut": sample(model, nodes.LatentFromBatch().frombatch(batch, 2, 1)[0]),
+        "two": sample(model, empty(2), steps=2),
+        "times": sample(model, empty(1), sigmas=torch.tensor([1, 0.75, 0.25, 0])),
+        "times without 0": sample(model, empty(1), sigmas=torch.tensor([1, 0.75, 0.25])),
+        "walk": sample(model, empty(3), noise=walk, steps=2),
+        "stock noise": sample(model, empty(2), 77, 2, noise=RandomNoise.execute(SEED).args[0]),
+        "no noise": sample(model, empty(1), noise=DisableNoise.execute().args[0]),
+        "walk advanced": SamplerCustomAdvanced.execute(walk, guider, sampler, once, {"samples": torch.zeros(3, 16, 2, 6, 4)}).args[0]["samples"],
+        "stock empty": sample(model, EmptyHunyuanLatentVideo.execute(WIDTH, HEIGHT, FRAMES).args[0]),
+        "image": sample(model, EmptySD3LatentImage.execute(WIDTH, HEIGHT).args[0]),
+        "lora": sample(with_lora(model), empty(1)),
+        "merged": sample(load("merged.safetensors"), empty(1)),
+        "unpatched": sample(model, empty(1)),
+    }
+    save_file({name: value.contiguous() for name, value in out.items()}, paths["out"])
+
+    def says(latent=None, text=None, model=model, **more) -> str:
+        return sentence(apt.APTSampler.execute, model, text or cond, latent or empty(1), 0, 1, **more)
+
+    result = {
+        "timesteps": [timesteps(steps) for steps in (1, 2, 4)],
+        "sentences": {
+            "channels": says({"samples": torch.zeros(1, 48, 2, 6, 4)}),
+            "image": says({"samples": torch.zeros(1, 16, 6, 4)}),
+            "odd": says({"samples": torch.zeros(1, 16, 2, 7, 4)}),
+            "odd empty": says({"samples": torch.zeros(1, 16, 2, 7, 1), "downscale_ratio_spacial": 8}),
+            "text": says(text=[[torch.zeros(1, 4, 4096), {}]]),
+            "start": says(sigmas=torch.tensor([0.9, 0.5, 0])),
+            "order": says(sigmas=torch.tensor([1, 0.5, 0.5])),
+            "empty": says(sigmas=torch.tensor([])),
+            "timesteps": says(sigmas=torch.tensor([1000.0, 700])),
+            "model": says(model=SimpleNamespace(model=torch.nn.Identity())),
+        },
+        "walks": {
+            f"{seeds}{' closed' * closed}": sentence(apt.APTNoiseWalk.execute, seeds, closed)
+            for seeds, closed in (("5", True), ("1, -2", False), (f"1, {2**64}", False), ("1,,2", False), ("3, 4, 4", False), ("1, 2, 1", True))
+        },
+        "good walks": [sentence(apt.APTNoiseWalk.execute, *walk) for walk in (("1, 2, 1", False), (f" 0,{2**64 - 1} ", True))],
+    }
+print(json.dumps(result))

@@ -1,0 +1,58 @@
+"""Small files in the places and under the names of the big ones, enough for ComfyUI to list them and to load the transformers, and
+the miniature in fp32.
+
+The stock loaders of UMT5-XXL and of Wan 2.2's VAE have fixed sizes, so these two stand-ins are lists of no tensors: a prompt that
+names them validates, and would fail if it ran.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+
+from apt_core.checkpoint import load_transformer, read_metadata, save_generator
+from apt_core.vae import save_vae
+from apt_core.wan import WanBackbone
+from trainer.mini import GENERATOR
+
+TINY = dict(num_attention_heads=1, attention_head_dim=128, text_dim=4096, ffn_dim=128, num_layers=1)
+WAN21 = {
+    "base": "wan2.1-t2v-1.3b",
+    "text_length": 512,
+    "vae": {"name": "wan2.1", "stride": [4, 8, 8], "channels": 16},
+    "native": {"height": 480, "width": 832, "frames": 49, "fps": 24.0},
+}
+WAN22 = {
+    "base": "wan2.2-ti2v-5b",
+    "text_length": 512,
+    "vae": {"name": "wan2.2", "stride": [4, 16, 16], "channels": 48},
+    "native": {"height": 704, "width": 1280, "frames": 49, "fps": 24.0},
+}
+
+
+def make_stand_ins(models: Path) -> None:
+    """Fill `models` (its folders are made) with what the graphs of workflows/ ask for."""
+    torch.manual_seed(0)
+    wan21, wan22 = WanBackbone(**TINY), WanBackbone(**TINY, in_channels=48, out_channels=48)
+    folders = {name: models / name for name in ("diffusion_models", "loras", "text_encoders", "vae")}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    diffusion = folders["diffusion_models"]
+    save_generator(diffusion / "wan2.1_1.3B_apt.safetensors", wan21, wan21.config, WAN21, torch.float16)
+    save_generator(diffusion / "wan2.2_5B_apt.safetensors", wan22, wan22.config, WAN22, torch.float16)
+    save_plain(diffusion / "wan2.1_t2v_1.3B_fp16.safetensors", diffusion / "wan2.1_1.3B_apt.safetensors")
+    mini = load_transformer(GENERATOR)
+    save_generator(diffusion / "apt_mini_fp32.safetensors", mini, mini.config, read_metadata(GENERATOR))
+    pair = {"lora_A": torch.zeros(4, 128), "lora_B": torch.zeros(128, 4)}
+    lora = {f"diffusion_model.blocks.0.self_attn.q.{name}.weight": value for name, value in pair.items()}
+    save_file(lora, folders["loras"] / "wan2.1_1.3B_apt_lora.safetensors", {"apt": json.dumps({"format": 1, "kind": "lora", **WAN21})})
+    save_vae(folders["vae"] / "wan_2.1_vae.safetensors", AutoencoderKLWan(base_dim=8).eval())
+    save_file({}, folders["vae"] / "wan2.2_vae.safetensors")
+    save_file({}, folders["text_encoders"] / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+
+
+def save_plain(path: Path, source: Path) -> None:
+    """A file as Wan itself is released: the tensors of `source` without any metadata."""
+    save_file(load_file(source), path)

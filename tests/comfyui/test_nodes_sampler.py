@@ -1,0 +1,149 @@
+"""APT One-Step Sampler in a real ComfyUI: the numbers of apt_core and of stock KSampler, and what it says to bad input."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from apt_core.checkpoint import save_generator
+from apt_core.generator import few_step, one_step
+from apt_core.vae import LATENTS_MEAN, LATENTS_STD
+from apt_core.wan import WanBackbone
+
+PACK = Path(__file__).parents[2]
+SEED = 40
+MEAN, STD = (torch.tensor(values["2.1"]).view(-1, 1, 1, 1) for values in (LATENTS_MEAN, LATENTS_STD))
+
+
+def noise(seed: int, steps: int = 1) -> list[torch.Tensor]:
+    """[1, C, F, H, W] for each step: one generator per item, drawn from again for each step."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, 16, 2, 6, 4, generator=generator) for _ in range(steps)]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    torch.manual_seed(0)
+    return WanBackbone(num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=2).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return torch.randn(1, 7, 20, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def run(comfyui, generator, text, tmp_path_factory):
+    """(latents by name as the transformer has them, the rest of the result)"""
+    folder = tmp_path_factory.mktemp("sampler")
+    files = folder / "files"
+    save_generator(files / "model.safetensors", generator, generator.config, {"base": "test"})
+
+    key, down, up = "blocks.1.self_attn.q", torch.randn(4, 48) / 7, torch.randn(48, 4) / 2
+    lora = {f"diffusion_model.{key}.lora_A.weight": down, f"diffusion_model.{key}.lora_B.weight": up}
+    save_file(lora, files / "lora.safetensors")
+    merged = {name: value.clone() for name, value in generator.state_dict().items()}
+    merged["blocks.1.attn1.to_q.weight"] += up @ down
+    save_generator(files / "merged.safetensors", merged, generator.config, {"base": "test"})
+
+    save_file({"text": text}, folder / "in.safetensors")
+    result = comfyui("sample_nodes", pack=PACK, files=files, inputs=folder / "in.safetensors", out=folder / "out.safetensors")
+    return {name: (value - MEAN) / STD for name, value in load_file(folder / "out.safetensors").items()}, result
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_one_step_is_ksamplers_and_apt_cores(run, generator, text):
+    latents, result = run
+    close(latents["one"], one_step(generator, *noise(SEED), text))
+    for other in ("stock", "stock loader", "stock empty"):
+        assert torch.equal(latents["one"], latents[other]), other
+    close(latents["masked"], latents["stock masked"])
+    assert (latents["masked"] - latents["one"]).abs().max() > 0.1
+    assert result["timesteps"][0] == [1000.0]
+
+
+def test_an_image_is_one_frame(run, generator, text):
+    z = torch.randn(1, 16, 1, 6, 4, generator=torch.Generator().manual_seed(SEED))
+    close(run[0]["image"], one_step(generator, z, text))
+
+
+def test_each_item_of_a_batch_has_its_own_seed(run, generator, text):
+    latents, _ = run
+    for item in range(3):
+        close(latents["batch"][item : item + 1], one_step(generator, *noise(SEED + item), text))
+    close(latents["batch"][2:], latents["alone"])
+    assert torch.equal(latents["cut"], latents["alone"])
+
+
+def test_a_few_steps_are_apt_cores(run, generator, text):
+    latents, result = run
+    for item in range(2):
+        z, *fresh = noise(SEED + item, 2)
+        close(latents["two"][item : item + 1], few_step(generator, z, text, (1.0, 0.7), lambda i: fresh[i - 1]))
+    z, *fresh = noise(SEED, 3)
+    close(latents["times"], few_step(generator, z, text, (1.0, 0.75, 0.25), lambda i: fresh[i - 1]))
+    assert torch.equal(latents["times"], latents["times without 0"])
+    assert result["timesteps"][1] == pytest.approx([1000, 700], abs=1e-3)
+    assert result["timesteps"][2] == pytest.approx([1000, 875, 700, 437.5], abs=1e-3)
+
+
+def test_noise_given_replaces_that_of_the_seed(run, generator, text):
+    latents, _ = run
+    (z3, fresh3), (z8, fresh8) = noise(3, 2), noise(8, 2)
+    half = 0.5**0.5
+    walk = [(z3, fresh3), (half * (z3 + z8), half * (fresh3 + fresh8)), (z8, fresh8)]
+    for item, (z, fresh) in enumerate(walk):
+        close(latents["walk"][item : item + 1], few_step(generator, z, text, (1.0, 0.7), lambda i: fresh))
+        close(latents["walk advanced"][item : item + 1], one_step(generator, z, text))
+    both = torch.randn(2, 16, 2, 6, 4, generator=torch.Generator().manual_seed(SEED))  # stock noise: one seed for the batch
+    for item in range(2):
+        fresh = noise(77 + item, 2)[1]
+        close(latents["stock noise"][item : item + 1], few_step(generator, both[item : item + 1], text, (1.0, 0.7), lambda i: fresh))
+    close(latents["no noise"], one_step(generator, torch.zeros(1, 16, 2, 6, 4), text))
+
+
+def test_a_stock_lora_is_the_merged_weights(run):
+    latents, _ = run
+    close(latents["lora"], latents["merged"])
+    assert (latents["lora"] - latents["one"]).abs().max() > 1e-2
+    assert torch.equal(latents["unpatched"], latents["one"])
+
+
+def test_bad_input_gets_a_sentence(run):
+    name = "AptError APT One-Step Sampler:"
+    takes = "but this model takes [batch, 16, frames, height, width]: make it with Empty APT Latent from this model."
+    sizes = "but this model takes sides in steps of 16:"
+    order = "but they must start at 1 and decrease, staying above 0 until a last 0: for two steps 1, 0.7."
+    assert run[1]["sentences"] == {
+        "channels": f"{name} the latent is [1, 48, 2, 6, 4], {takes}",
+        "image": f"{name} the latent is [1, 16, 6, 4], {takes}",
+        "odd": f"{name} the latent is for 32x56 pixels, {sizes} 32x48 or 32x64 is nearest, make it with Empty APT Latent.",
+        "odd empty": f"{name} the latent is for 8x56 pixels, {sizes} 16x48 or 16x64 is nearest, make it with Empty APT Latent.",
+        "text": f"{name} the prompt has embeddings of 4096 channels, but this model reads 20: use its own text encoder, "
+        "UMT5-XXL for Wan, apt_mini_text_encoder for the miniature.",
+        "start": f"{name} the sigmas are 0.9, 0.5, 0, {order}",
+        "order": f"{name} the sigmas are 1, 0.5, 0.5, {order}",
+        "empty": f"{name} the sigmas are empty, {order}",
+        "timesteps": f"{name} the sigmas are 1000, 700, {order}",
+        "model": f"{name} the model is Identity, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.",
+    }
+
+
+def test_a_walk_needs_different_seeds(run):
+    start = 'AptError APT Noise Walk: seeds is "{}",'
+    numbers = "but it must be two or more whole numbers from 0 with commas in between, such as 1, 2, 3."
+    no_way = "but there is no way between a seed and itself: leave one of them out"
+    assert run[1]["walks"] == {
+        "5 closed": f"{start.format('5')} {numbers}",
+        "1, -2": f"{start.format('1, -2')} {numbers}",
+        "1, 18446744073709551616": f"{start.format('1, 18446744073709551616')} {numbers}",
+        "1,,2": f"{start.format('1,,2')} {numbers}",
+        "3, 4, 4": f"{start.format('3, 4, 4')} which goes from 4 to 4, {no_way}.",
+        "1, 2, 1 closed": f"{start.format('1, 2, 1')} which goes from 1 to 1, {no_way}, a closed walk returns to its first seed anyway.",
+    }
+    assert run[1]["good walks"] == ["nothing was raised"] * 2

@@ -1,0 +1,43 @@
+"""A long day in two minutes: a hundred prompts of mixed sizes on one server, some of them cancelled."""
+
+import random
+import time
+
+from prompts import custom, mini_image, mini_video
+from server import Server, failure
+
+SIZES = [(32, 32, 1), (48, 48, 1), (48, 48, 5), (48, 48, 9), (64, 48, 9), (80, 64, 13), (96, 96, 5)]
+WARM_UP, PROMPTS = 28, 100
+GROWTH = 1.05
+
+
+def test_a_hundred_prompts_with_cancels_leave_the_server_as_it_was(comfyui_dir, tmp_path):
+    rng = random.Random(0)
+    # Without the cache of outputs, which is meant to grow until memory is short.
+    with Server(comfyui_dir, tmp_path, "--cache-none") as server:
+        for i in range(WARM_UP):
+            finish(server, rng, SIZES[i % len(SIZES)], seed=i, cancel=i % 7 == 6)
+        before, cancelled = server.memory(), 0
+        for i in range(PROMPTS):
+            cancelled += finish(server, rng, rng.choice(SIZES), seed=1000 + i, cancel=rng.random() < 0.25)
+        after = server.memory()
+        assert server.get("/queue") == {"queue_running": [], "queue_pending": []}
+        # And it still makes the same thing of the same prompt.
+        first, again = (server.run(mini_image("a red circle on a blue background", 5, custom(48, 48, 1)))["save"] for _ in range(2))
+        assert first != again and [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    assert after <= GROWTH * before, f"from {before / 1e6:.0f} to {after / 1e6:.0f} MB"
+    assert 5 <= cancelled < PROMPTS / 2, f"{cancelled} prompts were cancelled in time"
+
+
+def finish(server: Server, rng: random.Random, size: tuple[int, int, int], seed: int, cancel: bool) -> bool:
+    """Run one prompt to its end; with `cancel`, interrupt it somewhere on the way. True when that came in time."""
+    make = mini_video if size[2] > 1 else mini_image
+    prompt_id = server.queue(make(f"a {rng.choice(['red', 'blue'])} circle on a green background", seed, custom(*size)))
+    if cancel:
+        time.sleep(rng.uniform(0, 0.3))
+        server.interrupt(prompt_id)
+    entry = server.wait(prompt_id)
+    interrupted = any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
+    assert interrupted or entry["status"]["status_str"] == "success", failure(entry)
+    assert cancel or not interrupted
+    return interrupted
