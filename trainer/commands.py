@@ -24,6 +24,7 @@ from trainer.distill import distill
 from trainer.distributed import World, connect
 from trainer.dry_run import check_fit
 from trainer.files import make_folder
+from trainer.judge import LatentJudge
 from trainer.machine import pick_device, this_machine
 from trainer.mini.clips import SIZE
 from trainer.monitor import Monitor, Work
@@ -34,7 +35,7 @@ from trainer.progress import console, stage_bar
 from trainer.prompts import PROMPTS, Prompts
 from trainer.samples import Samples
 from trainer.shards import INDEX
-from trainer.state import Keep, Preempted
+from trainer.state import Keep, Preempted, best_state
 
 LATENTS, DISTILLED = "latents", "distilled.safetensors"
 
@@ -125,7 +126,7 @@ def find_start(preset: Preset, phase: str, out: Path, base: Path, world: World) 
     if preset.files.base != MINI:
         raise AptError(f"{out} holds no {before[-1].name}: run `distill {preset.name} --out {out}` first, or add --start FILE.")
     if world.main:
-        console.print(f"{before[-1].name} is not there: the generator starts from the base itself, which is worse; run distill first.", markup=False, highlight=False)
+        _say(f"{before[-1].name} is not there: the generator starts from the base itself, which is worse; run distill first.")
     return base
 
 
@@ -161,7 +162,7 @@ def _ready(preset: Preset, stage: str, variant: str | None, out: Path, seed: int
             "parallel": parallel,
             "lora": Lora(train.lora_rank, train.lora_alpha) if train.mode == "lora" else None,
             "ema_decays": [decay for decay in train.ema_decays if decay != _first_decay(preset, stage, variant)],
-            "keep": Keep(states, train.save_every, train.keep_last) if train.save_every else None,
+            "keep": _keep(preset, stage, batches, states, seed, world) if train.save_every else None,
             "samples": _samples(preset, stage, batches, out, world, seed) if train.sample_every else None,
             "load": load_backbone,
         }
@@ -171,6 +172,14 @@ def _ready(preset: Preset, stage: str, variant: str | None, out: Path, seed: int
             if world.main:
                 print(stop.message, file=sys.stderr)
             raise
+        if world.main:
+            _tell_result(final_file(out, preset, stage), states)
+
+
+def _keep(preset: Preset, stage: str, batches: Batches, states: Path, seed: int, world: World) -> Keep:
+    train, kind = preset.train, batches.available("video" if stage == "distill" else stage)
+    judge = LatentJudge(batches, kind, train.judge_samples, seed, world) if train.keep_best and train.judge_samples else None
+    return Keep(states, train.save_every, train.keep_last, train.keep_best, judge)
 
 
 def check_shards(batches: Batches, preset: Preset, folder: Path) -> None:
@@ -251,13 +260,20 @@ def _monitor(preset: Preset, folder: Path, world: World, bar: Callable, work: Wo
         yield monitor
 
 
-def _tell_report(made: Report, out: Path) -> None:
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+
+def _tell_result(path: Path, states: Path) -> None:
+    found = best_state(states)
+    judged = f"; judged best of the kept states: {found[0]} ({found[1]:.3g}), which export takes too" if found else ""
+    _say(f"{path} is the result{judged}.")
+
+
+def _tell_report(made: Report, out: Path) -> None:
     for bad in made.skipped:
-        say(f"left out: {bad.reason}")
+        _say(f"left out: {bad.reason}")
     if made.skipped:
-        say(f"{len(made.skipped)} left out, listed in {out / LATENTS / SKIPPED}")
+        _say(f"{len(made.skipped)} left out, listed in {out / LATENTS / SKIPPED}")
     counts = ", ".join(f"{count} {kind}s" for kind, count in made.samples.items())
-    say(f"{counts} in {out / LATENTS}; {made.encoded} encoded now, {made.clips_per_second:.2f} a second.")
+    _say(f"{counts} in {out / LATENTS}; {made.encoded} encoded now, {made.clips_per_second:.2f} a second.")

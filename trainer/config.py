@@ -160,7 +160,8 @@ class Train(Settings):
     of the discriminator's heads (none: the model's own). microbatch: samples that a process takes at once (none: its whole share);
     compute, generator_zero, discriminator_zero, sync_every_microbatch, checkpointing, compile, context_parallel: see trainer.parallel.Parallel.
     device: "auto" takes the GPU where there is one. ema_decays: more averages to keep beside the phase's own. save_every,
-    sample_every, in updates, 0: never; keep_last: how many checkpoints to keep. wandb: a Weights & Biases project to report to, where that is installed.
+    sample_every, in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many of the best besides, by
+    trainer.judge on judge_samples samples (0: none are judged). wandb: a Weights & Biases project to report to, where that is installed.
     """
 
     mode: Literal["full", "lora"] = "full"
@@ -179,6 +180,8 @@ class Train(Settings):
     ema_decays: tuple[float, ...] = ()
     save_every: int = Field(50, ge=0)
     keep_last: int = Field(2, ge=1)
+    keep_best: int = Field(1, ge=0)
+    judge_samples: int = Field(64, ge=0)
     sample_every: int = Field(0, ge=0)
     wandb: str | None = None
 

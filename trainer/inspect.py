@@ -131,4 +131,5 @@ def _state(path: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {"what": "training state", "loads": f"no: {path / 'run.json'} is missing or damaged"}
     numbers = {f"numbers in {part}": f"{count:,}" for part, count in sorted(parts.items())}
-    return {"what": "training state", "update": str(facts["update"]), "of": json.dumps(facts["identity"]), **numbers, "loads": "yes"}
+    judged = {} if facts["score"] is None else {"judged": f"{facts['score']:.4g} (the lower the better, within this run)"}
+    return {"what": "training state", "update": str(facts["update"]), **judged, "of": json.dumps(facts["identity"]), **numbers, "loads": "yes"}

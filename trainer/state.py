@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from apt_core.errors import AptError
@@ -29,14 +29,14 @@ class Keep:
     """Where training states go and which of them stay.
 
     every: updates between two; last: how many of the newest stay; best: how many of the best by `judge` stay besides, which is called by
-    all processes when a state is due and returns a number, the lower the better.
+    all processes when a state is due, with the averaged network, and returns a number, the lower the better.
     """
 
     folder: Path
     every: int = 50
     last: int = 2
     best: int = 1
-    judge: Callable[[], float] | None = None
+    judge: Callable[[nn.Module], float] | None = None
 
 
 class Preempted(SystemExit):
@@ -162,6 +162,12 @@ class Checkpoints:
         return sorted(path for path in self.keep.folder.glob("step-*") if not path.suffix and (path / FACTS).exists())
 
 
+def best_state(folder: Path) -> tuple[Path, float] | None:
+    """Of the kept states that were judged, the best with its score."""
+    scores = {path.parent: json.loads(path.read_text(encoding="utf-8"))["score"] for path in folder.glob(f"step-*/{FACTS}")}
+    return min(((path, score) for path, score in scores.items() if score is not None), key=lambda pair: pair[1], default=None)
+
+
 def _reason(error: BaseException) -> str:
     """What went wrong in one line; of a failed collective, what the first failing process ran into."""
     if isinstance(error, CheckpointException) and error.failures:
@@ -177,7 +183,7 @@ class Run:
     """The course of one training: rows of metrics, the number of the next update, states on disk, and the end that a signal asks for.
 
     Use it in a `with` statement around the training loop. keep None: nothing is stored, signals do what they always do.
-    parts: what a state consists of, by name. resume False: refuse a folder that holds a state. Raises AptError for a folder with another run.
+    parts: what a state consists of, by name; `averages` among them are what keep.judge is shown. resume False: refuse a folder that holds a state. Raises AptError for a folder with another run.
     """
 
     def __init__(self, keep: Keep | None, world: World, identity: Mapping, parts: Mapping[str, Part], resume: bool = True):
@@ -199,7 +205,7 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.keep and kind in (None, _Stop):
-            self._save()
+            self._save(judged=kind is None)
             self._checkpoints.wait()
             self.world.barrier()
         elif self.keep:  # some processes may be gone: nothing that needs them all
@@ -219,14 +225,18 @@ class Run:
         if self.keep:
             self._checkpoints.poll()
             if self.update % self.keep.every == 0:
-                self._save(self.keep.judge() if self.keep.judge else None)
+                self._save(judged=True)
 
-    def _save(self, score: float | None = None) -> None:
+    def _save(self, judged: bool) -> None:
         steps = {name: part.steps for name, part in self.parts.items()}
         name = f"step-{self.update:06d}" + ("-half" if max(steps.values()) > self.update else "")
         if name == self._saved:
             return
-        self._saved = name
+        self._saved, score = name, None
+        if judged and self.keep.judge:
+            with self.parts["averages"].applied() as network:
+                score = self.keep.judge(network)
+            self.rows[-1]["judged"] = score
         facts = {"update": self.update, "score": score, "steps": steps, "rows": [dict(row) for row in self.rows]}
         self._checkpoints.save(name, {name: part.tensors() for name, part in self.parts.items()}, facts)
 

@@ -19,6 +19,7 @@ from trainer.batches import Batches
 from trainer.config import Adversarial, Distill, Sampling
 from trainer.distill import distill
 from trainer.distributed import connect
+from trainer.judge import LatentJudge
 from trainer.parallel import Parallel
 from trainer.shards import Sample, ShardWriter
 from trainer.state import Keep
@@ -145,9 +146,9 @@ def train_adversarial(files: Files, layout: Layout, out: Path, options: dict | N
     """One phase with a layout. Its last state is kept in `out`/states, its history in `out`/rows.pt."""
     settings = Adversarial(**{**SETTINGS, **layout.settings})
     total = settings.warmup + settings.updates
-    options = {"keep": Keep(out / "states", every=total), **(options or {})}
     with connect("cpu", context_parallel=layout.parallel.context_parallel, sharded=layout.parallel.sharded) as world:
         batches = Batches(files.shards, Text(), seed=0)
+        options = {"keep": Keep(out / "states", every=total, judge=LatentJudge(batches, "video", 3, 0, world)), **(options or {})}
         start, base = options.pop("start", files.start), options.pop("base", files.base)
         rows = adversarial(
             "video", start, base, batches, settings, out / "generator.safetensors",
@@ -166,9 +167,11 @@ def train_distill(files: Files, layout: Layout, out: Path, options: dict | None 
     sampling = Sampling(guidance=3.0, shift_image=1.0, shift_video=3.0, negative_prompt="bad", second_time=0.7)
     preset = SimpleNamespace(distill=Distill(**settings), sampling=sampling)
     with connect("cpu", context_parallel=layout.parallel.context_parallel, sharded=layout.parallel.sharded) as world:
-        options = {"keep": Keep(out / "states", every=settings["updates"]), **(options or {})}
+        batches = Batches(files.shards, Text(), seed=0)
+        judge = LatentJudge(batches, "video", 3, 0, world)
+        options = {"keep": Keep(out / "states", every=settings["updates"], judge=judge), **(options or {})}
         rows = distill(
-            files.base, Batches(files.shards, Text(), seed=0), preset, out / "generator.safetensors",
+            files.base, batches, preset, out / "generator.safetensors",
             seed=0, metadata={}, world=world, parallel=layout.parallel, report=lambda *args: None, **options,
         )  # fmt: skip
         if world.main:

@@ -16,7 +16,7 @@ import trainer.adversarial
 from apt_core.errors import AptError
 from trainer.batches import Batches
 from trainer.parallel import Parallel
-from trainer.state import Keep, Preempted
+from trainer.state import Keep, Preempted, best_state
 
 LONG = {**STABLE, "updates": 7}  # eight updates with the warm-up
 
@@ -46,7 +46,8 @@ def test_a_run_moves_to_another_number_of_processes(before, after, files, tmp_pa
     slow = {**STABLE, "lr_generator": 5e-7, "lr_discriminator": 5e-7}
     parallel = Parallel(microbatch=1)
     whole = run_layout(files, Layout(before, parallel, slow), tmp_path / "whole")
-    run_layout(files, Layout(before, parallel, {**slow, "updates": 2}), tmp_path / "moved")
+    first = {"keep": Keep(tmp_path / "moved" / "states", every=3)}
+    run_layout(files, Layout(before, parallel, {**slow, "updates": 2}), tmp_path / "moved", options=first)
     moved = run_layout(files, Layout(after, parallel, slow), tmp_path / "moved")
     assert_close(moved, whole, 5, 1e-6)
 
@@ -99,10 +100,25 @@ def test_a_full_disk_is_named_and_the_last_state_stays(files, tmp_path, monkeypa
 
 
 def test_the_last_and_the_best_states_stay(files, tmp_path):
-    scores = iter([3.0, 1.0, 2.0, 5.0, 4.0])
-    options = {"keep": Keep(tmp_path / "states", every=1, last=1, best=2, judge=lambda: next(scores))}
+    scores, seen = iter([3.0, 1.0, 2.0, 5.0, 4.0]), []
+
+    def judge(network):
+        seen.append(network.state_dict()["proj_out.weight"].clone())
+        return next(scores)
+
+    options = {"keep": Keep(tmp_path / "states", every=1, last=1, best=2, judge=judge)}
     train_adversarial(files, Layout(settings={"updates": 5}), tmp_path, options)
     assert sorted(path.name for path in (tmp_path / "states").iterdir()) == ["step-000002", "step-000003", "step-000005"]
+    assert best_state(tmp_path / "states") == (tmp_path / "states" / "step-000002", 1.0)
+    assert [row["judged"] for row in torch.load(tmp_path / "rows.pt")] == [3.0, 1.0, 2.0, 5.0, 4.0]
+    for update in (2, 3, 5):  # what was judged is the average
+        assert torch.equal(seen[update - 1], state_of(tmp_path, update)["averages/0.9/proj_out.weight"])
+
+
+def test_the_end_of_a_run_is_judged_too(files, tmp_path):
+    options = {"keep": Keep(tmp_path / "states", every=2, judge=lambda network: 1.0)}
+    train_adversarial(files, Layout(settings={"updates": 3}), tmp_path, options)
+    assert [row.get("judged") for row in torch.load(tmp_path / "rows.pt")] == [None, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("worlds", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
