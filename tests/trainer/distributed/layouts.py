@@ -15,6 +15,7 @@ from apt_core.checkpoint import save_generator
 from apt_core.mmdit import MMDiTBackbone, save_mmdit
 from apt_core.wan import WanBackbone
 from trainer.adversarial import adversarial
+from trainer.base import load_backbone
 from trainer.batches import Batches
 from trainer.config import Adversarial, Distill, Sampling
 from trainer.distill import distill
@@ -26,7 +27,8 @@ from trainer.state import Keep
 
 SHAPE, TEXT_LENGTH, TEXT_DIM = (4, 2, 4, 6), 5, 10
 SAMPLES = 11
-TIMEOUT = 300  # seconds, of one run
+TIMEOUT = 600  # seconds, of all runs of one start
+WATCHED = []
 # Workers are forked from a server that has imported everything once, and has never run a backward pass.
 WORKERS = get_context("forkserver")
 WORKERS.set_forkserver_preload(["trainer.adversarial", "trainer.distill", "torch.distributed.checkpoint"])
@@ -117,11 +119,15 @@ class Layout:
     settings: dict = field(default_factory=dict)
 
 
-def start_workers(processes: int, function, *args) -> list:
-    """Processes that each call `function(*args)`, torchrun's variables set."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start_workers(processes: int, function, *args) -> list:
+    """Processes that each call `function(*args)`, torchrun's variables set."""
+    port = free_port()
     workers = [WORKERS.Process(target=_worker, args=(rank, processes, port, function, args)) for rank in range(processes)]
     for worker in workers:
         worker.start()
@@ -154,8 +160,10 @@ def train_adversarial(files: Files, layout: Layout, out: Path, options: dict | N
             "video", start, base, batches, settings, out / "generator.safetensors",
             seed=0, metadata={}, world=world, parallel=layout.parallel, report=lambda *args: None, **options,
         )  # fmt: skip
+        base_after = watched_base() if options.get("load") is load_and_watch else {}
         if world.main:
             torch.save(rows, out / "rows.pt")
+            torch.save(base_after, out / "base.pt")
 
 
 def train_distill(files: Files, layout: Layout, out: Path, options: dict | None = None) -> None:
@@ -171,11 +179,37 @@ def train_distill(files: Files, layout: Layout, out: Path, options: dict | None 
         judge = LatentJudge(batches, "video", 3, 0, world)
         options = {"keep": Keep(out / "states", every=settings["updates"], judge=judge), **(options or {})}
         rows = distill(
-            files.base, batches, preset, out / "generator.safetensors",
+            options.pop("base", files.base), batches, preset, out / "generator.safetensors",
             seed=0, metadata={}, world=world, parallel=layout.parallel, report=lambda *args: None, **options,
         )  # fmt: skip
         if world.main:
             torch.save(rows, out / "rows.pt")
+
+
+def run_layouts(files: Files, processes: int, jobs: list[tuple]) -> None:
+    """Several runs, (layout, out, train, options) each, one after the other on the same processes: starting them is what takes time."""
+    ports = [free_port() for _ in jobs]
+    for _, out, *_ in jobs:
+        out.mkdir(parents=True, exist_ok=True)
+    run_workers(processes, train_all, files, jobs, ports)
+
+
+def train_all(files: Files, jobs: list[tuple], ports: list[int]) -> None:
+    for (layout, out, train, options), port in zip(jobs, ports):
+        os.environ["MASTER_PORT"] = str(port)
+        train(files, layout, out, options)
+
+
+def load_and_watch(path: Path, **options):
+    """load_backbone; the last one loaded is the one that is trained."""
+    WATCHED[:] = [load_backbone(path, **options)]
+    return WATCHED[0]
+
+
+def watched_base() -> dict[str, torch.Tensor]:
+    """The weights below the adapters. All processes must call."""
+    weights = {name: p.detach() for name, p in WATCHED[0].named_parameters() if ".adapters." not in name}
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in weights.items()}
 
 
 def run_layout(files: Files, layout: Layout, out: Path, train=train_adversarial, options: dict | None = None) -> Path:

@@ -24,7 +24,7 @@ LONG = {**STABLE, "updates": 7}  # eight updates with the warm-up
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_bit_for_bit(processes, files, tmp_path):
     layout = Layout(processes, Parallel(microbatch=1), LONG)
-    whole = run_layout(files, layout, tmp_path / "whole")
+    whole = run_layout(files, layout, tmp_path / "whole", options={"keep": Keep(tmp_path / "whole" / "states", every=8)})
     killed = tmp_path / "killed"
     killed.mkdir()
     options = {"keep": Keep(killed / "states", every=1)}
