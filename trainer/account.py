@@ -118,7 +118,7 @@ def summary(preset: Preset, speed: float = 400e12) -> list[str]:
 
 
 def check_split(preset: Preset, stage: str, variant: str | None, gpus: int) -> None:
-    """Raises AptError when context parallelism does not split the heads or the tokens, or a batch does not divide over GPUs and microbatches."""
+    """Raises AptError when context parallelism does not split the heads, or a batch does not divide over GPUs and microbatches."""
     cp, model = preset.train.context_parallel, preset.model
     kinds = ("image", "video") if stage == "distill" else (stage,)
     if model.heads % cp:
@@ -128,8 +128,6 @@ def check_split(preset: Preset, stage: str, variant: str | None, gpus: int) -> N
     if gpus % cp:
         raise AptError(f"context_parallel={cp} does not divide {gpus} processes: use a multiple of {cp}, or context_parallel={math.gcd(cp, gpus)}.")
     for kind in kinds:
-        if (n := tokens(preset, kind)) % cp:
-            raise AptError(f"context_parallel={cp} does not divide the {n} tokens of one {kind}: use {math.gcd(cp, n)}.")
         batch, step = batch_of(preset, stage, kind, variant), gpus // cp * (preset.train.microbatch or 1)
         if batch % step:
             name = f"batch_{kind}" if stage == "distill" else "batch"

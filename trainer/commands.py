@@ -30,6 +30,7 @@ from trainer.mini.clips import SIZE
 from trainer.monitor import Monitor, Work
 from trainer.networks import Lora
 from trainer.parallel import Parallel
+from trainer.places import DISTILLED, IMAGE
 from trainer.precompute import SKIPPED, Report, fingerprint, precompute
 from trainer.progress import console, stage_bar
 from trainer.prompts import PROMPTS, Prompts
@@ -37,12 +38,12 @@ from trainer.samples import Samples
 from trainer.shards import INDEX
 from trainer.state import Keep, Preempted, best_state
 
-LATENTS, DISTILLED = "latents", "distilled.safetensors"
+LATENTS = "latents"
 
 
 def final_file(out: Path, preset: Preset, stage: str) -> Path:
     """What a stage leaves: "distill", or stage 2's "image" or "video"."""
-    return out / {"distill": DISTILLED, "image": "apt-image.safetensors", "video": f"apt-{preset.name}.safetensors"}[stage]
+    return out / {"distill": DISTILLED, "image": IMAGE, "video": f"apt-{preset.name}.safetensors"}[stage]
 
 
 def run_precompute(
@@ -150,7 +151,7 @@ def _ready(preset: Preset, stage: str, variant: str | None, out: Path, seed: int
         if shards is None and preset.files.base == MINI and not (folder / INDEX).exists():
             _precompute(preset, None, out, ("image", "video"), False, False, seed, world)
         batches = Batches(folder, _embedder(preset, folder), seed)
-        check_shards(batches, preset, folder)
+        check_shards(batches, preset, folder, world)
         if world.main:
             make_folder(out)
         about = _metadata(preset, stage, variant or preset.variant, seed)
@@ -182,7 +183,7 @@ def _keep(preset: Preset, stage: str, batches: Batches, states: Path, seed: int,
     return Keep(states, train.save_every, train.keep_last, train.keep_best, judge)
 
 
-def check_shards(batches: Batches, preset: Preset, folder: Path) -> None:
+def check_shards(batches: Batches, preset: Preset, folder: Path, world: World) -> None:
     """Raises AptError when shards were made for another model, or with another VAE or text encoder than the ones that are given."""
     model, data = preset.model, next(iter(batches.datasets.values()))
     facts = {
@@ -196,9 +197,12 @@ def check_shards(batches: Batches, preset: Preset, folder: Path) -> None:
         if odd := [bucket for bucket in dataset.buckets if bucket[2] % 2 or bucket[3] % 2]:
             raise AptError(f"{folder} has {kind}s with latents of {odd[0][3]}x{odd[0][2]}, which patches of 2x2 do not fill: precompute them again.")
     made = {"vae": lambda: open_vae(preset.files), "text_encoder": lambda: open_text_encoder(preset.files, model.text_length)}
-    for part, load in made.items():
-        if getattr(preset.files, part) and fingerprint(load()) != data.settings[part.replace("_", " ")]:
-            raise AptError(f"{folder} was made with another {part} than {getattr(preset.files, part)}: precompute again with this one, or give that one.")
+    other = ""
+    if world.main:  # eight text encoders at once would not fit a machine's memory
+        wrong = (part for part in made if getattr(preset.files, part) and fingerprint(made[part]()) != data.settings[part.replace("_", " ")])
+        other = next(wrong, "")
+    if other := world.gather(other)[0]:
+        raise AptError(f"{folder} was made with another {other} than {getattr(preset.files, other)}: precompute again with this one, or give that one.")
 
 
 def _embedder(preset: Preset, folder: Path):
@@ -265,9 +269,13 @@ def _say(line: str) -> None:
 
 
 def _tell_result(path: Path, states: Path) -> None:
-    found = best_state(states)
-    judged = f"; judged best of the kept states: {found[0]} ({found[1]:.3g}), which export takes too" if found else ""
-    _say(f"{path} is the result{judged}.")
+    newest, best = max(states.glob("step-*"), default=None), best_state(states)
+    if best is None:
+        _say(f"{path} is the result.")
+    elif best[0] == newest:
+        _say(f"{path} is the result, and the best that was judged ({best[1]:.3g}).")
+    else:
+        _say(f"{path} is the result; an earlier state was judged better ({best[1]:.3g}): to have that one, export {best[0]}.")
 
 
 def _tell_report(made: Report, out: Path) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 from apt_core.checkpoint import metadata_strings, save_generator
 from apt_core.discriminator import Discriminator
 from apt_core.ema import Ema
-from apt_core.errors import AptError
 from apt_core.lora import add_adapters, load_lora, lora_state, role
 from apt_core.mmdit import MMDiTBackbone, save_mmdit
 from apt_core.tensorfile import write_tensors
@@ -101,8 +100,6 @@ def _shared_base(base: Path, roles: tuple[str, ...], start: Path, load: Load, wo
 
     def make(device: torch.device) -> nn.Module:
         model = load(base, device=device, dtype=dtype)
-        if isinstance(model, MMDiTBackbone):
-            raise AptError(f"{base} is an MMDiT, for which there is no format of LoRA files: train it whole (mode full).")
         add_adapters(model, roles, lora.rank, lora.alpha)
         if start != base and device.type != "meta":
             load_lora(start, model, "generator")

@@ -5,6 +5,7 @@ from pathlib import Path
 from apt_core.errors import AptError
 
 ABOUT = "about.json"  # beside the training states of a stage: what an export of them needs
+DISTILLED, IMAGE = "distilled.safetensors", "apt-image.safetensors"  # what the stages before the last one leave in a run's folder
 STATE = ".metadata"  # what torch.distributed.checkpoint calls its index
 
 
@@ -16,5 +17,6 @@ def resolve(path: Path) -> Path:
         return path
     if states := sorted(state for state in path.glob("step-*") if (state / STATE).is_file() and not state.suffix):
         return states[-1]
-    results = sorted((file for file in path.glob("apt-*.safetensors") if "-ema" not in file.stem), key=lambda file: file.stat().st_mtime)
-    return results[-1] if results else next(path.glob("distilled.safetensors"), path)
+    last = [file for file in path.glob("apt-*.safetensors") if "-ema" not in file.stem and file.name != IMAGE]
+    earlier = [file for file in (path / IMAGE, path / DISTILLED) if file.is_file()]
+    return max(last, key=lambda file: file.stat().st_mtime) if last else next(iter(earlier), path)

@@ -6,14 +6,17 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from typer.testing import CliRunner
 
 from apt_core.checkpoint import load_transformer, read_header
 from apt_core.flow import sample_noise
 from apt_core.generator import one_step
+from apt_core.mmdit import MMDiTBackbone
 from apt_core.tensorfile import read_tensors, write_tensors
 from trainer.__main__ import app
+from trainer.base import load_backbone
 from trainer.export import FP8
 from trainer.inspect import inspect
 from trainer.mini import ASSETS
@@ -21,6 +24,7 @@ from trainer.prompts import Prompts
 from trainer.weights import open_generator
 
 TINY = str(Path(__file__).parent / "tiny.toml")
+TINY_MMDIT = str(Path(__file__).parent / "tiny_mmdit.toml")
 STATES = ["save_every=1", "sample_every=2", "ema_decays=[0.5]"]
 
 
@@ -79,6 +83,16 @@ def test_a_state_is_what_the_run_wrote(run):
     assert "has no average of decay 0.7: it has 0.5, 0.9, and 0 for the raw weights." in refused("export", states, "--out", run / "x", "--ema", "0.7")
 
 
+def test_states_are_judged_and_the_best_is_told(run):
+    rows = [json.loads((path / "run.json").read_text()) for path in sorted((run / "states" / "image").glob("step-*"))]
+    assert [row["score"] > 0 for row in rows] == [True, True] and rows[-1]["rows"][0]["judged"] == rows[0]["score"]
+    shown = " ".join(done("adversarial", TINY, "--phase", "image", *STATES, "--out", run).split())
+    first, last = (row["score"] for row in rows)
+    better = f"is the result; an earlier state was judged better ({first:.3g}): to have that one, export {run}/states/image/step-000001."
+    assert (better if first < last else f"is the result, and the best that was judged ({last:.3g}).") in shown
+    assert inspect(run / "states" / "image")["judged"].startswith(f"{rows[-1]['score']:.4g}")
+
+
 def test_export_in_every_form(run, tmp_path):
     z, text = torch.randn(1, 16, 3, 6, 6), torch.randn(1, 32, 96)
     source = run / "apt-tiny.safetensors"
@@ -118,6 +132,38 @@ def test_a_lora_is_exported_alone_and_merged(run, tmp_path):
         adapted = one_step(open_generator(lora, base).model, z, text)
         torch.testing.assert_close(merged, adapted, rtol=0, atol=1e-5)
         assert (merged - one_step(load_transformer(base), z, text)).abs().max() > 1e-6
+        stock = WanTransformer3DModel.from_config(load_transformer(base).config)
+        stock.load_state_dict(load_transformer(base).state_dict())
+        WanPipeline(None, None, None, None, transformer=stock).load_lora_weights(tmp_path, weight_name="lora.safetensors")
+        v = stock(hidden_states=z, timestep=torch.tensor([1000.0]), encoder_hidden_states=text, return_dict=False)[0]
+        torch.testing.assert_close(z - v, adapted, rtol=0, atol=1e-5)
+
+
+def test_the_mmdit_goes_the_whole_way(run, tmp_path):
+    common = (TINY_MMDIT, "--shards", run / "latents", "--out", tmp_path)
+    done("distill", *common)
+    done("adversarial", *common, "--phase", "image")
+    done("adversarial", *common, "--phase", "video", "save_every=1")
+    start, image, video = (load_backbone(tmp_path / f"{name}.safetensors") for name in ("base", "apt-image", "apt-tiny-mmdit"))
+    assert isinstance(video, MMDiTBackbone) and video.config.num_layers == 4
+    for before, after in ((start, image), (image, video)):
+        assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    facts = inspect(tmp_path / "apt-tiny-mmdit.safetensors")
+    assert facts["what"] == "MMDiT of this trainer" and facts["phase"] == "video"
+    done("generate", tmp_path, "a red circle", "--vae", "mini", "--text-encoder", "mini", "--out", tmp_path / "clips")
+    with av.open(tmp_path / "clips" / "0000-a-red-circle.mp4") as container:
+        assert sum(1 for _ in container.decode(video=0)) == 9
+    raw = open_generator(tmp_path / "states" / "video", ema=0).model.state_dict()
+    assert any(not torch.equal(raw[key], value) for key, value in video.state_dict().items())
+    assert "is an MMDiT, which neither ComfyUI nor diffusers know" in refused("export", tmp_path, "--out", tmp_path / "x.safetensors")
+    done("adversarial", TINY_MMDIT, "--phase", "video", "mode=lora", "lora_rank=3", "save_every=0", "--shards", run / "latents", "--start", tmp_path / "base.safetensors",
+         f"base={tmp_path / 'base.safetensors'}", "--out", tmp_path / "lora")  # fmt: skip
+    adapted = open_generator(tmp_path / "lora", tmp_path / "base.safetensors")
+    assert max(value.abs().max() for key, value in adapted.model.state_dict().items() if "lora_B" in key) > 1e-5
+    z, text = torch.randn(1, 16, 1, 6, 6), torch.randn(1, 32, 96)
+    with torch.no_grad():
+        assert not torch.equal(one_step(adapted.model, z, text), one_step(start, z, text))
+    assert "an MMDiT, which preset tiny is not for" in refused("distill", TINY, f"base={tmp_path / 'base.safetensors'}", "--out", tmp_path / "x")
 
 
 def test_generate_writes_what_the_checkpoint_is_for(run, tmp_path):
@@ -192,6 +238,8 @@ def test_mistakes_are_known_before_the_first_step(arguments, sentence, tmp_path)
 def test_shards_that_do_not_fit_are_refused(run, tmp_path):
     index = json.loads((run / "latents" / "index.json").read_text())
     for change, sentence in (
+        ({"vae": {"stride": [4, 8, 8], "channels": 48}}, "has latent channels 48, but tiny needs 16: precompute the shards for this model."),
+        ({"text": {"dim": 96, "length": 512}}, "has text length 512, but tiny needs 32"),
         ({"vae": {"stride": [4, 16, 16], "channels": 16}}, "has VAE stride (4, 16, 16), but tiny needs (4, 8, 8)"),
         ({"settings": index["settings"] | {"vae": "0" * 32}}, "was made with another vae than mini"),
         ({"settings": index["settings"] | {"text encoder": "0" * 32}}, "was made with another text_encoder than mini"),

@@ -10,46 +10,67 @@ from types import SimpleNamespace
 import layouts
 import pytest
 import torch
-from layouts import STABLE, Layout, assert_close, run_layout, start_workers, state_of, train_adversarial
+from layouts import STABLE, Layout, assert_close, mmdit, run_layout, start_workers, state_of, train_adversarial, train_distill
 
 import trainer.adversarial
 from apt_core.errors import AptError
+from trainer.base import load_backbone
 from trainer.batches import Batches
+from trainer.networks import Lora
 from trainer.parallel import Parallel
 from trainer.state import Keep, Preempted, best_state
 
-LONG = {**STABLE, "updates": 7}  # eight updates with the warm-up
+# Slow enough that the last digits of a gradient do not show within the tolerance of a move.
+SLOW = {**STABLE, "lr_generator": 5e-7, "lr_discriminator": 5e-7}
+ACCUMULATED = Parallel(microbatch=1)
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """By number of processes: five updates without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = {processes: {"keep": Keep(folder / str(processes) / "states", every=5)} for processes in (1, 2)}
+    return {n: run_layout(files, Layout(n, ACCUMULATED, SLOW), folder / str(n), options=options[n]) for n in (1, 2)}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_goes_on_bit_for_bit(processes, files, tmp_path):
-    layout = Layout(processes, Parallel(microbatch=1), LONG)
-    whole = run_layout(files, layout, tmp_path / "whole", options={"keep": Keep(tmp_path / "whole" / "states", every=8)})
-    killed = tmp_path / "killed"
-    killed.mkdir()
-    options = {"keep": Keep(killed / "states", every=1)}
-    workers = start_workers(processes, train_adversarial, files, layout, killed, options)
-    while not list((killed / "states").glob("step-*/run.json")):
+def test_a_killed_run_goes_on_bit_for_bit(processes, whole, files, tmp_path):
+    layout, options = Layout(processes, ACCUMULATED, SLOW), {"keep": Keep(tmp_path / "states", every=1)}
+    workers = start_workers(processes, train_adversarial, files, layout, tmp_path, options)
+    while not list((tmp_path / "states").glob("step-*/run.json")):
         assert all(worker.is_alive() for worker in workers)
         time.sleep(0.01)
     time.sleep(random.uniform(0, 0.5))
     for worker in workers:
         worker.kill()
         worker.join()
-    run_layout(files, layout, killed, options=options)
-    assert_close(killed, whole, 8, 0)
-    assert len(list((killed / "states").iterdir())) == 2  # the last two, and nothing half-written
+    run_layout(files, layout, tmp_path, options=options)
+    assert_close(tmp_path, whole[processes], 5, 0)
+    assert len(list((tmp_path / "states").iterdir())) == 2  # the last two, and nothing half-written
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
-def test_a_run_moves_to_another_number_of_processes(before, after, files, tmp_path):
-    slow = {**STABLE, "lr_generator": 5e-7, "lr_discriminator": 5e-7}
-    parallel = Parallel(microbatch=1)
-    whole = run_layout(files, Layout(before, parallel, slow), tmp_path / "whole")
-    first = {"keep": Keep(tmp_path / "moved" / "states", every=3)}
-    run_layout(files, Layout(before, parallel, {**slow, "updates": 2}), tmp_path / "moved", options=first)
-    moved = run_layout(files, Layout(after, parallel, slow), tmp_path / "moved")
-    assert_close(moved, whole, 5, 1e-6)
+def test_a_run_moves_to_another_number_of_processes(before, after, whole, files, tmp_path):
+    options = {"keep": Keep(tmp_path / "states", every=3)}
+    run_layout(files, Layout(before, ACCUMULATED, {**SLOW, "updates": 2}), tmp_path, options=options)
+    run_layout(files, Layout(after, ACCUMULATED, SLOW), tmp_path, options=options)
+    assert_close(tmp_path, whole[before], 5, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["muon", "lora", "mmdit"])
+def test_every_kind_of_run_goes_on_bit_for_bit(kind, files, tmp_path):
+    options = {
+        "muon": {},
+        "lora": {"start": files.base, "lora": Lora(4, 8.0)},
+        "mmdit": {"start": mmdit(files.start), "base": mmdit(files.base), "load": load_backbone},
+    }[kind]
+    train, settings = (train_distill, {"optimizer": "muon", "lr": 1e-2}) if kind == "muon" else (train_adversarial, {})
+    for out, all_updates in ((tmp_path / "whole", [5]), (tmp_path / "halted", [3, 5])):
+        out.mkdir()
+        for updates in all_updates:
+            keep = Keep(out / "states", every=updates)
+            train(files, Layout(parallel=Parallel(microbatch=2), settings={**settings, "updates": updates}), out, {"keep": keep, **options})
+    assert_close(tmp_path / "halted", tmp_path / "whole", 5, 0)
 
 
 def stop_in_generator_step(calls: list, *args, **kwargs):
@@ -74,7 +95,7 @@ def test_sigterm_saves_in_the_middle_of_an_update(files, tmp_path, monkeypatch):
     monkeypatch.undo()
     train_adversarial(files, layout, tmp_path, options)
     (tmp_path / "whole").mkdir()
-    train_adversarial(files, layout, tmp_path / "whole")
+    train_adversarial(files, layout, tmp_path / "whole", {"keep": Keep(tmp_path / "whole" / "states", every=5)})
     assert_close(tmp_path, tmp_path / "whole", 5, 0)
 
 
