@@ -272,7 +272,7 @@ def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     model = _on_meta(path, arguments)
     check_shapes(path, header.shapes, _shapes(model.state_dict()), "MMDiT of its config")
     if torch.device(device).type == "meta":
-        return model.to(dtype)
+        return nn.Module.to(model, dtype)  # diffusers' own warns of parts in fp32, of which there are none
     tensors, _ = read_tensors(path)
     model.load_state_dict({key: value.to(device, dtype, copy=True) for key, value in tensors.items()}, assign=True)
     return model.train()

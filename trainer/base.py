@@ -49,7 +49,6 @@ def with_defaults(checkpoint: Path, base: str, vae: str, text_encoder: str, toke
     return Files(base=base or shipped, vae=vae or shipped, text_encoder=text_encoder or shipped, tokenizer=tokenizer)
 
 
-
 def find_base(preset: Preset) -> Path:
     """The base transformer of a preset, checked against the preset's shape; no weight is read.
 

@@ -13,7 +13,7 @@ from apt_core.lora import merged_state, save_lora
 from apt_core.mmdit import MMDiTBackbone
 from apt_core.tensorfile import write_tensors
 from apt_core.wan import WanBackbone
-from trainer.weights import ROLE, Generator, open_generator
+from trainer.weights import ROLE, Generator, cast, open_generator
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = ("file", "lora", "diffusers")
@@ -42,7 +42,7 @@ def export(source: Path, out: Path, form: str = "file", dtype: str = "bf16", bas
             raise AptError(f"{source} was trained whole, not as a LoRA: use --form file or diffusers.")
         save_lora(out, generator.base, ROLE, {**metadata, "kind": "lora"}, DTYPES[dtype])
     elif form == "diffusers":
-        save_diffusers_folder(out, whole(generator).to(DTYPES[dtype]), metadata)
+        save_diffusers_folder(out, cast(whole(generator), torch.device("cpu"), DTYPES[dtype]), metadata)
     elif dtype == "fp8":
         model = whole(generator)
         save_fp8(out, model, metadata)
@@ -82,5 +82,3 @@ def save_fp8(path: Path, model: WanBackbone, metadata: dict) -> None:
     if comfy := comfy_config(model.config):
         strings["config"] = json.dumps({"transformer": comfy})
     write_tensors(path, tensors, strings)
-
-

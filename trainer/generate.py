@@ -18,7 +18,7 @@ from trainer.distributed import World
 from trainer.files import make_folder
 from trainer.media import write_image, write_video
 from trainer.progress import stage_bar
-from trainer.weights import open_generator
+from trainer.weights import cast, open_generator
 
 SECOND_TIME = 0.7
 
@@ -66,17 +66,17 @@ def generate(checkpoint: Path, wish: Wish, out: Path, files: Files, world: World
     generator = open_generator(checkpoint, files.base or None, ema)
     config, native = generator.model.config, {"height": 480, "width": 832, "frames": 49, "fps": 16} | generator.metadata.get("native", {})
     height, width, frames = (getattr(wish, name) or native[name] for name in ("height", "width", "frames"))
-    vae = open_vae(files).to(world.device)
+    vae = open_vae(files)
     if vae.config.z_dim != config.in_channels:
         raise AptError(f"vae {files.vae} has {vae.config.z_dim} channels, but {checkpoint} makes latents of {config.in_channels}: give that model's VAE.")
     check_size(height, width, frames, stride(vae), what="a sample")
     dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
     text = _embed(files, generator.metadata.get("text_length", 512), config.text_dim, [*wish.prompts, wish.negative], world.device)
 
-    model = generator.model.to(world.device, dtype).eval()
+    model = cast(generator.model, world.device, dtype).eval()
     if generator.base is not None:
-        generator.base.to(world.device, dtype)
-    vae.to(dtype)
+        cast(generator.base, world.device, dtype)
+    cast(vae, world.device, dtype)
     t, down, across = stride(vae)
     shape = (config.in_channels, (frames - 1) // t + 1, height // down, width // across)
     mine = range(world.rank, len(wish.prompts) * wish.count, world.size)

@@ -41,5 +41,3 @@ class Prompts:
         if missing := [text for text in texts if text not in self._embeddings]:
             raise AptError(f'the prompt "{missing[0][:60]}" was not encoded with the shards: run precompute again, which adds it in seconds.')
         return [self._embeddings[text] for text in texts]
-
-

@@ -57,6 +57,11 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
     return Generator(role(model, ROLE), model, metadata)
 
 
+def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module on a device and in a dtype, all of it: diffusers' own `to` warns of parts that it keeps in fp32 elsewhere."""
+    return nn.Module.to(module, device, dtype)
+
+
 def _from_state(path: Path, ema: float | None) -> Generator:
     try:
         about = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))

@@ -73,8 +73,8 @@ def test_the_stages_leave_their_files(run):
 
 def test_a_state_is_what_the_run_wrote(run):
     states = run / "states" / "image"
-    last = open_generator(states)
-    assert all(torch.equal(value, load_transformer(run / "apt-image.safetensors").state_dict()[key]) for key, value in last.model.state_dict().items())
+    last, result = open_generator(states).model.state_dict(), load_transformer(run / "apt-image.safetensors").state_dict()
+    assert last.keys() == result.keys() and all(torch.equal(value, result[key]) for key, value in last.items())
     other = open_generator(states / "step-000002", ema=0.5).model.state_dict()
     beside = load_transformer(run / "apt-image-ema0.5.safetensors").state_dict()
     assert all(torch.equal(other[key], beside[key]) for key in beside)
