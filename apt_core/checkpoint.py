@@ -54,8 +54,7 @@ def save_generator(
     expected = {keys.transformer_to_official(key): value.shape for key, value in _meta_transformer(path, None, config).state_dict().items()}
     check_shapes(path, {key: value.shape for key, value in state.items()}, expected, "Wan transformer of its config")
 
-    strings = {key: str(value) for key, value in metadata.items() if key.startswith("modelspec.")}
-    strings["apt"] = json.dumps(_apt(path, metadata))
+    strings = metadata_strings(path, metadata)
     if comfy := comfy_config(config):
         strings["config"] = json.dumps({"transformer": comfy})
     check_finite(path, state)
@@ -73,6 +72,12 @@ def comfy_config(config: Mapping) -> dict:
     if "patch_size" in out:
         out["out_dim"] = full["out_channels"] or full["in_channels"]
     return out
+
+
+def metadata_strings(path: str | Path, metadata: Mapping) -> dict[str, str]:
+    """`apt`, with its defaults filled in, and the `modelspec.*` entries, as a safetensors file stores them. Raises AptError as `save_generator`."""
+    strings = {key: str(value) for key, value in metadata.items() if key.startswith("modelspec.")}
+    return strings | {"apt": json.dumps(_apt(path, metadata))}
 
 
 def read_header(path: str | Path) -> Header:
@@ -151,11 +156,21 @@ def transformer_config_from(shapes: Mapping[str, tuple], metadata: Mapping[str, 
     }
 
 
+def read_config(path: str | Path) -> dict:
+    """The arguments of the transformer in a file or a diffusers folder, without reading a weight. Raises AptError as `load_transformer` does."""
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)[1]
+    header = read_header(path)
+    return transformer_config_from(header.shapes, header.metadata, path)
+
+
 def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
     """A transformer with every weight from `path`, or an error. Trainable, in train mode as diffusers builds it.
 
     path: one safetensors file (official or diffusers keys; fp32, fp16 or bf16), or a diffusers folder (itself, or with a subfolder
-    transformer; sharded or not). cls: a WanTransformer3DModel or subclass, by default apt_core.wan.WanBackbone.
+    transformer; sharded or not). cls: a WanTransformer3DModel or subclass, by default apt_core.wan.WanBackbone. device "meta" gives the
+    model without weights, from the header alone.
     Raises AptError that names the file and, where there is one, the key: see `read_header` and `tensorfile.read_tensors`; missing, extra or
     wrongly shaped keys; a LoRA. Nothing is built before all checks have passed.
     """
@@ -174,6 +189,8 @@ def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dty
     name_in_file = {key: prefix + keys.transformer_to_official(key) if official else key for key in model.state_dict()}
     expected = {name_in_file[key]: value.shape for key, value in model.state_dict().items()}
     check_shapes(path, shapes, expected, "Wan transformer of its config")
+    if torch.device(device).type == "meta":
+        return model
 
     tensors = {key: tensor for file in files for key, tensor in read_tensors(file)[0].items()}
     state = {key: tensors.pop(name) for key, name in name_in_file.items()}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import AptError
-from .wan import PAPER_FRACTIONS, WanBackbone, tap_blocks
+from .wan import PAPER_FRACTIONS, tap_blocks
 
 
 class CrossAttentionHead(nn.Module):
@@ -20,6 +20,9 @@ class CrossAttentionHead(nn.Module):
     dim: width of the backbone and of the token; num_heads: attention heads; inner_dim: width of the attention, `dim` unless given
     (at 14B three heads of full width are 0.9 billion parameters; 1024 makes them slim). Raises AptError when heads do not divide it.
     """
+
+    split = None
+    """Where context_parallel.enable has put the tokens: in pieces on a group of processes."""
 
     def __init__(self, dim: int, num_heads: int, inner_dim: int | None = None, mlp_ratio: int = 4, eps: float = 1e-6):
         super().__init__()
@@ -40,16 +43,16 @@ class CrossAttentionHead(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * inner_dim), nn.GELU(), nn.Linear(mlp_ratio * inner_dim, dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: visual tokens [B, S, dim] of one depth. Returns one token per sample, [B, dim]."""
+        """tokens: visual tokens [B, S, dim] of one depth, of which a split holds this process's own. Returns one token per sample, [B, dim]."""
         tokens = self.norm_visual(tokens.to(self.token.dtype))
         token = self.token.expand(tokens.shape[0], -1, -1)
         q = self.norm_q(self._split(self.to_q(self.norm_token(token))))  # [B, heads, 1, inner / heads]
         k = self.norm_k(self._split(self.to_k(tokens)))  # [B, heads, S, inner / heads]
         v = self._split(self.to_v(tokens))
-        answer = F.scaled_dot_product_attention(q, k, v)
+        answer = F.scaled_dot_product_attention(q, k, v) if self.split is None else self.split.merge(q, k, v)
         token = token + self.to_out(answer.transpose(1, 2).flatten(2))
         token = token + self.mlp(self.norm_mlp(token))
-        return token[:, 0]
+        return token[:, 0].clone()  # not a view: FSDP2 hooks what its modules return
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
@@ -58,26 +61,26 @@ class CrossAttentionHead(nn.Module):
 class Discriminator(nn.Module):
     """`D_hat(x, t, c)` of eq. 6: raw latents, real or generated, never noised, to one logit.
 
-    backbone: a WanBackbone with the ORIGINAL base weights (3.3). It is taken over: its output head and the blocks after the last
-    tap are removed, so that every parameter of the discriminator gets a gradient.
+    backbone: a WanBackbone, an MMDiTBackbone or a role of one (lora.py), with the ORIGINAL base weights (3.3). It is taken over: its
+    output head and the blocks after the last tap are removed, so that every parameter of the discriminator gets a gradient.
     fractions: depths of the taps; num_heads, inner_dim: of the heads, the backbone's own unless given.
     Raises AptError for backbones too shallow for the taps or made for image conditions.
     """
 
     def __init__(
         self,
-        backbone: WanBackbone,
+        backbone: nn.Module,
         fractions: Sequence[float] = PAPER_FRACTIONS,
         num_heads: int | None = None,
         inner_dim: int | None = None,
     ):
         super().__init__()
         config = backbone.config
-        if config.image_dim is not None or config.added_kv_proj_dim is not None:
+        if backbone.image_conditioned:
             raise AptError("the discriminator needs a text-to-video backbone; this one has image conditions (image_dim).")
-        self.taps = tap_blocks(len(backbone.blocks), fractions)
+        self.taps = tap_blocks(config.num_layers, fractions)
         backbone.drop_output_head()
-        if self.taps[-1] < len(backbone.blocks):
+        if self.taps[-1] < config.num_layers:
             backbone.keep_blocks(self.taps[-1])
         self.backbone = backbone
         dim = config.num_attention_heads * config.attention_head_dim

@@ -107,7 +107,8 @@ def check_floats(path: str | Path, header: Header) -> None:
 def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises AptError that names the first tensor that holds a NaN or an infinity."""
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for fp8
+        if tensor.is_floating_point() and not torch.isfinite(wide).all():
             raise AptError(f"{path}: {key} holds NaN or infinite values: the training that wrote it diverged, take an earlier checkpoint.")
 
 

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
+from . import keys
 from .errors import AptError
 
 PAPER_FRACTIONS = (4 / 9, 13 / 18, 1.0)
@@ -26,8 +28,30 @@ def tap_blocks(num_layers: int, fractions: Sequence[float] = PAPER_FRACTIONS) ->
     return blocks
 
 
+def check_taps(taps: Sequence[int], num_layers: int) -> int:
+    """The last of the taps, which are 1-based block counts. Raises AptError unless they increase within the model's blocks."""
+    taps = tuple(taps)
+    if not taps or taps[0] < 1 or taps[-1] > num_layers or any(a >= b for a, b in zip(taps, taps[1:])):
+        raise AptError(f"taps must increase within 1 to {num_layers}, the number of blocks, got {taps}.")
+    return taps[-1]
+
+
 class WanBackbone(WanTransformer3DModel):
     """diffusers' Wan transformer, same weights and same config, that can also hand out the tokens of inner blocks."""
+
+    output_head = ("proj_out", "norm_out", "scale_shift_table")
+    """Submodules that only the velocity needs."""
+    text_only = ()
+    """Layers of a block that only the text of the next one needs: Wan's blocks share one text."""
+    official_name = staticmethod(keys.transformer_to_official)
+    """A layer's name in the files that other programs read."""
+    split = None
+    """Where context_parallel.enable has put the tokens: in pieces on a group of processes."""
+
+    @property
+    def image_conditioned(self) -> bool:
+        """Whether the model takes images beside the text."""
+        return self.config.image_dim is not None or self.config.added_kv_proj_dim is not None
 
     def forward(
         self,
@@ -46,44 +70,69 @@ class WanBackbone(WanTransformer3DModel):
 
         taps: increasing 1-based block counts. Returns a list of visual tokens [B, S, d], S = F H W / patch volume, each as its block
         leaves it (no norm), and runs no block after the last tap. Without taps the result is the stock forward's, bit for bit.
-        Raises AptError for taps outside the model, for image conditions with taps, and for an output without its head.
+        Raises AptError for taps outside the model, for an output without its head, and for anything but text and one time per sample with
+        taps or under context parallelism.
         """
         dtype = self.patch_embedding.weight.dtype
         hidden_states, encoder_hidden_states = hidden_states.to(dtype), encoder_hidden_states.to(dtype)
-        if taps is None:
-            if self.proj_out is None:
-                raise AptError("this backbone has no output head any more (drop_output_head): it can only be called with taps.")
+        if taps is None and self.proj_out is None:
+            raise AptError("this backbone has no output head any more (drop_output_head): it can only be called with taps.")
+        if taps is None and self.split is None:
             return super().forward(
                 hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, return_dict, attention_kwargs=attention_kwargs
             )
-        if encoder_hidden_states_image is not None or attention_kwargs:
-            raise AptError("taps take text conditions only, no image embeddings and no attention_kwargs.")
-        return self._features(hidden_states, timestep, encoder_hidden_states, tuple(taps))
-
-    def _features(self, latents: Tensor, timestep: Tensor, text: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
-        if not taps or taps[0] < 1 or taps[-1] > len(self.blocks) or any(a >= b for a, b in zip(taps, taps[1:])):
-            raise AptError(f"taps must increase within 1 to {len(self.blocks)}, the number of blocks, got {taps}.")
-        rotary = self.rope(latents)
-        tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # [B, S, d]
-        _, modulation, text, _ = self.condition_embedder(timestep, text)
+        if encoder_hidden_states_image is not None or attention_kwargs or timestep.ndim != 1:
+            raise AptError("taps and context parallelism take text and one time per sample only, no image embeddings and no attention_kwargs.")
+        time, modulation, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
         modulation = modulation.unflatten(1, (6, -1))  # [B, 6, d]
+        count = math.prod(hidden_states.shape[2:]) // math.prod(self.config.patch_size)
+        if taps is not None:
+            features = self._tokens(hidden_states, modulation, text, tuple(taps))
+            return features if self.split is None else [self.split.tap(tokens, count) for tokens in features]
+        [tokens] = self._tokens(hidden_states, modulation, text, (len(self.blocks),))
+        velocity = self._unpatch(self.split.whole(self._head(tokens, time), count), hidden_states.shape[2:])
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _tokens(self, latents: Tensor, modulation: Tensor, text: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+        """The visual tokens, or this process's piece of them, behind each of the taps."""
+        last = check_taps(taps, len(self.blocks))
+        rotary = self.rope(latents)
+        if self.split is None:
+            tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # [B, S, d]
+        else:
+            tokens = self.split.embed(self.patch_embedding, latents)
         checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
-        features = []
-        for count, block in enumerate(self.blocks[: taps[-1]], start=1):
+        out = []
+        for count, block in enumerate(self.blocks[:last], start=1):
             if checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, text, modulation, rotary)
             else:
                 tokens = block(tokens, text, modulation, rotary)
             if count in taps:
-                features.append(tokens)
-        return features
+                out.append(tokens)
+        return out
+
+    def _head(self, tokens: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
+        return self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
+
+    def _unpatch(self, patches: Tensor, shape: Sequence[int]) -> Tensor:
+        grid = [n // p for n, p in zip(shape, self.config.patch_size)]
+        x = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)  # [B, f, h, w, pf, ph, pw, C]
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def use_attention(self, backend: str) -> None:
+        """Sets the attention backend (attention.best_backend) of this model alone; set_attention_backend would change all of the process."""
+        for block in self.blocks:
+            block.attn1.processor._attention_backend = block.attn2.processor._attention_backend = backend
 
     def drop_output_head(self) -> None:
         """Removes proj_out, norm_out and scale_shift_table: the discriminator never uses them.
 
         A parameter without a gradient has no optimizer state, and a sharded optimizer refuses to resume without it.
         """
-        self.proj_out = self.norm_out = self.scale_shift_table = None
+        for name in self.output_head:
+            setattr(self, name, None)
 
     def keep_blocks(self, count: int) -> None:
         """Drops every block after the first `count`, so that a discriminator of less than full depth (5.2) has no idle parameters."""

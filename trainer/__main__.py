@@ -1,5 +1,6 @@
 """The command line: `python -m trainer COMMAND`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,8 @@ class Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except AptError as error:
-            print(f"error: {error}", file=sys.stderr)
+            rank = int(os.environ.get("RANK", 0))
+            print(f"error: {error}" if rank == 0 else f"error in process {rank}: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print("stopped; what is finished is kept, and the same command goes on from there.", file=sys.stderr)
@@ -27,6 +29,16 @@ class Commands(typer.core.TyperGroup):
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train, sample and measure APT models.")
 Out = Annotated[Path, typer.Option(help="Folder for everything that the run makes.")]
 MAX_SEED = 2**32 - 1
+RUNS = Path("runs")
+Preset = Annotated[str, typer.Argument(help="A preset's name (mini, wan2.1-1.3b-480p, ...), or a .toml file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example updates=100 base=PATH.")]
+Run = Annotated[Path | None, typer.Option("--out", help="The run's folder, which all its stages share; by default runs/NAME of the preset.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Every random number of the run derives from it.")]
+Shards = Annotated[Path | None, typer.Option(help="Folder of shards; by default the one that precompute made in --out.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print what it needs: parameters, FLOPs, memory, hours. No weight is touched.")]
+Gpus = Annotated[int | None, typer.Option(help="With --dry-run: for so many GPUs instead of this machine's.")]
+Memory = Annotated[float, typer.Option(help="With --dry-run --gpus: GiB of each.")]
+Tflops = Annotated[float, typer.Option(help="With --dry-run --gpus: the matrix peak of each.")]
 
 
 @app.command()
@@ -57,6 +69,138 @@ def measure(
     from trainer.mini.measure import measure_runs
 
     measure_runs(runs, samples, out)
+
+
+@app.command("precompute")
+def precompute_command(
+    preset: Preset,
+    overrides: Overrides = None,
+    out: Run = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of captioned videos and images, or a list of them (.jsonl, .csv). mini draws its own without.")] = None,
+    kinds: Annotated[str, typer.Option(help="image, video, or both: image,video.")] = "image,video",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out files that cannot be used, and list them.")] = False,
+    truncate_captions: Annotated[bool, typer.Option("--truncate-captions", help="Cut captions that are too long for the text encoder.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Videos and images with captions to shards of latents and text embeddings. Resumable; under torchrun each process takes its share."""
+    from trainer.commands import run_precompute
+    from trainer.config import load_preset
+
+    chosen = tuple(dict.fromkeys(kinds.split(",")))
+    if not set(chosen) <= {"image", "video"}:
+        raise AptError(f"--kinds {kinds} is not known: use image, video, or image,video.")
+    loaded = load_preset(preset, overrides or (), ("data", "files", "train", "sampling", "model"))
+    run_precompute(loaded, data, out or RUNS / loaded.name, kinds=chosen, skip_bad=skip_bad, truncate_captions=truncate_captions, seed=seed)
+
+
+@app.command("distill")
+def distill_command(
+    preset: Preset, overrides: Overrides = None, out: Run = None, seed: Seed = 0, shards: Shards = None,
+    dry_run: DryRun = False, gpus: Gpus = None, gpu_memory: Memory = 80, gpu_tflops: Tflops = 800,
+) -> None:  # fmt: skip
+    """Stage 1: consistency distillation of the base into one step."""
+    from trainer.config import load_preset
+
+    loaded = load_preset(preset, overrides or (), ("distill", "train", "files", "data", "sampling", "model"))
+    if dry_run:
+        _show(loaded, "distill", None, gpus, gpu_memory, gpu_tflops)
+        return
+    from trainer.commands import run_distill
+
+    run_distill(loaded, out or RUNS / loaded.name, seed=seed, shards=shards)
+
+
+@app.command("adversarial")
+def adversarial_command(
+    preset: Preset,
+    overrides: Overrides = None,
+    phase: Annotated[str, typer.Option(help="image or video.")] = ...,
+    out: Run = None,
+    recipe: Annotated[str | None, typer.Option(help="paper, stable or budget, whichever the preset has; by default its first.")] = None,
+    start: Annotated[Path | None, typer.Option(help="The generator's first weights; by default what the stage before left in --out.")] = None,
+    seed: Seed = 0, shards: Shards = None, dry_run: DryRun = False, gpus: Gpus = None, gpu_memory: Memory = 80, gpu_tflops: Tflops = 800,
+) -> None:  # fmt: skip
+    """Stage 2: one phase of adversarial post-training. The same command goes on where it was stopped."""
+    from trainer.config import load_preset
+
+    if phase not in ("image", "video"):
+        raise AptError(f"--phase {phase} is not known: it is image or video.")
+    variant = recipe or load_preset(preset).variant
+    load_preset(preset).phases(variant)
+    loaded = load_preset(preset, overrides or (), (f"stage2.{variant}.{phase}", "train", "files", "data", "sampling", "model"))
+    if dry_run:
+        _show(loaded, phase, variant, gpus, gpu_memory, gpu_tflops)
+        return
+    from trainer.commands import run_adversarial
+
+    run_adversarial(loaded, phase, out or RUNS / loaded.name, variant=variant, start=start, seed=seed, shards=shards)
+
+
+def _show(preset, stage: str, variant: str | None, gpus: int | None, memory: float, tflops: float) -> None:
+    from trainer.dry_run import show_account
+    from trainer.machine import imagined, pick_device, this_machine
+
+    device = pick_device(preset.train.device)
+    show_account(preset, stage, variant, imagined(gpus, memory, tflops) if gpus is not None else this_machine(device, preset.train.compute))
+
+
+File = Annotated[str, typer.Option(help="A diffusers folder or a .safetensors file; the miniature's own is called mini.")]
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or LoRA file, a diffusers folder, a training state, or a run's folder.")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the samples.")] = Path("samples"),
+    vae: File = "", text_encoder: File = "", tokenizer: File = "", base: File = "",
+    height: int | None = None, width: int | None = None, frames: int | None = None, fps: float | None = None,
+    count: Annotated[int, typer.Option(help="Samples of each prompt.")] = 1,
+    steps: Annotated[int, typer.Option(help="1, or 2; more only for base models.")] = 1,
+    guidance: Annotated[float, typer.Option(help="Of base models.")] = 1.0,
+    shift: Annotated[float, typer.Option(help="Of base models.")] = 5.0,
+    negative: Annotated[str, typer.Option(help="Of base models: the negative prompt.")] = "",
+    ema: Annotated[float | None, typer.Option(help="Of a training state: the decay of the average to take; 0 for the raw weights.")] = None,
+    device: str = "auto",
+    seed: Seed = 0,
+) -> None:  # fmt: skip
+    """Prompts to videos (.mp4) or pictures (.png). Under torchrun the prompts are shared out, and the samples stay the same."""
+    from trainer.base import with_defaults
+    from trainer.distributed import connect
+    from trainer.generate import Wish, generate, read_prompts
+    from trainer.machine import pick_device
+
+    texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
+    wish = Wish(texts, height, width, frames, fps, count, seed, steps, guidance, shift, negative)
+    with connect(pick_device(device)) as world:
+        generate(checkpoint, wish, out, with_defaults(checkpoint, base, vae, text_encoder, tokenizer), world, ema)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A checkpoint or LoRA file, a diffusers folder, a training state, or a run's folder.")],
+    out: Annotated[Path, typer.Option(help="The file to write (.safetensors), or for diffusers the folder.")],
+    form: Annotated[str, typer.Option(help="file, lora or diffusers.")] = "file",
+    dtype: Annotated[str, typer.Option(help="fp32, fp16, bf16, or fp8 for ComfyUI.")] = "bf16",
+    base: Annotated[str | None, typer.Option(help="Of a LoRA file: the transformer that it belongs to (mini for the miniature's).")] = None,
+    ema: Annotated[float | None, typer.Option(help="Of a training state: the decay of the average to take; 0 for the raw weights.")] = None,
+) -> None:
+    """A trained generator for other programs: one file that ComfyUI opens, a LoRA, or a diffusers folder."""
+    from trainer.export import export
+
+    print(export(source, out, form, dtype, base, ema))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A file or folder of weights, shards or training states.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every weight too, to find NaN.")] = False,
+) -> None:
+    """What is in a checkpoint, and whether it would load."""
+    from trainer.inspect import inspect
+
+    for name, value in inspect(path, deep).items():
+        print(f"{name:<16} {value}")
 
 
 @app.command("pretrain-mini")

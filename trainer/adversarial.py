@@ -1,20 +1,28 @@
 """Stage 2 (3.3 to 3.5): adversarial post-training of the one-step generator, one phase at a time."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from apt_core.checkpoint import load_transformer, save_generator
-from apt_core.discriminator import Discriminator
-from apt_core.ema import Ema
+from apt_core.checkpoint import load_transformer
+from apt_core.errors import AptError
 from apt_core.flow import sample_noise, sample_uniform, shift
 from apt_core.generator import one_step
-from apt_core.objectives import discriminator_backward, generator_backward
+from apt_core.objectives import Objective, discriminator_backward, generator_backward
 from apt_core.optim import make_rmsprop
-from trainer.batches import Batches
+from trainer.averages import Averages
+from trainer.batches import Batches, Micro
 from trainer.config import Adversarial
 from trainer.distill import Report
-from trainer.log import History
+from trainer.distributed import World
+from trainer.networks import Load, Lora, adversarial_networks
+from trainer.parallel import Parallel
+from trainer.samples import Samples
+from trainer.sampling import split
+from trainer.state import Keep, Run
+from trainer.update import Learner
 
 
 def adversarial(
@@ -27,53 +35,112 @@ def adversarial(
     *,
     seed: int,
     metadata: dict,
-    device: str = "cpu",
+    world: World = World(),
+    parallel: Parallel = Parallel(),
+    lora: Lora | None = None,
+    head_width: int | None = None,
+    ema_decays: Sequence[float] = (),
+    keep: Keep | None = None,
+    resume: bool = True,
+    samples: Samples | None = None,
+    load: Load = load_transformer,
     report: Report,
 ) -> list[dict]:
     """Train one phase ("image" or "video") and write the generator's EMA to `out`.
 
     start: the generator's first weights (the distilled model, or the image phase's EMA); base: the original weights, which the
     discriminator starts from in both phases. Discriminator and generator draw different real batches and their own t.
-    Returns the history, one row an update. Raises AptError when a checkpoint is damaged or a loss is not finite.
+    world, parallel: on which processes, and how; all of them call alike. lora: train adapters and the discriminator's heads over one
+    frozen base instead of whole networks. head_width: see `adversarial_networks`. ema_decays: of further averages, each written beside `out`.
+    keep: where training states go, from the newest of which `resume` goes on. samples: pictures while it trains. load(path, device=...): reads a
+    network, or with device "meta" builds it without weights.
+
+    Returns the history, one row an update. Raises AptError when a checkpoint is damaged, a batch does not divide, or a loss or gradient is not
+    finite, and Preempted after SIGTERM when all is saved.
     """
-    torch.manual_seed(seed)  # the heads' first weights
-    generator = load_transformer(start, device=device)
-    discriminator = Discriminator(load_transformer(base, device=device)).to(device)
     objective = settings.objective()
-    generator_optimizer = make_rmsprop(generator.parameters(), settings.lr_generator)
-    discriminator_optimizer = make_rmsprop(discriminator.parameters(), settings.lr_discriminator)
-    ema = Ema(generator, settings.ema_decay, warmup=10)
+    check_batch(objective, settings.batch, world, parallel)
+    torch.manual_seed(seed)  # the heads' first weights
+    networks = adversarial_networks(start, base, load, world, parallel, lora, head_width)
+    generator, discriminator = networks.generator, networks.opposite
+    notes = keep and keep.folder
+    g_optimizer = make_rmsprop(generator.parameters(), settings.lr_generator)
+    d_optimizer = make_rmsprop(discriminator.parameters(), settings.lr_discriminator)
+    g = Learner("generator", generator, g_optimizer, networks, world, parallel, parallel.generator_zero, notes)
+    d = Learner("discriminator", discriminator, d_optimizer, networks, world, parallel, parallel.discriminator_zero, notes)
+    averages = Averages(networks, (settings.ema_decay, *ema_decays))
+    identity = {"phase": phase, "seed": seed, "data": batches.fingerprint, "lora": str(lora), "head_width": head_width, "ema_decays": list(ema_decays)}
+    identity |= settings.model_dump(exclude={"updates", "discriminator_step"})  # neither changes the updates that there are
+    run = Run(keep, world, identity, {"generator": g, "discriminator": d, "averages": averages}, resume)
 
-    def draw(role: str, update: int):
-        """A real batch with its noise and its t, each a function of (seed, role, sample number)."""
-        stream = f"{phase}/{role}"
-        numbers, x, text = batches.take(phase, stream, update, settings.batch)
-        z = sample_noise(numbers, x.shape[1:], seed, f"{stream}/z")
-        t = shift(sample_uniform(numbers, seed, f"{stream}/t"), settings.shift)
-        return numbers, *(part.to(device) for part in (x, text, z, t))
+    def take(role: str, update: int):
+        return batches.take(phase, f"{phase}/{role}", update, settings.batch, world, parallel.microbatch)
 
-    history = History()
+    def draw(role: str, micro: Micro):
+        """Real samples, text, noise and t of a microbatch, the last two functions of (seed, role, sample number)."""
+        z = sample_noise(micro.numbers, micro.x.shape[1:], seed, f"{phase}/{role}/z")
+        t = shift(sample_uniform(micro.numbers, seed, f"{phase}/{role}/t"), settings.shift)
+        return (part.to(world.device) for part in (micro.x, micro.text, z, t))
+
     total = settings.warmup + settings.updates
-    for update in range(total):
-        numbers, x, text, z, t = draw("d", update)
-        with torch.no_grad():
-            fake = one_step(generator, z, text)
-        noises = (sample_noise(numbers, x.shape[1:], seed, f"{phase}/d/{name}").to(device) for name in ("r1", "r2"))
-        metrics = discriminator_backward(discriminator, objective, x, fake, text, t, *noises, mode=settings.mode)
-        history.add(metrics)
-        discriminator_optimizer.step()
-        discriminator_optimizer.zero_grad(set_to_none=True)
+    with run:
+        for update in range(run.update, total):
+            if d.steps == update:  # a run may have been stopped between the two
+                for micro in d.microbatches(take("d", update), run.stop):
+                    x, text, z, t = draw("d", micro)
+                    with torch.no_grad():
+                        fake = one_step(generator, z, text)
+                    noises = (sample_noise(micro.numbers, x.shape[1:], seed, f"{phase}/d/{name}").to(world.device) for name in ("r1", "r2"))
+                    part, penalties = share_of_penalties(objective, micro, settings.batch, world)
+                    metrics = discriminator_backward(
+                        discriminator, part, x, fake, text, t, *noises, mode=settings.discriminator_step, loss_scale=micro.share
+                    )
+                    shares = {name: penalties for name in ("r1", "r2")}
+                    d.add({name: value * shares.get(name, micro.share) for name, value in metrics.items() if not name.endswith("gamma")})
+                run.rows.append(d.step() | gammas(objective))
 
-        if update >= settings.warmup:
-            _, x, text, z, t = draw("g", update)
-            metrics = generator_backward(generator, discriminator, objective, z, text, t, real=x if objective.relativistic else None)
-            history.extend({f"g_{name.removeprefix('g_')}": value for name, value in metrics.items()})
-            generator_optimizer.step()
-            generator_optimizer.zero_grad(set_to_none=True)
-            ema.update(generator)
-        report(update + 1, total, history.last())
+            if update >= settings.warmup:
+                for micro in g.microbatches(take("g", update), run.stop):
+                    x, text, z, t = draw("g", micro)
+                    real = x if objective.relativistic else None
+                    metrics = generator_backward(generator, discriminator, objective, z, text, t, real=real, loss_scale=micro.share)
+                    g.add({f"g_{name.removeprefix('g_')}": value * micro.share for name, value in metrics.items()})
+                run.rows[-1] |= g.step()
+                averages.update()
+            run.finish_update()
+            if samples:
+                samples.show(update + 1, generator, averages, world)
+            report(update + 1, total, run.rows[-1])
 
-    ema.copy_to(generator)
-    facts = {"kind": "generator", "phase": phase, "updates": settings.updates, "ema": settings.ema_decay}
-    save_generator(out, generator, generator.config, metadata | facts, torch.float32)
-    return history.rows()
+    facts = {"kind": "generator", "phase": phase, "updates": settings.updates}
+    averages.save(out, metadata | facts, world)
+    return run.rows
+
+
+def check_batch(objective: Objective, batch: int, world: World, parallel: Parallel) -> None:
+    """Raises AptError when a batch does not divide over the processes and microbatches, or the samples that penalties see do not reach all processes."""
+    step = len(split(batch, world.dp, world.dp_rank, parallel.microbatch)[0]) * world.dp
+    penalised = objective.regularized(batch)
+    if 0 < penalised % step < world.dp:
+        raise AptError(
+            f"reg_fraction {objective.reg_fraction} of a batch of {batch} is {penalised} samples, which leaves some of {world.dp} processes "
+            f"without one in a microbatch: choose it so that the samples are a multiple of {world.dp}."
+        )
+
+
+def share_of_penalties(objective: Objective, micro: Micro, batch: int, world: World) -> tuple[Objective, float]:
+    """The objective for one microbatch, so that the whole batch's penalties see the batch's first samples however it is divided,
+    and this microbatch's share of their mean."""
+    penalised = objective.regularized(batch)
+    here = sum(place < penalised for place in micro.places)
+    share = here * world.dp / penalised
+    scale = share / micro.share
+    fraction = here / len(micro.places) if here else 1.0
+    part = replace(objective, r1_weight=objective.r1_weight * scale, r2_weight=objective.r2_weight * scale, reg_fraction=fraction)
+    return part, share
+
+
+def gammas(objective: Objective) -> dict[str, float]:
+    """lambda sigma^2 of the penalties in use, the strength that compares across sigmas."""
+    pairs = {"r1": (objective.r1_weight, objective.r1_sigma), "r2": (objective.r2_weight, objective.r2_sigma)}
+    return {f"{name}_gamma": weight * sigma**2 for name, (weight, sigma) in pairs.items() if weight}

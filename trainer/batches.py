@@ -1,9 +1,15 @@
-"""Which samples an update sees: shards of latents and text, in an order that is a function of (seed, use, update)."""
+"""The samples of an update on one process: read from shards ahead of time, in the order that trainer.sampling fixes."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from apt_core.errors import AptError
-from trainer.shards import EpochSampler, ShardDataset
+from trainer.distributed import World
+from trainer.sampling import BucketSampler, split
+from trainer.shards import ShardDataset
 
 
 class Embedder:
@@ -17,30 +23,74 @@ class Embedder:
         return self.text_encoder.pad(self.text_encoder.encode(prompts), self.text_encoder.text_length)
 
 
+@dataclass(frozen=True)
+class Micro:
+    """What one process takes at once. numbers: global sample numbers of the run, what noise derives from; places: in the whole batch, rising;
+    x: latents `[b, C, F, h, w]`; text `[b, L, d]`; names: of the samples; share: of this process's part of the batch."""
+
+    numbers: list[int]
+    places: list[int]
+    x: Tensor
+    text: Tensor
+    names: list[str]
+    share: float
+
+
+class Microbatches:
+    """The microbatches of one update on this process: a length, and an iterator that reads one ahead."""
+
+    def __init__(self, data: ShardDataset, positions: list[int], first_number: int, parts: list[range], dp: int) -> None:
+        self._data, self._positions, self._first, self._parts, self._dp = data, positions, first_number, parts, dp
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[Micro]:
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(self._read, self._parts[0])
+            for following in (*self._parts[1:], None):
+                micro = ahead.result()
+                if following is not None:
+                    ahead = reader.submit(self._read, following)
+                yield micro
+
+    def _read(self, places: range) -> Micro:
+        indices = [self._positions[place] for place in places]
+        x, text, _ = self._data.batch(indices)
+        names = [self._data.samples[i].id for i in indices]
+        share = len(places) * self._dp / len(self._positions)
+        return Micro([self._first + place for place in places], list(places), x, text, names, share)
+
+
 class Batches(Embedder):
-    """Real samples of both kinds, in the order of training."""
+    """Real samples of both kinds, in the order of training. Raises AptError for a folder without samples."""
 
     def __init__(self, folder, text_encoder, seed: int) -> None:
         super().__init__(text_encoder)
         self.datasets = {kind: ShardDataset(folder, kind) for kind in ("image", "video")}
         self.datasets = {kind: data for kind, data in self.datasets.items() if len(data)}
         self.seed = seed
-        self._samplers: dict[tuple, EpochSampler] = {}
+        self._samplers: dict[tuple, BucketSampler] = {}
         if not self.datasets:
             raise AptError(f"{folder} holds no samples; run precompute on a folder of captioned clips or images.")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all sources and settings of the shards."""
+        return next(iter(self.datasets.values())).fingerprint
 
     def available(self, kind: str) -> str:
         """`kind`, or the other one where the data has none of it."""
         return kind if kind in self.datasets else next(iter(self.datasets))
 
-    def take(self, kind: str, stream: str, update: int, size: int) -> tuple[list[int], Tensor, Tensor]:
-        """Update number `update` of a stream: global sample numbers, latents `[size, C, F, h, w]`, text `[size, L, d]`.
+    def take(self, kind: str, stream: str, update: int, size: int, world: World, microbatch: int | None = None) -> Microbatches:
+        """This process's part of update number `update` of a stream, whose batch has `size` samples in all.
 
-        Streams ("distill", "image/d", "image/g", ...) shuffle apart from one another.
+        microbatch: samples at once, None for the whole part. Neither it nor the world changes which samples an update sees, or their numbers.
+        Streams ("distill", "image/d", "image/g", ...) shuffle apart from one another. Raises AptError when the batch does not divide.
         """
         data, key = self.datasets[kind], (kind, stream, size)
         if key not in self._samplers:
-            self._samplers[key] = EpochSampler(len(data), size, self.seed, stream=f"{stream}/{kind}")
-        sampler = self._samplers[key]
-        latents, text, _ = data.batch(sampler.batch(update))
-        return list(sampler.numbers(update)), latents, text
+            self._samplers[key] = BucketSampler(data.buckets, size, self.seed, f"{stream}/{kind}")
+        parts = split(size, world.dp, world.dp_rank, microbatch)
+        return Microbatches(data, self._samplers[key].batch(update), update * size, parts, world.dp)

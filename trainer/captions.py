@@ -11,6 +11,7 @@ from apt_core.errors import AptError
 from trainer.media import IMAGE_SUFFIXES, KNOWN, VIDEO_SUFFIXES, kind_of
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+LISTS = (".jsonl", ".csv")
 COLUMNS = ("caption", "text")
 SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 ALL_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
@@ -38,15 +39,19 @@ def find_items(folder: str | Path, kinds: Sequence[str] = ("image", "video"), *,
     """All captioned media of these kinds below `folder`, in the order of their relative paths, and what cannot be used (with `skip_bad`).
 
     A file's caption is what metadata.jsonl or metadata.csv at the root says (columns file_name and caption, or text), else the
-    UTF-8 text file of the same name beside it. Hidden files, and files that are neither media nor captioned, are passed over.
+    UTF-8 text file of the same name beside it. `folder` may also be such a list (.jsonl, .csv) itself: then only what it names is taken,
+    by paths from where the list lies. Hidden files, and files that are neither media nor captioned, are passed over.
     Raises AptError for a folder that is missing, empty, or has no caption at all; without `skip_bad` also for the first bad
     item, after all have been looked at: see `refuse_bad`.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise AptError(f"{folder} is not a folder: give one with videos or images and their captions.")
-    files = _files(folder)
-    captions, bad = _metadata(folder)
+    if folder.suffix in LISTS and folder.is_file():
+        given, folder, files = [folder], folder.parent, []
+    elif folder.is_dir():
+        given, files = [folder / name for name in METADATA if (folder / name).is_file()], _files(folder)
+    else:
+        raise AptError(f"{folder} is not a folder or a list (.jsonl, .csv): give one with videos or images and their captions.")
+    captions, bad = _metadata(folder, given)
     other = [suffix for kind, suffixes in SUFFIXES.items() if kind not in kinds for suffix in suffixes]
     media = {path for path in files if path.suffix.lower() in ALL_SUFFIXES}
     # What metadata names may lie outside the folder or be of a kind that cannot be read.
@@ -123,9 +128,8 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _metadata(folder: Path) -> tuple[dict[Path, str], list[Bad]]:
+def _metadata(folder: Path, present: list[Path]) -> tuple[dict[Path, str], list[Bad]]:
     """Captions by path, and the lines that cannot be used."""
-    present = [folder / name for name in METADATA if (folder / name).is_file()]
     if len(present) > 1:
         raise AptError(f"{folder} holds both {METADATA[0]} and {METADATA[1]}: keep one of them.")
     captions, bad = {}, []

@@ -1,6 +1,7 @@
-"""Presets: TOML files that hold every number of a training run, read into typed, frozen models."""
+"""Presets: TOML files that hold every number of a training run, read into typed, frozen models; `key=value` changes single numbers."""
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from apt_core.consistency import ConsistencySettings
 from apt_core.errors import AptError
 from apt_core.objectives import Objective
+from trainer.overrides import apply, known_names, nearest
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -17,20 +19,69 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Model(Settings):
+    """Shape of the base model, so that accounts can be made without a weight. vae: the version whose latents it has."""
+
+    kind: Literal["wan", "mmdit"] = "wan"
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2)
+    ffn: int = Field(ge=1)
+    channels: int = Field(ge=1)
+    text_dim: int = Field(4096, ge=1)
+    text_length: int = Field(512, ge=2)
+    vae: Literal["2.1", "2.2"] = "2.1"
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Pixels per latent in (frames, height, width)."""
+        return (4, 8, 8) if self.vae == "2.1" else (4, 16, 16)
+
+
+class Files(Settings):
+    """Where the weights lie: a diffusers folder or the single file that ComfyUI takes; "mini" is the shipped one, empty means not given.
+    `tokenizer` (a folder with spiece.model, or that file) is needed where the text encoder does not carry its own."""
+
+    base: str = ""
+    vae: str = ""
+    text_encoder: str = ""
+    tokenizer: str = ""
+
+
 class Data(Settings):
-    """What samples are cut to: pixels, frames (4 n + 1), frames a second; `images` and `clips` are how many the demo draws."""
+    """What samples are cut to: pixels, frames (4 n + 1), frames a second. Images have a size of their own where one is given.
+
+    aspects: "16:9" and so on; files go to the nearest one, with the pixels of height x width (none: all are cropped to that);
+    shorter: numbers of frames for clips that are shorter than `frames`; clips_per_file: how many clips are cut from a
+    long video, one after the other; `images` and `clips` are how many the demo draws.
+    """
 
     height: int = Field(ge=16)
     width: int = Field(ge=16)
     frames: int = Field(ge=1)
     fps: float = Field(gt=0)
-    images: int = Field(ge=1)
-    clips: int = Field(ge=1)
+    image_height: int | None = Field(None, ge=16)
+    image_width: int | None = Field(None, ge=16)
+    aspects: tuple[str, ...] = ()
+    shorter: tuple[int, ...] = ()
+    clips_per_file: int = Field(1, ge=1)
+    images: int = Field(0, ge=0)
+    clips: int = Field(0, ge=0)
+
+    def size(self, kind: str) -> tuple[int, int]:
+        """(height, width) of "image" or "video"."""
+        if kind == "image":
+            return self.image_height or self.height, self.image_width or self.width
+        return self.height, self.width
 
 
 class Sampling(Settings):
     """How the base samples: Euler steps, guidance scale, shift of its times for images and videos, and the fixed negative prompt.
-    `second_time` is the second of the two times of two-step sampling."""
+    `second_time` is the second of the two times of two-step sampling; `prompts` are what sample videos show while a run trains."""
 
     steps: int = Field(25, ge=1)
     guidance: float
@@ -38,6 +89,7 @@ class Sampling(Settings):
     shift_video: float = Field(gt=0)
     negative_prompt: str
     second_time: float = Field(gt=0, lt=1)
+    prompts: tuple[str, ...] = ()
 
     def shift(self, kind: str) -> float:
         return self.shift_image if kind == "image" else self.shift_video
@@ -72,7 +124,7 @@ class Distill(Settings):
 
 class Adversarial(Settings):
     """One phase of stage 2 (table in 3.5). `shift` is s of eq. 7 for the discriminator's timesteps; `warmup` updates train the
-    discriminator alone; `mode` is the discriminator step's (apt_core.objectives)."""
+    discriminator alone; `discriminator_step` is how its passes are run (the mode of apt_core.objectives)."""
 
     updates: int = Field(ge=1)
     batch: int = Field(ge=1)
@@ -88,7 +140,7 @@ class Adversarial(Settings):
     r2_sigma: float = Field(0.01, gt=0)
     reg_fraction: float = Field(1.0, gt=0, le=1)
     centering: float = Field(0.0, ge=0)
-    mode: Literal["batched", "separate", "two_pass"] = "batched"
+    discriminator_step: Literal["batched", "separate", "two_pass"] = "batched"
 
     def objective(self) -> Objective:
         return Objective(
@@ -101,14 +153,54 @@ class Phases(Settings):
     video: Adversarial
 
 
+class Train(Settings):
+    """How a run uses its machines, and what it leaves while it runs. Nothing here but `mode` and the LoRA changes what is learned beyond rounding.
+
+    mode: "full" trains all weights, "lora" adapters of rank `lora_rank` on one frozen base that all networks share; head_width: inner width
+    of the discriminator's heads (none: the model's own). microbatch: samples that a process takes at once (none: its whole share);
+    compute, generator_zero, discriminator_zero, sync_every_microbatch, checkpointing, compile, context_parallel: see trainer.parallel.Parallel.
+    device: "auto" takes the GPU where there is one. ema_decays: more averages to keep beside the phase's own. save_every,
+    sample_every, in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many of the best besides, by
+    trainer.judge on judge_samples samples (0: none are judged). wandb: a Weights & Biases project to report to, where that is installed.
+    """
+
+    mode: Literal["full", "lora"] = "full"
+    lora_rank: int = Field(64, ge=1)
+    lora_alpha: float | None = Field(None, gt=0)
+    head_width: int | None = Field(None, ge=1)
+    microbatch: int | None = Field(None, ge=1)
+    compute: Literal["fp32", "bf16"] = "fp32"
+    generator_zero: Literal[2, 3] = 3
+    discriminator_zero: Literal[2, 3] = 3
+    sync_every_microbatch: bool = False
+    checkpointing: Literal["none", "blocks", "offload"] = "none"
+    compile: str | None = None
+    context_parallel: int = Field(1, ge=1)
+    device: str = "auto"
+    ema_decays: tuple[float, ...] = ()
+    save_every: int = Field(50, ge=0)
+    keep_last: int = Field(2, ge=1)
+    keep_best: int = Field(1, ge=0)
+    judge_samples: int = Field(64, ge=0)
+    sample_every: int = Field(0, ge=0)
+    wandb: str | None = None
+
+
 class Preset(Settings):
-    """A whole recipe. `stage2` holds its named variants: `paper` and `stable`."""
+    """A whole recipe. `stage2` holds its named variants: `paper`, and `stable` or `budget`; the first is the default."""
 
     name: str
+    model: Model
+    files: Files = Files()
     data: Data
     sampling: Sampling
     distill: Distill
-    stage2: dict[str, Phases]
+    train: Train = Train()
+    stage2: dict[str, Phases] = Field(min_length=1)
+
+    @property
+    def variant(self) -> str:
+        return next(iter(self.stage2))
 
     def phases(self, variant: str) -> Phases:
         """The two phases of a variant. Raises AptError for a name that the preset does not have."""
@@ -117,21 +209,31 @@ class Preset(Settings):
         return self.stage2[variant]
 
 
-def load_preset(name: str | Path) -> Preset:
-    """A preset by name (`mini`) or from a TOML file. Raises AptError for an unknown name or an invalid value, naming both."""
+def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> Preset:
+    """A preset by name (`mini`) or from a TOML file, with `key=value` overrides.
+
+    A key is a full name (`distill.updates`) or the last part of one, which is then looked for in `sections`, in that order.
+    Raises AptError for an unknown preset or key, with the nearest right one, and for an invalid value, naming it.
+    """
     path = Path(name) if str(name).endswith(".toml") else PRESETS / f"{name}.toml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.toml")))
-        raise AptError(f"there is no preset {str(name)!r}; use one of {known}, or the path of a .toml file.")
+        known = [p.stem for p in sorted(PRESETS.glob("*.toml"))]
+        raise AptError(f"there is no preset {str(name)!r}{nearest(str(name), known)}; use one of {', '.join(known)}, or the path of a .toml file.")
     try:
-        return Preset.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Preset.model_validate(apply(values, overrides, known_names(Preset, values), sections))
     except (OSError, UnicodeDecodeError):
         raise AptError(f"preset {path.name} cannot be read: give a TOML file in UTF-8 that you may read.") from None
     except tomllib.TOMLDecodeError as error:
         raise AptError(f"preset {path.name} is not valid TOML: {error}.") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        if first["type"] == "missing":
-            raise AptError(f"preset {path.name}: {where} is missing: add it.") from None
-        raise AptError(f"preset {path.name}: {where} is {first.get('input')!r}: {first['msg'].lower()}.") from None
+        raise _sentence(path.name, error.errors()[0], values) from None
+
+
+def _sentence(file: str, first: dict, values: dict) -> AptError:
+    where = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return AptError(f"preset {file}: {where} is missing: add it.")
+    if first["type"] == "extra_forbidden":
+        return AptError(f"preset {file}: there is no setting {where}{nearest(where, known_names(Preset, values))}: mend or remove it.")
+    return AptError(f"preset {file}: {where} is {first.get('input')!r}: {first['msg'].lower()}.")

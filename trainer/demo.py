@@ -17,8 +17,9 @@ from apt_core.text import load_text_encoder
 from apt_core.vae import load_vae
 from trainer.adversarial import adversarial
 from trainer.batches import Batches
-from trainer.config import Preset
+from trainer.config import Data, Preset
 from trainer.distill import distill
+from trainer.distributed import World
 from trainer.files import make_folder, replacing, write_json
 from trainer.media import write_image, write_video
 from trainer.mini import ASSETS, VAE
@@ -67,7 +68,7 @@ class Demo:
 
         batches = Batches(latents, text, self.seed)
         metadata = self._metadata(text)
-        common = dict(seed=self.seed, device=self.device, metadata=metadata)
+        common = dict(seed=self.seed, world=World(torch.device(self.device)), metadata=metadata)
         start = names["distilled"]
         state.stage("distill", "Stage 1: distill", lambda report: distill(base, batches, self.preset, start, report=report, **common), start)
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
@@ -95,21 +96,7 @@ class Demo:
         return facts | {"preset": self.preset.model_dump()}
 
     def _draw(self, folder: Path, report: Callable) -> list:
-        """Real files with sidecar captions: PNG images and near-lossless H.264 clips."""
-        make_folder(folder)
-        data = self.preset.data
-        total = data.images + data.clips
-        for moving, count, done in ((False, data.images, 0), (True, data.clips, data.images)):
-            for i in range(count):
-                pixels, scenes = draw(self.seed + 5000, [i], moving, data.frames if moving else 1)
-                stem = folder / f"{'clip' if moving else 'image'}-{i:05d}"
-                if moving:
-                    write_video(stem.with_suffix(".mp4"), pixels[0], data.fps, crf=8, pixel_format="yuv444p")
-                else:
-                    write_image(stem.with_suffix(".png"), pixels[0, 0])
-                with replacing(stem.with_suffix(".txt")) as part:
-                    part.write_text(scenes[0].caption + "\n")
-                report(done + i + 1, total)
+        draw_files(folder, self.preset.data, self.seed, report)
         return []
 
     def _precompute(self, folder: Path, latents: Path, text, report: Callable) -> list:
@@ -141,6 +128,23 @@ class Demo:
         load_transformer(path)
         report(1, 1)
         return []
+
+
+def draw_files(folder: Path, data: Data, seed: int, report: Callable) -> None:
+    """Draw the miniature's own data as real files with sidecar captions: PNG images and near-lossless H.264 clips."""
+    make_folder(folder)
+    total = data.images + data.clips
+    for moving, count, done in ((False, data.images, 0), (True, data.clips, data.images)):
+        for i in range(count):
+            pixels, scenes = draw(seed + 5000, [i], moving, data.frames if moving else 1)
+            stem = folder / f"{'clip' if moving else 'image'}-{i:05d}"
+            if moving:
+                write_video(stem.with_suffix(".mp4"), pixels[0], data.fps, crf=8, pixel_format="yuv444p")
+            else:
+                write_image(stem.with_suffix(".png"), pixels[0, 0])
+            with replacing(stem.with_suffix(".txt")) as part:
+                part.write_text(scenes[0].caption + "\n")
+            report(done + i + 1, total)
 
 
 class RunState:

@@ -1,63 +1,95 @@
 """Stage 1 (3.2): consistency distillation of the guided base into one step. Its EMA starts the generator of stage 2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from apt_core.checkpoint import load_transformer, save_generator
+from apt_core.checkpoint import load_transformer
 from apt_core.consistency import consistency_backward
-from apt_core.ema import Ema
 from apt_core.flow import sample_noise, sample_uniform
+from trainer.averages import Averages
 from trainer.batches import Batches
 from trainer.config import Preset
-from trainer.log import History
+from trainer.distributed import World
 from trainer.mini.muon import Muon
+from trainer.networks import Load, Lora, distillation_networks
+from trainer.parallel import Parallel
+from trainer.samples import Samples
+from trainer.sampling import split
+from trainer.state import Keep, Run
+from trainer.update import Learner
 
 Report = Callable[[int, int, dict[str, float]], None]
 
 
-def distill(base: Path, batches: Batches, preset: Preset, out: Path, *, seed: int, metadata: dict, device: str = "cpu", report: Report) -> list[dict]:
+def distill(
+    base: Path,
+    batches: Batches,
+    preset: Preset,
+    out: Path,
+    *,
+    seed: int,
+    metadata: dict,
+    world: World = World(),
+    parallel: Parallel = Parallel(),
+    lora: Lora | None = None,
+    ema_decays: Sequence[float] = (),
+    keep: Keep | None = None,
+    resume: bool = True,
+    samples: Samples | None = None,
+    load: Load = load_transformer,
+    report: Report,
+) -> list[dict]:
     """Distil `base` (a checkpoint file) on `batches` and write the student's EMA to `out`.
 
-    Each update sees images or clips, drawn with the preset's share. Returns the history of losses, one row an update.
-    Raises AptError when a checkpoint is damaged or a loss is not finite.
+    Each update sees images or clips, drawn with the preset's share. The other arguments, what is returned and what is raised are those of
+    `trainer.adversarial.adversarial`.
     """
     settings = preset.distill
-    teacher, student, target = (load_transformer(base, device=device) for _ in range(3))
-    teacher.requires_grad_(False)
-    target.requires_grad_(False)
-    negative = batches.embed([preset.sampling.negative_prompt]).to(device)
+    for size in (settings.batch_image, settings.batch_video):
+        split(size, world.dp, world.dp_rank, parallel.microbatch)
+    networks = distillation_networks(base, load, world, parallel, lora, target=settings.target_decay > 0)
+    student, teacher, target = networks.generator, networks.opposite, networks.target
+    negative = batches.embed([preset.sampling.negative_prompt]).to(world.device)
     if settings.optimizer == "muon":
         optimizer = Muon(student.parameters())
     else:
         optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.95))
-    target_ema = Ema(student, settings.target_decay, warmup=1)
-    ema = Ema(student, settings.ema_decay, warmup=10)
+    learner = Learner("student", student, optimizer, networks, world, parallel, parallel.generator_zero, keep and keep.folder)
+    averages = Averages(networks, (settings.ema_decay, *ema_decays))
+    following = Averages(networks, (settings.target_decay,) if target is not None else (), warmup=1)
+    identity = {"phase": "distilled", "seed": seed, "data": batches.fingerprint, "lora": str(lora), "ema_decays": list(ema_decays)}
+    identity |= {"sampling": preset.sampling.model_dump(exclude={"prompts"}), **settings.model_dump(exclude={"updates"} if settings.lr_end is None else set())}
+    run = Run(keep, world, identity, {"student": learner, "averages": averages, "target": following}, resume)
+    if target is not None:
+        following.copy_to(target)
 
-    history = History()
-    for update in range(settings.updates):
-        kind = "video" if float(sample_uniform([update], seed, "distill/kind")) < settings.video_share else "image"
-        kind = batches.available(kind)
-        size = settings.batch_video if kind == "video" else settings.batch_image
-        numbers, x, text = batches.take(kind, "distill", update, size)
-        z = sample_noise(numbers, x.shape[1:], seed, "distill/z").to(device)
-        u = sample_uniform(numbers, seed, "distill/u").to(device)
-        consistency = settings.consistency(preset.sampling.shift(kind))
-        metrics = consistency_backward(
-            student, teacher, consistency, x.to(device), z, text.to(device), negative, u, target=target if settings.target_decay else None
-        )
-        history.add({f"{name}_{kind}": value for name, value in metrics.items()})
-        optimizer.param_groups[0]["lr"] = settings.rate(update)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if settings.target_decay:
-            target_ema.update(student)
-            target_ema.copy_to(target)
-        ema.update(student)
-        report(update + 1, settings.updates, history.last())
+    with run:
+        for update in range(run.update, settings.updates):
+            kind = "video" if float(sample_uniform([update], seed, "distill/kind")) < settings.video_share else "image"
+            kind = batches.available(kind)
+            size = settings.batch_video if kind == "video" else settings.batch_image
+            consistency = settings.consistency(preset.sampling.shift(kind))
+            for micro in learner.microbatches(batches.take(kind, "distill", update, size, world, parallel.microbatch), run.stop):
+                x, text = micro.x.to(world.device), micro.text.to(world.device)
+                z = sample_noise(micro.numbers, x.shape[1:], seed, "distill/z").to(world.device)
+                u = sample_uniform(micro.numbers, seed, "distill/u").to(world.device)
+                metrics = consistency_backward(student, teacher, consistency, x, z, text, negative, u, target=target, loss_scale=micro.share)
+                metrics["cd_loss_final"] *= metrics["final_share"]  # a mean over few of the samples: summed here, divided below
+                learner.add({name: value * micro.share for name, value in metrics.items()})
+            optimizer.param_groups[0]["lr"] = settings.rate(update)
+            row = learner.step()
+            row["cd_loss_final"] /= row["final_share"] or 1
+            run.rows.append({name if name.endswith("gradient") else f"{name}_{kind}": value for name, value in row.items()})
+            averages.update()
+            if target is not None:
+                following.update()
+                following.copy_to(target)
+            run.finish_update()
+            if samples:
+                samples.show(update + 1, student, averages, world)
+            report(update + 1, settings.updates, run.rows[-1])
 
-    ema.copy_to(student)
-    facts = {"kind": "generator", "phase": "distilled", "updates": settings.updates, "ema": settings.ema_decay}
-    save_generator(out, student, student.config, metadata | facts, torch.float32)
-    return history.rows()
+    averages.save(out, metadata | {"kind": "generator", "phase": "distilled", "updates": settings.updates}, world)
+    return run.rows

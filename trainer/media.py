@@ -87,14 +87,25 @@ def read_video(path: str | Path, frames: int, fps: float, height: int, width: in
             raise AptError(f"{path} holds no frame that can be decoded: {AGAIN}.")
         end = before[1] + length
         if moments[-1] >= end:
-            raise _too_short(path, end - _rational(start), frames, fps)
+            raise too_short(path, end - _rational(start), frames, fps)
         out[done:] = _pixels(path, before[0], height, width, aspect)
         return out
 
 
 def check_video(path: str | Path, frames: int, fps: float, start: float = 0.0) -> None:
     """Raises the AptError that `read_video` would, from the file's packets and its first frame: cheap, nothing else is decoded."""
-    last = _rational(start) + (frames - 1) / _rational(fps)
+    last = (frames - 1) / _rational(fps)
+    end = shown(path, float(_rational(start) + last), start)
+    if last >= end:
+        raise too_short(path, end, frames, fps)
+
+
+def shown(path: str | Path, until: float, start: float = 0.0) -> Fraction:
+    """For how many seconds after `start` the video shows, counted from its packets; looks no further than `until` seconds.
+
+    Raises AptError for a file that is unreadable or damaged up to there.
+    """
+    last = _rational(until)
     probe(path)
     with _video(path) as (container, stream):
         origin, end = _seek(container, stream, start), Fraction(0)
@@ -110,9 +121,7 @@ def check_video(path: str | Path, frames: int, fps: float, start: float = 0.0) -
             end = max(end, time + (packet.duration * stream.time_base if packet.duration and not counted else gap))
             if packet.dts is not None and packet.dts * stream.time_base - origin > last:
                 break
-    end -= origin or 0
-    if last >= end:
-        raise _too_short(path, end - _rational(start), frames, fps)
+    return end - (origin or 0) - _rational(start)
 
 
 def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
@@ -267,7 +276,8 @@ def _cover(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> 
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
-def _too_short(path, has: Fraction, frames: int, fps: float) -> AptError:
+def too_short(path, has: Fraction, frames: int, fps: float) -> AptError:
+    """The complaint about a video that shows for `has` seconds only."""
     has, need = math.floor(100 * max(has, 0)) / 100, math.ceil(100 * frames / _rational(fps)) / 100
     return AptError(f"{path} has {has:.2f} s, {need:.2f} s ({frames} frames at {fps:g} fps) are needed: give a longer clip or lower frames.")
 

@@ -3,22 +3,25 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from apt_core.errors import AptError
-from apt_core.vae import check_size, encode, stride
+from apt_core.vae import encode, stride
 from trainer.captions import Bad, Item, find_items, item_id, refuse_bad
+from trainer.cuts import Clip, Cut
+from trainer.distributed import World
 from trainer.files import make_folder, write_json
-from trainer.media import check_image, check_video, read_image, read_video
+from trainer.prompts import write_prompts
 from trainer.shards import Sample, ShardWriter
 
 SKIPPED = "skipped.json"
+PART = "#"  # between a file and the number of a clip after its first
 PROBE = "A red circle, moving left: 3 \u00e9toiles \u5728\u5929\u7a7a."  # its tokens tell one tokenizer from another
 
 
@@ -32,30 +35,6 @@ class Report:
     skipped: list[Bad]
     seconds: float
     clips_per_second: float
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What files are cut to. Pixels, frames, frames a second; an image is shown for `image_frames` frames."""
-
-    height: int
-    width: int
-    frames: int
-    fps: float
-    image_frames: int = 1
-
-    def check(self, item: Item) -> None:
-        """Raises AptError when the file cannot be read or is too short, without decoding all of it."""
-        if item.kind == "video":
-            check_video(item.path, self.frames, self.fps)
-        else:
-            check_image(item.path)
-
-    def read(self, item: Item) -> np.ndarray:
-        """uint8 `[F, H, W, 3]`. Raises AptError for a damaged file."""
-        if item.kind == "video":
-            return read_video(item.path, self.frames, self.fps, self.height, self.width)
-        return read_image(item.path, self.height, self.width).repeat(self.image_frames, axis=0)
 
 
 def precompute(
@@ -75,12 +54,17 @@ def precompute(
     progress: Callable[[int, int], None] | None = None,
     image_frames: int = 1,
     dtype: torch.dtype = torch.float32,
+    prompts: Sequence[str] = (),
+    world: World = World(),
+    **cut_options,
 ) -> Report:
     """Encode the captioned videos and images of `folder` into shards and an index in `out`, for `trainer.shards.ShardDataset`.
 
-    vae: for apt_core.vae.encode; text_encoder: an apt_core.text.TextEncoder; height, width, frames: pixels and frames of every
-    sample (videos from their start, at `fps`); kinds: which files to take; batch: samples that are encoded together; dtype: of what is
-    stored; progress(done, total) is called as samples get done.
+    folder: or a list of files (.jsonl, .csv), see `find_items`; vae: for apt_core.vae.encode; text_encoder: an apt_core.text.TextEncoder;
+    height, width, frames: pixels and frames of every sample (videos from their start, at `fps`), unless cut_options ask for buckets:
+    `aspects`, `shorter`, `clips_per_file`, `image_height` and `image_width` of trainer.cuts.Cut. kinds: which files to take; batch: samples that are encoded together; dtype: of what is
+    stored; progress(done, total) is called as samples get done; prompts: texts without pictures that training needs too (trainer.prompts).
+    world: all its processes call alike, and each encodes its share of the files.
 
     All files, sizes and captions are checked before anything is encoded, and the first problem is raised with the number of the
     others; with `skip_bad` such files are left out, named in the report and in skipped.json. A stopped run goes on from its
@@ -89,59 +73,61 @@ def precompute(
     Raises AptError for what the user can mend: see `find_items`, `check_size`, `ShardWriter`.
     """
     folder, out = Path(folder), Path(out)
-    cut = Cut(height, width, frames, fps, image_frames)
-    if fps <= 0 or frames < 1 or batch < 1:
-        raise AptError(f"{frames} frames at {fps:g} fps in batches of {batch} cannot be read: all three must be above 0.")
-    for kind, count in (("video", frames), ("image", image_frames)):
-        if kind in kinds:
-            check_size(height, width, count, stride(vae), what=f"precompute: {'a video' if kind == 'video' else 'an image'}")
-
+    if batch < 1:
+        raise AptError(f"{batch} samples cannot be encoded together: batch must be above 0.")
+    cut = Cut(height, width, frames, fps, tuple(kinds), image_frames=image_frames, stride=stride(vae), **cut_options)
     settings = {
-        "vae": fingerprint(vae),
-        "text encoder": fingerprint(text_encoder),
-        "height": height, "width": width, "frames": frames, "fps": fps, "image_frames": image_frames,
+        "vae": fingerprint(vae), "text encoder": fingerprint(text_encoder),
         "text_length": text_encoder.text_length, "truncate_captions": truncate_captions,
+        **{name: value for name, value in asdict(cut).items() if name not in ("kinds", "stride")},
     }  # fmt: skip
-    with ShardWriter(out, settings, dtype=dtype) as writer:
+    with ShardWriter(out, settings, dtype=dtype, rank=world.rank) as writer:
         items, bad = find_items(folder, kinds, skip_bad=True)
-        items, wrong = _check_captions(items, text_encoder, truncate_captions)
-        samples = {item: _sample(folder, item) for item in items}
-        unreadable = _check_files([item for item, sample in samples.items() if sample.key not in writer.done], cut)
-        samples = {item: sample for item, sample in samples.items() if item not in unreadable}
-        todo = [item for item, sample in samples.items() if sample.key not in writer.done]
-        bad += wrong + list(unreadable.values())
+        root = folder if folder.is_dir() else folder.parent
+        mine, wrong = _check_captions(items[world.rank :: world.size], text_encoder, truncate_captions)
+        clips, unreadable = _plan(root, mine, cut, writer.done)
+        bad = (bad if world.main else []) + wrong + unreadable
+        everybodys_bad = sum(world.gather(bad), [])
         if not skip_bad:
-            refuse_bad(bad)
-        _refuse_nothing(folder, samples, bad, kinds)
+            refuse_bad(everybodys_bad)
+        _refuse_nothing(folder, sum(world.gather(len(clips))), everybodys_bad, kinds)
 
         make_folder(out)
-        started, done = time.perf_counter(), len(samples) - len(todo)
-        _tell(progress, done, len(samples))
+        todo = [clip for clip, sample in clips.items() if sample.key not in writer.done]
+        started, done = time.perf_counter(), len(clips) - len(todo)
+        _tell(progress, done, len(clips))
         failed = []
         for part, pixels in _decoded(todo, cut, batch, failed):
             if not skip_bad:
                 refuse_bad(failed)
-            _encode([samples[item] for item in part], pixels, vae, text_encoder, truncate_captions, writer)
+            _encode([clips[clip] for clip in part], pixels, vae, text_encoder, truncate_captions, writer)
             done += len(part)
-            _tell(progress, done, len(samples))
+            _tell(progress, done, len(clips))
         if not skip_bad:
             refuse_bad(failed)
         writer.flush()
         seconds = time.perf_counter() - started
 
-        bad += failed
-        present = [sample.key for sample in samples.values() if sample.key in writer.done]
-        _refuse_nothing(folder, present, bad, kinds)
+        encoded = len(todo) - len(failed)
+        present = [sample for sample in clips.values() if sample.key in writer.done]
+        everyone = world.gather((present, bad + failed, encoded, seconds))
+
+    present = sorted((sample for part in everyone for sample in part[0]), key=_place)
+    bad = [entry for part in everyone for entry in part[1]]
+    _refuse_nothing(folder, len(present), bad, kinds)
+    if world.main:
+        writer = ShardWriter(out, settings, dtype=dtype) if world.size > 1 else writer
         facts = {
-            "vae": {"stride": list(stride(vae)), "channels": writer.done[present[0]].bucket[0]},
+            "vae": {"stride": list(stride(vae)), "channels": writer.done[present[0].key].bucket[0]},
             "text": {"dim": text_encoder.dim, "length": text_encoder.text_length},
             "fps": fps,
         }
-        writer.finish(present, facts)
-    skipped = [{"file": item_id(folder, entry.path), "reason": entry.reason} for entry in bad]
-    write_json(out / SKIPPED, skipped)
-    encoded = len(todo) - len(failed)
-    counts = {kind: sum(writer.done[key].kind == kind for key in present) for kind in ("image", "video")}
+        write_prompts(out, text_encoder, prompts)
+        writer.finish([sample.key for sample in present], facts)
+        write_json(out / SKIPPED, [{"file": item_id(root, entry.path), "reason": entry.reason} for entry in bad])
+    world.barrier()
+    counts = {kind: sum(sample.kind == kind for sample in present) for kind in ("image", "video")}
+    encoded, seconds = sum(part[2] for part in everyone), max(part[3] for part in everyone)
     return Report(counts, encoded, bad, seconds, encoded / seconds if seconds > 0 else 0.0)
 
 
@@ -162,9 +148,15 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def _sample(folder: Path, item: Item) -> Sample:
-    stat = item.path.stat()
-    return Sample(item_id(folder, item.path), item.kind, item.caption, f"{stat.st_size}-{stat.st_mtime_ns}")
+def _sample(root: Path, clip: Clip) -> Sample:
+    stat = clip.item.path.stat()
+    name = item_id(root, clip.item.path) + (f"{PART}{clip.number}" if clip.number else "")
+    return Sample(name, clip.item.kind, clip.item.caption, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def _place(sample: Sample) -> tuple[str, int]:
+    name, _, number = sample.id.partition(PART)
+    return name, int(number or 0)
 
 
 def _check_captions(items: list[Item], text_encoder, truncate: bool) -> tuple[list[Item], list[Bad]]:
@@ -180,36 +172,43 @@ def _check_captions(items: list[Item], text_encoder, truncate: bool) -> tuple[li
     return right, bad
 
 
-def _check_files(items: list[Item], cut: Cut) -> dict[Item, Bad]:
-    def problem(item: Item) -> Bad | None:
+def _plan(root: Path, items: list[Item], cut: Cut, done: dict) -> tuple[dict[Clip, Sample], list[Bad]]:
+    """The samples that the files give, and the files that cannot be used."""
+
+    def clips(item: Item) -> list[Clip] | Bad:
+        alone = Clip(item, 0, 0, 0)
+        if cut.clips_per_file == 1 and _sample(root, alone).key in done:
+            return [alone]  # not looked at again
         try:
-            cut.check(item)
+            return cut.plan(item)
         except AptError as error:
             return Bad(item.path, str(error))
 
     with ThreadPoolExecutor(_workers()) as pool:
-        return {item: found for item, found in zip(items, pool.map(problem, items)) if found}
+        plans = list(pool.map(clips, items))
+    good = {clip: _sample(root, clip) for plan in plans if not isinstance(plan, Bad) for clip in plan}
+    return good, [plan for plan in plans if isinstance(plan, Bad)]
 
 
-def _decoded(items: list[Item], cut: Cut, batch: int, failed: list[Bad]) -> Iterator[tuple[list[Item], np.ndarray]]:
-    """Batches of one kind with their pixels uint8 `[B, F, H, W, 3]`, read ahead in threads; unreadable files go to `failed`."""
-    parts = []
-    for kind in ("image", "video"):
-        of_kind = [item for item in items if item.kind == kind]
-        parts += [of_kind[i : i + batch] for i in range(0, len(of_kind), batch)]
+def _decoded(clips: list[Clip], cut: Cut, batch: int, failed: list[Bad]) -> Iterator[tuple[list[Clip], np.ndarray]]:
+    """Batches of one bucket with their pixels uint8 `[B, F, H, W, 3]`, read ahead in threads; unreadable files go to `failed`."""
+    buckets: dict[tuple, list[Clip]] = {}
+    for clip in clips:
+        buckets.setdefault(clip.bucket, []).append(clip)
+    parts = [same[i : i + batch] for _, same in sorted(buckets.items()) for i in range(0, len(same), batch)]
     pool = ThreadPoolExecutor(_workers())
     try:
-        ahead = [[pool.submit(cut.read, item) for item in part] for part in parts[:2]]
+        ahead = [[pool.submit(cut.read, clip) for clip in part] for part in parts[:2]]
         for number, part in enumerate(parts):
             good, pixels = [], []
-            for item, future in zip(part, ahead.pop(0)):
+            for clip, future in zip(part, ahead.pop(0)):
                 try:
                     pixels.append(future.result())
-                    good.append(item)
+                    good.append(clip)
                 except AptError as error:
-                    failed.append(Bad(item.path, str(error)))
+                    failed.append(Bad(clip.item.path, str(error)))
             if number + 2 < len(parts):
-                ahead.append([pool.submit(cut.read, item) for item in parts[number + 2]])
+                ahead.append([pool.submit(cut.read, clip) for clip in parts[number + 2]])
             if good:
                 yield good, np.stack(pixels)
     finally:
@@ -228,7 +227,7 @@ def _encode(samples: list[Sample], pixels: np.ndarray, vae, text_encoder, trunca
         writer.add(sample, latent, text)
 
 
-def _refuse_nothing(folder: Path, left: Sized, bad: list[Bad], kinds: Sequence[str]) -> None:
+def _refuse_nothing(folder: Path, left: int, bad: list[Bad], kinds: Sequence[str]) -> None:
     if left:
         return
     why = f" ({len(bad)} cannot be used, the first: {bad[0].reason.rstrip('.')})" if bad else ""

@@ -1,33 +1,68 @@
 """Progress bars with the losses beside them, and tables, in the terminal (rich)."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
+from rich.text import Text
 
 console = Console()
-SHOWN = ("cd_loss_image", "cd_loss_video", "d_loss", "g_loss", "logit_real", "logit_fake", "r1")
+SHOWN = {
+    "cd_loss_image": "cd_loss_image", "cd_loss_video": "cd_loss_video", "d_loss": "d_loss", "g_loss": "g_loss", "logit_real": "real", "logit_fake": "fake",
+    "r1": "r1", "r2": "r2", "r1_gamma": "\u03bb\u03c3\u00b2", "g_grad_norm": "grad at sample", "judged": "judged", "samples_per_second": "samples/s", "mfu": "MFU",
+    "memory_gib": "GiB",
+}  # fmt: skip
+"""Metrics beside the bar, by what they are called there."""
+LINE_SECONDS = 30.0
+
+
+class _Bar(Progress):
+    """A bar, and under it a line of metrics that may be longer than what is left beside it."""
+
+    def get_renderables(self):
+        yield from super().get_renderables()
+        yield from (Text(task.fields["metrics"], style="dim") for task in self.tasks if task.fields["metrics"])
 
 
 @contextmanager
 def stage_bar(title: str) -> Iterator[Callable[[int, int, dict], None]]:
-    """A bar for one stage: call what it yields with (done, total, metrics)."""
-    columns = (
-        TextColumn("[bold]{task.description:<20}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True, ratio=1)),  # takes the width that is left
-    )  # fmt: skip
-    title = escape(title)  # a folder's name may have brackets
-    with Progress(*columns, console=console, expand=True) as progress:
-        task = progress.add_task(title, total=None, losses="")
+    """A bar for one stage: call what it yields with (done, total, metrics). Where there is no terminal (a batch system's log), a line
+    twice a minute instead."""
+    if not console.is_terminal:
+        yield _Lines(title)
+        return
+    columns = (TextColumn("[bold]{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with _Bar(*columns, console=console, expand=True) as progress:
+        task = progress.add_task(escape(title), total=None, metrics="")  # a folder's name may have brackets
 
         def report(done: int, total: int, metrics: dict | None = None) -> None:
-            losses = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics) if metrics else ""
-            progress.update(task, completed=done, total=total, losses=losses)
+            progress.update(task, completed=done, total=total, metrics=_words(metrics))
 
         yield report
+
+
+class _Lines:
+    """The first report, the last, and one every LINE_SECONDS in between."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.started, self.next = title, time.monotonic(), 0.0
+
+    def __call__(self, done: int, total: int, metrics: dict | None = None) -> None:
+        elapsed = time.monotonic() - self.started
+        if elapsed < self.next and done < total:
+            return
+        self.next = elapsed + LINE_SECONDS
+        line = f"{self.title} {done}/{total}, {timedelta(seconds=round(elapsed))}  {_words(metrics)}"
+        console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _words(metrics: dict | None) -> str:
+    return "  ".join(f"{word} {metrics[name]:.3g}" for name, word in SHOWN.items() if name in metrics) if metrics else ""
 
 
 def columns_table(title: str, columns: dict[str, dict]) -> Table:

@@ -9,10 +9,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,11 +48,11 @@ class ShardWriter:
     """Adds samples to a folder of shards; use it in a `with` statement, which also on an error keeps what was added.
 
     settings: everything that latents and embeddings depend on (JSON; models by fingerprint). `done` holds the samples of finished
-    shards by `Sample.key`. Files appear whole or not at all, and the index last. Raises AptError when the folder's shards have other settings.
+    shards by `Sample.key`. rank: of this process among several that write to the folder at once. Files appear whole or not at all, and the index last. Raises AptError when the folder's shards have other settings.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping, *, dtype: torch.dtype = torch.float32):
-        self.folder, self.dtype = Path(folder), dtype
+    def __init__(self, folder: str | Path, settings: Mapping, *, dtype: torch.dtype = torch.float32, rank: int = 0):
+        self.folder, self.dtype, self.rank = Path(folder), dtype, rank
         self.settings = json.loads(json.dumps({**settings, "dtype": str(dtype).removeprefix("torch.")}))
         self.done: dict[tuple, Sample] = {}
         self._taken: set[str] = set()
@@ -109,8 +107,8 @@ class ShardWriter:
     def _write(self, key: tuple) -> None:
         if not (batch := self._open.pop(key, None)):
             return
-        number = len(self._taken)
-        while (name := f"shard-{number:05d}.safetensors") in self._taken:
+        number, of = len(self._taken), f"{self.rank:03d}-" if self.rank else ""
+        while (name := f"shard-{of}{number:05d}.safetensors") in self._taken:
             number += 1
         samples = [
             replace(sample, bucket=tuple(latent.shape), tokens=len(text), shard=name, row=row)
@@ -217,43 +215,6 @@ class ShardDataset:
                 raise AptError(f"{path} does not hold what {INDEX} says: {AGAIN}.")
             self._shards[name] = latents, text, offsets
         return self._shards[name]
-
-
-class EpochSampler:
-    """An endless shuffled order of `n` samples, a pure function of (seed, stream, update): nothing to save but the update's number.
-
-    Sample number g of the run (update * batch + place in the batch) is place g % n of epoch g // n, so each n numbers hold every
-    sample once; a batch may reach over two epochs. Streams ("d", "g") shuffle apart. Raises AptError for n or batch below 1.
-    """
-
-    def __init__(self, n: int, batch: int, seed: int, stream: str = ""):
-        if n < 1 or batch < 1:
-            raise AptError(f"{n} samples in batches of {batch} cannot be drawn: both must be 1 or more.")
-        self.n, self.size, self.seed, self.stream = n, batch, seed, stream
-
-    def numbers(self, update: int, rank: int = 0, world: int = 1) -> range:
-        """The numbers that rank `rank` of `world` takes in an update: what its noise derives from.
-
-        Raises AptError when the batch does not divide over the ranks.
-        """
-        if self.size % world:
-            raise AptError(f"a batch of {self.size} does not divide over {world} processes: make it a multiple of {world}.")
-        share = self.size // world
-        first = update * self.size + rank * share
-        return range(first, first + share)
-
-    def batch(self, update: int, rank: int = 0, world: int = 1) -> list[int]:
-        """The samples, as positions in the dataset, that belong to `numbers(update, rank, world)`."""
-        places = (divmod(number, self.n) for number in self.numbers(update, rank, world))
-        return [int(_order(self.n, self.seed, self.stream, epoch)[place]) for epoch, place in places]
-
-
-@lru_cache(maxsize=16)
-def _order(n: int, seed: int, stream: str, epoch: int) -> np.ndarray:
-    digest = hashlib.blake2b(f"order/{seed}/{stream}/{epoch}".encode(), digest_size=16).digest()
-    # Raw Philox words, unlike numpy's shuffles, are the same in every version of numpy.
-    words = np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64)).random_raw(n)
-    return np.argsort(words, kind="stable")
 
 
 def _sample(entry: Mapping) -> Sample:

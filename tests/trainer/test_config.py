@@ -76,6 +76,39 @@ def test_a_missing_value_and_a_file_that_is_no_text_are_named(tmp_path):
         load_preset(bad)
 
 
+SECTIONS = ("stage2.paper.image", "train", "files")
+
+
+def test_overrides_change_single_numbers():
+    changed = load_preset("mini", ["updates=2", "mode=lora", "distill.lr=1e-3", "base=/models/wan", "ema_decays=[0.9, 0.99]"], SECTIONS)
+    assert changed.phases("paper").image.updates == 2 and changed.phases("paper").video.updates == load_preset("mini").phases("paper").video.updates
+    assert changed.train.mode == "lora" and changed.distill.lr == 1e-3 and changed.files.base == "/models/wan" and changed.train.ema_decays == (0.9, 0.99)
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("updtes=2", "there is no setting 'updtes' (did you mean updates?): see the preset's file for all of them."),
+        ("distill.update=3", "there is no setting 'distill.update' (did you mean distill.updates?): see the preset's file for all of them."),
+        ("stage2.wild.image.updates=3", "there is no setting 'stage2.wild.image.updates' (did you mean stage2.stable.image.updates?): see the preset's file for all of them."),
+        ("updates", "'updates' is not a setting: write key=value, for example updates=100."),
+        ("updates=-3", "preset mini.toml: stage2.paper.image.updates is -3: input should be greater than or equal to 1."),
+        ("mode=half", "preset mini.toml: train.mode is 'half': input should be 'full' or 'lora'."),
+    ],
+)
+def test_a_wrong_override_is_one_sentence(override, sentence):
+    with pytest.raises(AptError) as error:
+        load_preset("mini", [override], SECTIONS)
+    assert str(error.value) == sentence
+
+
+def test_a_misspelled_setting_in_a_file_names_the_right_one(tmp_path):
+    bad = tmp_path / "bad.toml"
+    bad.write_text((PRESETS / "mini.toml").read_text().replace("guidance = 2.0", "giudance = 2.0", 1))
+    with pytest.raises(AptError, match=r"(sampling.guidance is missing|there is no setting sampling.giudance \(did you mean sampling.guidance\?\))"):
+        load_preset(bad)
+
+
 def test_the_rate_of_stage_1_rises_and_falls():
     settings = load_preset("mini").distill.model_copy(update=dict(updates=100, lr=0.01, lr_end=0.002, lr_warmup=20))
     assert settings.rate(0) == pytest.approx(0.01 / 20)

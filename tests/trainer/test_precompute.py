@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +14,7 @@ from apt_core.errors import AptError
 from trainer.media import write_image, write_video
 from trainer.mini import ASSETS, VAE
 from trainer.precompute import fingerprint, precompute
+from trainer.prompts import Prompts
 from trainer.shards import ShardDataset
 
 SIZE = {"height": 32, "width": 32, "frames": 5, "fps": 8}
@@ -141,7 +144,7 @@ def test_sizes_and_folders_that_cannot_be(data, tmp_path):
     vae = Vae()
     refused("height 40 must be a multiple of 16 (32 or 48)", data=data, out=tmp_path / "out", vae=vae, height=40)
     refused("frames 6 must be 4 n + 1 (5 or 9)", data=data, out=tmp_path / "out", vae=vae, frames=6)
-    refused("all three must be above 0", data=data, out=tmp_path / "out", vae=vae, fps=0)
+    refused("must be above 0", data=data, out=tmp_path / "out", vae=vae, fps=0)
     refused("out of files is a file", data=data, out=_touch(tmp_path / "out of files"), vae=vae)
     refused("cannot be made", data=data, out=tmp_path / "out of files" / "out", vae=vae)
     refused("is not a folder", data=tmp_path / "gone", out=tmp_path / "out", vae=vae)
@@ -210,7 +213,7 @@ def test_other_models_or_sizes_are_refused_and_change_nothing(data, tmp_path):
 
 
 def test_a_file_that_fails_only_when_decoded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.precompute.check_video", lambda *_: None)
+    monkeypatch.setattr("trainer.cuts.shown", lambda *_: 99)
     (data / "clip4.mp4").write_bytes((data / "clip4.mp4").read_bytes()[:900])
     refused("clip4.mp4 holds no frame", "--skip-bad would go on", data=data, out=tmp_path / "out", batch=2)
     report = run(data, tmp_path / "out", skip_bad=True, batch=2)
@@ -245,3 +248,76 @@ def test_the_miniatures_own_models(data, tmp_path):
     expected = encode(vae, pixels)
     assert latents.shape == expected.shape and (latents - expected).abs().mean() < 0.05
     assert os.listdir(tmp_path / "out") and videos.vae == {"stride": [4, 8, 8], "channels": 16}
+
+
+class Thread:
+    """A World of threads: what precompute asks of its processes."""
+
+    def __init__(self, rank: int, size: int, meeting: threading.Barrier, board: dict):
+        self.rank, self.size, self.main, self._meeting, self._board = rank, size, rank == 0, meeting, board
+
+    def gather(self, value):
+        self._board[self.rank] = value
+        self._meeting.wait()
+        values = [self._board[rank] for rank in range(self.size)]
+        self._meeting.wait()
+        return values
+
+    def barrier(self):
+        self._meeting.wait()
+
+
+def together(size: int, data, out, **options) -> list:
+    meeting, board = threading.Barrier(size, timeout=60), {}
+    with ThreadPoolExecutor(size) as pool:
+        runs = [pool.submit(run, data, out, world=Thread(rank, size, meeting, board), **options) for rank in range(size)]
+        return [future.result() for future in runs]
+
+
+def test_several_processes_share_the_work_and_make_the_same_index(data, tmp_path):
+    alone = run(data, tmp_path / "alone")
+    reports = together(3, data, tmp_path / "three")
+    assert reports[0].samples == reports[2].samples == alone.samples and reports[1].encoded == 10
+    for kind in ("image", "video"):
+        one, many = ShardDataset(tmp_path / "alone", kind), ShardDataset(tmp_path / "three", kind)
+        assert [sample.id for sample in one.samples] == [sample.id for sample in many.samples] and one.fingerprint == many.fingerprint
+        for i in range(len(one)):
+            assert torch.equal(one.get(i)[0], many.get(i)[0]) and torch.equal(one.get(i)[1], many.get(i)[1])
+    assert {path.name.split("-")[1] for path in (tmp_path / "three").glob("shard-*-*")} == {"001", "002"}  # of rank 0 the names are short
+
+
+def test_another_number_of_processes_encodes_nothing_twice(data, tmp_path):
+    together(3, data, tmp_path / "out")
+    vae = Vae()
+    assert run(data, tmp_path / "out", vae).encoded == 0 and vae.seen == 0
+    (data / "image9.png").write_bytes((data / "image0.png").read_bytes())
+    (data / "image9.txt").write_text("new")
+    assert together(2, data, tmp_path / "out")[0].encoded == 1
+    assert len(ShardDataset(tmp_path / "out", "image")) == 4
+
+
+def test_a_bad_file_stops_every_process(data, tmp_path):
+    (data / "clip3.mp4").write_bytes(b"no video")
+    with pytest.raises(AptError, match="clip3.mp4 cannot be read as a video"):
+        together(2, data, tmp_path / "out")
+    report = together(2, data, tmp_path / "out", skip_bad=True)[1]
+    assert report.samples == {"image": 3, "video": 6} and [bad.path.name for bad in report.skipped] == ["clip3.mp4"]
+
+
+def test_buckets_and_clips_of_long_files(data, tmp_path):
+    write_video(data / "long.mp4", clip(8, 12), 8, crf=4, pixel_format="yuv444p")
+    (data / "long.txt").write_text("a long one")
+    run(data, tmp_path / "out", clips_per_file=3, image_height=48, image_width=32)
+    videos, images = (ShardDataset(tmp_path / "out", kind) for kind in ("video", "image"))
+    assert [sample.id for sample in videos.samples][-2:] == ["long.mp4", "long.mp4#1"] and len(videos) == 9
+    assert set(videos.buckets) == {(3, 2, 4, 4)} and set(images.buckets) == {(3, 1, 6, 4)}
+    vae = Vae()
+    assert run(data, tmp_path / "out", vae, clips_per_file=3, image_height=48, image_width=32).encoded == 0 and vae.seen == 0
+
+
+def test_prompts_are_stored_beside_the_shards(data, tmp_path):
+    run(data, tmp_path / "out", prompts=("bad quality", "a b", "bad quality"))
+    stored = Prompts(tmp_path / "out")
+    assert [row[:, 0].tolist() for row in stored.encode(["a b", "bad quality"])] == [[1, 1], [3, 7]]
+    with pytest.raises(AptError, match='the prompt "new" was not encoded'):
+        stored.encode(["new"])

@@ -18,9 +18,25 @@ def test_the_table_of_columns_fits_80_characters():
     assert line.split() == ["base_25_cfg", "1551", "10.43", "0.50", "-", "0.50", "0.50", "50", "1024"]
 
 
-def test_a_bar_shows_its_title_and_a_loss_in_80_characters(monkeypatch):
-    console = Console(width=80)
+ROW = {"d_loss": 1.25, "g_loss": 0.5, "logit_real": 0.1, "r1_gamma": 9.0, "other": 7.0}
+
+
+def test_a_bar_shows_its_title_and_the_metrics_in_80_characters(monkeypatch):
+    console = Console(width=80, force_terminal=True, color_system=None)
     monkeypatch.setattr(trainer.progress, "console", console)
     with console.capture() as shown, stage_bar("run [/1]: images") as report:
-        report(150, 150, {"d_loss": 1.25, "g_loss": 0.5, "logit_real": 0.1, "other": 7.0})
-    assert "run [/1]: images" in shown.get() and "150/150" in shown.get() and "d_loss 1.250" in shown.get()
+        report(150, 150, ROW)
+    assert "run [/1]: images" in shown.get() and "150/150" in shown.get()
+    assert "d_loss 1.25  g_loss 0.5  real 0.1  \u03bb\u03c3\u00b2 9" in shown.get() and "other" not in shown.get()
+
+
+def test_a_log_gets_a_line_twice_a_minute(monkeypatch):
+    console, clock = Console(width=80), iter(range(0, 1000, 10))
+    monkeypatch.setattr(trainer.progress, "console", console)
+    monkeypatch.setattr(trainer.progress.time, "monotonic", lambda: next(clock))
+    with console.capture() as shown, stage_bar("run [/1]: images") as report:
+        for done in range(1, 9):
+            report(done, 8, ROW)
+    lines = shown.get().splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"run [/1]: images {done}/8" for done in (1, 4, 7, 8)]
+    assert lines[1].endswith("0:00:40  d_loss 1.25  g_loss 0.5  real 0.1  \u03bb\u03c3\u00b2 9")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apt_core.errors import AptError
-from trainer.shards import EpochSampler, Sample, ShardDataset, ShardWriter
+from trainer.shards import Sample, ShardDataset, ShardWriter
 
 FACTS = {"vae": {"stride": [4, 8, 8], "channels": 2}, "text": {"dim": 5, "length": 7}, "fps": 8}
 SETTINGS = {"vae": "abc", "height": 16}
@@ -148,43 +148,3 @@ def test_damaged_indices_are_named(folder):
     path.unlink()
     with pytest.raises(AptError, match="run precompute on a folder"):
         ShardDataset(folder, "video")
-
-
-@pytest.mark.parametrize("n, batch", [(10, 4), (7, 7), (5, 12), (64, 16)])
-def test_every_sample_once_per_epoch(n, batch):
-    sampler, drawn, updates = EpochSampler(n, batch, seed=3), [], 3 * n
-    for update in range(updates):
-        drawn += sampler.batch(update)
-    epochs = [drawn[i : i + n] for i in range(0, len(drawn) - n + 1, n)]
-    assert len(epochs) == updates * batch // n
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert n < 7 or len({tuple(epoch) for epoch in epochs}) == len(epochs)
-
-
-def test_resume_and_world_size_change_nothing():
-    whole = [EpochSampler(11, 8, seed=1).batch(update) for update in range(20)]
-    pieces = []
-    for update in range(20):  # a fresh sampler each time: nothing is kept between updates
-        world = (1, 2, 4, 8)[update % 4]
-        pieces.append([i for rank in range(world) for i in EpochSampler(11, 8, seed=1).batch(update, rank, world)])
-    assert pieces == whole
-    two = [EpochSampler(11, 8, seed=1).numbers(5, rank, 2) for rank in range(2)]
-    assert two == [range(40, 44), range(44, 48)]
-    with pytest.raises(AptError, match="batch of 8 does not divide over 3 processes"):
-        EpochSampler(11, 8, seed=1).batch(0, 0, 3)
-
-
-def test_streams_and_seeds_shuffle_apart_and_stay_as_they_are():
-    orders = {(seed, stream): tuple(EpochSampler(100, 100, seed, stream).batch(0)) for seed in (0, 1) for stream in ("", "d", "g")}
-    assert len(set(orders.values())) == 6
-    # Pinned: the order belongs to a run, over every version of this program and of numpy.
-    assert EpochSampler(10, 10, 0, "d").batch(0) == PINNED
-
-
-def test_impossible_draws():
-    for n, batch in ((0, 4), (4, 0)):
-        with pytest.raises(AptError, match="must be 1 or more"):
-            EpochSampler(n, batch, 0)
-
-
-PINNED = [8, 0, 4, 6, 9, 5, 1, 3, 7, 2]

@@ -1,0 +1,25 @@
+"""Several processes on this machine that talk over gloo."""
+
+import multiprocessing
+import socket
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def start(size: int, function: Callable, *args, preload: Sequence[str] = ()) -> None:
+    """Calls `function(group, *args)` in each of `size` processes, and waits. preload: what is imported once for all of them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.set_forkserver_preload(list(preload))
+    mp.start_processes(_work, (size, port, function, args), nprocs=size, start_method="forkserver")
+
+
+def _work(rank: int, size: int, port: int, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    function(dist.group.WORLD, *args)
+    dist.destroy_process_group()

@@ -1,0 +1,76 @@
+"""The decoder on rows of two and four processes against one process."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from ranks import start
+
+from apt_core import parallel_vae
+from apt_core.errors import AptError
+from apt_core.vae import decode
+
+VERSIONS = {
+    "2.1": {"base_dim": 4},
+    "2.2": {"base_dim": 4, "decoder_base_dim": 8, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
+            "scale_factor_spatial": 16, "latents_mean": [0.1] * 48, "latents_std": [1.1] * 48},
+}  # fmt: skip
+HEIGHTS = (8, 6, 4)
+"""Of latents: even on four processes; uneven; one row each."""
+
+
+def build(version: str) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**VERSIONS[version]).eval().requires_grad_(False).double()  # a difference is then a mistake, not rounding
+    for name, p in vae.named_parameters():
+        if name.endswith(("bias", "gamma")):
+            p.add_(torch.randn_like(p) * 0.1)  # an unlike border, and attention that matters
+    return vae
+
+
+def latents(version: str, height: int, frames: int = 3) -> torch.Tensor:
+    z = 48 if version == "2.2" else 16
+    return torch.randn(1, z, frames, height, 5, generator=torch.Generator().manual_seed(height))
+
+
+def decode_all(group, folder) -> None:
+    results = {}
+    for version in VERSIONS:
+        vae = build(version)
+        keys = list(vae.state_dict())
+        parallel_vae.enable(vae, group)
+        assert list(vae.state_dict()) == keys
+        results |= {(version, height): decode(vae, latents(version, height)) for height in HEIGHTS}
+        with pytest.raises(AptError, match=r"^\d processes cannot share 1 rows of latents: decode with at most 1 processes\.$"):
+            decode(vae, latents(version, 1))
+    torch.save(results, folder / f"{group.rank()}.pt")
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} processes")
+def found(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    start(request.param, decode_all, folder, preload=("apt_core.parallel_vae", "apt_core.vae"))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_equals_one_process(version, height, found):
+    expected = decode(build(version), latents(version, height))
+    assert expected.shape[2] == 9 and 0.05 < expected.std() and (expected.abs() == 1).float().mean() < 0.2
+    for results in found:
+        torch.testing.assert_close(results[version, height], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_part_of_the_seam_matters(version):
+    """A row decodes differently without its neighbours' rows, and the frame's attention is felt: the equality above is no accident."""
+    vae, z = build(version), latents(version, 8)
+    whole = decode(vae, z)
+    half = decode(vae, z[..., :4, :])
+    rows = whole.shape[3] // 2
+    assert (whole[..., :rows, :] - half)[..., -1, :].abs().max() > 1e-2
+    deaf = copy.deepcopy(vae)
+    deaf.decoder.mid_block.attentions[0].proj.weight.zero_()
+    assert (decode(deaf, z) - whole).abs().max() > 1e-3

@@ -1,0 +1,245 @@
+"""A base of four blocks, shards of random latents, and workers that train on them in one process or several."""
+
+import math
+import os
+import socket
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from apt_core.checkpoint import save_generator
+from apt_core.mmdit import MMDiTBackbone, save_mmdit
+from apt_core.wan import WanBackbone
+from trainer.adversarial import adversarial
+from trainer.base import load_backbone
+from trainer.batches import Batches
+from trainer.config import Adversarial, Distill, Sampling
+from trainer.distill import distill
+from trainer.distributed import connect
+from trainer.judge import LatentJudge
+from trainer.parallel import Parallel
+from trainer.shards import Sample, ShardWriter
+from trainer.state import Keep
+
+SHAPE, TEXT_LENGTH, TEXT_DIM = (4, 2, 4, 6), 5, 10
+SAMPLES = 11
+TIMEOUT = 600  # seconds, of all runs of one start
+WATCHED = []
+# Workers are forked from a server that has imported everything once, and has never run a backward pass.
+WORKERS = get_context("forkserver")
+WORKERS.set_forkserver_preload(["trainer.adversarial", "trainer.distill", "torch.distributed.checkpoint"])
+SETTINGS = {
+    "updates": 5, "batch": 4, "lr_generator": 5e-6, "lr_discriminator": 5e-6, "ema_decay": 0.9, "shift": 2.0,
+    "r1_weight": 100.0, "r1_sigma": 0.1, "discriminator_step": "batched",
+}  # fmt: skip
+STABLE = {"relativistic": True, "r2_weight": 50.0, "r2_sigma": 0.1, "reg_fraction": 0.5, "centering": 0.01, "warmup": 1, "updates": 4}
+
+
+class Text:
+    """A text encoder of which only the negative prompt is asked."""
+
+    text_length = TEXT_LENGTH
+
+    def encode(self, prompts):
+        return [torch.full((2, TEXT_DIM), 0.1 * len(prompt)) for prompt in prompts]
+
+    def pad(self, embeddings, length):
+        out = torch.zeros(len(embeddings), length, TEXT_DIM)
+        for row, embedding in zip(out, embeddings):
+            row[: len(embedding)] = embedding
+        return out
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run starts from."""
+
+    base: Path
+    start: Path
+    shards: Path
+
+
+def tiny_wan(seed: int) -> WanBackbone:
+    torch.manual_seed(seed)
+    return WanBackbone(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=TEXT_DIM,
+        freq_dim=16, ffn_dim=48, num_layers=4, rope_max_seq_len=32,
+    )  # fmt: skip
+
+
+def tiny_mmdit(seed: int) -> MMDiTBackbone:
+    torch.manual_seed(seed)
+    return MMDiTBackbone(
+        num_layers=4, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=TEXT_DIM, axes_dims_rope=(4, 4, 4)
+    )  # fmt: skip
+
+
+def write_shards(folder: Path, shapes=(SHAPE,), samples: int = SAMPLES, broken: int | None = None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    facts = {"vae": {"stride": [4, 8, 8], "channels": 4}, "text": {"dim": TEXT_DIM, "length": TEXT_LENGTH}, "fps": 8}
+    keys = []
+    with ShardWriter(folder, {}) as writer:
+        for number in range(samples):
+            for kind in ("image", "video"):
+                sample = Sample(f"{kind}-{number}.mp4", kind, "a caption", "1-1")
+                latent = torch.randn(shapes[number % len(shapes)], generator=generator)
+                if number == broken:
+                    latent[0, 0, 0, 0] = 3e38  # finite, as shards must be, but not after one product
+                writer.add(sample, latent, torch.randn(1 + number % TEXT_LENGTH, TEXT_DIM, generator=generator))
+                keys.append(sample.key)
+        writer.finish(keys, facts)
+
+
+def write_files(folder: Path) -> Files:
+    out = Files(folder / "base.safetensors", folder / "start.safetensors", folder / "shards")
+    for path, seed in ((out.base, 0), (out.start, 1)):
+        model = tiny_wan(seed)
+        save_generator(path, model, model.config, {"kind": "base"})
+        other = tiny_mmdit(seed)
+        save_mmdit(mmdit(path), other, other.config, {"kind": "base"})
+    write_shards(out.shards)
+    return out
+
+
+def mmdit(path: Path) -> Path:
+    """The MMDiT beside a Wan."""
+    return path.with_stem(f"{path.stem}-mmdit")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid out: processes, and what they are told."""
+
+    processes: int = 1
+    parallel: Parallel = Parallel()
+    settings: dict = field(default_factory=dict)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_workers(processes: int, function, *args) -> list:
+    """Processes that each call `function(*args)`, torchrun's variables set."""
+    port = free_port()
+    workers = [WORKERS.Process(target=_worker, args=(rank, processes, port, function, args)) for rank in range(processes)]
+    for worker in workers:
+        worker.start()
+    return workers
+
+
+def run_workers(processes: int, function, *args) -> None:
+    """Start them and wait. Fails when one of them does."""
+    for worker in start_workers(processes, function, *args):
+        worker.join(TIMEOUT)
+        assert worker.exitcode == 0, f"a process ended with {worker.exitcode}"
+
+
+def _worker(rank: int, processes: int, port: int, function, args) -> None:
+    torch.set_num_threads(1)
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    function(*args)
+
+
+def train_adversarial(files: Files, layout: Layout, out: Path, options: dict | None = None) -> None:
+    """One phase with a layout. Its last state is kept in `out`/states, its history in `out`/rows.pt."""
+    settings = Adversarial(**{**SETTINGS, **layout.settings})
+    total = settings.warmup + settings.updates
+    with connect("cpu", context_parallel=layout.parallel.context_parallel, sharded=layout.parallel.sharded) as world:
+        batches = Batches(files.shards, Text(), seed=0)
+        options = {"keep": Keep(out / "states", every=total, judge=LatentJudge(batches, "video", 3, 0, world)), **(options or {})}
+        start, base = options.pop("start", files.start), options.pop("base", files.base)
+        rows = adversarial(
+            "video", start, base, batches, settings, out / "generator.safetensors",
+            seed=0, metadata={}, world=world, parallel=layout.parallel, report=lambda *args: None, **options,
+        )  # fmt: skip
+        base_after = watched_base() if options.get("load") is load_and_watch else {}
+        if world.main:
+            torch.save(rows, out / "rows.pt")
+            torch.save(base_after, out / "base.pt")
+
+
+def train_distill(files: Files, layout: Layout, out: Path, options: dict | None = None) -> None:
+    """Stage 1 with a layout; as train_adversarial."""
+    settings = {
+        "updates": 5, "batch_image": 2, "batch_video": 4, "video_share": 0.5, "lr": 5e-6, "steps": 4, "guidance": 3.0,
+        "fraction_at_final": 0.5, "target_decay": 0.9, "ema_decay": 0.9, **layout.settings,
+    }  # fmt: skip
+    sampling = Sampling(guidance=3.0, shift_image=1.0, shift_video=3.0, negative_prompt="bad", second_time=0.7)
+    preset = SimpleNamespace(distill=Distill(**settings), sampling=sampling)
+    with connect("cpu", context_parallel=layout.parallel.context_parallel, sharded=layout.parallel.sharded) as world:
+        batches = Batches(files.shards, Text(), seed=0)
+        judge = LatentJudge(batches, "video", 3, 0, world)
+        options = {"keep": Keep(out / "states", every=settings["updates"], judge=judge), **(options or {})}
+        rows = distill(
+            options.pop("base", files.base), batches, preset, out / "generator.safetensors",
+            seed=0, metadata={}, world=world, parallel=layout.parallel, report=lambda *args: None, **options,
+        )  # fmt: skip
+        if world.main:
+            torch.save(rows, out / "rows.pt")
+
+
+def run_layouts(files: Files, processes: int, jobs: list[tuple]) -> None:
+    """Several runs, (layout, out, train, options) each, one after the other on the same processes: starting them is what takes time."""
+    ports = [free_port() for _ in jobs]
+    for _, out, *_ in jobs:
+        out.mkdir(parents=True, exist_ok=True)
+    run_workers(processes, train_all, files, jobs, ports)
+
+
+def train_all(files: Files, jobs: list[tuple], ports: list[int]) -> None:
+    for (layout, out, train, options), port in zip(jobs, ports):
+        os.environ["MASTER_PORT"] = str(port)
+        train(files, layout, out, options)
+
+
+def load_and_watch(path: Path, **options):
+    """load_backbone; the last one loaded is the one that is trained."""
+    WATCHED[:] = [load_backbone(path, **options)]
+    return WATCHED[0]
+
+
+def watched_base() -> dict[str, torch.Tensor]:
+    """The weights below the adapters. All processes must call."""
+    weights = {name: p.detach() for name, p in WATCHED[0].named_parameters() if ".adapters." not in name}
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in weights.items()}
+
+
+def run_layout(files: Files, layout: Layout, out: Path, train=train_adversarial, options: dict | None = None) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    run_workers(layout.processes, train, files, layout, out, options)
+    return out
+
+
+def state_of(out: Path, update: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a kept state, by its full name: weights, optimizer states and averages, whole."""
+    path = out / f"state-{update}.pt"
+    dcp_to_torch_save(out / "states" / f"step-{update:06d}", path)
+    return {f"{part}/{name}": value for part, tensors in torch.load(path).items() for name, value in tensors.items()}
+
+
+def assert_close(one: Path, other: Path, update: int, tolerance: float) -> None:
+    """Equal losses and equal states, within the tolerance (0: bit for bit)."""
+    rows, expected = torch.load(one / "rows.pt"), torch.load(other / "rows.pt")
+    assert len(rows) == len(expected) == update
+    for row, wanted in zip(rows, expected):
+        assert row.keys() == wanted.keys()
+        for name in row:
+            # The penalties are differences of nearly equal logits: their gradients round more than any loss.
+            allowed = 10 * tolerance if name.endswith("gradient") else tolerance
+            assert abs(row[name] - wanted[name]) <= allowed * max(1, abs(wanted[name])), (name, row[name], wanted[name])
+    state, wanted = state_of(one, update), state_of(other, update)
+    assert state.keys() == wanted.keys()
+    for name, value in state.items():
+        if tolerance and "/square_avg/" in name:  # weights move by the gradient's sign more than by its size: here its size shows
+            norm, expected_norm = float(value.norm()), float(wanted[name].norm())
+            assert math.isclose(norm, expected_norm, rel_tol=100 * tolerance, abs_tol=1e-12), (name, norm, expected_norm)
+            continue
+        assert (value - wanted[name]).abs().max() <= tolerance, (name, float((value - wanted[name]).abs().max()))

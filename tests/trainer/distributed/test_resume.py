@@ -1,0 +1,161 @@
+"""A run that was killed, stopped or moved to other machines is the run that was not."""
+
+import os
+import random
+import signal
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import layouts
+import pytest
+import torch
+from layouts import STABLE, Layout, assert_close, mmdit, run_layout, start_workers, state_of, train_adversarial, train_distill
+
+import trainer.adversarial
+from apt_core.errors import AptError
+from trainer.base import load_backbone
+from trainer.batches import Batches
+from trainer.networks import Lora
+from trainer.parallel import Parallel
+from trainer.state import Keep, Preempted, best_state
+
+# Slow enough that the last digits of a gradient do not show within the tolerance of a move.
+SLOW = {**STABLE, "lr_generator": 5e-7, "lr_discriminator": 5e-7}
+ACCUMULATED = Parallel(microbatch=1)
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    """By number of processes: five updates without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = {processes: {"keep": Keep(folder / str(processes) / "states", every=5)} for processes in (1, 2)}
+    return {n: run_layout(files, Layout(n, ACCUMULATED, SLOW), folder / str(n), options=options[n]) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_bit_for_bit(processes, whole, files, tmp_path):
+    layout, options = Layout(processes, ACCUMULATED, SLOW), {"keep": Keep(tmp_path / "states", every=1)}
+    workers = start_workers(processes, train_adversarial, files, layout, tmp_path, options)
+    while not list((tmp_path / "states").glob("step-*/run.json")):
+        assert all(worker.is_alive() for worker in workers)
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    run_layout(files, layout, tmp_path, options=options)
+    assert_close(tmp_path, whole[processes], 5, 0)
+    assert len(list((tmp_path / "states").iterdir())) == 2  # the last two, and nothing half-written
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_a_run_moves_to_another_number_of_processes(before, after, whole, files, tmp_path):
+    options = {"keep": Keep(tmp_path / "states", every=3)}
+    run_layout(files, Layout(before, ACCUMULATED, {**SLOW, "updates": 2}), tmp_path, options=options)
+    run_layout(files, Layout(after, ACCUMULATED, SLOW), tmp_path, options=options)
+    assert_close(tmp_path, whole[before], 5, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["muon", "lora", "mmdit"])
+def test_every_kind_of_run_goes_on_bit_for_bit(kind, files, tmp_path):
+    options = {
+        "muon": {},
+        "lora": {"start": files.base, "lora": Lora(4, 8.0)},
+        "mmdit": {"start": mmdit(files.start), "base": mmdit(files.base), "load": load_backbone},
+    }[kind]
+    train, settings = (train_distill, {"optimizer": "muon", "lr": 1e-2}) if kind == "muon" else (train_adversarial, {})
+    for out, all_updates in ((tmp_path / "whole", [5]), (tmp_path / "halted", [3, 5])):
+        out.mkdir()
+        for updates in all_updates:
+            keep = Keep(out / "states", every=updates)
+            train(files, Layout(parallel=Parallel(microbatch=2), settings={**settings, "updates": updates}), out, {"keep": keep, **options})
+    assert_close(tmp_path / "halted", tmp_path / "whole", 5, 0)
+
+
+def stop_in_generator_step(calls: list, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == 3:  # the first of two microbatches of the second generator step
+        os.kill(os.getpid(), signal.SIGTERM)
+    return ORIGINAL(*args, **kwargs)
+
+
+ORIGINAL = trainer.adversarial.generator_backward
+
+
+def test_sigterm_saves_in_the_middle_of_an_update(files, tmp_path, monkeypatch):
+    layout = Layout(1, Parallel(microbatch=2), STABLE)
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(trainer.adversarial, "generator_backward", partial(stop_in_generator_step, []))
+    options = {"keep": Keep(tmp_path / "states", every=5)}
+    with pytest.raises(Preempted, match="stopped by a signal in update 3; all is saved") as stopped:
+        train_adversarial(files, layout, tmp_path, options)
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["step-000002-half"]
+    assert stopped.value.code == 0 and signal.getsignal(signal.SIGTERM) == handler
+    monkeypatch.undo()
+    train_adversarial(files, layout, tmp_path, options)
+    (tmp_path / "whole").mkdir()
+    train_adversarial(files, layout, tmp_path / "whole", {"keep": Keep(tmp_path / "whole" / "states", every=5)})
+    assert_close(tmp_path, tmp_path / "whole", 5, 0)
+
+
+def test_another_run_in_the_same_folder_is_refused(files, tmp_path):
+    train_adversarial(files, Layout(settings={"updates": 1}), tmp_path)
+    with pytest.raises(AptError, match=r"holds a run with another r1_weight \(100.0, now 5.0\): give another --out, or the settings of that run"):
+        train_adversarial(files, Layout(settings={"updates": 2, "r1_weight": 5.0}), tmp_path)
+    with pytest.raises(AptError, match="holds the states of a run .step-000001 is the newest.: resume it, or give another --out"):
+        train_adversarial(files, Layout(settings={"updates": 2}), tmp_path, {"resume": False})
+
+
+def test_a_full_disk_is_named_and_the_last_state_stays(files, tmp_path, monkeypatch):
+    train_adversarial(files, Layout(settings={"updates": 1}), tmp_path)
+    before = state_of(tmp_path, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+    with pytest.raises(AptError, match=r"step-000002 could not be written to .*No space left on device.*step-000001 stands"):
+        train_adversarial(files, Layout(settings={"updates": 2}), tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in state_of(tmp_path, 1).items())
+
+
+def test_the_last_and_the_best_states_stay(files, tmp_path):
+    scores, seen = iter([3.0, 1.0, 2.0, 5.0, 4.0]), []
+
+    def judge(network):
+        seen.append(network.state_dict()["proj_out.weight"].clone())
+        return next(scores)
+
+    options = {"keep": Keep(tmp_path / "states", every=1, last=1, best=2, judge=judge)}
+    train_adversarial(files, Layout(settings={"updates": 5}), tmp_path, options)
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == ["step-000002", "step-000003", "step-000005"]
+    assert best_state(tmp_path / "states") == (tmp_path / "states" / "step-000002", 1.0)
+    assert [row["judged"] for row in torch.load(tmp_path / "rows.pt")] == [3.0, 1.0, 2.0, 5.0, 4.0]
+    for update in (2, 3, 5):  # what was judged is the average
+        assert torch.equal(seen[update - 1], state_of(tmp_path, update)["averages/0.9/proj_out.weight"])
+
+
+def test_the_end_of_a_run_is_judged_too(files, tmp_path):
+    options = {"keep": Keep(tmp_path / "states", every=2, judge=lambda network: 1.0)}
+    train_adversarial(files, Layout(settings={"updates": 3}), tmp_path, options)
+    assert [row.get("judged") for row in torch.load(tmp_path / "rows.pt")] == [None, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("worlds", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_no_sample_is_lost_or_seen_twice(worlds, files):
+    """Eleven updates of eight are eight epochs of the eleven samples, whoever takes part, and whatever is resumed in between."""
+    drawn, numbers = [], []
+    for update in range(11):
+        size = worlds[update % 3]
+        batches = Batches(files.shards, layouts.Text(), seed=0)  # as after a resume
+        micros = [
+            micro
+            for rank in range(size)
+            for micro in batches.take("video", "video/d", update, 8, SimpleNamespace(dp=size, dp_rank=rank), 2 if update % 2 else None)
+        ]
+        by_number = dict(zip((number for micro in micros for number in micro.numbers), (name for micro in micros for name in micro.names)))
+        numbers += sorted(by_number)
+        drawn += [by_number[number] for number in sorted(by_number)]
+    assert numbers == list(range(88))
+    assert all(sorted(drawn[i : i + 11]) == sorted(f"video-{n}.mp4" for n in range(11)) for i in range(0, 88, 11))

@@ -1,0 +1,130 @@
+"""Where a process stands among all of a run: its device, its share of the samples, its partners in context parallelism."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from apt_core.errors import AptError
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run, in a grid of `dp` x `cp`: data-parallel rows see different samples, the `cp` processes of one row
+    share theirs and split its tokens.
+
+    `mesh` has the dimensions (dp, cp); `everyone` has the same processes in one dimension, which weights are sharded over; both are None
+    in a process that stands alone without sharding. `control` is a group that talks over the CPU, for words about the run itself.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+    everyone: DeviceMesh | None = None
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return self.everyone.size() if self.everyone else 1
+
+    @property
+    def rank(self) -> int:
+        return self.everyone.get_rank() if self.everyone else 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes files and talks to the user."""
+        return self.rank == 0
+
+    @property
+    def dp(self) -> int:
+        return self.mesh["dp"].size() if self.mesh else 1
+
+    @property
+    def dp_rank(self) -> int:
+        return self.mesh["dp"].get_local_rank() if self.mesh else 0
+
+    @property
+    def cp(self) -> int:
+        return self.mesh["cp"].size() if self.mesh else 1
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        return self.mesh["cp"].get_group()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes (context-parallel partners count each)."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values, group=self.everyone.get_group())
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process. All processes must ask."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control)
+        return bool(votes)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, in the order of ranks, in all of them. For small things."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+@contextmanager
+def connect(
+    device: str = "cpu", *, context_parallel: int = 1, sharded: bool = False, patience: timedelta = timedelta(minutes=30)
+) -> Iterator[World]:
+    """Join the run that torchrun (or SLURM through it) started, or be alone where there is none; leaves it at the end.
+
+    device: "cpu", "cuda" (each process takes the card of its local rank) or one card, "cuda:1". context_parallel: how many processes share
+    one sample's tokens. sharded: also when alone, keep the weights as FSDP2 does (fp32 masters, bf16 compute).
+    patience: how long processes wait for one another.
+    Raises AptError for a device that torch cannot use and for a number of processes that context parallelism does not divide.
+    """
+    started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    size = int(os.environ["WORLD_SIZE"]) if started else 1
+    if size % context_parallel:
+        raise AptError(f"{size} processes cannot form groups of {context_parallel} for context parallelism: use a multiple of {context_parallel}.")
+    place = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if not started and not sharded:
+        yield World(place)
+        return
+    backend = "gloo" if place.type == "cpu" else f"cpu:gloo,{place.type}:{dist.get_default_backend_for_device(place)}"
+    alone = {} if started else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=patience, **alone)
+    try:
+        mesh = init_device_mesh(place.type, (size // context_parallel, context_parallel), mesh_dim_names=("dp", "cp"))
+        everyone = init_device_mesh(place.type, (size,))
+        yield World(place, mesh, everyone, dist.new_group(backend="gloo", timeout=patience))
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    try:
+        device = torch.device(name)
+        if device.type != "cpu" and device.index is None:
+            device = torch.device(device.type, local_rank)
+        torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError):  # AssertionError: torch without CUDA
+        raise AptError(f"torch cannot use the device {name!r} here; use cpu, or install a torch for that device.") from None
+    return device

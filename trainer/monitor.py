@@ -1,0 +1,154 @@
+"""What a run says while it trains: CSV, TensorBoard, Weights & Biases, speed, memory, and a warning before the discriminator has won."""
+
+import csv
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from trainer.files import replacing
+from trainer.progress import console
+
+GIB = 2**30
+WON = 0.1  # of the loss that cannot tell real from fake
+EQUAL = {False: 2 * math.log(2), True: math.log(2)}  # d_adversarial of equal logits, by relativistic
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one update is, for speed: samples in it, its FLOPs, and the matrix peak of the whole run's machines in FLOP/s (0: not known)."""
+
+    samples: int
+    flops: float = 0.0
+    peak: float = 0.0
+
+
+class Monitor(AbstractContextManager):
+    """A `report` for distill and adversarial: call it with (done, total, row) after each update, in the main process.
+
+    folder: for history.csv and TensorBoard's files; work: see Work, None where updates differ; relativistic: the objective's, for the
+    warning; wandb: name of a Weights & Biases project, used where the package is installed; forward: called with what it gets, a progress bar for
+    example. A resumed run replaces the rows that it does again. Use it in a `with` statement.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        work: Work | None = None,
+        *,
+        device: torch.device = torch.device("cpu"),
+        relativistic: bool = False,
+        wandb: str | None = None,
+        settings: dict | None = None,
+        forward: Callable[[int, int, dict], None] = lambda done, total, row: None,
+    ) -> None:
+        self.path, self.work, self.device, self.forward = folder / "history.csv", work, device, forward
+        self.warning = CollapseWarning(EQUAL[relativistic])
+        self._rows = _read(self.path)
+        self._columns: list[str] = []
+        self._clock: float | None = None
+        self._board = _board(folder)
+        self._wandb = _wandb(wandb, folder, settings)
+
+    def __call__(self, done: int, total: int, row: dict[str, float]) -> None:
+        row = row | self._speed()
+        self._write(done, row)
+        if self._board:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, done)
+        if self._wandb:
+            self._wandb.log(row, step=done)
+        if message := self.warning.see(done, row):
+            console.print(f"[bold yellow]{message}[/]", soft_wrap=True)
+        self.forward(done, total, row)
+
+    def __exit__(self, *_) -> None:
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _speed(self) -> dict[str, float]:
+        now, before = time.perf_counter(), self._clock
+        self._clock = now
+        if self.device.type == "cuda":
+            out = {"memory_gib": torch.cuda.max_memory_allocated(self.device) / GIB}
+        else:
+            out = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB}
+        if before is None:  # the first update also loads, allocates and compiles
+            return out
+        out["seconds"] = now - before
+        if self.work:
+            out["samples_per_second"] = self.work.samples / out["seconds"]
+            if self.work.flops and self.work.peak:
+                out["mfu"] = self.work.flops / out["seconds"] / self.work.peak
+        return out
+
+    def _write(self, done: int, row: dict[str, float]) -> None:
+        row = {"update": done, **row}
+        fresh = [name for name in row if name not in self._columns]
+        again = bool(self._rows) and int(self._rows[-1]["update"]) >= done
+        self._rows = [old for old in self._rows if int(old["update"]) < done] + [row]
+        if not fresh and not again:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+            return
+        self._columns = list(dict.fromkeys([*self._columns, *(name for old in self._rows for name in old)]))
+        with replacing(self.path) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+
+
+class CollapseWarning:
+    """Watches the discriminator's adversarial loss, smoothed over some ten updates, on its way to zero (5.1: then the generator gets no
+    gradient and makes coloured plates). It warns once, and again after the loss has been well above."""
+
+    def __init__(self, equal: float) -> None:
+        self.equal, self._smooth, self._warned = equal, equal, False
+
+    def see(self, done: int, row: dict[str, float]) -> str | None:
+        """The warning, if this row calls for it."""
+        if "d_adversarial" not in row:
+            return None
+        self._smooth += 0.1 * (row["d_adversarial"] - self._smooth)
+        if self._smooth > 2 * WON * self.equal:
+            self._warned = False
+        if self._warned or self._smooth > WON * self.equal:
+            return None
+        self._warned = True
+        gap = row["logit_real"] - row["logit_fake"]
+        return (
+            f"update {done}: the discriminator's loss heads for zero ({self._smooth:.3f}, {self.equal:.2f} is a draw; logits {gap:.1f} apart): "
+            "the generator is about to lose its gradient. Raise r1_weight, or lower lr_discriminator."
+        )
+
+
+def _read(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+
+
+def _board(folder: Path):
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _wandb(project: str | None, folder: Path, settings: dict | None):
+    if project is None or find_spec("wandb") is None:
+        return None
+    import wandb
+
+    return wandb.init(project=project, dir=str(folder), config=settings, resume="allow")

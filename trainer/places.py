@@ -1,0 +1,22 @@
+"""Where things lie in the folders that runs leave."""
+
+from pathlib import Path
+
+from apt_core.errors import AptError
+
+ABOUT = "about.json"  # beside the training states of a stage: what an export of them needs
+DISTILLED, IMAGE = "distilled.safetensors", "apt-image.safetensors"  # what the stages before the last one leave in a run's folder
+STATE = ".metadata"  # what torch.distributed.checkpoint calls its index
+
+
+def resolve(path: Path) -> Path:
+    """The one thing that a folder of a run stands for; other paths as they are. Raises AptError when there is nothing at `path`."""
+    if not path.exists():
+        raise AptError(f"{path} does not exist: give a checkpoint file, a diffusers folder, a training state or the folder of a run.")
+    if not path.is_dir() or (path / STATE).is_file():
+        return path
+    if states := sorted(state for state in path.glob("step-*") if (state / STATE).is_file() and not state.suffix):
+        return states[-1]
+    last = [file for file in path.glob("apt-*.safetensors") if "-ema" not in file.stem and file.name != IMAGE]
+    earlier = [file for file in (path / IMAGE, path / DISTILLED) if file.is_file()]
+    return max(last, key=lambda file: file.stat().st_mtime) if last else next(iter(earlier), path)

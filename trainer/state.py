@@ -1,0 +1,252 @@
+"""Training states on disk (torch.distributed.checkpoint): saved beside the training, whole or not at all, resumed on any number of processes."""
+
+import json
+import os
+import shutil
+import signal
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+
+from apt_core.errors import AptError
+from trainer.distributed import World
+from trainer.files import make_folder, write_json
+
+FACTS = "run.json"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # a run alone is no mistake
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where training states go and which of them stay.
+
+    every: updates between two; last: how many of the newest stay; best: how many of the best by `judge` stay besides, which is called by
+    all processes when a state is due, with the averaged network, and returns a number, the lower the better.
+    """
+
+    folder: Path
+    every: int = 50
+    last: int = 2
+    best: int = 1
+    judge: Callable[[nn.Module], float] | None = None
+
+
+class Preempted(SystemExit):
+    """The machine asked for its place back, and all is saved: the same command goes on from there. Ends the process with code 0."""
+
+    def __init__(self, message: str):
+        super().__init__(0)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Part(Protocol):
+    """Something with a state. tensors(): the live ones by name, which loading writes into; loaded(steps) is called after that."""
+
+    steps: int
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def loaded(self, steps: int) -> None: ...
+
+
+class Checkpoints:
+    """A folder of states `step-000100` (after a hundred updates; `step-000100-half`: and the first network of the next one), each a DCP
+    checkpoint with a run.json. All processes call alike.
+
+    A state is written under another name and renamed when it is complete, so whatever is called step-... can be loaded.
+    """
+
+    def __init__(self, keep: Keep, world: World, identity: Mapping):
+        self.keep, self.world = keep, world
+        self.identity = json.loads(json.dumps(identity))
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._writing: tuple[Path, dict, object] | None = None
+        if world.main:
+            make_folder(keep.folder)
+            for rest in keep.folder.glob("step-*"):
+                if not (rest / FACTS).exists() or rest.suffix:
+                    shutil.rmtree(rest)
+        world.barrier()
+
+    def newest(self) -> Path | None:
+        """The state that a resumed run goes on from."""
+        return max(self._complete(), default=None)
+
+    def facts(self, path: Path) -> dict:
+        """What a state's run.json says. Raises AptError when it is damaged, or of a run with another identity."""
+        try:
+            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+            old = facts["identity"]
+            changed = sorted(key for key in self.identity.keys() | old.keys() if self.identity.get(key) != old.get(key))
+        except (OSError, ValueError, KeyError, AttributeError):
+            raise AptError(f"{path / FACTS} is damaged: delete the folder {path.name}, and the run goes on from the state before it.") from None
+        if changed:
+            key = changed[0]
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise AptError(
+                f"{self.keep.folder} holds a run with another {key}{more} ({old.get(key)!r}, now {self.identity.get(key)!r}): "
+                "give another --out, or the settings of that run."
+            )
+        return facts
+
+    def load(self, path: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Write a state's tensors into `tensors`, whatever number of processes saved it. Raises AptError for one that does not fit or is damaged."""
+        try:
+            dcp.load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
+        except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
+            raise AptError(f"{path} cannot be loaded ({_reason(error)}): delete it, and the run goes on from the state before it.") from error
+
+    def save(self, name: str, tensors: dict[str, dict[str, Tensor]], facts: Mapping) -> None:
+        """Copy the tensors now and write them while training goes on. Raises AptError when the state before this one could not be written."""
+        self.wait()
+        part = self.keep.folder / f"{name}.part"
+        if self.world.main:
+            shutil.rmtree(part, ignore_errors=True)
+        self.world.barrier()
+        facts = {"identity": self.identity, **facts}
+        future = dcp.async_save(tensors, checkpoint_id=part, process_group=self._group, no_dist=self._group is None)
+        self._writing = part, facts, future
+
+    def poll(self) -> None:
+        """Give a state that has been written meanwhile its name."""
+        if self._writing and self.world.main and self._writing[2].done() and not self._writing[2].exception():
+            self._publish()
+
+    def wait(self) -> None:
+        """Wait until the state in writing is complete. Raises AptError, in all processes, when it cannot be written."""
+        if not self._writing:
+            return
+        part, _, future = self._writing
+        problem = future.exception()
+        if problem is None and self.world.main:
+            try:
+                self._publish()
+            except (OSError, AptError) as error:
+                problem = error
+        self._writing = None
+        if reasons := [reason for reason in self.world.gather(problem and _reason(problem)) if reason]:
+            last = self.newest()
+            stands = f"{last.name} stands" if last else "there is no earlier one"
+            raise AptError(f"{part.stem} could not be written to {self.keep.folder} ({reasons[0]}): look for free space there; {stands}.") from problem
+
+    def _publish(self) -> None:
+        part, facts, _ = self._writing
+        if not part.exists():  # published before
+            return
+        write_json(part / FACTS, facts)
+        os.replace(part, part.with_suffix(""))
+        self._prune()
+
+    def _prune(self) -> None:
+        states = self._complete()
+        scores = {path: json.loads((path / FACTS).read_text())["score"] for path in states}
+        judged = sorted((path for path in states if scores[path] is not None), key=scores.__getitem__)
+        stay = {*states[-self.keep.last :], *judged[: self.keep.best]}
+        for path in states:
+            if path not in stay:
+                (path / FACTS).unlink()  # from here on it counts as incomplete
+                shutil.rmtree(path)
+
+    def _complete(self) -> list[Path]:
+        return sorted(path for path in self.keep.folder.glob("step-*") if not path.suffix and (path / FACTS).exists())
+
+
+def best_state(folder: Path) -> tuple[Path, float] | None:
+    """Of the kept states that were judged, the best with its score."""
+    scores = {path.parent: json.loads(path.read_text(encoding="utf-8"))["score"] for path in folder.glob(f"step-*/{FACTS}")}
+    return min(((path, score) for path, score in scores.items() if score is not None), key=lambda pair: pair[1], default=None)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in one line; of a failed collective, what the first failing process ran into."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300]
+
+
+class _Stop(Exception):
+    pass
+
+
+class Run:
+    """The course of one training: rows of metrics, the number of the next update, states on disk, and the end that a signal asks for.
+
+    Use it in a `with` statement around the training loop. keep None: nothing is stored, signals do what they always do.
+    parts: what a state consists of, by name; `averages` among them are what keep.judge is shown. resume False: refuse a folder that holds a state. Raises AptError for a folder with another run.
+    """
+
+    def __init__(self, keep: Keep | None, world: World, identity: Mapping, parts: Mapping[str, Part], resume: bool = True):
+        self.keep, self.world, self.parts = keep, world, parts
+        self.update, self.rows = 0, []
+        self._signalled, self._handlers, self._saved = False, {}, "step-000000"
+        self._checkpoints = Checkpoints(keep, world, identity) if keep else None
+        if keep and (newest := self._checkpoints.newest()):
+            if not resume:
+                raise AptError(f"{keep.folder} holds the states of a run ({newest.name} is the newest): resume it, or give another --out.")
+            self._restore(newest)
+
+    def __enter__(self) -> "Run":
+        if self.keep:
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self.keep and kind in (None, _Stop):
+            self._save(judged=kind is None)
+            self._checkpoints.wait()
+            self.world.barrier()
+        elif self.keep:  # some processes may be gone: nothing that needs them all
+            self._checkpoints.poll()
+        if kind is _Stop:
+            where = f"in update {self.update + 1}; all is saved in {self.keep.folder}"
+            raise Preempted(f"stopped by a signal {where}, and the same command goes on from there.") from None
+
+    def stop(self) -> None:
+        """Ask all processes whether one was told to stop; leaves the training loop if so."""
+        if self.keep and self.world.any(self._signalled):
+            raise _Stop
+
+    def finish_update(self) -> None:
+        """One more update is done; a state is saved when one is due."""
+        self.update += 1
+        if self.keep:
+            self._checkpoints.poll()
+            if self.update % self.keep.every == 0:
+                self._save(judged=True)
+
+    def _save(self, judged: bool) -> None:
+        steps = {name: part.steps for name, part in self.parts.items()}
+        name = f"step-{self.update:06d}" + ("-half" if max(steps.values()) > self.update else "")
+        if name == self._saved:
+            return
+        self._saved, score = name, None
+        if judged and self.keep.judge:
+            with self.parts["averages"].applied() as network:
+                score = self.keep.judge(network)
+            self.rows[-1]["judged"] = score
+        facts = {"update": self.update, "score": score, "steps": steps, "rows": [dict(row) for row in self.rows]}
+        self._checkpoints.save(name, {name: part.tensors() for name, part in self.parts.items()}, facts)
+
+    def _restore(self, path: Path) -> None:
+        facts = self._checkpoints.facts(path)
+        self._checkpoints.load(path, {name: part.tensors() for name, part in self.parts.items()})
+        for name, part in self.parts.items():
+            part.loaded(facts["steps"][name])
+        self.update, self.rows = facts["update"], facts["rows"]
+        self._saved = path.name
+
+    def _on_signal(self, *_) -> None:
+        self._signalled = True

@@ -1,0 +1,94 @@
+"""A generator from whatever a run leaves: a checkpoint file, a LoRA file, a diffusers folder, a training state, or the run's folder itself."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+
+from apt_core.checkpoint import load_transformer, read_header
+from apt_core.errors import AptError
+from apt_core.lora import add_adapters, load_lora, role
+from apt_core.tensorfile import metadata_json
+from trainer.base import load_backbone, locate
+from trainer.config import Files
+from trainer.places import ABOUT, STATE, resolve
+
+ROLE = "generator"
+
+
+@dataclass
+class Generator:
+    """model: callable as a backbone, fp32, on the CPU, with its whole weights; base: what its adapters lie on, for one trained as a LoRA;
+    metadata: the `apt` object."""
+
+    model: nn.Module
+    base: nn.Module | None
+    metadata: dict
+
+
+def open_generator(path: str | Path, base: str | Path | None = None, ema: float | None = None) -> Generator:
+    """The generator at `path`.
+
+    base: the transformer that a LoRA file belongs to. ema: of a training state, which average; by default the first, 0 is the raw weights.
+    Of a run's folder the last finished stage is taken, of a folder of states the newest.
+    Raises AptError for anything that cannot be used: see `load_transformer`; a LoRA without its base; an average that was not kept.
+    """
+    path = resolve(Path(path))
+    if path.is_dir() and (path / STATE).is_file():
+        return _from_state(path, ema)
+    if ema is not None:
+        raise AptError(f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema away.")
+    if path.is_dir():
+        about = path / "apt.json"
+        return Generator(load_transformer(path), None, json.loads(about.read_text()) if about.is_file() else {})
+    header = read_header(path)
+    metadata = metadata_json(path, header.metadata, "apt")
+    if not any(".lora_A." in key for key in header.shapes):
+        return Generator(load_backbone(path), None, metadata)
+    if base is None:
+        raise AptError(f"{path} is a LoRA: add --base PATH of the transformer that it belongs to.")
+    rank = next(shape[0] for key, shape in header.shapes.items() if ".lora_A." in key)
+    model = add_adapters(load_backbone(locate(Files(base=str(base)), "base")), (ROLE,), rank)
+    load_lora(path, model, ROLE)
+    return Generator(role(model, ROLE), model, metadata)
+
+
+def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module on a device and in a dtype, all of it: diffusers' own `to` warns of parts that it keeps in fp32 elsewhere."""
+    return nn.Module.to(module, device, dtype)
+
+
+def _from_state(path: Path, ema: float | None) -> Generator:
+    try:
+        about = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
+        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    except (OSError, ValueError):
+        raise AptError(f"{path} is not a whole training state with its {ABOUT} beside it: give one that the trainer wrote.") from None
+    network = "student" if any(name.startswith("student.") for name in entries) else "generator"
+    decays = sorted({name.split("/")[0].removeprefix("averages.") for name in entries if name.startswith("averages.")}, key=float)
+    first = f"{facts['identity']['ema_decay']:g}"
+    wanted = first if ema is None else f"{ema:g}"
+    if ema != 0 and wanted not in decays:
+        raise AptError(f"{path} has no average of decay {wanted}: it has {', '.join(decays)}, and 0 for the raw weights.")
+    prefix = f"{network}.weights/" if ema == 0 else f"averages.{wanted}/"
+    tensors: dict[str, Tensor] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if name.startswith(prefix)
+    }
+    dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    weights = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    metadata = about["metadata"] | {"kind": "generator", "phase": facts["identity"]["phase"], "updates": facts["update"], "ema": float(wanted)}
+
+    base = load_backbone(about["base"])
+    if about["lora"] is None:
+        base.load_state_dict(weights)
+        return Generator(base, None, metadata)
+    rank, alpha = about["lora"]
+    model = add_adapters(base, (ROLE,), rank, alpha)
+    adapters = role(model, ROLE)
+    adapters.load_state_dict(weights)
+    return Generator(adapters, model, metadata | {"kind": "lora"})
