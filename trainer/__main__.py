@@ -161,19 +161,26 @@ def generate(
     shift: Annotated[float, typer.Option(help="Of base models.")] = 5.0,
     negative: Annotated[str, typer.Option(help="Of base models: the negative prompt.")] = "",
     ema: Annotated[float | None, typer.Option(help="Of a training state: the decay of the average to take; 0 for the raw weights.")] = None,
+    context_parallel: Annotated[int, typer.Option(min=1, help="Under torchrun: so many processes make each sample together.")] = 1,
+    backend: Annotated[str | None, typer.Option(help="Attention backend, diffusers' name; by default the best one installed.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile transformer and decoder; what is compiled is kept for the next start.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Weights and products of the transformer's blocks in 8 bits, where the card has them.")] = False,
+    memory: Annotated[float | None, typer.Option(help="GiB of the device to keep within; by default what is free.")] = None,
     device: str = "auto",
     seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Prompts to videos (.mp4) or pictures (.png). Under torchrun the prompts are shared out, and the samples stay the same."""
+    from apt_core.request import Request
     from trainer.base import with_defaults
     from trainer.distributed import connect
-    from trainer.generate import Wish, generate, read_prompts
+    from trainer.generate import generate, read_prompts
     from trainer.machine import pick_device
 
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
-    wish = Wish(texts, height, width, frames, fps, count, seed, steps, guidance, shift, negative)
-    with connect(pick_device(device)) as world:
-        generate(checkpoint, wish, out, with_defaults(checkpoint, base, vae, text_encoder, tokenizer), world, ema)
+    request = Request(texts, height, width, frames, fps, count, seed, steps, guidance, shift, negative)
+    with connect(pick_device(device), context_parallel=context_parallel) as world:
+        files = with_defaults(checkpoint, base, vae, text_encoder, tokenizer)
+        generate(checkpoint, request, out, files, world, ema, backend=backend, compile=compiled, fp8=fp8, memory=memory)
 
 
 @app.command()
