@@ -31,8 +31,8 @@ def make_fast(model: nn.Module, device: torch.device, speed: Speed = Speed(), gr
 
     group: processes that share each sample's tokens. Raises AptError where the card has no fp8 and where the group does not divide the heads.
     """
-    model.eval().requires_grad_(False)
     fuse_projections(model)
+    model.eval().requires_grad_(False)
     if speed.fp8:
         to_fp8(model, check_fp8(device))
     if group is not None and group.size() > 1:
