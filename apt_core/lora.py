@@ -212,6 +212,22 @@ def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def fold(model: nn.Module, name: str) -> nn.Module:
+    """Makes `model` compute for good, in place and without adapters, what the role computes; returns it. Sums in fp32, as `merged_state`."""
+    adapters = role(model, name).adapters()
+    for layer, module in list(model.named_modules()):
+        if not isinstance(module, AdaptedLinear):
+            continue
+        plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        plain.weight, plain.bias = module.weight, module.bias
+        if layer in adapters:
+            plain.weight.copy_(module.weight.float() + adapters[layer].delta())
+        model.set_submodule(layer, plain)
+    model.blocks = nn.ModuleList(model.blocks)
+    return model
+
+
+@torch.no_grad()
 def lora_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The role as the tensors of a LoRA file: `diffusion_model.<official name>.lora_A.weight` and `.lora_B.weight`, alpha / rank
     multiplied into B, so that strength 1 is right without an alpha. Of a sharded model, whole tensors; all ranks must call.

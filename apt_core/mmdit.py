@@ -65,6 +65,7 @@ class Stream(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
+        self.to_qkv = None
         self.modulation = nn.Linear(dim, 6 * dim)
         self.norm1 = nn.LayerNorm(dim, EPS, elementwise_affine=False)
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
@@ -73,9 +74,17 @@ class Stream(nn.Module):
         self.norm2 = nn.LayerNorm(dim, EPS, elementwise_affine=False)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU("tanh"), nn.Linear(4 * dim, dim))
 
+    @property
+    def keys_only(self) -> bool:
+        """Whether nobody reads what becomes of this stream."""
+        return self.mlp is None
+
     def project(self, x: Tensor, shift: Tensor, scale: Tensor, table: Tensor) -> list[Tensor]:
         """x: [B, n, dim]; shift, scale: [B, 1, dim]. Returns keys, values and, unless they are dropped, queries, [B, n, heads, channels]."""
         x = self.norm1(x) * (1 + scale) + shift
+        if self.to_qkv is not None:
+            q, k, v = (y.unflatten(2, (self.num_heads, -1)) for y in self.to_qkv(x).chunk(3, dim=2))
+            return [rotate(self.norm_k(k), table), v, rotate(self.norm_q(q), table)]
         k, v = (to(x).unflatten(2, (self.num_heads, -1)) for to in (self.to_k, self.to_v))
         k = rotate(self.norm_k(k), table)
         if self.to_q is None:
@@ -87,6 +96,15 @@ class Stream(nn.Module):
         """x: [B, n, dim]; answer: attention's, [B, n, heads, channels]. Returns the stream [B, n, dim] as it leaves the block."""
         x = x + gate1 * self.to_out(answer.flatten(2))
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale) + shift)
+
+    def fuse(self) -> None:
+        """One layer for queries, keys and values, in the place of the three: for inference. A stream of keys only stays as it is."""
+        if self.to_q is None or self.to_qkv is not None:
+            return
+        parts = self.to_q, self.to_k, self.to_v
+        fused = nn.Linear(self.to_q.in_features, 3 * self.to_q.out_features, device="meta")
+        fused.weight, fused.bias = (nn.Parameter(torch.cat([getattr(part, name) for part in parts]), requires_grad=False) for name in ("weight", "bias"))
+        self.to_q, self.to_k, self.to_v, self.to_qkv = None, None, None, fused
 
     def keep_keys_only(self) -> None:
         """Drops what only shapes this stream's own way on, which nobody reads after the last block: no weight is left without a gradient."""
@@ -121,7 +139,7 @@ class MMDiTBlock(nn.Module):
             tables = [self.split.cut(table) for table in tables]
         shift, scale, *rest = self.visual.modulation(time).unsqueeze(1).chunk(6, dim=2)
         k, v, q = self.visual.project(tokens, shift, scale, tables[0])
-        keys_only = self.text.to_q is None
+        keys_only = self.text.keys_only
         text_shift, text_scale, *text_rest = self.text.modulation(time).unsqueeze(1).chunk(2 if keys_only else 6, dim=2)
         text_k, text_v, *text_q = self.text.project(text, text_shift, text_scale, tables[1])
         q, k, v = torch.cat((*text_q, q), dim=1), torch.cat((text_k, k), dim=1), torch.cat((text_v, v), dim=1)

@@ -49,7 +49,20 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32):
     keys, or a diffusers folder (config.json and diffusion_pytorch_model.safetensors, itself or in its subfolder vae).
     Raises AptError for a file that is not a whole Wan VAE: see `tensorfile.read_tensors`; missing, extra or wrongly shaped keys.
     """
-    path = Path(path)
+    path, vae, rename = _checked_meta_vae(Path(path))
+    tensors, _ = read_tensors(path)
+    back = {rename(key): key for key in vae.state_dict()}
+    vae.load_state_dict({back[key]: tensor.to(dtype, copy=True) for key, tensor in tensors.items()}, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+def read_vae(path: str | Path):
+    """The AutoencoderKLWan of a file or folder on device "meta": its config and shapes, without reading a weight. Raises AptError as `load_vae`."""
+    return _checked_meta_vae(Path(path))[1]
+
+
+def _checked_meta_vae(path: Path):
+    """(the weights' file, the VAE on meta, diffusers' key -> the file's key)."""
     config = None
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
@@ -65,11 +78,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32):
     rename = (lambda key: keys.vae_to_official(key, version)) if layout == "official" else str
     expected = {rename(key): value.shape for key, value in vae.state_dict().items()}
     check_shapes(path, header.shapes, expected, f"Wan {version} VAE")
-
-    tensors, _ = read_tensors(path)
-    back = {rename(key): key for key in vae.state_dict()}
-    vae.load_state_dict({back[key]: tensor.to(dtype, copy=True) for key, tensor in tensors.items()}, assign=True)
-    return vae.eval().requires_grad_(False)
+    return path, vae, rename
 
 
 def save_vae(path: str | Path, vae) -> None:

@@ -161,19 +161,64 @@ def generate(
     shift: Annotated[float, typer.Option(help="Of base models.")] = 5.0,
     negative: Annotated[str, typer.Option(help="Of base models: the negative prompt.")] = "",
     ema: Annotated[float | None, typer.Option(help="Of a training state: the decay of the average to take; 0 for the raw weights.")] = None,
+    context_parallel: Annotated[int, typer.Option(min=1, help="Under torchrun: so many processes make each sample together.")] = 1,
+    backend: Annotated[str | None, typer.Option(help="Attention backend, diffusers' name; by default the best one installed.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile transformer and decoder; what is compiled is kept for the next start.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Weights and products of the transformer's blocks in 8 bits, where the card has them.")] = False,
+    memory: Annotated[float | None, typer.Option(help="GiB of the device to keep within; by default what is free.")] = None,
     device: str = "auto",
     seed: Seed = 0,
 ) -> None:  # fmt: skip
     """Prompts to videos (.mp4) or pictures (.png). Under torchrun the prompts are shared out, and the samples stay the same."""
+    from apt_core.request import Request
     from trainer.base import with_defaults
     from trainer.distributed import connect
-    from trainer.generate import Wish, generate, read_prompts
+    from trainer.generate import generate, read_prompts
     from trainer.machine import pick_device
 
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
-    wish = Wish(texts, height, width, frames, fps, count, seed, steps, guidance, shift, negative)
-    with connect(pick_device(device)) as world:
-        generate(checkpoint, wish, out, with_defaults(checkpoint, base, vae, text_encoder, tokenizer), world, ema)
+    request = Request(texts, height, width, frames, fps, count, seed, steps, guidance, shift, negative)
+    with connect(pick_device(device), context_parallel=context_parallel) as world:
+        files = with_defaults(checkpoint, base, vae, text_encoder, tokenizer)
+        generate(checkpoint, request, out, files, world, ema, backend=backend, compile=compiled, fp8=fp8, memory=memory)
+
+
+bench = typer.Typer(no_args_is_help=True, help="Speed and memory on this machine, with random weights of the true shapes.")
+app.add_typer(bench, name="bench")
+Json = Annotated[Path | None, typer.Option(help="Write the figures here as JSON too.")]
+
+
+@bench.command("inference")
+def bench_inference(
+    model: Annotated[str, typer.Option(help="mini, wan2.2-5b, wan2.1-1.3b, wan2.1-14b or seaweed-8b.")] = "mini",
+    json: Json = None,
+    device: str = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each part; their median counts.")] = 5,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the engine's transformer and decoder; by default on a GPU.")] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="The engine's transformer in 8 bits.")] = False,
+) -> None:
+    """Text, transformer, decode and total, beside their floors, stock diffusers and the paper; and a model of many GPUs."""
+    from trainer.bench.inference import run
+    from trainer.machine import pick_device
+
+    run(model, pick_device(device), repeats, compiled, fp8, json)
+
+
+@bench.command("train")
+def bench_train(
+    preset: Preset = "mini",
+    overrides: Overrides = None,
+    json: Json = None,
+    phase: Annotated[str, typer.Option(help="image or video.")] = "video",
+    updates: Annotated[int, typer.Option(min=2, help="Updates of each mode; the first does not count.")] = 3,
+) -> None:
+    """Seconds per update of stage 2, whole and as a LoRA: its share of the matrix peak, and its memory beside the account."""
+    from trainer.bench.train import run
+    from trainer.config import load_preset
+
+    variant = load_preset(preset).variant
+    loaded = load_preset(preset, overrides or (), (f"stage2.{variant}.{phase}", "train", "data", "model"))
+    run(loaded, phase, updates, json, batch_given=any(o.partition("=")[0].endswith("batch") for o in overrides or ()))
 
 
 @app.command()

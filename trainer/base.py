@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from apt_core.checkpoint import load_transformer, read_config
+from apt_core.checkpoint import read_config
 from apt_core.errors import AptError
 from apt_core.mmdit import MMDiTBackbone, load_mmdit, save_mmdit
-from apt_core.tensorfile import check_finite, check_shapes, metadata_json, read_header
-from apt_core.text import TIED_KEY, TOKENIZER_KEY, TextEncoder, load_text_encoder
+from apt_core.sources import is_mmdit
+from apt_core.tensorfile import metadata_json, read_header
+from apt_core.text import TextEncoder
+from apt_core.text_files import load_text_encoder_files
 from apt_core.vae import load_vae
 from trainer.config import Files, Model, Preset
 from trainer.files import write_json
@@ -94,17 +95,6 @@ def write_random_base(path: Path, preset: Preset) -> None:
     save_mmdit(path, network, network.config, {"kind": "base", "base": preset.name})
 
 
-def load_backbone(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> torch.nn.Module:
-    """The transformer at `path`, a Wan or an MMDiT, as its file says. Raises AptError as apt_core's loaders do."""
-    if is_mmdit(Path(path)):
-        return load_mmdit(path, dtype, device)
-    return load_transformer(path, dtype=dtype, device=device)
-
-
-def is_mmdit(path: Path) -> bool:
-    return path.is_file() and "mmdit" in read_header(path).metadata
-
-
 def describe_state(folder: Path, base: Path, metadata: dict, lora: tuple[int, float | None] | None) -> None:
     """Write beside the training states of a stage what an export of them needs: the base, the metadata, and (rank, alpha) of a LoRA."""
     write_json(folder / ABOUT, {"base": str(base.resolve()), "metadata": metadata, "lora": lora})
@@ -118,102 +108,6 @@ def open_vae(files: Files):
 def open_text_encoder(files: Files, text_length: int) -> TextEncoder:
     """The text encoder of a preset with its tokenizer, on the CPU.
 
-    Files: one of apt_core.text.save_text_encoder; ComfyUI's (umt5_xxl_fp16, or fp8_e4m3fn_scaled, which is unpacked); a folder of
-    transformers or diffusers (text_encoder and tokenizer below it). Weights stored in 16 or 8 bits are kept in bf16, others in fp32.
-    Raises AptError for weights that are not a whole UMT5 encoder, and when no tokenizer is found.
+    Raises AptError as `locate` and `apt_core.text_files.load_text_encoder_files` do.
     """
-    path = locate(files, "text_encoder")
-    if path.is_dir():
-        model, spiece = _from_folder(path)
-    elif "text_length" in read_header(path).metadata:
-        return load_text_encoder(path)
-    else:
-        model, spiece = _from_file(path)
-    if files.tokenizer:
-        spiece = _read_spiece(Path(files.tokenizer).expanduser())
-    if spiece is None:
-        raise AptError(f"text_encoder {path} carries no tokenizer: add tokenizer=PATH of its folder, or of its spiece.model.")
-    return TextEncoder(model.requires_grad_(False), spiece, text_length)
-
-
-def _from_folder(path: Path):
-    from transformers import UMT5EncoderModel
-
-    folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
-    try:
-        model, report = UMT5EncoderModel.from_pretrained(folder, local_files_only=True, dtype="auto", output_loading_info=True)
-    except Exception as error:  # transformers raises a dozen types
-        raise AptError(f"text_encoder {folder} is not a folder of a UMT5 encoder ({' '.join(str(error).split())}): download it again.") from None
-    if missing := sorted(set(report["missing_keys"]) - {TIED_KEY}):
-        raise AptError(f"text_encoder {folder}: {missing[0]} missing: it is not a whole UMT5 encoder, download it again.")
-    places = (path / "tokenizer" / "spiece.model", folder.parent / "tokenizer" / "spiece.model", folder / "spiece.model")
-    found = next((place for place in places if place.is_file()), None)
-    return model.to(_compute_dtype(model.dtype)), found and found.read_bytes()
-
-
-def _from_file(path: Path):
-    from safetensors.torch import load_file
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    tensors = load_file(path)
-    spiece = bytes(tensors.pop(TOKENIZER_KEY).tolist()) if TOKENIZER_KEY in tensors else None
-    tensors = {key: value for key, value in unpack_fp8(tensors).items() if key != TIED_KEY}
-    check_finite(path, tensors)
-    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**_umt5_fields(path, shapes), dropout_rate=0.0))
-    expected = {key: value.shape for key, value in model.state_dict().items() if key != TIED_KEY}
-    check_shapes(path, shapes, expected, "UMT5 encoder")
-    dtype = _compute_dtype(tensors["shared.weight"].dtype)
-    weights = {key: torch.nn.Parameter(value.to(dtype, copy=True), requires_grad=False) for key, value in tensors.items()}
-    model.load_state_dict({**weights, TIED_KEY: weights["shared.weight"]}, assign=True)
-    return model, spiece
-
-
-def unpack_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ComfyUI's scaled fp8 as bf16: `X.weight` times `X.scale_weight` (or `X.weight_scale`), without the entries that only describe it."""
-    out = {}
-    for key, value in tensors.items():
-        module, _, leaf = key.rpartition(".")
-        if leaf in ("scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant", "scaled_fp8"):
-            continue
-        if value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            scale = tensors.get(f"{module}.scale_weight", tensors.get(f"{module}.weight_scale", torch.ones(())))
-            value = (value.float() * scale.float()).bfloat16()
-        out[key] = value
-    return out
-
-
-def _umt5_fields(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
-    """UMT5Config's arguments, from the shapes."""
-
-    def shape(key: str) -> tuple[int, ...]:
-        if len(shapes.get(key, ())) != 2:
-            raise AptError(f"text_encoder {path}: {key} missing: it is not a UMT5 encoder, give the file that ComfyUI uses for Wan.")
-        return shapes[key]
-
-    first = "encoder.block.0.layer."
-    vocabulary, width = shape("shared.weight")
-    buckets, heads = shape(f"{first}0.SelfAttention.relative_attention_bias.weight")
-    return {
-        "vocab_size": vocabulary,
-        "d_model": width,
-        "d_kv": shape(f"{first}0.SelfAttention.q.weight")[0] // heads,
-        "d_ff": shape(f"{first}1.DenseReluDense.wi_0.weight")[0],
-        "num_layers": len({key.split(".")[2] for key in shapes if key.startswith("encoder.block.")}),
-        "num_heads": heads,
-        "relative_attention_num_buckets": buckets,
-        "feed_forward_proj": "gated-gelu",
-    }
-
-
-def _read_spiece(path: Path) -> bytes:
-    places = (path / "spiece.model", path / "tokenizer" / "spiece.model") if path.is_dir() else (path,)
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise AptError(f"tokenizer {path} does not exist or holds no spiece.model: give the folder of the tokenizer, or that file.")
-    return found.read_bytes()
-
-
-def _compute_dtype(stored: torch.dtype) -> torch.dtype:
-    return torch.float32 if stored == torch.float32 else torch.bfloat16
+    return load_text_encoder_files(locate(files, "text_encoder"), files.tokenizer or None, text_length)

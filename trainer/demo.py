@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from apt_core.checkpoint import load_transformer
 from apt_core.errors import AptError
+from apt_core.media_write import write_image, write_video
 from apt_core.text import load_text_encoder
 from apt_core.vae import load_vae
 from trainer.adversarial import adversarial
@@ -21,7 +22,6 @@ from trainer.config import Data, Preset
 from trainer.distill import distill
 from trainer.distributed import World
 from trainer.files import make_folder, replacing, write_json
-from trainer.media import write_image, write_video
 from trainer.mini import ASSETS, VAE
 from trainer.mini.clips import SIZE, draw
 from trainer.mini.report import write_report

@@ -55,6 +55,10 @@ class World:
         return self.mesh["cp"].size() if self.mesh else 1
 
     @property
+    def cp_rank(self) -> int:
+        return self.mesh["cp"].get_local_rank() if self.mesh else 0
+
+    @property
     def cp_group(self) -> dist.ProcessGroup:
         return self.mesh["cp"].get_group()
 

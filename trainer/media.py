@@ -1,7 +1,6 @@
 """Video and image files to pixels and back (PyAV, Pillow). Pixels are uint8 RGB arrays `[frames, height, width, 3]`."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from apt_core.errors import AptError
+from apt_core.media_write import IMAGE_SUFFIXES, rational
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 KNOWN = " ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
 AGAIN = "export or download it again"
 
@@ -69,7 +68,7 @@ def read_video(path: str | Path, frames: int, fps: float, height: int, width: in
     Raises AptError for a file that is unreadable, damaged or too short, and for one without a video stream.
     """
     out = np.empty((frames, height, width, 3), np.uint8)
-    moments = [_rational(start) + k / _rational(fps) for k in range(frames)]
+    moments = [rational(start) + k / rational(fps) for k in range(frames)]
     done, before = 0, None
     with _video(path) as (container, stream):
         origin, aspect = _seek(container, stream, start), float(stream.sample_aspect_ratio or 1)
@@ -87,15 +86,15 @@ def read_video(path: str | Path, frames: int, fps: float, height: int, width: in
             raise AptError(f"{path} holds no frame that can be decoded: {AGAIN}.")
         end = before[1] + length
         if moments[-1] >= end:
-            raise too_short(path, end - _rational(start), frames, fps)
+            raise too_short(path, end - rational(start), frames, fps)
         out[done:] = _pixels(path, before[0], height, width, aspect)
         return out
 
 
 def check_video(path: str | Path, frames: int, fps: float, start: float = 0.0) -> None:
     """Raises the AptError that `read_video` would, from the file's packets and its first frame: cheap, nothing else is decoded."""
-    last = (frames - 1) / _rational(fps)
-    end = shown(path, float(_rational(start) + last), start)
+    last = (frames - 1) / rational(fps)
+    end = shown(path, float(rational(start) + last), start)
     if last >= end:
         raise too_short(path, end, frames, fps)
 
@@ -105,7 +104,7 @@ def shown(path: str | Path, until: float, start: float = 0.0) -> Fraction:
 
     Raises AptError for a file that is unreadable or damaged up to there.
     """
-    last = _rational(until)
+    last = rational(until)
     probe(path)
     with _video(path) as (container, stream):
         origin, end = _seek(container, stream, start), Fraction(0)
@@ -121,7 +120,7 @@ def shown(path: str | Path, until: float, start: float = 0.0) -> Fraction:
             end = max(end, time + (packet.duration * stream.time_base if packet.duration and not counted else gap))
             if packet.dts is not None and packet.dts * stream.time_base - origin > last:
                 break
-    return end - (origin or 0) - _rational(start)
+    return end - (origin or 0) - rational(start)
 
 
 def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
@@ -145,44 +144,6 @@ def check_image(path: str | Path) -> None:
     with _image(path) as image:
         image.draft("RGB", (1, 1))
         image.load()
-
-
-def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 16, pixel_format: str = "yuv420p") -> None:
-    """Write uint8 `[F, H, W, 3]` as H.264 in an .mp4 that plays while it loads; tagged BT.709. The file appears whole or not at all.
-
-    crf: 0 (largest) to 51; pixel_format: "yuv420p" for players, "yuv444p" with a crf of 10 or less for clips to train on.
-    Raises AptError for pixels of another shape or type, odd sides in yuv420p, another suffix, and a place that cannot be written.
-    """
-    path, frames = Path(path), _checked(path, frames, 4)
-    if path.suffix.lower() != ".mp4":
-        raise AptError(f"{path}: videos are written as .mp4, give a name that ends so.")
-    if pixel_format not in ("yuv420p", "yuv444p") or "libx264" not in av.codecs_available:
-        raise AptError(f"{path}: this PyAV cannot write {pixel_format} with libx264: use yuv420p or yuv444p, and a PyAV from PyPI.")
-    height, width = frames.shape[1:3]
-    if pixel_format == "yuv420p" and (height % 2 or width % 2):
-        raise AptError(f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: crop them or use yuv444p.")
-    with _replacing(path) as partial, av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=_rational(fps))
-        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, pixel_format, {"crf": str(crf)}
-        codec = stream.codec_context
-        codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
-        codec.color_range = 1  # limited
-        if height * width <= 256 * 256:
-            codec.thread_count = 1  # starting threads takes longer than a small clip
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
-        container.mux(stream.encode())
-
-
-def write_image(path: str | Path, pixels: np.ndarray) -> None:
-    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`."""
-    path, pixels = Path(path), np.asarray(pixels)
-    pixels = _checked(path, pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels, 3)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise AptError(f"{path}: no image can be written with this suffix, give one of {' '.join(IMAGE_SUFFIXES)}.")
-    with _replacing(path) as partial:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
 
 
 @contextmanager
@@ -228,7 +189,7 @@ def _seek(container, stream, start: float) -> Fraction | None:
         return Fraction(0)
     origin = None if stream.start_time is None else stream.start_time * stream.time_base
     if start > 0 and {"mp4", "matroska"} & set(container.format.name.split(",")):
-        container.seek(int(((origin or 0) + _rational(start)) / stream.time_base), stream=stream, backward=True)
+        container.seek(int(((origin or 0) + rational(start)) / stream.time_base), stream=stream, backward=True)
     return origin
 
 
@@ -278,32 +239,5 @@ def _cover(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> 
 
 def too_short(path, has: Fraction, frames: int, fps: float) -> AptError:
     """The complaint about a video that shows for `has` seconds only."""
-    has, need = math.floor(100 * max(has, 0)) / 100, math.ceil(100 * frames / _rational(fps)) / 100
+    has, need = math.floor(100 * max(has, 0)) / 100, math.ceil(100 * frames / rational(fps)) / 100
     return AptError(f"{path} has {has:.2f} s, {need:.2f} s ({frames} frames at {fps:g} fps) are needed: give a longer clip or lower frames.")
-
-
-def _rational(value: float) -> Fraction:
-    return Fraction(value).limit_denominator(100_000)
-
-
-def _checked(path: Path, pixels, dims: int) -> np.ndarray:
-    pixels = np.asarray(pixels)
-    if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] != 3 or 0 in pixels.shape:
-        want = "[F, H, W, 3]" if dims == 4 else "[H, W, 3]"
-        raise AptError(f"{path}: pixels of shape {list(pixels.shape)} and type {pixels.dtype} were given, but {want} in uint8 are needed.")
-    return pixels
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` if all goes well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except (OSError, av.FFmpegError) as error:
-        raise AptError(f"{path} could not be written ({error.strerror or error}): check the folder and its free space.") from None
-    finally:
-        if partial.exists():
-            partial.unlink()

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from apt_core.errors import AptError
-from trainer.media import write_image, write_video
+from apt_core.media_write import write_image, write_video
 
 INK, PAPER, GAP, LABEL = (20, 20, 24), (255, 255, 255), 8, 34
 

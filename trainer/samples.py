@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from apt_core.flow import sample_noise
 from apt_core.generator import one_step
+from apt_core.media_write import write_image, write_video
 from trainer.averages import Averages
 from trainer.distributed import World
-from trainer.media import write_image, write_video
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from apt_core.checkpoint import load_transformer, read_header
 from apt_core.errors import AptError
 from apt_core.lora import add_adapters, load_lora, role
+from apt_core.sources import load_backbone
 from apt_core.tensorfile import metadata_json
-from trainer.base import load_backbone, locate
+from trainer.base import locate
 from trainer.config import Files
 from trainer.places import ABOUT, STATE, resolve
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from apt_core.errors import AptError
+from apt_core.media_write import write_image, write_video
 from trainer.captions import Item, find_items
 from trainer.cuts import Cut
-from trainer.media import write_image, write_video
 
 ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
 

@@ -13,10 +13,10 @@ from PIL import Image
 import trainer.demo
 from apt_core.checkpoint import load_transformer, read_header
 from apt_core.errors import AptError
+from apt_core.media_write import write_video
 from apt_core.tensorfile import read_tensors
 from trainer.config import load_preset
 from trainer.demo import Demo, RunState
-from trainer.media import write_video
 from trainer.mini.evaluate import COLUMNS
 from trainer.mini.measure import measure_runs
 from trainer.mini.report import drawn_prompts

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apt_core.errors import AptError
-from trainer.media import write_image, write_video
+from apt_core.media_write import write_image, write_video
 from trainer.mini import ASSETS, VAE
 from trainer.precompute import fingerprint, precompute
 from trainer.prompts import Prompts

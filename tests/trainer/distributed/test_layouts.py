@@ -6,7 +6,7 @@ from layouts import STABLE, Layout, assert_close, load_and_watch, mmdit, run_lay
 
 from apt_core.checkpoint import load_transformer
 from apt_core.tensorfile import read_tensors
-from trainer.base import load_backbone
+from apt_core.sources import load_backbone
 from trainer.networks import Lora
 from trainer.parallel import Parallel
 

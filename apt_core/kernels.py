@@ -1,0 +1,62 @@
+"""Triton kernels of the VAE's decoder. Imported on CUDA only; the functions in torch that they stand for are in decoder_layers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+POSITIONS_TIMES_CHANNELS = 8192
+"""Numbers that one program works on at a time."""
+
+
+@triton.jit
+def _extend(
+    x, gamma, before, out, t, positions, x_frame, before_frame, out_frame,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, MEMORY: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.arange(0, BLOCK_C)
+    inside = (position[:, None] < positions) & (channel[None, :] < C)
+    place = position[:, None] * C + channel[None, :]
+    weight = tl.load(gamma + channel, mask=channel < C, other=0.0).to(tl.float32) if NORM else 0.0
+    # The same program reads what was remembered of a position and later overwrites it, so the order is safe.
+    for i in tl.static_range(MEMORY):
+        old = tl.load(before + i * before_frame + place, mask=inside, other=0.0) if HAS_BEFORE else tl.zeros((BLOCK, BLOCK_C), out.dtype.element_ty)
+        tl.store(out + i * out_frame + place, old, mask=inside)
+        if KEEP:
+            # Of a call with fewer new frames than are remembered, the younger old ones stay.
+            if i >= t:
+                tl.store(before + (i - t) * before_frame + place, old, mask=inside)
+    for i in range(t):
+        y = tl.load(x + i * x_frame + place, mask=inside, other=0.0)
+        if NORM:
+            wide = y.to(tl.float32)
+            length = tl.sqrt(tl.sum(wide * wide, axis=1))
+            wide = wide / tl.maximum(length, 1e-12)[:, None] * weight[None, :]
+            y = (wide * tl.sigmoid(wide)).to(y.dtype)
+        tl.store(out + (i + MEMORY) * out_frame + place, y, mask=inside)
+        if KEEP:
+            if i >= t - MEMORY:
+                tl.store(before + (i - t + MEMORY) * before_frame + place, y, mask=inside)
+
+
+def extend(x: Tensor, gamma: Tensor | None, before: Tensor | None, *, memory: int, keep: bool, out: Tensor | None = None) -> Tensor:
+    """`[before, silu(norm(x))]`, `[memory + T, H, W, C]`, in one pass; its last frames are written to `before` with `keep`.
+
+    x: `[T, H, W, C]`, each frame in memory order. gamma: `[C]` with the factor sqrt(C) in it; None: x as it is.
+    before: `[memory, H, W, C]`, each frame in memory order, None: zeros, and nothing is kept.
+    out: where to write, None: a new tensor.
+    """
+    t, *_, channels = x.shape
+    positions = x[0].numel() // channels
+    out = x.new_empty(t + memory, *x.shape[1:]) if out is None else out
+    block_c = triton.next_power_of_2(channels)
+    block = max(POSITIONS_TIMES_CHANNELS // block_c, 1)
+    _extend[(triton.cdiv(positions, block),)](
+        x, gamma if gamma is not None else x, before if before is not None else x, out, t, positions,
+        x.stride(0), before.stride(0) if before is not None else 0, out.stride(0),
+        C=channels, BLOCK_C=block_c, BLOCK=block, MEMORY=memory,
+        HAS_BEFORE=before is not None, NORM=gamma is not None, KEEP=keep and before is not None, num_warps=8,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,207 @@
+"""Prompts to video in one step: text, transformer, decode, file.
+
+    pipe = apt_core.OneStepPipeline.from_checkpoint("apt.safetensors", vae=..., text_encoder=...)
+    pipe("a red tram crossing a bridge in the rain", seed=1).save("tram.mp4")
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from .decoder import Decoder
+from .errors import AptError
+from .fast import CompileCache, Speed, make_fast
+from .flow import sample_noise
+from .fp8 import check_fp8
+from .generator import euler_cfg, few_step
+from .media_write import video_writer, write_image, write_video
+from .request import Request
+from .residence import ALL, Residence, first_level
+from .sources import Sources, TransformerSource, read_sources
+from .text import TextEncoder
+from .text_cache import TextCache, cache_folder, encoder_fingerprint
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Video:
+    """One sample. frames: uint8 `[F, H, W, 3]`; fps: 0 for a picture; number: of the sample in its request."""
+
+    frames: np.ndarray
+    fps: float
+    prompt: str
+    number: int = 0
+
+    def save(self, path: str | Path) -> None:
+        """Write an .mp4, or of a single frame a picture (.png, .jpg, ...). Raises AptError as `media_write` does."""
+        if len(self.frames) == 1:
+            write_image(path, self.frames)
+        else:
+            write_video(path, self.frames, self.fps)
+
+
+class OneStepPipeline:
+    """A one-step generator with its text encoder and VAE. Weights are read at the first call that needs them, after all that can be wrong.
+
+    sources: the parts, see `from_checkpoint`. device: "auto" takes the GPU where there is one; dtype: by default bf16, on a CPU fp32.
+    backend, compile, fp8: see `fast.Speed`; compile also compiles the decoder. memory: GiB of the device that may be used, None for what is free;
+    what does not fit waits in the CPU's memory. cache: folder of what can be made again (text embeddings, compiled code), None for
+    `cache_folder()`. group: processes that make each sample together, all called alike. report: told in a sentence when memory made the pipeline
+    step down; by default that goes to stderr.
+    """
+
+    def __init__(
+        self, sources: Sources, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None, backend: str | None = None,
+        compile: bool = False, fp8: bool = False, memory: float | None = None, cache: str | Path | None = None,
+        group: ProcessGroup | None = None, report: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.sources, self.group = sources, group
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.speed = Speed(backend, compile, fp8)
+        if fp8:
+            check_fp8(self.device)
+        self.memory = None if memory is None else int(memory * GIB)
+        self.cache = cache_folder() if cache is None else Path(cache)
+        self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
+        self._residence = Residence(self.device, self._first_level(), self.report, alone=group is None)
+        self._text_cache: TextCache | None = None
+        self._compiled: CompileCache | None = None
+        self._decoder: Decoder | None = None
+        self._given_up: list[str] = []
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path | TransformerSource, vae: str | Path | None = None, text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None, base: str | Path | None = None, **options,
+    ) -> "OneStepPipeline":  # fmt: skip
+        """A pipeline from files: headers and configs are read, no weight.
+
+        path: a checkpoint or LoRA file or a diffusers folder; vae, text_encoder: single files as ComfyUI takes them, or diffusers folders;
+        tokenizer: where the text encoder does not carry its own; base: the transformer that a LoRA belongs to. "mini" is the shipped miniature,
+        for each of them. options: those of the class. Raises AptError for parts that are missing, damaged or do not fit one another.
+        """
+        return cls(read_sources(path, vae, text_encoder, tokenizer, base), **options)
+
+    @property
+    def steps_taken(self) -> list[str]:
+        """What was given up for lack of memory, one sentence each."""
+        return list(dict.fromkeys(self._residence.steps_taken + self._given_up + (self._decoder.steps_taken if self._decoder else [])))
+
+    def __call__(self, prompt: str | Sequence[str], **wishes) -> Video | list[Video]:
+        """One video for one prompt and count 1, else a list: `count` of each prompt, one prompt after another.
+
+        wishes: seed, steps (1 or 2), count, height, width, frames, fps, see Request. Raises AptError for what cannot be made, before any
+        weight is read.
+        """
+        request = self.request(prompt, **wishes)
+        text = self.embed(request)
+        videos = []
+        for number in range(request.samples):
+            frames = np.concatenate(list(self.frames(self.latents(request, number, text))))
+            videos.append(Video(frames, request.fps if len(frames) > 1 else 0.0, request.prompt(number), number))
+        return videos[0] if isinstance(prompt, str) and request.count == 1 else videos
+
+    def stream(self, prompt: str, **wishes) -> Iterator[np.ndarray]:
+        """The frames of one video as they are decoded, uint8 `[n, H, W, 3]`. Raises AptError at once, not at the first frame."""
+        request = self.request(prompt, **wishes)
+        return self.frames(self.latents(request, 0, self.embed(request)))
+
+    def write(self, prompt: str, path: str | Path, **wishes) -> None:
+        """One video (.mp4) or picture to a file, which is encoded while the rest is decoded. Raises AptError as the call does."""
+        request = self.request(prompt, **wishes)
+        self.write_sample(request, 0, self.embed(request), path)
+
+    def request(self, prompt: str | Sequence[str], **wishes) -> Request:
+        """The request with all sizes filled in. Raises AptError for what cannot be made."""
+        return Request((prompt,) if isinstance(prompt, str) else tuple(prompt), **wishes).fitted(self.sources)
+
+    def embed(self, request: Request) -> Tensor:
+        """The texts of a request, `[n, L, d]` fp32 on the CPU. The encoder is only loaded for a text that the cache does not have."""
+        source, length = self.sources.text, self.sources.transformer.text_length
+        if self._text_cache is None:
+            self._text_cache = TextCache(self.cache / "text", encoder_fingerprint(source.facts))
+
+        def encode(texts: list[str]) -> list[Tensor]:
+            return self._residence.run("text encoder", lambda device: source.load(length, device), lambda encoder: encoder.encode(texts))
+
+        return TextEncoder.pad(self._text_cache.get(request.texts, encode), length)
+
+    def latents(self, request: Request, number: int, text: Tensor) -> Tensor:
+        """Sample `number` of a request as normalised latents `[1, C, f, h, w]`, fp32. text: what `embed` gave."""
+        shape = request.latents(self.sources)
+
+        def noise(stream: str) -> Tensor:
+            return sample_noise([number], shape, request.seed, f"generate/{stream}").to(self.device)
+
+        prompt = text[number // request.count][None].to(self.device)
+
+        def sample(transformer) -> Tensor:
+            if request.steps <= 2:
+                return few_step(transformer, noise("z"), prompt, request.times, lambda i: noise(f"step{i}"))
+            negative = text[-1][None].to(self.device)
+            return euler_cfg(transformer, noise("z"), prompt, negative, request.steps, request.guidance, request.shift)
+
+        latents = self._residence.run("transformer", self._load_transformer, sample)
+        if self._compiled:
+            self._compiled.ran(shape)
+        return latents
+
+    def frames(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """Latents `[1, C, f, h, w]` -> frames as they are decoded, uint8 `[n, H, W, 3]`."""
+        decoder = self._residence.run("vae", lambda device: self.sources.vae.load(self.dtype, device), self._decoder_of)
+        for part in decoder.stream(latents, uint8=True, report=self.report):
+            yield part[0].cpu().numpy()
+        if self._residence.level > ALL:
+            self._given_up, self._decoder = self.steps_taken, None  # its weights may be copies
+
+    def write_sample(self, request: Request, number: int, text: Tensor, path: str | Path | None) -> None:
+        """Sample `number` of a request to a file; None as the path makes it only, for the partners of the process that writes."""
+        parts = self.frames(self.latents(request, number, text))
+        if path is None:
+            for _ in parts:
+                pass
+        elif request.frames == 1:
+            write_image(path, next(parts))
+        else:
+            with ExitStack() as stack:  # left from below: the encoder's thread is done before the file is closed
+                write = stack.enter_context(video_writer(path, request.height, request.width, request.fps))
+                thread = stack.enter_context(ThreadPoolExecutor(1))
+                before = None
+                for part in parts:
+                    if before:
+                        before.result()
+                    before = thread.submit(write, part)
+                before.result()
+
+    def _load_transformer(self, device: torch.device):
+        model = make_fast(self.sources.transformer.load(self.dtype, device), self.device, self.speed, self.group)
+        if self.speed.compile:
+            self._compiled = CompileCache(self.cache / "compiled", model, self.device, self.speed)
+            self._compiled.load()
+        return model
+
+    def _decoder_of(self, vae) -> Decoder:
+        if self._decoder is None:
+            self._decoder = Decoder(vae, compile=self.speed.compile, budget=self.memory, group=self.group)
+        return self._decoder
+
+    def _first_level(self) -> int:
+        """See `residence.first_level`, for a sample of the size that the checkpoint was trained for."""
+        transformer, vae, text = self.sources.transformer, self.sources.vae, self.sources.text
+        width = self.dtype.itemsize
+        weights = {"transformer": transformer.parameters * (1 if self.speed.fp8 else width), "vae": vae.parameters * width, "text": text.facts.parameters * 2}
+        _, f, h, w = Request(("",)).fitted(self.sources).latents(self.sources)
+        tokens = f * h * w // int(np.prod(transformer.patch))
+        d = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
+        working = tokens * (24 * d + 2 * transformer.config.get("ffn_dim", 4 * d)) * width  # of one block, nothing is kept
+        return first_level(self.device, weights, working, self.memory)

@@ -1,0 +1,70 @@
+"""What a pipeline is asked for: prompts, sizes, steps, and how many."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .errors import AptError
+from .sources import Sources
+from .vae import check_size
+
+SECOND_TIME = 0.7
+"""The second of the two times of two-step sampling; the paper does not print its own."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """height, width, frames, fps: by default what the checkpoint was trained for; one frame is a picture.
+    count: samples of each prompt; steps: 1, or 2 (zero-shot), more are Euler steps for base models, with guidance, negative and shift.
+
+    Sample number n belongs to prompt `n // count`; its noise derives from (seed, n) and nothing else."""
+
+    prompts: Sequence[str]
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    fps: float | None = None
+    count: int = 1
+    seed: int = 0
+    steps: int = 1
+    guidance: float = 1.0
+    shift: float = 5.0
+    negative: str = ""
+
+    @property
+    def samples(self) -> int:
+        return len(self.prompts) * self.count
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Of a one-step generator."""
+        return (1.0, SECOND_TIME)[: self.steps]
+
+    @property
+    def texts(self) -> list[str]:
+        """All that must be encoded: the prompts, and the negative one where guidance reads it."""
+        guided = self.steps > 2 and self.guidance != 1
+        return [*self.prompts, self.negative] if guided else [*self.prompts]
+
+    def prompt(self, number: int) -> str:
+        return self.prompts[number // self.count]
+
+    def fitted(self, sources: Sources) -> "Request":
+        """With every size filled in. Raises AptError for sizes that the model cannot make, and for nothing to make."""
+        if not self.prompts:
+            raise AptError("there is no prompt: give one, or --prompts FILE with one a line.")
+        if min(self.count, self.steps) < 1:
+            raise AptError(f"{self.count} samples in {self.steps} steps cannot be made: both must be 1 or more.")
+        sizes = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in sources.transformer.native.items() if name in SIZES}
+        if sizes["fps"] <= 0:
+            raise AptError(f"fps {sizes['fps']:g} cannot be: it must be above 0.")
+        patch = sources.transformer.patch
+        check_size(sizes["height"], sizes["width"], sizes["frames"], sources.vae.stride, patch, what="a sample")
+        return replace(self, **sizes)
+
+    def latents(self, sources: Sources) -> tuple[int, int, int, int]:
+        """Shape of one sample's latents, [channels, frames, rows, columns], once the sizes are there."""
+        t, down, across = sources.vae.stride
+        return sources.vae.channels, (self.frames - 1) // t + 1, self.height // down, self.width // across
+
+
+SIZES = ("height", "width", "frames", "fps")

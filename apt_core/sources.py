@@ -1,0 +1,188 @@
+"""What a pipeline is made of, as far as headers and configs tell; weights are read when they are asked for, and not before."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoint import load_transformer, read_header
+from .errors import AptError
+from .lora import add_adapters, fold, load_lora
+from .mmdit import load_mmdit
+from .tensorfile import metadata_json
+from .text_files import LENGTH, TextFacts, load_text_encoder_files, read_text_encoder
+from .vae import load_vae, read_vae, stride
+
+MINI = "mini"
+ASSETS = Path(__file__).parent / "assets" / "mini"
+SHIPPED = {
+    "checkpoint": ASSETS / "diffusion_models" / "apt_mini.safetensors",
+    "base": ASSETS / "transformer.safetensors",
+    "vae": ASSETS / "vae" / "apt_mini_vae.safetensors",
+    "text_encoder": ASSETS / "text_encoder.safetensors",
+}
+WHAT = {
+    "checkpoint": "a checkpoint or LoRA file, or a diffusers folder",
+    "base": "the transformer: a diffusers folder or a .safetensors file",
+    "vae": "the VAE: a diffusers folder or a .safetensors file",
+    "text_encoder": "the UMT5 encoder: a transformers folder or the .safetensors file that ComfyUI takes",
+}
+NATIVE = {"height": 480, "width": 832, "frames": 49, "fps": 16}
+"""Where a checkpoint does not say what it was trained for."""
+
+
+def locate(part: str, given: str | Path | None) -> Path:
+    """Where a part of a pipeline lies; "mini" is the shipped one. Raises AptError when it is not given or not there."""
+    if not given:
+        raise AptError(f"{part} is not given: add {part}=PATH of {WHAT[part]}.")
+    path = SHIPPED[part] if str(given) == MINI else Path(given).expanduser()
+    if not path.exists():
+        raise AptError(f"{part} {given} does not exist: give the path of {WHAT[part]}.")
+    return path
+
+
+@dataclass(frozen=True)
+class TransformerSource:
+    """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file; parameters: how many;
+    load(dtype, device): the model, whole and without adapters."""
+
+    name: str
+    config: Mapping
+    metadata: Mapping
+    parameters: int
+    load: Callable[[torch.dtype, torch.device], nn.Module]
+
+    @property
+    def native(self) -> dict:
+        """Height, width, frames and fps that it was trained for."""
+        return NATIVE | self.metadata.get("native", {})
+
+    @property
+    def text_length(self) -> int:
+        return self.metadata.get("text_length", LENGTH)
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        return tuple(self.config["patch_size"])
+
+
+def read_transformer(path: Path, base: str | Path | None = None) -> TransformerSource:
+    """The source of a checkpoint file, a diffusers folder, or a LoRA file with the transformer that it belongs to.
+
+    Raises AptError for a file that is none of that, for a LoRA without its base, and as `checkpoint.read_header` does.
+    """
+    if path.is_dir():
+        about = path / "apt.json"
+        metadata = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    else:
+        header = read_header(path)
+        metadata = metadata_json(path, header.metadata, "apt")
+        if any(".lora_A." in key for key in header.shapes):
+            return _read_lora(path, header.shapes, metadata, base)
+    model = load_backbone(path, device="meta")
+    return TransformerSource(str(path), dict(model.config), metadata, _count(model), lambda dtype, device: load_backbone(path, dtype, device))
+
+
+def _read_lora(path: Path, shapes: Mapping, metadata: Mapping, base: str | Path | None) -> TransformerSource:
+    if not base:
+        raise AptError(f"{path} is a LoRA: add --base PATH of the transformer that it belongs to.")
+    below = locate("base", base)
+    model = load_backbone(below, device="meta")
+    rank = next(shape[0] for key, shape in shapes.items() if ".lora_A." in key)
+
+    def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
+        adapted = add_adapters(load_backbone(below, dtype, device), ("generator",), rank)
+        load_lora(path, adapted, "generator")
+        return fold(adapted, "generator")
+
+    return TransformerSource(str(path), dict(model.config), metadata, _count(model), load)
+
+
+def load_backbone(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+    """The transformer at `path`, a Wan or an MMDiT, as its file says. Raises AptError as `load_transformer` and `load_mmdit` do."""
+    if is_mmdit(Path(path)):
+        return load_mmdit(path, dtype, device)
+    return load_transformer(path, dtype=dtype, device=device)
+
+
+def is_mmdit(path: Path) -> bool:
+    """Whether the file is an MMDiT of this project."""
+    return path.is_file() and "mmdit" in read_header(path).metadata
+
+
+@dataclass(frozen=True)
+class VaeSource:
+    """channels: of its latents; stride: pixels per latent in (frames, height, width); load(dtype, device)."""
+
+    name: str
+    channels: int
+    stride: tuple[int, int, int]
+    parameters: int
+    load: Callable[[torch.dtype, torch.device], nn.Module]
+
+
+def read_vae_source(path: Path) -> VaeSource:
+    """Raises AptError as `apt_core.vae.load_vae` does."""
+    vae = read_vae(path)
+    return VaeSource(str(path), vae.config.z_dim, stride(vae), _count(vae), lambda dtype, device: load_vae(path, dtype).to(device))
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """facts: see TextFacts; load(length, device): the encoder, for prompts of so many tokens."""
+
+    name: str
+    facts: TextFacts
+    load: Callable[[int, torch.device], object]
+
+
+def read_text_source(path: Path, tokenizer: str | Path | None) -> TextSource:
+    """Raises AptError as `read_text_encoder` does."""
+    facts = read_text_encoder(path, tokenizer)
+    return TextSource(str(path), facts, lambda length, device: load_text_encoder_files(path, tokenizer, length).to(device))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The three parts of a pipeline, which fit one another. Raises AptError where they do not."""
+
+    transformer: TransformerSource
+    vae: VaeSource
+    text: TextSource
+
+    def __post_init__(self) -> None:
+        config = self.transformer.config
+        if self.vae.channels != config["in_channels"]:
+            raise AptError(
+                f"vae {self.vae.name} has {self.vae.channels} channels, but {self.transformer.name} makes latents of {config['in_channels']}: "
+                "give that model's VAE."
+            )
+        if self.text.facts.width != config["text_dim"]:
+            raise AptError(
+                f"text_encoder {self.text.name} has width {self.text.facts.width}, but {self.transformer.name} wants {config['text_dim']}: "
+                "give that model's text encoder."
+            )
+
+
+def read_sources(
+    checkpoint: str | Path | TransformerSource,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    base: str | Path | None = None,
+) -> Sources:
+    """All three, from paths; of a checkpoint of the miniature, parts that are not given are the shipped ones.
+
+    Raises AptError for parts that are missing, damaged in their headers, or that do not fit one another. No weight is read.
+    """
+    transformer = checkpoint if isinstance(checkpoint, TransformerSource) else read_transformer(locate("checkpoint", checkpoint), base)
+    shipped = MINI if transformer.metadata.get("base") == MINI else None
+    vae_path, text_path = locate("vae", vae or shipped), locate("text_encoder", text_encoder or shipped)
+    return Sources(transformer, read_vae_source(vae_path), read_text_source(text_path, tokenizer))
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,142 @@
+"""What makes a transformer fast must leave its result: fused projections, compiled blocks; and fp8 as far as 8 bits reach."""
+
+import pytest
+import torch
+from torch import nn
+
+from apt_core import fast
+from apt_core.errors import AptError
+from apt_core.fast import CompileCache, Speed, fuse_projections, make_fast
+from apt_core.fp8 import FP8, Fp8Linear, check_fp8, quantise, to_fp8
+from apt_core.mmdit import MMDiTBackbone
+from apt_core.wan import WanBackbone, predict_velocity
+
+CPU = torch.device("cpu")
+
+
+def wan() -> nn.Module:
+    torch.manual_seed(0)
+    return WanBackbone(
+        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=10, freq_dim=16, ffn_dim=96, num_layers=3, rope_max_seq_len=32
+    ).eval()
+
+
+def mmdit() -> nn.Module:
+    torch.manual_seed(0)
+    return MMDiTBackbone(
+        num_layers=3, num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=10, axes_dims_rope=(4, 6, 6)
+    ).eval()
+
+
+def velocity(model) -> torch.Tensor:
+    g = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 4, 2, 4, 6, generator=g), torch.randn(2, 5, 10, generator=g)
+    with torch.no_grad():
+        return predict_velocity(model, x, torch.ones(2), text)
+
+
+@pytest.mark.parametrize("make", [wan, mmdit])
+def test_fused_projections_give_the_same_numbers_with_as_many_weights(make):
+    model, expected = make(), velocity(make())
+    count = sum(p.numel() for p in model.parameters())
+    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+    fuse_projections(model)
+    assert sum(p.numel() for p in model.parameters()) == count
+    # Wan: 3 -> 1 and 2 -> 1 in each of 3 blocks; MMDiT: 3 -> 1 in each stream but the last text, of which only keys are left.
+    assert linears - sum(isinstance(module, nn.Linear) for module in model.modules()) == (9 if make is wan else 10)
+    torch.testing.assert_close(velocity(model), expected, rtol=0, atol=2e-6)
+
+
+def test_make_fast_compiled(monkeypatch):
+    """Each block is one graph; what a compiler makes of it is torch's own business."""
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: real(self, backend="eager", fullgraph=True, **options))
+    model, expected = make_fast(wan(), CPU, Speed(compile=True)), velocity(wan())
+    assert all(block._compiled_call_impl is not None for block in model.blocks) and not any(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(velocity(model), expected, rtol=0, atol=2e-6)
+
+
+def test_a_second_start_finds_what_was_compiled(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"compiled code", None))
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", loaded.append)
+    cache = CompileCache(tmp_path / "c", wan(), CPU, Speed(compile=True))
+    cache.load()
+    assert loaded == []
+    cache.ran((4, 2, 4, 6))
+    CompileCache(tmp_path / "c", wan(), CPU, Speed(compile=True)).load()
+    assert loaded == [b"compiled code"]
+    CompileCache(tmp_path / "c", mmdit(), CPU, Speed(compile=True)).load()
+    CompileCache(tmp_path / "c", wan(), CPU, Speed(compile=True, fp8=True)).load()
+    assert len(loaded) == 1  # another model, other code
+    cache.path.unlink()
+    cache.ran((4, 2, 4, 6))
+    assert not cache.path.exists()  # nothing new to write for a shape that has run
+
+
+@pytest.mark.parametrize("rowwise", [True, False])
+def test_quantise(rowwise):
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 100, 0, 1e4])[:, None]
+    q, scale = quantise(x, rowwise)
+    assert q.dtype == FP8 and scale.shape == ((5, 1) if rowwise else ())
+    back = q.float() * scale
+    rows = slice(None) if rowwise else slice(4, 5)  # one scale for all crushes the small rows
+    error, bound = (back - x)[rows].abs(), x[rows].abs() / 16 + scale[rows] * 2**-10 if rowwise else x[rows].abs() / 16 + scale * 2**-10
+    assert (error <= bound).all() and (back[3] == 0).all()
+    assert torch.equal(back.abs().amax(1)[4], x.abs().amax(1)[4])  # the largest value is exact
+    assert rowwise or not back[0].any()
+
+
+@pytest.mark.parametrize("rowwise", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fp8_linear(rowwise, dtype, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=bias).to(dtype)
+    layer = Fp8Linear(linear, rowwise)
+    x = torch.randn(2, 7, 64, dtype=dtype)
+    with torch.no_grad():
+        y, expected = layer(x), linear(x)
+    assert y.shape == expected.shape and y.dtype == dtype
+    assert 0.01 < (y.float() - expected.float()).norm() / expected.float().norm() < 0.05
+    # the arithmetic itself, on the rounded numbers
+    q, scale = quantise(x.reshape(-1, 64), rowwise)
+    exact = (q.float() * scale) @ (layer.weight.float() * (layer.scale.t() if rowwise else layer.scale)).t()
+    exact = exact + linear.bias.float() if bias else exact
+    torch.testing.assert_close(y.reshape(-1, 48).float(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("make", [wan, mmdit])
+def test_a_transformer_in_fp8(make):
+    expected = velocity(make())
+    model = make_fast(make(), CPU, Speed(fp8=True))
+    eight = [name for name, module in model.blocks.named_modules() if isinstance(module, Fp8Linear)]
+    assert len(eight) == (21 if make is wan else 22) and not any("modulation" in name for name in eight)
+    assert 1e-3 < (velocity(model) - expected).norm() / expected.norm() < 0.06
+    assert isinstance(to_fp8(make()).proj_out, nn.Linear)
+
+
+def test_a_card_without_fp8_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(AptError, match=r"^NVIDIA A100 has no fp8 matrix units \(Ada, Hopper and Blackwell have\): leave fp8 away\.$"):
+        check_fp8(torch.device("cuda"))
+    for capability, rowwise in (((8, 9), False), ((9, 0), True), ((10, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert check_fp8(torch.device("cuda")) is rowwise
+
+
+def test_the_best_attention_is_set_for_this_model_alone(monkeypatch):
+    monkeypatch.setattr(fast, "best_backend", lambda device, dtype, head_dim: f"best for {head_dim}")
+    model, other = make_fast(wan(), CPU), wan()
+    assert {block.attn1.processor._attention_backend for block in model.blocks} == {"best for 16"}
+    assert {block.attn1.processor._attention_backend for block in other.blocks} == {None}
+    assert {block.attention_backend for block in make_fast(mmdit(), CPU, Speed("native")).blocks} == {"native"}
+
+
+def test_time_is_one_number_a_sample(monkeypatch):
+    """Wan 2.2 5B also takes a time for each token; for text to video that costs 400 MB of modulation and changes nothing."""
+    model, seen = wan(), []
+    model.condition_embedder.register_forward_hook(lambda module, inputs, outputs: seen.append((inputs[0].shape, outputs[1].shape)))
+    velocity(model)
+    assert seen == [((2,), (2, 6 * 64))]

@@ -1,0 +1,226 @@
+"""Prompts to video on the miniature: the same numbers as the parts give, and every mistake as one sentence before a weight is read."""
+
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import start
+
+import apt_core
+from apt_core import sources
+from apt_core.checkpoint import save_generator
+from apt_core.errors import AptError
+from apt_core.flow import sample_noise
+from apt_core.generator import few_step, one_step
+from apt_core.lora import add_adapters, role, save_lora
+from apt_core.pipeline import OneStepPipeline
+from apt_core.residence import ALL, BLOCKS, PARTS
+from apt_core.sources import SHIPPED, load_backbone
+from apt_core.text import load_text_encoder, save_text_encoder
+from apt_core.vae import decode, load_vae
+from apt_core.wan import WanBackbone
+
+MINI = {"vae": "mini", "text_encoder": "mini"}
+SIZE = {"height": 48, "width": 48, "frames": 5, "fps": 8}
+PROMPT = "a red circle moving left on a green background"
+
+
+def pipeline(**options) -> OneStepPipeline:
+    return OneStepPipeline.from_checkpoint(SHIPPED["base"], **MINI, **options)
+
+
+def by_hand(number: int = 0, seed: int = 0, prompt: str = PROMPT) -> torch.Tensor:
+    text = load_text_encoder(SHIPPED["text_encoder"])
+    z = sample_noise([number], (16, 2, 6, 6), seed, "generate/z")
+    with torch.no_grad():
+        return one_step(load_backbone(SHIPPED["base"]).eval(), z, text.pad(text.encode([prompt]), text.text_length))
+
+
+def as_bytes(latents: torch.Tensor) -> np.ndarray:
+    pixels = decode(load_vae(SHIPPED["vae"]), latents)[0].clamp(-1, 1)
+    return ((pixels + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Rounding to bytes may go either way where two computations differ by a millionth."""
+    difference = np.abs(found.astype(int) - expected)
+    return found.shape == expected.shape and difference.max() <= 1 and difference.mean() < 0.01
+
+
+def test_one_step_is_what_its_parts_compute(tmp_path):
+    pipe = pipeline(cache=tmp_path)
+    video = pipe(PROMPT, seed=3, **SIZE)
+    assert video.frames.dtype == np.uint8 and video.frames.std() > 5 and (video.fps, video.prompt) == (8, PROMPT)
+    assert close(video.frames, as_bytes(by_hand(seed=3)))
+    assert close(np.concatenate(list(pipe.stream(PROMPT, seed=3, **SIZE))), video.frames)
+
+
+def test_many_prompts_and_two_steps(tmp_path):
+    pipe = pipeline(cache=tmp_path)
+    videos = pipe([PROMPT, "a blue square"], count=2, **SIZE)
+    assert [(video.prompt, video.number) for video in videos] == [(PROMPT, 0), (PROMPT, 1), ("a blue square", 2), ("a blue square", 3)]
+    assert close(videos[3].frames, as_bytes(by_hand(3, prompt="a blue square")))
+    text = pipe.embed(pipe.request(PROMPT, **SIZE))
+    model = load_backbone(SHIPPED["base"]).eval()
+    noises = [sample_noise([0], (16, 2, 6, 6), 0, f"generate/{name}") for name in ("z", "step1")]
+    expected = few_step(model, noises[0], text, (1.0, 0.7), lambda i: noises[1])
+    torch.testing.assert_close(pipe.latents(pipe.request(PROMPT, steps=2, **SIZE), 0, text), expected, rtol=0, atol=1e-5)
+
+
+def test_files(tmp_path):
+    pipe = pipeline(cache=tmp_path / "cache")
+    video = pipe(PROMPT, **SIZE)
+    video.save(tmp_path / "saved.mp4")
+    pipe.write(PROMPT, tmp_path / "written.mp4", **SIZE)
+    assert (tmp_path / "saved.mp4").read_bytes() == (tmp_path / "written.mp4").read_bytes()
+    with av.open(tmp_path / "written.mp4") as container:
+        shown = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert shown.shape == video.frames.shape and np.abs(shown.astype(int) - video.frames).mean() < 6
+    picture = pipe(PROMPT, **SIZE | {"frames": 1})
+    picture.save(tmp_path / "a.png")
+    assert picture.fps == 0 and np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture.frames[0])
+    with pytest.raises(AptError, match=r"a\.avi: videos are written as \.mp4"):
+        pipe.write(PROMPT, tmp_path / "a.avi", **SIZE)
+
+
+def test_a_lora_is_merged_into_its_base(tmp_path):
+    torch.manual_seed(0)
+    adapted = add_adapters(load_backbone(SHIPPED["base"]), ["generator"], rank=3)
+    for p in role(adapted, "generator").parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    save_lora(tmp_path / "lora.safetensors", adapted, "generator", {"base": "mini"})
+    with pytest.raises(AptError, match=r"is a LoRA: add --base PATH of the transformer that it belongs to\.$"):
+        OneStepPipeline.from_checkpoint(tmp_path / "lora.safetensors")
+    pipe = OneStepPipeline.from_checkpoint(tmp_path / "lora.safetensors", base="mini", cache=tmp_path)
+    request = pipe.request(PROMPT, **SIZE)
+    text = pipe.embed(request)
+    with torch.no_grad():
+        expected = one_step(role(adapted.eval(), "generator"), sample_noise([0], (16, 2, 6, 6), 0, "generate/z"), text)
+    assert (expected - by_hand()).abs().max() > 0.1
+    torch.testing.assert_close(pipe.latents(request, 0, text), expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading a weight is an error."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a weight was read")
+
+    for name in ("load_vae", "load_text_encoder_files"):
+        monkeypatch.setattr(sources, name, refuse)
+    real = sources.load_transformer
+    monkeypatch.setattr(sources, "load_transformer", lambda path, dtype, device: real(path, dtype=dtype, device=device) if device == "meta" else refuse())
+
+
+def other_model(path, **changes):
+    config = dict(num_attention_heads=2, attention_head_dim=12, text_dim=96, freq_dim=16, ffn_dim=32, num_layers=1) | changes
+    save_generator(path, WanBackbone(**config), config, {})
+    return path
+
+
+def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weights):
+    pipe = pipeline()
+    for wishes, sentence in (
+        ({"height": 50}, "a sample of 48x50 and 5 frames does not fit: height 50 must be a multiple of 16 (48 or 64)."),
+        ({"frames": 6}, "a sample of 48x48 and 6 frames does not fit: frames 6 must be 4 n + 1 (5 or 9)."),
+        ({"height": 0}, "height 0 must be a multiple of 16 (16)"),
+        ({"steps": 0}, "1 samples in 0 steps cannot be made: both must be 1 or more."),
+        ({"fps": 0}, "fps 0 cannot be: it must be above 0."),
+    ):
+        with pytest.raises(AptError) as error:
+            pipe(PROMPT, **SIZE | wishes)
+        assert sentence in str(error.value) and str(error.value).count(". ") == 0
+    with pytest.raises(AptError, match="there is no prompt"):
+        pipe([])
+    wide = other_model(tmp_path / "wide.safetensors", in_channels=48, out_channels=48)
+    deaf = other_model(tmp_path / "deaf.safetensors", text_dim=64)
+    for path, options, sentence in (
+        (wide, MINI, f"has 16 channels, but {wide} makes latents of 48: give that model's VAE."),
+        (deaf, MINI, f"has width 96, but {deaf} wants 64: give that model's text encoder."),
+        (deaf, {"text_encoder": "mini"}, "vae is not given: add vae=PATH of the VAE"),
+        (deaf, {"vae": "mini"}, "text_encoder is not given: add text_encoder=PATH of the UMT5 encoder"),
+        (deaf, MINI | {"vae": SHIPPED["text_encoder"]}, "is not a Wan VAE"),
+        (deaf, MINI | {"text_encoder": SHIPPED["vae"]}, "is not a UMT5 encoder"),
+        (tmp_path / "gone", MINI, "gone does not exist: give the path of a checkpoint or LoRA file"),
+        (SHIPPED["vae"], MINI, ""),
+    ):
+        with pytest.raises(AptError) as error:
+            OneStepPipeline.from_checkpoint(path, **options)
+        assert sentence in str(error.value)
+
+
+def test_a_text_encoder_without_its_tokenizer_is_refused_at_once(tmp_path, no_weights):
+    encoder = load_text_encoder(SHIPPED["text_encoder"])
+    save_text_encoder(tmp_path / "text.safetensors", encoder.model, b"", 32)
+    from safetensors.torch import load_file, save_file
+
+    tensors = {key: value for key, value in load_file(tmp_path / "text.safetensors").items() if key != "spiece_model"}
+    save_file(tensors, tmp_path / "bare.safetensors")
+    with pytest.raises(AptError, match="carries no tokenizer: add tokenizer=PATH"):
+        OneStepPipeline.from_checkpoint(SHIPPED["base"], vae="mini", text_encoder=tmp_path / "bare.safetensors")
+
+
+def fail_times(monkeypatch, times: int) -> list[int]:
+    """The transformer runs out of memory in its first calls."""
+    calls, real = [], WanBackbone.forward
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(WanBackbone, "forward", forward)
+    return calls
+
+
+@pytest.mark.parametrize("times, level", [(0, ALL), (1, PARTS), (2, BLOCKS)])
+def test_out_of_memory_in_the_transformer(times, level, monkeypatch, tmp_path):
+    said = []
+    pipe = pipeline(cache=tmp_path, report=said.append)
+    request = pipe.request(PROMPT, **SIZE)
+    text = pipe.embed(request)
+    fail_times(monkeypatch, times)
+    latents = pipe.latents(request, 0, text)
+    torch.testing.assert_close(latents, by_hand(), rtol=0, atol=1e-5)
+    assert pipe._residence.level == level and len(said) == times and pipe.steps_taken == said
+    assert torch.equal(pipe.latents(request, 0, text), latents) and len(said) == times  # it stays there, and says nothing twice
+    assert close(pipe(PROMPT, **SIZE).frames, as_bytes(by_hand()))
+
+
+def test_out_of_memory_that_nothing_helps(monkeypatch, tmp_path):
+    pipe = pipeline(cache=tmp_path, report=lambda _: None)
+    fail_times(monkeypatch, 3)
+    with pytest.raises(AptError, match="runs out of memory even with one block of a network on it: ask for fewer frames or a smaller size"):
+        pipe(PROMPT, **SIZE)
+
+
+def test_importing_the_package_stays_light():
+    code = "import sys, apt_core; slow = {'torch', 'diffusers', 'transformers', 'av'} & set(sys.modules); assert not slow, slow; apt_core.OneStepPipeline; assert 'diffusers' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert apt_core.OneStepPipeline is OneStepPipeline
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        apt_core.Nothing
+
+
+def together(group, folder) -> None:
+    pipe = pipeline(group=group, cache=folder)
+    request = pipe.request(PROMPT, **SIZE)
+    latents = pipe.latents(request, 0, pipe.embed(request))
+    frames = np.concatenate(list(pipe.frames(latents)))
+    torch.save((latents, torch.from_numpy(frames)), folder / f"{group.rank()}.pt")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_many_processes_make_one_clip(size, tmp_path):
+    start(size, together, tmp_path, preload=("apt_core.pipeline",))
+    expected = by_hand()
+    for rank in range(size):
+        latents, frames = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+        assert close(frames.numpy(), as_bytes(expected))

@@ -1,0 +1,147 @@
+"""The models of the benchmark: true shapes, random weights, made where they are to be."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from apt_core.errors import AptError
+from apt_core.mmdit import MMDiTBackbone
+from apt_core.sources import SHIPPED, Sources, TextSource, TransformerSource, VaeSource
+from apt_core.text import TextEncoder, load_text_encoder
+from apt_core.text_files import TextFacts
+from apt_core.vae import LATENTS_MEAN, LATENTS_STD, load_vae, stride
+from apt_core.wan import WanBackbone
+from trainer.config import Model, Preset, load_preset
+
+PRESETS = {"mini": "mini", "wan2.2-5b": "wan2.2-5b", "wan2.1-1.3b": "wan2.1-1.3b-720p", "wan2.1-14b": "wan2.1-14b", "seaweed-8b": "seaweed-8b"}
+UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+VAE_CONFIGS = {
+    "2.1": {},
+    "2.2": dict(
+        base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
+        latents_mean=list(LATENTS_MEAN["2.2"]), latents_std=list(LATENTS_STD["2.2"]),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """One model of the benchmark: how to build its three networks on any device, "meta" included."""
+
+    name: str
+    preset: Preset
+
+    @property
+    def mini(self) -> bool:
+        return self.name == "mini"
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Height, width, frames of the clip: 2 seconds."""
+        data = self.preset.data
+        return data.height, data.width, data.frames
+
+    def transformer(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        return build_backbone(self.preset.model, device, dtype)
+
+    def vae(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        if self.mini:
+            config = load_vae(SHIPPED["vae"]).config
+            return random_weights(lambda: AutoencoderKLWan.from_config(config), device, dtype)
+        return random_weights(lambda: AutoencoderKLWan(**VAE_CONFIGS[self.preset.model.vae]), device, dtype)
+
+    def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+        config = load_text_encoder(SHIPPED["text_encoder"]).model.config if self.mini else UMT5Config(**UMT5_XXL)
+        return random_weights(lambda: UMT5EncoderModel(config), device, dtype)
+
+    def sources(self) -> Sources:
+        """What a OneStepPipeline is made of; the tokenizer is the miniature's."""
+        model, data = self.preset.model, self.preset.data
+        transformer, vae = self.transformer("meta", torch.float32), self.vae("meta", torch.float32)
+        native = {"height": data.height, "width": data.width, "frames": data.frames, "fps": data.fps}
+        spiece = SHIPPED["text_encoder"]
+
+        def load_text(length: int, device: torch.device) -> TextEncoder:
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+            network = self.text_encoder(device, dtype)
+            return TextEncoder(network, _spiece(spiece), length)
+
+        facts = TextFacts(model.text_dim, _count(self.text_encoder("meta", torch.float32)), (spiece,), spiece)
+        return Sources(
+            TransformerSource(
+                self.name, dict(transformer.config), {"native": native, "text_length": model.text_length}, _count(transformer),
+                lambda dtype, device: self.transformer(device, dtype),
+            ),
+            VaeSource(self.name, vae.config.z_dim, stride(vae), _count(vae), lambda dtype, device: self.vae(device, dtype)),
+            TextSource(self.name, facts, load_text),
+        )  # fmt: skip
+
+
+def find_shapes(name: str) -> Shapes:
+    """Raises AptError for a name that is none of PRESETS."""
+    if name not in PRESETS:
+        raise AptError(f"there is no model {name!r} in the benchmark: use one of {', '.join(PRESETS)}.")
+    return Shapes(name, load_preset(PRESETS[name]))
+
+
+def build_backbone(model: Model, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """An untrained transformer of this shape."""
+    if model.kind == "mmdit":
+        side = model.head_dim * 11 // 52 * 2
+        axes = (model.head_dim - 2 * side, side, side)
+        return random_weights(
+            lambda: MMDiTBackbone(model.layers, model.heads, model.head_dim, model.channels, model.channels, model.text_dim, axes_dims_rope=axes),
+            device, dtype,
+        )  # fmt: skip
+
+    def make() -> WanBackbone:
+        return WanBackbone(
+            num_attention_heads=model.heads, attention_head_dim=model.head_dim, in_channels=model.channels, out_channels=model.channels,
+            text_dim=model.text_dim, freq_dim=256, ffn_dim=model.ffn, num_layers=model.layers,
+        )  # fmt: skip
+
+    built = random_weights(make, device, dtype)
+    if torch.device(device).type != "meta":  # its tables are in no state dict
+        config = built.config
+        built.rope = type(built.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(device)
+    return built
+
+
+@torch.no_grad()
+def random_weights(make, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """What `make` builds, on the device from the start: matrices keep the size of what goes through them, norms are 1, biases 0."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # `.to(dtype)` afterwards would be warned about
+    try:
+        with torch.device("meta"):
+            model = make()
+    finally:
+        torch.set_default_dtype(before)
+    if torch.device(device).type == "meta":
+        return model
+    model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for p in model.parameters():
+        if p.numel() > max(p.shape):
+            p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+        else:
+            p.zero_()
+    for name, p in model.named_parameters():
+        if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
+            p.fill_(1.0)
+    return model
+
+
+def _spiece(path: Path) -> bytes:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return bytes(file.get_tensor("spiece_model").tolist())
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
