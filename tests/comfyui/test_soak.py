@@ -13,8 +13,8 @@ GROWTH = 1.05
 
 def test_a_hundred_prompts_with_cancels_leave_the_server_as_it_was(comfyui_dir, tmp_path, monkeypatch):
     # What is freed goes back to the system at once, so that resident memory is what the server holds. By default glibc keeps freed blocks
-    # of up to 32 MB, and how many depends on what lies above them: over 300 of these prompts the resident memory went up and down between
-    # 977 and 1077 MB, with stock nodes alone between 996 and 1107, while malloc had 239 MB in use at every look. So it goes from 934 to 943.
+    # of up to 32 MB, how many depends on what lies above them: over 300 of these prompts the resident memory went up and down between
+    # 977 and 1077 MB (200 with stock nodes alone: 996 and 1107), while malloc had 239 MB in use at every look. So it goes from 934 to 943.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     rng = random.Random(0)
     # Without the cache of outputs, which is meant to grow until memory is short.

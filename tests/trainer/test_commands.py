@@ -14,9 +14,9 @@ from apt_core.checkpoint import load_transformer, read_header
 from apt_core.flow import sample_noise
 from apt_core.generator import one_step
 from apt_core.mmdit import MMDiTBackbone
+from apt_core.sources import load_backbone
 from apt_core.tensorfile import read_tensors, write_tensors
 from trainer.__main__ import app
-from trainer.base import load_backbone
 from trainer.export import FP8
 from trainer.inspect import inspect
 from trainer.mini import ASSETS

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from apt_core.checkpoint import save_generator
 from apt_core.mmdit import MMDiTBackbone, save_mmdit
+from apt_core.sources import load_backbone
 from apt_core.wan import WanBackbone
 from trainer.adversarial import adversarial
-from trainer.base import load_backbone
 from trainer.batches import Batches
 from trainer.config import Adversarial, Distill, Sampling
 from trainer.distill import distill

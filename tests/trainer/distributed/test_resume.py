@@ -14,7 +14,7 @@ from layouts import STABLE, Layout, assert_close, mmdit, run_layout, start_worke
 
 import trainer.adversarial
 from apt_core.errors import AptError
-from trainer.base import load_backbone
+from apt_core.sources import load_backbone
 from trainer.batches import Batches
 from trainer.networks import Lora
 from trainer.parallel import Parallel
