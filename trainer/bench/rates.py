@@ -62,8 +62,8 @@ class Peak:
 
 
 @contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """On a GPU what torch allocated, on a CPU how much the process grew, looked at a thousand times a second."""
+def peak_memory(device: torch.device, interval: float = 0.001) -> Iterator[Peak]:
+    """On a GPU what torch allocated, on a CPU how much the process grew, looked at every `interval` seconds."""
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -78,7 +78,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     before, done = _resident(), threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.001):
+        while not done.wait(interval):
             peak.bytes = max(peak.bytes, _resident() - before)
 
     thread = threading.Thread(target=watch)

@@ -105,7 +105,7 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
             raise _Enough  # before anything is written
 
     needed = account(preset, phase, None, world.size)
-    with peak_memory(world.device) as peak:
+    with peak_memory(world.device, interval=0.05) as peak:  # seldom: the same run is timed
         settings = getattr(preset.phases(preset.variant), phase).model_copy(update={"updates": updates})
         try:
             adversarial(
@@ -131,7 +131,7 @@ def show(result: dict) -> None:
     for mode, row in result["modes"].items():
         table.add_row(
             mode, f"{row['seconds']:.3g}", f"{row['seconds_of_whole_batch']:.3g}", f"{row['flops_per_second'] / 1e12:.3g}",
-            f"{row['share_of_peak']:.0%}", f"{row['peak_bytes'] / GIB:.2f}", f"{row['account_bytes'] / GIB:.2f}",
+            f"{row['share_of_peak']:.1%}", f"{row['peak_bytes'] / GIB:.2f}", f"{row['account_bytes'] / GIB:.2f}",
         )  # fmt: skip
     console.print(table)
     console.print(f"Peak of matrix products, measured here: {result['peak_flops'] / 1e12:.3g} TFLOP/s in {result['compute']}.", markup=False, highlight=False)

@@ -1,0 +1,90 @@
+"""The benchmarks in miniature, and the counts that their floors stand on."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from apt_core.errors import AptError
+from trainer.__main__ import app
+from trainer.account import account, parameters
+from trainer.bench.floors import count_work
+from trainer.bench.many import model_of_many
+from trainer.bench.rates import Rates, peak_memory
+from trainer.bench.shapes import find_shapes
+from trainer.config import load_preset
+
+PARTS = ("text", "dit", "vae", "total")
+CPU = torch.device("cpu")
+
+
+def bench(*arguments) -> str:
+    torch.set_num_threads(1)
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_inference_in_miniature(tmp_path):
+    shown = bench("inference", "--repeats", 2, "--json", tmp_path / "a.json", "--device", "cpu")
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert all(found["seconds"][part] > found["floor"][part] > 0 for part in ("dit", "vae"))
+    assert found["floor"]["total"] == pytest.approx(sum(found["floor"][part] for part in PARTS[:3]))
+    assert set(found["stock"]) == set(PARTS) and found["paper"]["total"] == 6.03
+    # a decode that keeps less than one frame more than it gives out would be a broken ruler
+    assert all(size > 48 * 48 * 3 for size in found["decode_peak_bytes"].values())
+    assert "A MODEL of several such GPUs" in shown and "not a measurement" in shown and "table 7" in shown
+    assert set(found["modelled_seconds_on_gpus"]) == {"1", "2", "4"}  # 4 heads
+
+
+def test_training_in_miniature(tmp_path):
+    shown = bench("train", "mini", "frames=5", "--updates", 2, "--json", tmp_path / "a.json")
+    found = json.loads((tmp_path / "a.json").read_text())
+    preset = load_preset("mini", ["frames=5", "stage2.paper.video.batch=1"], ("data",))
+    assert found["batch"] == 1 and set(found["modes"]) == {"full", "lora"}
+    full, lora = (found["modes"][mode] for mode in ("full", "lora"))
+    assert full["flops"] == account(preset, "video").flops > lora["flops"]
+    for row in (full, lora):
+        assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"])
+        assert row["seconds_of_whole_batch"] == pytest.approx(found["whole_batch"] * row["seconds"])
+        assert 0 < row["share_of_peak"] < 1 and row["account_bytes"] > 0
+    assert "s / update" in shown and not (tmp_path / "random").exists()
+
+
+def test_work_is_what_the_shapes_say():
+    work = count_work(find_shapes("mini"), 4, 32)
+    model = load_preset("mini").model
+    n, d = 3 * 3 * 3, model.width
+    linear = model.layers * (n * (12 * d * d + 4 * d * model.ffn) + 32 * 4 * d * d)
+    assert work["dit"].flops == linear + model.layers * 4 * d * (n * n + n * 32)
+    assert work["dit"].moved == 4 * (parameters(model) + 2 * 16 * 3 * 6 * 6)  # weights, noise in, velocity out
+    assert work["vae"].flops > 20 * work["dit"].flops  # the decode is where the work is
+
+
+def test_a_floor_is_the_slower_of_products_and_copies():
+    rates = Rates(matrix=100.0, copy=10.0)
+    assert (rates.floor(1000, 10), rates.floor(100, 50)) == (10, 5)
+
+
+def test_peak_memory_sees_what_is_gone_again():
+    with peak_memory(CPU) as peak:
+        held = torch.ones(2**24)
+        torch.ones(2**23).sum()
+        del held
+    assert 60 * 2**20 < peak.bytes < 200 * 2**20
+
+
+def test_the_model_of_many_divides_what_divides(monkeypatch):
+    shapes = find_shapes("mini")
+    many = model_of_many(shapes, {"text": 1.0, "dit": 8.0, "vae": 4.0})
+    assert many[1]["text"] == 1 and many[1]["dit"] == 8 and many[1]["vae"] == pytest.approx(4, abs=1e-4)
+    for gpus in (2, 4):
+        assert many[gpus]["text"] == 1
+        assert 8 / gpus < many[gpus]["dit"] < 8 / gpus + 0.01 and 4 / gpus < many[gpus]["vae"] < 4 / gpus + 0.05
+        assert many[gpus]["total"] == pytest.approx(sum(many[gpus][part] for part in PARTS[:3]))
+
+
+def test_a_model_that_is_not_known_is_a_sentence():
+    with pytest.raises(AptError, match="there is no model 'wan3' in the benchmark: use one of mini, wan2.2-5b"):
+        find_shapes("wan3")
