@@ -8,35 +8,22 @@ import torch
 from apt_core.checkpoint import read_config
 from apt_core.errors import AptError
 from apt_core.mmdit import MMDiTBackbone, load_mmdit, save_mmdit
-from apt_core.sources import is_mmdit
+from apt_core.sources import MINI, WHAT, is_mmdit
+from apt_core.sources import locate as find_part
 from apt_core.tensorfile import metadata_json, read_header
 from apt_core.text import TextEncoder
 from apt_core.text_files import load_text_encoder_files
 from apt_core.vae import load_vae
 from trainer.config import Files, Model, Preset
 from trainer.files import write_json
-from trainer.mini import ASSETS, VAE
 from trainer.places import ABOUT, resolve
 
-MINI = "mini"
 RANDOM = "random"  # an MMDiT, of which no weights are public, may start from noise
-SHIPPED = {"base": ASSETS / "transformer.safetensors", "vae": VAE, "text_encoder": ASSETS / "text_encoder.safetensors"}
-WHAT = {
-    "base": "the transformer: a diffusers folder or a .safetensors file",
-    "vae": "the VAE: a diffusers folder or a .safetensors file",
-    "text_encoder": "the UMT5 encoder: a transformers folder or the .safetensors file that ComfyUI takes",
-}
 
 
 def locate(files: Files, part: str) -> Path:
     """Where the `base`, `vae` or `text_encoder` of a preset lies. Raises AptError when it is not given or not there."""
-    given = getattr(files, part)
-    if not given:
-        raise AptError(f"{part} is not given: add {part}=PATH of {WHAT[part]}.")
-    path = SHIPPED[part] if given == MINI else Path(given).expanduser()
-    if not path.exists():
-        raise AptError(f"{part} {given} does not exist: give the path of {WHAT[part]}.")
-    return path
+    return find_part(part, getattr(files, part))
 
 
 def with_defaults(checkpoint: Path, base: str, vae: str, text_encoder: str, tokenizer: str) -> Files:

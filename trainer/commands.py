@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from apt_core.errors import AptError
-from apt_core.sources import load_backbone
+from apt_core.sources import MINI, load_backbone
 from apt_core.text import TextEncoder
 from apt_core.vae import decode
 from trainer.adversarial import adversarial
-from trainer.base import MINI, RANDOM, describe_state, find_base, open_text_encoder, open_vae, write_random_base
+from trainer.base import RANDOM, describe_state, find_base, open_text_encoder, open_vae, write_random_base
 from trainer.batches import Batches
 from trainer.config import Preset
 from trainer.demo import draw_files

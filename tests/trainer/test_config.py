@@ -37,7 +37,7 @@ def test_unknown_names_are_refused_with_what_there_is():
 @pytest.mark.parametrize(
     "line, complaint",
     [
-        ("updates = 90", "image.updates is -3"),
+        ("updates = 75", "image.updates is -3"),
         ("lr_generator = 2e-4", "image.lr_generator is -3"),
         ('negative_prompt = "blurry, broken, deformed, bad quality"', "negative_prompt is -3"),
     ],
