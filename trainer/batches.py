@@ -46,6 +46,9 @@ class Microbatches:
         return len(self._parts)
 
     def __iter__(self) -> Iterator[Micro]:
+        if len(self._parts) == 1:  # nothing to be ahead of; and on a CPU a second thread of torch takes half of the cores
+            yield self._read(self._parts[0])
+            return
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self._read, self._parts[0])
             for following in (*self._parts[1:], None):

@@ -94,7 +94,7 @@ def video_out(g: Graph, vae: Node, samples: Node, fps, prefix: str, title: str |
 def mini_text_to_video() -> Graph:
     g = Graph()
     model, text, latent, vae = mini_front(g, "a red circle moving left on a green background", {"size": "native"})
-    samples = g.add("APTSampler", (SAMPLE, 0), (340, 0), model=model, positive=text, latent=latent, seed=7)
+    samples = g.add("APTSampler", (SAMPLE, 0), (340, 0), model=model, positive=text, latent=latent, seed=5)
     video_out(g, vae, samples, latent[1], "video/apt_mini")
     g.note(
         "The miniature comes with the pack: **press Run**, nothing has to be downloaded, and a CPU will do.\n\n"
@@ -211,7 +211,7 @@ def noise_walk() -> Graph:
 def stock_nodes() -> Graph:
     g = Graph()
     model, text, latent, vae = mini_front(g, "a purple square moving down on a yellow background", {"size": "native"})
-    seed = {"seed": 7, "control_after_generate": "fixed"}
+    seed = {"seed": 5, "control_after_generate": "fixed"}
     samples = g.add("APTSampler", (SAMPLE, 0), (340, 0), model=model, positive=text, latent=latent, **seed)
     video_out(g, vae, samples, latent[1], "video/apt_ours","Save Video (APT nodes)")
     down = 560

@@ -1,7 +1,6 @@
 """Every graph of workflows/ in ComfyUI's own frontend, in a real browser: opens whole, converts, validates, and runs where it can."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +75,8 @@ def test_the_miniature_makes_the_clip_of_its_prompt(frontend, server):
     (path,) = outputs(server, prompt).values()
     reading = read_clip(read_video(path))
     caption = next(node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode")
-    # Its shape is not asked for: see test_server's count over many clips.
-    assert re.fullmatch(f"a {reading.color} \\w+ moving {reading.direction} on a {reading.background} background", caption), (caption, reading)
+    # One in eight seeds makes a clip that goes astray; the graph comes with one that does not.
+    assert caption == f"a {reading.color} {reading.shape} moving {reading.direction} on a {reading.background} background", reading
 
 
 def test_stock_nodes_make_the_same_clip(frontend, server):
