@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from .decoder_layers import Bands, Stream, Whole, decoder_layers
 from .decoder_memory import Plan, choose
 from .errors import AptError
-from .parallel_vae import Rows
+from .parallel_vae import Rows, Shapes, any_failed
 from .vae import denormalize
 
 
@@ -25,11 +25,11 @@ class Decoder:
     frames_per_call: latent frames of one call, None: as many as `budget` allows. More are faster and need more memory; the pixels are the same.
     compile: let torch compile the layers, once for each shape (not with a group, nor in bands).
     budget: bytes that a decode may use beside the weights, None: what the device has free.
-    group: a process group whose processes share the rows; each gives the whole latents and gets the whole pixels. Without a step down: running out
-    of memory then is an error, since the others wait for this process's rows.
+    group: a process group whose processes share the rows; each gives the whole latents and gets the whole pixels.
 
-    When memory runs out all the same, the decoder steps down by itself: fewer latent frames per call, then bands of rows, then what it remembers
-    of past frames on the CPU. The pixels stay the same. `steps_taken` has one sentence for each step.
+    When memory runs out all the same, the decoder steps down by itself: fewer latent frames per call, then bands of rows (not with a group), then
+    what it remembers of past frames on the CPU. A group does so together when it runs out on any of its processes. The pixels stay the same.
+    `steps_taken` has one sentence for each step.
     """
 
     def __init__(
@@ -62,15 +62,19 @@ class Decoder:
         total = self.vae.config.scale_factor_temporal * (latents.shape[1] - 1) + 1
         given = at = 0  # frames given out, and frames that `slices` has made: fewer after it began anew
         while given < total:
-            slices = slices or self._slices(latents, plan)
+            if slices is None:
+                rows, calls = self._rows(latents), 0
+                slices = self._slices(latents, plan, rows)
             try:
-                pixels = next(slices)
+                pixels, calls = next(slices), calls + 1
             except torch.OutOfMemoryError:
-                if self.group:  # the other processes wait for this one's rows
-                    raise
                 pixels = None
-            if pixels is None:  # not in the except block: the exception would keep the memory of the failed call
-                slices, at = None, 0
+            # Not in the except block: the exception would keep the memory of the failed call.
+            if pixels is None and self.group:
+                self._keep_up(latents, plan, calls + 1, rows.exchanges)
+            if any_failed(pixels is None, self.group, latents.device) if self.group else pixels is None:
+                pixels = slices = None
+                at = 0
                 plan = self._plans[latents.shape] = self._step_down(plan, latents.shape[2], report)
                 continue
             new = pixels[:, max(given - at, 0) :]
@@ -89,17 +93,21 @@ class Decoder:
         clips, f, h, w, _ = latents.shape
         if self.group:
             h = -(-h // self.group.size())
-        plan = choose((self._low, self._high), (clips, f, h, w), latents.dtype, self.frames_per_call, self.budget, latents.device)
+        layers, bands = (self._low, self._high), self.group is None
+        plan = choose(layers, (clips, f, h, w), latents.dtype, self.frames_per_call, self.budget, latents.device, bands)
         if self.group:
-            least = torch.tensor(plan.frames, device=latents.device)
+            least = torch.tensor(0 if plan.offload else plan.frames, device=latents.device)
             dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
-            plan = Plan(int(least))
+            plan = Plan(max(int(least), 1), offload=not least)
         return plan
 
-    def _slices(self, latents: Tensor, plan: Plan) -> Iterator[Tensor]:
-        rows = Rows(self.group, latents.shape[2]) if self.group else Whole()
+    def _rows(self, latents: Tensor, skip: int = 0) -> Rows | Whole:
+        return Rows(self.group, latents.shape[2], self.vae.device, skip) if self.group else Whole()
+
+    def _slices(self, latents: Tensor, plan: Plan, rows: Rows | Whole) -> Iterator[Tensor]:
         latents = rows.cut(latents) if self.group else latents
-        streams = [Stream(rows, torch.device("cpu") if plan.offload else None, self._kernels) for _ in latents]
+        memory, kernels = torch.device("cpu") if plan.offload else None, None if latents.is_meta else self._kernels
+        streams = [Stream(rows, memory, kernels) for _ in latents]
         frames = latents.shape[1]
         for start in range(0, frames, plan.frames):
             parts = []
@@ -107,6 +115,14 @@ class Decoder:
                 stream.first, stream.last = start == 0, start + plan.frames >= frames
                 parts.append(self._call(clip[start : start + plan.frames], stream, plan))
             yield torch.stack(parts)
+
+    def _keep_up(self, latents: Tensor, plan: Plan, calls: int, exchanges: int) -> None:
+        """Out of memory in call number `calls`: takes part, with zeros, in what the other processes still exchange in it, or they would wait."""
+        with Shapes():
+            latents = latents.to("meta")
+            slices = self._slices(latents, plan, self._rows(latents, skip=exchanges))
+            for _ in range(calls):
+                next(slices)
 
     def _call(self, z: Tensor, stream: Stream, plan: Plan) -> Tensor:
         if plan.bands == 1:
@@ -119,7 +135,7 @@ class Decoder:
         return torch.cat(pixels, dim=1)
 
     def _step_down(self, plan: Plan, height: int, report: Callable[[str], None] | None) -> Plan:
-        smaller = plan.smaller(height)
+        smaller = plan.smaller(height, bands=self.group is None)
         if smaller is None:
             raise AptError(f"the VAE decode is out of memory even with {plan}: free memory, or choose fewer pixels.")
         self.steps_taken.append(f"The VAE decode was out of memory with {plan}: it goes on with {smaller}.")

@@ -20,9 +20,9 @@ class Plan:
     bands: int = 1
     offload: bool = False
 
-    def smaller(self, height: int) -> "Plan | None":
-        """The next plan that needs less, for latents of `height` rows; None after the last."""
-        most_bands = max(height * 4 // BAND, 1)
+    def smaller(self, height: int, bands: bool = True) -> "Plan | None":
+        """The next plan that needs less, for latents of `height` rows; None after the last. bands: whether rows may be divided."""
+        most_bands = max(height * 4 // BAND, 1) if bands else 1
         if self.frames > 1:
             return replace(self, frames=self.frames // 2)
         if self.bands < most_bands:
@@ -35,11 +35,13 @@ class Plan:
 
 
 def choose(
-    layers: tuple[list, list], shape: tuple[int, int, int, int], dtype: torch.dtype, frames: int | None, budget: int | None, device: torch.device
-) -> Plan:
+    layers: tuple[list, list], shape: tuple[int, int, int, int], dtype: torch.dtype, frames: int | None, budget: int | None, device: torch.device,
+    bands: bool = True,
+) -> Plan:  # fmt: skip
     """The fastest plan for latents of shape (clips, f, h, w) whose account fits, or the smallest there is.
 
     frames: where to begin, None: all. budget: in bytes, None: what the device has free; on a CPU one frame at a time, since more are hardly faster.
+    bands: whether rows may be divided.
     """
     if budget is None and device.type == "cpu":
         return Plan(min(frames or 1, shape[1]))
@@ -47,7 +49,7 @@ def choose(
         budget = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     plan = Plan(min(frames or shape[1], shape[1]))
     while account(layers, shape, plan, dtype) > SPARE * budget:
-        smaller = plan.smaller(shape[2])
+        smaller = plan.smaller(shape[2], bands)
         if smaller is None:
             break
         plan = smaller

@@ -1,9 +1,8 @@
 """A transformer made fast for inference: attention backend, fused projections, fp8, compiled blocks with a cache that outlives the process."""
 
-import tempfile
-from contextlib import suppress
+import os
 from dataclasses import dataclass
-from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from .attention import best_backend
 from .context_parallel import enable
+from .errors import AptError
 from .fp8 import check_fp8, to_fp8
 from .mmdit import MMDiTBackbone
 
@@ -58,28 +58,26 @@ def fuse_projections(model: nn.Module) -> None:
                 attention.to_q = None
 
 
-class CompileCache:
-    """What torch has compiled, in one file for each model, card and version of torch: a second start does not compile again."""
+def check_compile(device: torch.device) -> None:
+    """Raises AptError where torch has nothing to compile with: on a CPU a C++ compiler, elsewhere Triton."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # a second to import
+        from torch._inductor.exc import InvalidCxxCompiler
 
-    def __init__(self, folder: Path, model: nn.Module, device: torch.device, speed: Speed) -> None:
-        card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        what = f"{type(model).__name__} {sorted(model.config.items(), key=str)} {card} {torch.__version__} {speed}"
-        self.path = folder / f"{blake2b(what.encode(), digest_size=16).hexdigest()}.compiled"
-        self._shapes: set[tuple] = set()
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise AptError("compiling for a CPU needs a C++ compiler, and there is none: install g++, or leave compile away.") from None
+    elif find_spec("triton") is None:
+        raise AptError(f"compiling for {device} needs Triton, which is not installed: install it, or leave compile away.")
 
-    def load(self) -> None:
-        """To be called before the first run. A damaged or foreign file only means that torch compiles again."""
-        with suppress(OSError, RuntimeError, ValueError):
-            torch.compiler.load_cache_artifacts(self.path.read_bytes())
 
-    def ran(self, shape: tuple) -> None:
-        """Say that the model has run on this shape; after a new one, all that is compiled is written down."""
-        if shape in self._shapes:
-            return
-        self._shapes.add(shape)
-        if (saved := torch.compiler.save_cache_artifacts()) is not None:
-            with suppress(OSError):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=self.path.parent, suffix=".partial", delete=False) as file:
-                    file.write(saved[0])
-                Path(file.name).replace(self.path)
+def keep_compiled(folder: Path) -> None:
+    """From now on this process keeps in `folder` whatever torch compiles, where a second start finds it.
+
+    A TORCHINDUCTOR_CACHE_DIR of the user's stands. Without one torch takes a folder of temporary files, and sets the variable to it.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, os.path.abspath(default_cache_dir())):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

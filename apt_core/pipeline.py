@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from .decoder import Decoder
 from .errors import AptError
-from .fast import CompileCache, Speed, make_fast
+from .fast import Speed, check_compile, keep_compiled, make_fast
 from .flow import sample_noise
 from .fp8 import check_fp8
 from .generator import euler_cfg, few_step
@@ -53,10 +53,10 @@ class OneStepPipeline:
     """A one-step generator with its text encoder and VAE. Weights are read at the first call that needs them, after all that can be wrong.
 
     sources: the parts, see `from_checkpoint`. device: "auto" takes the GPU where there is one; dtype: by default bf16, on a CPU fp32.
-    backend, compile, fp8: see `fast.Speed`; compile also compiles the decoder. memory: GiB of the device that may be used, None for what is free;
-    what does not fit waits in the CPU's memory. cache: folder of what can be made again (text embeddings, compiled code), None for
-    `cache_folder()`. group: processes that make each sample together, all called alike. report: told in a sentence when memory made the pipeline
-    step down; by default that goes to stderr.
+    backend, compile, fp8: see `fast.Speed`; on a GPU compile also compiles the decoder. memory: GiB of the device that may be used, None for
+    what is free; what does not fit waits in the CPU's memory. cache: folder of what can be made again (text embeddings, compiled code), None
+    for `cache_folder()`. group: processes that make each sample together, all called alike. report: told in a sentence when memory made the
+    pipeline step down; by default that goes to stderr.
     """
 
     def __init__(
@@ -72,10 +72,12 @@ class OneStepPipeline:
             check_fp8(self.device)
         self.memory = None if memory is None else int(memory * GIB)
         self.cache = cache_folder() if cache is None else Path(cache)
+        if compile:
+            check_compile(self.device)
+            keep_compiled(self.cache / "compiled")
         self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
-        self._residence = Residence(self.device, self._first_level(), self.report, alone=group is None)
+        self._residence = Residence(self.device, self._first_level(), self.report)
         self._text_cache: TextCache | None = None
-        self._compiled: CompileCache | None = None
         self._decoder: Decoder | None = None
         self._given_up: list[str] = []
 
@@ -151,10 +153,7 @@ class OneStepPipeline:
             negative = text[-1][None].to(self.device)
             return euler_cfg(transformer, noise("z"), prompt, negative, request.steps, request.guidance, request.shift)
 
-        latents = self._residence.run("transformer", self._load_transformer, sample)
-        if self._compiled:
-            self._compiled.ran(shape)
-        return latents
+        return self._residence.run("transformer", self._load_transformer, sample, alone=self.group is None)
 
     def frames(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Latents `[1, C, f, h, w]` -> frames as they are decoded, uint8 `[n, H, W, 3]`."""
@@ -184,15 +183,12 @@ class OneStepPipeline:
                 before.result()
 
     def _load_transformer(self, device: torch.device):
-        model = make_fast(self.sources.transformer.load(self.dtype, device), self.device, self.speed, self.group)
-        if self.speed.compile:
-            self._compiled = CompileCache(self.cache / "compiled", model, self.device, self.speed)
-            self._compiled.load()
-        return model
+        return make_fast(self.sources.transformer.load(self.dtype, device), self.device, self.speed, self.group)
 
     def _decoder_of(self, vae) -> Decoder:
         if self._decoder is None:
-            self._decoder = Decoder(vae, compile=self.speed.compile, budget=self.memory, group=self.group)
+            compiled = self.speed.compile and self.device.type != "cpu"  # there it takes minutes, and the result is slower
+            self._decoder = Decoder(vae, compile=compiled, budget=self.memory, group=self.group)
         return self._decoder
 
     def _first_level(self) -> int:

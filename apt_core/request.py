@@ -51,7 +51,7 @@ class Request:
     def fitted(self, sources: Sources) -> "Request":
         """With every size filled in. Raises AptError for sizes that the model cannot make, and for nothing to make."""
         if not self.prompts:
-            raise AptError("there is no prompt: give one, or --prompts FILE with one a line.")
+            raise AptError("there is no prompt: give one or more.")
         if min(self.count, self.steps) < 1:
             raise AptError(f"{self.count} samples in {self.steps} steps cannot be made: both must be 1 or more.")
         sizes = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in sources.transformer.native.items() if name in SIZES}

@@ -22,27 +22,27 @@ class Residence:
 
     level: ALL keeps every network on the device, PARTS only the one in use, BLOCKS of that only what it computes with. When memory runs
     out it goes to the next level by itself, once for good, tells it to `report` in a sentence, and tries again.
-    steps_taken: those sentences. alone: False for a process that computes together with others, which would wait for it in vain: it gives up.
+    steps_taken: those sentences.
     """
 
-    def __init__(self, device: torch.device, level: int = ALL, report: Callable[[str], None] | None = None, alone: bool = True) -> None:
-        self.alone = alone
+    def __init__(self, device: torch.device, level: int = ALL, report: Callable[[str], None] | None = None) -> None:
         self.device, self.level, self.report = device, level, report
         self.steps_taken: list[str] = []
         self._networks: dict[str, object] = {}
         self._streams: dict[str, BlockStream] = {}
 
-    def run(self, name: str, load: Callable[[torch.device], object], work: Callable[[object], T]) -> T:
+    def run(self, name: str, load: Callable[[torch.device], object], work: Callable[[object], T], alone: bool = True) -> T:
         """`work(network)` with the network on the device. load(device) gives it when it is first asked for.
 
-        Raises AptError when even the last level does not fit.
+        alone: False for work in which other processes wait for this one: it cannot be tried again.
+        Raises AptError when even the last level does not fit, and when memory runs out in such work.
         """
         while True:
             try:
                 return work(self._ready(name, load))
             except torch.OutOfMemoryError:
                 pass  # stepping down in here would still hold what the failed attempt had
-            self._step_down(name)
+            self._step_down(name, alone)
 
     def _ready(self, name: str, load: Callable[[torch.device], object]):
         if self.level >= PARTS:
@@ -60,8 +60,8 @@ class Residence:
             self._streams[name].place_rest()
         return network
 
-    def _step_down(self, name: str) -> None:
-        if not self.alone:
+    def _step_down(self, name: str, alone: bool) -> None:
+        if not alone:
             raise AptError(f"{self.device} runs out of memory: add processes, or give all of them a smaller memory to keep within.")
         if self.level == BLOCKS:
             raise AptError(f"{self.device} runs out of memory even with one block of a network on it: ask for fewer frames or a smaller size.")

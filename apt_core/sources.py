@@ -88,7 +88,7 @@ def read_transformer(path: Path, base: str | Path | None = None) -> TransformerS
 
 def _read_lora(path: Path, shapes: Mapping, metadata: Mapping, base: str | Path | None) -> TransformerSource:
     if not base:
-        raise AptError(f"{path} is a LoRA: add --base PATH of the transformer that it belongs to.")
+        raise AptError(f"{path} is a LoRA: add base=PATH of the transformer that it belongs to.")
     below = locate("base", base)
     model = load_backbone(below, device="meta")
     rank = next(shape[0] for key, shape in shapes.items() if ".lora_A." in key)

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from apt_core.context_parallel import enable
 from apt_core.discriminator import Discriminator
+from apt_core.fast import keep_compiled
+from apt_core.text_cache import cache_folder
 from trainer.checkpointing import offloaded
 from trainer.distributed import World
 
@@ -142,6 +144,7 @@ def _prepare(model: nn.Module, world: World, parallel: Parallel) -> nn.Module:
     if parallel.checkpointing != "none":
         backbone.enable_gradient_checkpointing(offloaded if parallel.checkpointing == "offload" else None)
     if parallel.compile:
+        keep_compiled(cache_folder() / "compiled")
         for block in blocks(model):
             block.compile(backend=parallel.compile)
     return model

@@ -3,6 +3,7 @@
 import multiprocessing
 import socket
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ def start(size: int, function: Callable, *args, preload: Sequence[str] = ()) -> 
 
 def _work(rank: int, size: int, port: int, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    timeout = timedelta(minutes=2)  # of an exchange in which somebody is missing
+    dist.init_process_group("gloo", timeout=timeout, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     function(dist.group.WORLD, *args)
     dist.destroy_process_group()

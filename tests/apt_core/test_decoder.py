@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from failing import Failing
 from live_bytes import LiveBytes
 
 import apt_core
@@ -93,19 +94,6 @@ def test_bands_and_memory_on_the_cpu_are_exact(double, vae, bands):
     close(decoder.decode(z), stock(vae, z))
 
 
-class Failing:
-    """A layer that is out of memory in its calls of these numbers."""
-
-    def __init__(self, layer, calls):
-        self.layer, self.calls, self.count = layer, calls, 0
-
-    def __call__(self, x, stream):
-        self.count += 1
-        if self.count in self.calls:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return self.layer(x, stream)
-
-
 def test_out_of_memory_in_the_middle_loses_and_doubles_no_frame(double, vae):
     z = latents(vae, 7, 6, 2)
     decoder = Decoder(vae, frames_per_call=3)
@@ -138,7 +126,7 @@ def test_account(version, plan):
     decoder = Decoder(vae)
     z = torch.zeros(2, 4, 12, 8, vae.config.z_dim)
     with torch.inference_mode(), LiveBytes() as live:
-        for pixels in decoder._slices(z, plan):
+        for pixels in decoder._slices(z, plan, Whole()):
             pixels.float()
     told = account((decoder._low, decoder._high), z.shape[:4], plan, torch.float32)
     assert live.peak <= told <= 1.3 * live.peak

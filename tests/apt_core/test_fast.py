@@ -1,14 +1,19 @@
 """What makes a transformer fast must leave its result: fused projections, compiled blocks; and fp8 as far as 8 bits reach."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from apt_core import fast
 from apt_core.errors import AptError
-from apt_core.fast import CompileCache, Speed, fuse_projections, make_fast
+from apt_core.fast import Speed, check_compile, fuse_projections, make_fast
 from apt_core.fp8 import FP8, Fp8Linear, check_fp8, quantise, to_fp8
 from apt_core.mmdit import MMDiTBackbone
+from apt_core.pipeline import OneStepPipeline
 from apt_core.wan import WanBackbone, predict_velocity
 
 CPU = torch.device("cpu")
@@ -56,22 +61,43 @@ def test_make_fast_compiled(monkeypatch):
     torch.testing.assert_close(velocity(model), expected, rtol=0, atol=2e-6)
 
 
+START = """
+import sys, torch
+from torch._dynamo.utils import counters
+from apt_core.pipeline import OneStepPipeline
+
+pipe = OneStepPipeline.from_checkpoint("mini", compile=True, cache=sys.argv[1])
+request = pipe.request("a red circle", height=32, width=32, frames=1)
+latents = pipe.latents(request, 0, torch.ones(1, 32, 96))
+torch.save((latents, counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"]), sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_second_start_finds_what_was_compiled(tmp_path, monkeypatch):
-    loaded = []
-    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"compiled code", None))
-    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", loaded.append)
-    cache = CompileCache(tmp_path / "c", wan(), CPU, Speed(compile=True))
-    cache.load()
-    assert loaded == []
-    cache.ran((4, 2, 4, 6))
-    CompileCache(tmp_path / "c", wan(), CPU, Speed(compile=True)).load()
-    assert loaded == [b"compiled code"]
-    CompileCache(tmp_path / "c", mmdit(), CPU, Speed(compile=True)).load()
-    CompileCache(tmp_path / "c", wan(), CPU, Speed(compile=True, fp8=True)).load()
-    assert len(loaded) == 1  # another model, other code
-    cache.path.unlink()
-    cache.ran((4, 2, 4, 6))
-    assert not cache.path.exists()  # nothing new to write for a shape that has run
+    """One graph serves all blocks, its numbers are those without it, and the next process compiles nothing."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    found = []
+    for number in range(2):
+        subprocess.run([sys.executable, "-c", START, tmp_path / "cache", tmp_path / "out.pt"], check=True)
+        found.append(torch.load(tmp_path / "out.pt"))
+        kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache/compiled").rglob("*.so")}
+        assert kept and (number == 0 or kept == before)
+        before = kept
+    assert [(graphs, hits) for _, graphs, hits in found] == [(1, 0), (1, 1)]
+    pipe = OneStepPipeline.from_checkpoint("mini", cache=tmp_path)
+    expected = pipe.latents(pipe.request("a red circle", height=32, width=32, frames=1), 0, torch.ones(1, 32, 96))
+    for latents, *_ in found:
+        torch.testing.assert_close(latents, expected, rtol=0, atol=2e-5)
+
+
+def test_nothing_to_compile_with_is_a_sentence(monkeypatch):
+    none = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with none, pytest.raises(AptError, match=r"^compiling for a CPU needs a C\+\+ compiler, and there is none: install g\+\+, or leave compile away\.$"):
+        check_compile(CPU)
+    monkeypatch.setattr(fast, "find_spec", lambda name: None)
+    with pytest.raises(AptError, match=r"^compiling for cuda needs Triton, which is not installed: install it, or leave compile away\.$"):
+        check_compile(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("rowwise", [True, False])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from failing import Failing
 from ranks import start
 
 from apt_core.decoder import Decoder
@@ -46,6 +47,23 @@ def decode_all(group, folder) -> None:
     torch.save(results, folder / f"{group.rank()}.pt")
 
 
+def fail_everywhere(group, folder) -> None:
+    """On the last process each layer in turn is out of memory: in the first call after it exchanged something, or in the second before."""
+    results, vae, z = {}, build("2.2"), latents("2.2", 6)[..., :2]
+    for part in ("_low", "_high"):
+        for index in range(len(getattr(Decoder(vae), part))):
+            decoder, late = Decoder(vae, frames_per_call=2, group=group), index % 2 == 0
+            if group.rank() == group.size() - 1:
+                layers = getattr(decoder, part)
+                layers[index] = Failing(layers[index], calls=(1 if late else 2,), late=late)
+            results[part, index] = decoder.decode(z), decoder.steps_taken
+    hopeless = Decoder(vae, group=group)
+    hopeless._high[0] = Failing(hopeless._high[0], calls=range(100) if group.rank() == 0 else ())
+    with pytest.raises(AptError, match="out of memory even with 1 latent frame per call, what it remembers on the CPU: free memory"):
+        hopeless.decode(z)
+    torch.save(results, folder / f"{group.rank()}.pt")
+
+
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} processes")
 def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
@@ -78,3 +96,14 @@ def test_every_part_of_the_seam_matters(version):
     deaf = copy.deepcopy(vae)
     deaf.decoder.mid_block.attentions[0].proj.weight.zero_()
     assert (Decoder(deaf).decode(z) - whole).abs().max() > 1e-3
+
+
+def test_out_of_memory_on_one_process_makes_all_step_down(tmp_path):
+    start(3, fail_everywhere, tmp_path, preload=("apt_core.decoder",))
+    expected = Decoder(build("2.2")).decode(latents("2.2", 6)[..., :2])
+    for rank in range(3):
+        results = torch.load(tmp_path / f"{rank}.pt")
+        assert len(results) > 15
+        for pixels, steps_taken in results.values():
+            torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
+            assert steps_taken == ["The VAE decode was out of memory with 2 latent frames per call: it goes on with 1 latent frame per call."]

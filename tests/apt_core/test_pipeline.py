@@ -13,6 +13,7 @@ from ranks import start
 import apt_core
 from apt_core import sources
 from apt_core.checkpoint import save_generator
+from apt_core.decoder import Decoder
 from apt_core.errors import AptError
 from apt_core.flow import sample_noise
 from apt_core.generator import few_step, one_step
@@ -93,7 +94,7 @@ def test_a_lora_is_merged_into_its_base(tmp_path):
     for p in role(adapted, "generator").parameters():
         torch.nn.init.normal_(p, std=0.05)
     save_lora(tmp_path / "lora.safetensors", adapted, "generator", {"base": "mini"})
-    with pytest.raises(AptError, match=r"is a LoRA: add --base PATH of the transformer that it belongs to\.$"):
+    with pytest.raises(AptError, match=r"is a LoRA: add base=PATH of the transformer that it belongs to\.$"):
         OneStepPipeline.from_checkpoint(tmp_path / "lora.safetensors")
     pipe = OneStepPipeline.from_checkpoint(tmp_path / "lora.safetensors", base="mini", cache=tmp_path)
     request = pipe.request(PROMPT, **SIZE)
@@ -213,14 +214,17 @@ def together(group, folder) -> None:
     request = pipe.request(PROMPT, **SIZE)
     latents = pipe.latents(request, 0, pipe.embed(request))
     frames = np.concatenate(list(pipe.frames(latents)))
-    torch.save((latents, torch.from_numpy(frames)), folder / f"{group.rank()}.pt")
+    pixels = Decoder(load_vae(SHIPPED["vae"]), group=group).decode(latents)  # as the pipeline does, before they are bytes
+    torch.save((latents, pixels, torch.from_numpy(frames)), folder / f"{group.rank()}.pt")
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_many_processes_make_one_clip(size, tmp_path):
     start(size, together, tmp_path, preload=("apt_core.pipeline",))
     expected = by_hand()
+    whole = decode(load_vae(SHIPPED["vae"]), expected).movedim(1, -1)
     for rank in range(size):
-        latents, frames = torch.load(tmp_path / f"{rank}.pt")
+        latents, pixels, frames = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(pixels, whole.clamp(-1, 1), rtol=0, atol=1e-5)
         assert close(frames.numpy(), as_bytes(expected))

@@ -34,8 +34,18 @@ def test_inference_in_miniature(tmp_path):
     assert set(found["stock"]) == set(PARTS) and found["paper"]["total"] == 6.03
     # a decode that keeps less than one frame more than it gives out would be a broken ruler
     assert all(size > 48 * 48 * 3 for size in found["decode_peak_bytes"].values())
+    assert found["velocity_error"] < 1e-5 and found["decode_psnr"]["engine"] > 100 and found["decode_psnr"]["stock"] > 100
+    assert found["uncompiled_decode_seconds"] is None and all(found["first_seconds"][part] > 0 for part in ("dit", "vae"))
     assert "A MODEL of several such GPUs" in shown and "not a measurement" in shown and "table 7" in shown
     assert set(found["modelled_seconds_on_gpus"]) == {"1", "2", "4"}  # 4 heads
+
+
+def test_inference_in_fp8_says_how_far_it_is_off(tmp_path):
+    shown = bench("inference", "--fp8", "--repeats", 1, "--json", tmp_path / "a.json", "--device", "cpu")
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert 0.01 < found["velocity_error"] < 0.08 and f"Velocity in fp8: {found['velocity_error']:.1e} from diffusers in float32" in shown
+    dit = found["work"]["dit"]
+    assert found["floor"]["dit"] == max(dit["flops"] / found["rates"]["matrix_fp8"], dit["bytes"] / found["rates"]["copy"])
 
 
 def test_training_in_miniature(tmp_path):
@@ -65,6 +75,7 @@ def test_work_is_what_the_shapes_say():
 def test_a_floor_is_the_slower_of_products_and_copies():
     rates = Rates(matrix=100.0, copy=10.0)
     assert (rates.floor(1000, 10), rates.floor(100, 50)) == (10, 5)
+    assert Rates(matrix=100.0, copy=10.0, matrix_fp8=200.0).floor(1000, 10, eight=True) == 5
 
 
 def test_peak_memory_sees_what_is_gone_again():

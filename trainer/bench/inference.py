@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from apt_core.decoder import Decoder
+from apt_core.flow import sample_noise
 from apt_core.pipeline import OneStepPipeline
-from apt_core.text import TextEncoder
 from trainer.bench.floors import count_work
 from trainer.bench.many import model_of_many
-from trainer.bench.rates import measure_rates, median_seconds, peak_memory
+from trainer.bench.rates import measure_rates, median_seconds, once, peak_memory
 from trainer.bench.shapes import Shapes, find_shapes
-from trainer.bench.stock import Stock
+from trainer.bench.stock import measure_stock
 from trainer.demo import versions
 from trainer.files import write_json
 from trainer.progress import console
@@ -37,67 +38,64 @@ def run(name: str, device: str, repeats: int, compiled: bool | None, fp8: bool, 
 def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, fp8: bool) -> dict:
     """All figures, in seconds, bytes and FLOPs."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    rates = measure_rates(device, dtype)
+    rates = measure_rates(device, dtype, fp8)
     with tempfile.TemporaryDirectory() as folder:
         pipe = OneStepPipeline(shapes.sources(), device=device, compile=compiled, fp8=fp8, cache=folder, memory=None)
         prompt = _long_prompt(pipe)
         request = pipe.request(prompt)
         text = pipe.embed(request)
         latents = torch.randn(1, *request.latents(pipe.sources), generator=torch.Generator().manual_seed(0)).to(device)
+        noise = sample_noise([0], request.latents(pipe.sources), request.seed, "generate/z").to(device)
         work = count_work(shapes, dtype.itemsize, sum(bool(row.any()) for row in text[0]))
-        stock, memory = _stock(shapes, device, dtype, repeats, latents, text)
+        stock = measure_stock(shapes, device, dtype, repeats, noise, latents, text)  # gone again when the engine is measured
         numbers = iter(range(10**6))  # a prompt that was not there before each time
 
         def embed():
             return pipe.embed(pipe.request(f"{next(numbers)} {prompt}"))
 
-        ours = {
-            "text": median_seconds(embed, device, repeats),
-            "dit": median_seconds(lambda: pipe.latents(request, 0, text), device, repeats),
-            "vae": median_seconds(lambda: list(pipe.frames(latents)), device, repeats),
-            "total": median_seconds(lambda: list(pipe.frames(pipe.latents(request, 0, embed()))), device, repeats),
+        works = {
+            "text": embed,
+            "dit": lambda: pipe.latents(request, 0, text),
+            "vae": lambda: list(pipe.frames(latents)),
+            "total": lambda: list(pipe.frames(pipe.latents(request, 0, embed()))),
         }
+        first = {part: once(works[part], device) for part in ("dit", "vae")}
+        ours = {part: median_seconds(work, device, repeats) for part, work in works.items()}
         with peak_memory(device) as peak:
-            list(pipe.frames(latents))
-        memory["engine"] = peak.bytes
+            works["vae"]()
+        made = pipe.latents(request, 0, text).cpu()
         steps_taken = pipe.steps_taken
-    stock["text"] = ours["text"]  # the same encoder
-    if stock.get("latents") is not None:
-        stock["total"] = ours["text"] + stock.pop("whole")
-        stock["dit"] = stock.pop("latents")
-    floors = {part: rates.floor(need.flops, need.moved) for part, need in work.items()}
+        del pipe, works
+    theirs = stock.seconds | {"text": ours["text"]}  # the same encoder
+    if "both" in theirs:
+        theirs["total"] = ours["text"] + theirs.pop("both")
+    floors = {part: rates.floor(need.flops, need.moved, eight=fp8 and part == "dit") for part, need in work.items()}
     floors["total"] = sum(floors.values())
     height, width, frames = shapes.size
     return {
         "model": shapes.name, "date": date.today().isoformat(), "device": _device_name(device), "versions": versions(),
         "size": f"{width}x{height}, {frames} frames", "dtype": str(dtype).removeprefix("torch."), "compiled": compiled, "fp8": fp8, "repeats": repeats,
-        "rates": {"matrix": rates.matrix, "copy": rates.copy},
+        "rates": {"matrix": rates.matrix, "matrix_fp8": rates.matrix_fp8, "copy": rates.copy},
         "work": {part: {"flops": need.flops, "bytes": need.moved} for part, need in work.items()},
-        "seconds": ours, "floor": floors, "stock": stock, "paper": PAPER, "decode_peak_bytes": memory, "steps_taken": steps_taken,
+        "seconds": ours, "first_seconds": first, "floor": floors, "stock": theirs, "paper": PAPER,
+        "uncompiled_decode_seconds": _uncompiled_decode(shapes, device, dtype, repeats, latents) if compiled and device.type != "cpu" else None,
+        "velocity_error": ((made - stock.latents).norm() / (stock.latents - noise.cpu()).norm()).item(),
+        "decode_psnr": {"engine": stock.engine_psnr, "stock": stock.stock_psnr},
+        "decode_peak_bytes": {"engine": peak.bytes, "stock": stock.decode_peak}, "steps_taken": steps_taken,
         "modelled_seconds_on_gpus": model_of_many(shapes, ours),
     }  # fmt: skip
 
 
-def _stock(shapes: Shapes, device: torch.device, dtype: torch.dtype, repeats: int, latents: torch.Tensor, text: torch.Tensor) -> tuple[dict, dict]:
-    """Seconds and decode memory of diffusers; it is gone again when the engine is measured."""
-    stock = Stock(shapes, device, dtype)
-    with peak_memory(device) as peak:  # first of all: what a decode leaves behind in the allocator would hide the next one's need
-        stock.decode(latents)
-    seconds = {"vae": median_seconds(lambda: stock.decode(latents), device, repeats)}
-    if stock.pipe:
-        text = text.to(device)
-        seconds["latents"] = median_seconds(lambda: stock.generate(latents, text, pixels=False), device, repeats)
-        seconds["whole"] = median_seconds(lambda: stock.generate(latents, text, pixels=True), device, repeats)
-    del stock
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return seconds, {"stock": peak.bytes}
+def _uncompiled_decode(shapes: Shapes, device: torch.device, dtype: torch.dtype, repeats: int, latents: torch.Tensor) -> float:
+    """Seconds with this project's own kernels in the place of torch.compile."""
+    decoder = Decoder(shapes.vae(device, dtype).eval())
+    return median_seconds(lambda: [part.cpu() for part in decoder.stream(latents, uint8=True)], device, repeats)
 
 
 def _long_prompt(pipe: OneStepPipeline) -> str:
     """Nearly as many tokens as the transformer takes: no text takes longer."""
     length = pipe.sources.transformer.text_length
-    encoder: TextEncoder = pipe._residence.run("text encoder", lambda device: pipe.sources.text.load(length, device), lambda encoder: encoder)
+    encoder = pipe.sources.text.load(length, torch.device("meta"))  # only to cut texts into tokens
     words = "a red circle moving left on a green background".split() * length
     count = next(n for n in range(len(words), 0, -1) if len(encoder.tokenize([" ".join(words[:n])])[0]) <= length - 8)
     return " ".join(words[:count])
@@ -119,6 +117,14 @@ def show(result: dict) -> None:
     rates = result["rates"]
     say = ["stock: diffusers' WanPipeline, one step, in the same run; paper: table 7, its 8B model at 1280x720 on one H100."]
     say += [f"Measured here: {rates['matrix'] / 1e12:.3g} TFLOP/s in matrix products, {rates['copy'] / 1e9:.3g} GB/s in copies; floors follow from these."]
+    if result["fp8"]:
+        say[-1] += f" In fp8 {rates['matrix_fp8'] / 1e12:.3g} TFLOP/s, which the transformer's floor takes."
+    first, quality = result["first_seconds"], result["decode_psnr"]
+    say.append(f"First calls, with making the weights{' and compiling' * result['compiled']}: transformer {first['dit']:.2f}, decode {first['vae']:.2f}.")
+    if result["uncompiled_decode_seconds"]:
+        say.append(f"Decode without torch.compile, by this project's kernels: {_seconds(result['uncompiled_decode_seconds'])}.")
+    say.append(f"Velocity in {'fp8' if result['fp8'] else result['dtype']}: {result['velocity_error']:.1e} from {_plain(result)}, relative (random weights).")
+    say.append(f"Decode against diffusers' in float32: engine {quality['engine']:.1f} dB, diffusers in {result['dtype']} {quality['stock']:.1f} dB.")
     say.append(f"Peak memory of the decode beside weights: engine {memory['engine'] / MIB:.0f} MiB, diffusers {memory['stock'] / MIB:.0f} MiB.")
     say += result["steps_taken"]
     for line in say:
@@ -129,6 +135,10 @@ def show(result: dict) -> None:
     for gpus, parts in result["modelled_seconds_on_gpus"].items():
         many.add_row(str(gpus), *(_seconds(parts[part]) for part in NAMES))
     console.print(many)
+
+
+def _plain(result: dict) -> str:
+    return f"{'diffusers' if 'dit' in result['stock'] else 'the plain backbone'} in {result['dtype']}"
 
 
 def _seconds(value: float) -> str:

@@ -12,37 +12,56 @@ from pathlib import Path
 
 import torch
 
+from apt_core.fp8 import check_fp8, quantise
 from trainer.machine import matrix_peak
 
 
 @dataclass(frozen=True)
 class Rates:
-    """matrix: FLOP/s of large products in the dtype that the engine computes in; copy: bytes/s read and written by a large copy."""
+    """matrix: FLOP/s of large products in the dtype that the engine computes in; copy: bytes/s read and written by a large copy.
+
+    matrix_fp8: as `matrix`, in fp8, where that was asked for."""
 
     matrix: float
     copy: float
+    matrix_fp8: float | None = None
 
-    def floor(self, flops: float, moved: float) -> float:
-        """Seconds that such work takes at least, when products and memory both run at their best, and at the same time."""
-        return max(flops / self.matrix, moved / self.copy)
+    def floor(self, flops: float, moved: float, eight: bool = False) -> float:
+        """Seconds that such work takes at least, when products and memory both run at their best, and at the same time. eight: products in fp8."""
+        return max(flops / (self.matrix_fp8 if eight else self.matrix), moved / self.copy)
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+def measure_rates(device: torch.device, dtype: torch.dtype, fp8: bool = False) -> Rates:
+    """Raises AptError as `check_fp8` does."""
     cpu = device.type == "cpu"
-    matrix = matrix_peak(str(device), dtype, 1024 if cpu else 8192)
+    size = 1024 if cpu else 8192
+    matrix, eight = matrix_peak(str(device), dtype, size), fp8_peak(device, size) if fp8 else None
     source = torch.empty(2**25 if cpu else 2**30, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
-    seconds = min(_once(lambda: target.copy_(source), device) for _ in range(5))
-    return Rates(matrix, 2 * source.numel() / seconds)
+    seconds = min(once(lambda: target.copy_(source), device) for _ in range(5))
+    return Rates(matrix, 2 * source.numel() / seconds, eight)
+
+
+def fp8_peak(device: torch.device, size: int) -> float:
+    """FLOP/s of square products in fp8 with the scales that the engine uses, the best of a few."""
+    rowwise = check_fp8(device)
+    (a, a_scale), (b, b_scale) = (quantise(torch.randn(size, size, device=device), rowwise) for _ in range(2))
+    b_scale = b_scale.t().contiguous() if rowwise else b_scale
+
+    def product():
+        torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16)
+
+    return 2 * size**3 / min(once(product, device) for _ in range(5))
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Of `repeats` runs, after one that does not count."""
-    _once(work, device)
-    return statistics.median(_once(work, device) for _ in range(repeats))
+    once(work, device)
+    return statistics.median(once(work, device) for _ in range(repeats))
 
 
-def _once(work: Callable[[], object], device: torch.device) -> float:
+def once(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run."""
     synchronise(device)
     started = time.perf_counter()
     work()

@@ -1,10 +1,59 @@
-"""What people have without this engine: diffusers' own WanPipeline in one step, eager, with its own decode."""
+"""What people have without this engine: diffusers' own WanPipeline in one step, eager, with its own decode; and how near the engine is to it."""
+
+import copy
+from dataclasses import dataclass
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
+from apt_core.decoder import Decoder, psnr
+from apt_core.generator import one_step
+from apt_core.vae import denormalize
+from trainer.bench.rates import median_seconds, peak_memory
 from trainer.bench.shapes import Shapes
+
+PART = 3
+"""Latent frames that are decoded in fp32 too: the first ones, which do not depend on the rest."""
+
+
+@dataclass(frozen=True)
+class StockFigures:
+    """seconds: "vae", and of a Wan "dit" and "both" (they share the pipeline's call); decode_peak: bytes beside weights, as the engine's is measured.
+
+    latents: from the noise that the engine gets; of the MMDiT, which has no pipeline in diffusers, by this project's plain backbone.
+    engine_psnr, stock_psnr: dB of the decode of PART latent frames against diffusers' decode in fp32, by the engine and by diffusers.
+    """
+
+    seconds: dict[str, float]
+    decode_peak: int
+    latents: Tensor
+    engine_psnr: float
+    stock_psnr: float
+
+
+@torch.no_grad()
+def measure_stock(shapes: Shapes, device: torch.device, dtype: torch.dtype, repeats: int, noise: Tensor, latents: Tensor, text: Tensor) -> StockFigures:
+    """noise, latents: `[1, C, f, h, w]` for the transformer and for the decode; text: `[1, L, d]`. Nothing stays on the device."""
+    stock, text = Stock(shapes, device, dtype), text.to(device)
+    seconds = {"vae": median_seconds(lambda: stock.decode(latents), device, repeats)}
+    with peak_memory(device) as peak:
+        stock.decode(latents)
+    if stock.pipe:
+        made = stock.generate(noise, text, pixels=False)
+        seconds["dit"] = median_seconds(lambda: stock.generate(noise, text, pixels=False), device, repeats)
+        seconds["both"] = median_seconds(lambda: stock.generate(noise, text, pixels=True), device, repeats)
+    else:
+        made = one_step(shapes.transformer(device, dtype).eval(), noise, text)
+    part = latents[:, :, :PART]
+    exact = copy.deepcopy(stock.vae).float().decode(denormalize(part, stock.vae), return_dict=False)[0].clamp(-1, 1)
+    own = stock.decode(denormalize(part, stock.vae)).float().clamp(-1, 1)
+    engine = Decoder(stock.vae).decode(part).movedim(-1, 1)
+    figures = StockFigures(seconds, peak.bytes, made.float().cpu(), psnr(engine, exact), psnr(own, exact))
+    del stock
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return figures
 
 
 class Stock:
