@@ -53,7 +53,14 @@ class Stream:
     def _activate(self, x: Tensor, gamma: Tensor | None, out: Tensor) -> Tensor:
         if self.kernels:
             return self.kernels.extend(x, gamma, None, memory=0, keep=False, out=out)
-        return out.copy_(x) if gamma is None else F.silu(rms_norm(x, gamma, out), inplace=True)
+        if gamma is None:
+            return out.copy_(x)
+        if x.dtype.itemsize > 2:
+            return F.silu(rms_norm(x, gamma, out), inplace=True)
+        for source, target in [(x, out)] if torch.compiler.is_compiling() else zip(x, out):  # rounded once, in fp32 for one frame at a time
+            wide = source.float()
+            target.copy_(F.silu(rms_norm(wide, gamma, wide), inplace=True))
+        return out
 
 
 class Whole:
@@ -113,8 +120,8 @@ def rms_norm(x: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
 
 
 def _gamma(norm: nn.Module) -> Tensor:
-    """With the sqrt(C) in it."""
-    return (norm.gamma.float() * norm.scale).to(norm.gamma.dtype).flatten()
+    """With the sqrt(C) in it, not in 16 bits."""
+    return (norm.gamma.to(torch.promote_types(norm.gamma.dtype, torch.float32)) * norm.scale).flatten()
 
 
 class CausalConv:
@@ -257,7 +264,7 @@ class Repeat:
             for i in range(2):
                 for j in range(2):
                     channel = ((a * 2 + i) * 2 + j) // self.repeats
-                    fine[(a - skip) % self.frames :: self.frames, :, i, :, j] += source[..., channel :: self.step]
+                    fine[(a - skip) % self.frames :: self.frames, :, i, :, j].add_(source[..., channel :: self.step])  # += would write twice
         return y
 
 

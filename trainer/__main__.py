@@ -64,11 +64,12 @@ def measure(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished demo runs.")],
     samples: Annotated[int, typer.Option(min=2, help="Samples per column and run.")] = 1024,
     out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON too.")] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="With the APT model's blocks in 8 bits.")] = False,
 ) -> None:
     """Judge finished runs on many fresh samples and print one table: means over the runs."""
     from trainer.mini.measure import measure_runs
 
-    measure_runs(runs, samples, out)
+    measure_runs(runs, samples, out, fp8)
 
 
 @app.command("precompute")

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from failing import Failing
 from live_bytes import LiveBytes
+from moved_bytes import MovedBytes
 
 import apt_core
 from apt_core import vae as wan_vae
@@ -160,6 +161,38 @@ def test_plans_for_49_frames_of_720p(version, size, gib, plan):
     with torch.device("meta"):
         vae = AutoencoderKLWan(**FULL[version])
     assert choose(decoder_layers(vae), (1, *size), torch.bfloat16, None, int(gib * 2**30), torch.device("cuda")) == plan
+
+
+class Kernels:
+    """In the place of the Triton kernels: reads and writes as much as they do."""
+
+    moved = 0
+
+    @classmethod
+    def extend(cls, x, gamma, before, *, memory, keep, out=None):
+        out = x.new_empty(memory + len(x), *x.shape[1:]) if out is None else out
+        cls.moved += x.nbytes + out.nbytes + (0 if before is None else (1 + keep) * before.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("version, stock_gb, our_gb", [("2.1", 3382, 595), ("2.2", 2705, 532)])
+def test_memory_traffic_of_49_frames_of_720p(version, stock_gb, our_gb, monkeypatch):
+    """What a GPU reads and writes in a decode in bf16, by count. At this size the time beside the convolutions goes there."""
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**FULL[version]).requires_grad_(False).bfloat16()
+        z = torch.empty(1, vae.config.z_dim, 13, *((90, 160) if version == "2.1" else (44, 80)), dtype=torch.bfloat16)
+    with torch.inference_mode(), MovedBytes() as theirs:
+        vae.decode(z)
+    monkeypatch.setattr(Kernels, "moved", 0)
+    decoder = Decoder(vae, budget=2**50)
+    decoder._kernels = Kernels
+    real = Stream.__init__
+    monkeypatch.setattr(Stream, "__init__", lambda self, rows, device=None, kernels=None: real(self, rows, device, Kernels))
+    with torch.inference_mode(), MovedBytes() as ours:
+        for _ in decoder.stream(z, uint8=True):
+            pass
+    assert theirs.total / 1e9 == pytest.approx(stock_gb, rel=0.01)
+    assert (ours.total + Kernels.moved) / 1e9 == pytest.approx(our_gb, rel=0.01)
 
 
 def test_compiled():

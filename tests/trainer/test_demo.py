@@ -203,6 +203,11 @@ def test_measure_gives_the_mean_and_each_run(run, tmp_path):
         assert result[f"{name}_by_run"][0]["apt_1"]["fd"] != result[f"{name}_by_run"][1]["apt_1"]["fd"]
 
 
+def test_measure_in_8_bits_changes_the_apt_model_alone(run):
+    plain, eight = (measure_runs([run[0]], 4, fp8=fp8)["columns"] for fp8 in (False, True))
+    assert [column for column in COLUMNS if plain[column] != eight[column]] == ["apt_1", "apt_2"]
+
+
 def test_measure_names_an_unfinished_run_before_it_measures_any(run, tmp_path, monkeypatch):
     out = tmp_path / "unfinished"
     out.mkdir()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apt_core.checkpoint import load_transformer
+from apt_core.fast import Speed, make_fast
 from apt_core.flow import sample_noise
 from apt_core.generator import euler_cfg, few_step, one_step
 from apt_core.vae import decode
@@ -37,13 +38,15 @@ class Models:
 class Sampler:
     """Makes every column's latents from the same prompts and the same noise.
 
-    text, negative: padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`.
+    text, negative: padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`. fp8: the APT model's blocks in 8 bits.
     """
 
-    def __init__(self, models: Models, sampling: Sampling, kind: str, text: Tensor, negative: Tensor, shape: tuple, seed: int, device: str = "cpu", batch: int = 128):
+    def __init__(self, models: Models, sampling: Sampling, kind: str, text: Tensor, negative: Tensor, shape: tuple, seed: int, device: str = "cpu", batch: int = 128, fp8: bool = False):
         self.sampling, self.kind, self.seed, self.device, self.batch = sampling, kind, seed, device, batch
         self.text, self.negative, self.shape = text, negative.to(device), shape
         self.networks = {name: load_transformer(getattr(models, name), device=device).requires_grad_(False) for name in ("base", "distilled", "apt")}
+        if fp8:
+            make_fast(self.networks["apt"], torch.device(device), Speed(fp8=True))
 
     def latents(self, column: str) -> Tensor:
         """Normalised latents `[n, C, F, h, w]` of one column."""

@@ -22,10 +22,10 @@ SAMPLE_SEED = 1_000_000  # no demo judges on these scenes or this noise
 FILES = {"image": "apt-image.safetensors", "video": "apt-mini.safetensors"}
 
 
-def measure_runs(runs: list[Path], samples: int, out: Path | None = None) -> dict:
+def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: bool = False) -> dict:
     """Measure each run on `samples` images and clips of its own; print the means over the runs, return them and each run's own.
 
-    Raises AptError for a folder that holds no finished run on drawn clips, before anything is measured.
+    fp8: with the APT model's blocks in 8 bits, as `generate --fp8` has them. Raises AptError for a folder that holds no finished run on drawn clips, before anything is measured.
     """
     presets = [_preset(run) for run in runs]
     vae, net = load_vae(VAE), load_features(ASSETS / "features.safetensors")
@@ -37,7 +37,7 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None) -> dic
             prompts = drawn_prompts(text, kind, samples, SAMPLE_SEED + number, preset.data.frames)
             models = Models(ASSETS / "transformer.safetensors", run / "distilled.safetensors", run / file)
             shape = (16, (prompts.real.shape[1] - 1) // 4 + 1, preset.data.height // 8, preset.data.width // 8)
-            sampler = Sampler(models, preset.sampling, kind, prompts.text, negative, shape, SAMPLE_SEED + number)
+            sampler = Sampler(models, preset.sampling, kind, prompts.text, negative, shape, SAMPLE_SEED + number, fp8=fp8)
             with stage_bar(f"{run.name}: {kind}s") as bar:
                 done = 0
 
@@ -47,7 +47,7 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None) -> dic
                     bar(done, samples * (len(COLUMNS) - 1))
 
                 found[kind].append(evaluate(prompts, sampler, vae, net, report)[0])
-    result = {"runs": [str(run) for run in runs], "samples": samples}
+    result = {"runs": [str(run) for run in runs], "samples": samples, "fp8": fp8}
     for kind, name, title in (("image", "image_columns", "Images"), ("video", "columns", "Video")):
         result[name] = {column: _mean([rows[column] for rows in found[kind]]) for column in COLUMNS}
         result[f"{name}_by_run"] = found[kind]
