@@ -1,8 +1,8 @@
 """Which attention kernel the transformers use: the fastest installed one that fits the card and the dtype."""
 
 import torch
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.utils import is_flash_attn_3_available, is_flash_attn_available
 from torch import Tensor
 
 NATIVE = "native"
@@ -10,20 +10,20 @@ NATIVE = "native"
 
 
 def best_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int = 128) -> str:
-    """diffusers' name of the attention backend for forward and backward passes in `dtype` on `device`.
+    """diffusers' name of the attention backend for forward passes in `dtype` on `device`.
 
-    On Hopper FlashAttention 3 where it is installed, else cuDNN; on newer cards cuDNN; on Ampere and Ada FlashAttention 2 where it is
-    installed. Everything else (CPU, fp32, AMD, odd heads, old cards) is left to PyTorch.
+    On Hopper FlashAttention 3 where it is installed and loads, else cuDNN; on newer cards cuDNN; on Ampere and Ada FlashAttention 2, likewise.
+    Everything else (CPU, fp32, AMD, odd heads, old cards) is left to PyTorch.
     """
     device = torch.device(device)
     if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 128:
         return NATIVE
     generation, _ = torch.cuda.get_device_capability(device)
-    if generation == 9 and is_flash_attn_3_available():
+    if generation == 9 and attention_dispatch.flash_attn_3_func:
         return "_flash_3"
     if generation >= 9:
         return "_native_cudnn"
-    return "flash" if generation == 8 and is_flash_attn_available() else NATIVE
+    return "flash" if generation == 8 and attention_dispatch.flash_attn_func else NATIVE
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tensor:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch.distributed import ProcessGroup
 from .decoder_layers import Bands, Stream, Whole, decoder_layers
 from .decoder_memory import Plan, choose
 from .errors import AptError
+from .memory import allow_many_graphs, out_of_memory
 from .parallel_vae import Rows, Shapes, any_failed
 from .vae import denormalize
 
@@ -40,11 +42,12 @@ class Decoder:
         self.vae, self.frames_per_call, self.budget, self.group = vae, frames_per_call, budget, group
         self.steps_taken: list[str] = []
         self._low, self._high = decoder_layers(vae)
-        self._kernels = None
-        if vae.device.type == "cuda" and not compile and find_spec("triton"):
-            self._kernels = import_module(".kernels", __package__)
+        self._kernels = _kernels_for(vae.device)
         self._plans: dict[torch.Size, Plan] = {}  # of the sizes for which memory once ran out
-        self._run = torch.compile(_run, fullgraph=True, dynamic=False) if compile and not group else _run
+        self._compiled = compile and not group
+        if self._compiled:
+            allow_many_graphs()
+        self._run = torch.compile(_run, fullgraph=True, dynamic=False) if self._compiled else _run
 
     @torch.inference_mode()
     def stream(self, latents: Tensor, *, uint8: bool = False, report: Callable[[str], None] | None = None) -> Iterator[Tensor]:
@@ -67,7 +70,9 @@ class Decoder:
                 slices = self._slices(latents, plan, rows)
             try:
                 pixels, calls = next(slices), calls + 1
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 pixels = None
             # Not in the except block: the exception would keep the memory of the failed call.
             if pixels is None and self.group:
@@ -106,7 +111,8 @@ class Decoder:
 
     def _slices(self, latents: Tensor, plan: Plan, rows: Rows | Whole) -> Iterator[Tensor]:
         latents = rows.cut(latents) if self.group else latents
-        memory, kernels = torch.device("cpu") if plan.offload else None, None if latents.is_meta else self._kernels
+        memory = torch.device("cpu") if plan.offload else None
+        kernels = None if latents.is_meta or (self._compiled and plan.bands == 1) else self._kernels
         streams = [Stream(rows, memory, kernels) for _ in latents]
         frames = latents.shape[1]
         for start in range(0, frames, plan.frames):
@@ -144,6 +150,14 @@ class Decoder:
         if self.vae.device.type == "cuda":
             torch.cuda.empty_cache()
         return smaller
+
+
+def _kernels_for(device: torch.device) -> ModuleType | None:
+    """The module `kernels` where Triton is there and works."""
+    if device.type != "cuda" or not find_spec("triton"):
+        return None
+    kernels = import_module(".kernels", __package__)
+    return kernels if kernels.work_on(device) else None
 
 
 def _run(layers: list, x: Tensor, stream: Stream) -> Tensor:

@@ -12,6 +12,10 @@ BAND = 12
 SPARE = 0.85
 """Part of a budget that the account may fill: the rest is for the workspaces of the convolutions, of which nothing is known before."""
 
+LARGEST = 2**31
+"""Numbers of one tensor from which on cuDNN's convolutions count in 64 bits, where it has such ones at all."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a decode goes, from fast to small: latent frames per call, bands of rows, and whether past frames are remembered on the CPU."""
@@ -40,6 +44,8 @@ def choose(
 ) -> Plan:  # fmt: skip
     """The fastest plan for latents of shape (clips, f, h, w) whose account fits, or the smallest there is.
 
+    None makes a convolution read or write LARGEST numbers or more, as long as fewer latent frames per call can help that.
+
     frames: where to begin, None: all. budget: in bytes, None: what the device has free; on a CPU one frame at a time, since more are hardly faster.
     bands: whether rows may be divided.
     """
@@ -48,6 +54,8 @@ def choose(
     if budget is None:
         budget = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     plan = Plan(min(frames or shape[1], shape[1]))
+    while plan.frames > 1 and largest(layers, shape, plan) >= LARGEST:
+        plan = Plan(plan.frames - 1)
     while account(layers, shape, plan, dtype) > SPARE * budget:
         smaller = plan.smaller(shape[2], bands)
         if smaller is None:
@@ -76,11 +84,21 @@ def account(layers: tuple[list, list], shape: tuple[int, int, int, int], plan: P
     return (peak + (clips + 1) * pixels) * dtype.itemsize + 4 * clips * pixels
 
 
+def largest(layers: tuple[list, list], shape: tuple[int, int, int, int], plan: Plan) -> int:
+    """Numbers in the largest tensor that a convolution reads or writes."""
+    (low, high), (_, f, h, w) = layers, shape
+    account = Account()
+    account.add(low + high, (min(plan.frames, f), h, w, 0))
+    return account.largest
+
+
 class Account:
-    """Numbers held at the peak of a call, and from call to call. bands: rows are copied once more for their neighbours' sake."""
+    """Numbers held at the peak of a call, and from call to call; and those of the largest tensor at a convolution.
+
+    bands: rows are copied once more for their neighbours' sake."""
 
     def __init__(self, bands: bool = False):
-        self.bands, self.peak, self.remembered, self.kept = bands, 0, 0, 0
+        self.bands, self.peak, self.remembered, self.kept, self.largest = bands, 0, 0, 0, 0
 
     def add(self, layers: list, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
         """Goes through the layers with frames of shape (t, h, w, c). Returns the shape after them."""
@@ -95,6 +113,7 @@ class Account:
         """A convolution while `beside` numbers a position are held: what it sees, and what it gives, by taps twice."""
         self._hold(t, h, w, (1 + conv.by_taps) * conv.out_channels, beside + (1 + self.bands) * (t + MEMORY) * conv.channels)
         self.remembered += MEMORY * h * w * conv.channels
+        self.largest = max(self.largest, h * w * (t + MEMORY) * conv.channels, h * w * t * conv.out_channels)
 
     def _pointwise(self, layer: Pointwise, t: int, h: int, w: int, c: int) -> tuple[int, int, int, int]:
         out, c = layer.weight.shape
@@ -122,6 +141,7 @@ class Account:
             t *= 2
             self._hold(t, h, w, 2 * c, before)
         self._hold(t, h, w, (1 + self.bands) * c + 2 * out, before)
+        self.largest = max(self.largest, t * (h + 1) * (w + 1) * out)
         return t, 2 * h, 2 * w, out // 4
 
     def _keep(self, layer: Keep, *shape: int) -> tuple[int, ...]:

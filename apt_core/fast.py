@@ -12,6 +12,7 @@ from .attention import best_backend
 from .context_parallel import enable
 from .errors import AptError
 from .fp8 import check_fp8, to_fp8
+from .memory import allow_many_graphs
 from .mmdit import MMDiTBackbone
 
 
@@ -26,20 +27,24 @@ class Speed:
 
 
 @torch.no_grad()
-def make_fast(model: nn.Module, device: torch.device, speed: Speed = Speed(), group=None) -> nn.Module:
+def make_fast(model: nn.Module, device: torch.device, speed: Speed = Speed(), group=None, place: torch.device | None = None) -> nn.Module:
     """Prepares a WanBackbone or MMDiTBackbone, in place, for forward passes without gradients on `device`; returns it.
 
-    group: processes that share each sample's tokens. Raises AptError where the card has no fp8 and where the group does not divide the heads.
+    place: where its weights are to wait, None: where they are. group: processes that share each sample's tokens. Raises AptError where the card
+    has no fp8 and where the group does not divide the heads.
     """
     fuse_projections(model)
     model.eval().requires_grad_(False)
     if speed.fp8:
-        to_fp8(model, check_fp8(device))
+        to_fp8(model, check_fp8(device), place)
+    if place is not None:
+        model.to(place)
     if group is not None and group.size() > 1:
         enable(model, group)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     model.use_attention(speed.backend or best_backend(device, dtype, model.config.attention_head_dim))
     if speed.compile:
+        allow_many_graphs()
         for block in model.blocks:
             block.compile(dynamic=False)
     return model

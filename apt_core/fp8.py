@@ -34,8 +34,10 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out] in the dtype of x."""
         rows, scale = quantise(x.reshape(-1, self.in_features), self.rowwise)
-        bias = self.bias if x.dtype == torch.bfloat16 else None  # the fp8 units add a bias to 16 bits only
-        y = torch._scaled_mm(rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=bias, out_dtype=x.dtype)
+        out = torch.bfloat16 if x.is_cuda and self.rowwise else x.dtype  # all that every build of torch has for rows
+        bias = self.bias if out == x.dtype == torch.bfloat16 else None  # the fp8 units add a bias to 16 bits only
+        y = torch._scaled_mm(rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=bias, out_dtype=out, use_fast_accum=x.is_cuda)
+        y = y.to(x.dtype)
         y = y if bias is not None or self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -47,13 +49,18 @@ def check_fp8(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         raise AptError(f"{name} has no fp8 matrix units (Ada, Hopper and Blackwell have): leave fp8 away.")
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)  # Hopper, data centres' Blackwell
 
 
 @torch.no_grad()
-def to_fp8(model: nn.Module, rowwise: bool = True) -> nn.Module:
-    """Puts an Fp8Linear in the place of each linear layer of the blocks, except those of time, which see one row; returns the model."""
-    for name, module in list(model.blocks.named_modules()):
-        if isinstance(module, nn.Linear) and "modulation" not in name and module.in_features % STEP == 0 and module.out_features % STEP == 0:
-            model.blocks.set_submodule(name, Fp8Linear(module, rowwise))
+def to_fp8(model: nn.Module, rowwise: bool = True, device: torch.device | None = None) -> nn.Module:
+    """Puts an Fp8Linear in the place of each linear layer of the blocks, except those of time, which see one row; returns the model.
+
+    device: where the new layers are to be, None: where the old ones are. The wide weights go there one by one.
+    """
+    names = [name for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:
+        linear = model.blocks.get_submodule(name)
+        if "modulation" not in name and linear.in_features % STEP == 0 and linear.out_features % STEP == 0:
+            model.blocks.set_submodule(name, Fp8Linear(linear.to(device), rowwise))
     return model

@@ -15,6 +15,8 @@ def _extend(
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, MEMORY: tl.constexpr,
     HAS_BEFORE: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
+    # A frame's offset is beyond 32 bits from 2 GiB of numbers on.
+    x_frame, before_frame, out_frame = x_frame.to(tl.int64), before_frame.to(tl.int64), out_frame.to(tl.int64)
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_C)
     inside = (position[:, None] < positions) & (channel[None, :] < C)
@@ -53,10 +55,20 @@ def extend(x: Tensor, gamma: Tensor | None, before: Tensor | None, *, memory: in
     out = x.new_empty(t + memory, *x.shape[1:]) if out is None else out
     block_c = triton.next_power_of_2(channels)
     block = max(POSITIONS_TIMES_CHANNELS // block_c, 1)
-    _extend[(triton.cdiv(positions, block),)](
-        x, gamma if gamma is not None else x, before if before is not None else x, out, t, positions,
-        x.stride(0), before.stride(0) if before is not None else 0, out.stride(0),
-        C=channels, BLOCK_C=block_c, BLOCK=block, MEMORY=memory,
-        HAS_BEFORE=before is not None, NORM=gamma is not None, KEEP=keep and before is not None, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        _extend[(triton.cdiv(positions, block),)](
+            x, gamma if gamma is not None else x, before if before is not None else x, out, t, positions,
+            x.stride(0), before.stride(0) if before is not None else 0, out.stride(0),
+            C=channels, BLOCK_C=block_c, BLOCK=block, MEMORY=memory,
+            HAS_BEFORE=before is not None, NORM=gamma is not None, KEEP=keep and before is not None, num_warps=8,
+        )  # fmt: skip
     return out
+
+
+def work_on(device: torch.device) -> bool:
+    """Whether they run there: Triton also wants a C compiler and a card that it knows."""
+    try:
+        extend(torch.ones(1, 1, 1, 16, device=device), torch.ones(16, device=device), None, memory=2, keep=False)
+    except Exception:  # whatever Triton, the compiler or the driver says
+        return False
+    return True

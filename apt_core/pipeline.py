@@ -5,8 +5,8 @@
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +80,8 @@ class OneStepPipeline:
         self._text_cache: TextCache | None = None
         self._decoder: Decoder | None = None
         self._given_up: list[str] = []
+        self._drawer = ThreadPoolExecutor(1)
+        self._drawn: tuple[tuple, Future] | None = None  # the noise that was asked for last
 
     @classmethod
     def from_checkpoint(
@@ -109,7 +111,11 @@ class OneStepPipeline:
         text = self.embed(request)
         videos = []
         for number in range(request.samples):
-            frames = np.concatenate(list(self.frames(self.latents(request, number, text))))
+            latents = self.latents(request, number, text)
+            if number + 1 < request.samples:
+                self._draw(request, number + 1)
+            parts = list(self.frames(latents))
+            frames = np.concatenate(parts) if len(parts) > 1 else parts[0]
             videos.append(Video(frames, request.fps if len(frames) > 1 else 0.0, request.prompt(number), number))
         return videos[0] if isinstance(prompt, str) and request.count == 1 else videos
 
@@ -130,6 +136,7 @@ class OneStepPipeline:
     def embed(self, request: Request) -> Tensor:
         """The texts of a request, `[n, L, d]` fp32 on the CPU. The encoder is only loaded for a text that the cache does not have."""
         source, length = self.sources.text, self.sources.transformer.text_length
+        self._draw(request, 0)  # beside the encoder
         if self._text_cache is None:
             self._text_cache = TextCache(self.cache / "text", encoder_fingerprint(source.facts))
 
@@ -140,36 +147,40 @@ class OneStepPipeline:
 
     def latents(self, request: Request, number: int, text: Tensor) -> Tensor:
         """Sample `number` of a request as normalised latents `[1, C, f, h, w]`, fp32. text: what `embed` gave."""
-        shape = request.latents(self.sources)
+        shape, z = request.latents(self.sources), self._draw(request, number).result()
 
-        def noise(stream: str) -> Tensor:
-            return sample_noise([number], shape, request.seed, f"generate/{stream}").to(self.device)
+        def noise(step: int) -> Tensor:
+            return sample_noise([number], shape, request.seed, f"generate/step{step}").to(self.device)
 
         prompt = text[number // request.count][None].to(self.device)
 
         def sample(transformer) -> Tensor:
             if request.steps <= 2:
-                return few_step(transformer, noise("z"), prompt, request.times, lambda i: noise(f"step{i}"))
+                return few_step(transformer, z.to(self.device), prompt, request.times, noise)
             negative = text[-1][None].to(self.device)
-            return euler_cfg(transformer, noise("z"), prompt, negative, request.steps, request.guidance, request.shift)
+            return euler_cfg(transformer, z.to(self.device), prompt, negative, request.steps, request.guidance, request.shift)
 
         return self._residence.run("transformer", self._load_transformer, sample, alone=self.group is None)
 
     def frames(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Latents `[1, C, f, h, w]` -> frames as they are decoded, uint8 `[n, H, W, 3]`."""
+        return map(Tensor.numpy, on_the_cpu(part[0] for part in self._decode(latents)))
+
+    def _decode(self, latents: Tensor) -> Iterator[Tensor]:
         decoder = self._residence.run("vae", lambda device: self.sources.vae.load(self.dtype, device), self._decoder_of)
-        for part in decoder.stream(latents, uint8=True, report=self.report):
-            yield part[0].cpu().numpy()
+        yield from decoder.stream(latents, uint8=True, report=self.report)
         if self._residence.level > ALL:
             self._given_up, self._decoder = self.steps_taken, None  # its weights may be copies
 
     def write_sample(self, request: Request, number: int, text: Tensor, path: str | Path | None) -> None:
         """Sample `number` of a request to a file; None as the path makes it only, for the partners of the process that writes."""
-        parts = self.frames(self.latents(request, number, text))
+        latents = self.latents(request, number, text)
         if path is None:
-            for _ in parts:
+            for _ in self._decode(latents):
                 pass
-        elif request.frames == 1:
+            return
+        parts = self.frames(latents)
+        if request.frames == 1:
             write_image(path, next(parts))
         else:
             with ExitStack() as stack:  # left from below: the encoder's thread is done before the file is closed
@@ -182,22 +193,58 @@ class OneStepPipeline:
                     before = thread.submit(write, part)
                 before.result()
 
+    def _draw(self, request: Request, number: int) -> Future:
+        """The noise that a sample starts from, made by a thread: at a real model's size that takes as long as some of its blocks."""
+        what = [number], request.latents(self.sources), request.seed, "generate/z"
+        if self._drawn is None or self._drawn[0] != what:
+            self._drawn = what, self._drawer.submit(sample_noise, *what)
+        return self._drawn[1]
+
     def _load_transformer(self, device: torch.device):
-        return make_fast(self.sources.transformer.load(self.dtype, device), self.device, self.speed, self.group)
+        first = torch.device("cpu") if self.speed.fp8 else device  # the device may not hold them in 16 bits
+        return make_fast(self.sources.transformer.load(self.dtype, first), self.device, self.speed, self.group, device)
 
     def _decoder_of(self, vae) -> Decoder:
         if self._decoder is None:
             compiled = self.speed.compile and self.device.type != "cpu"  # there it takes minutes, and the result is slower
-            self._decoder = Decoder(vae, compile=compiled, budget=self.memory, group=self.group)
+            self._decoder = Decoder(vae, compile=compiled, budget=self._beside_weights(), group=self.group)
         return self._decoder
+
+    def _weights(self) -> dict[str, int]:
+        """Bytes of each network."""
+        transformer, vae, text, width = self.sources.transformer, self.sources.vae, self.sources.text, self.dtype.itemsize
+        return {"transformer": transformer.parameters * (1 if self.speed.fp8 else width), "vae": vae.parameters * width, "text": text.facts.parameters * 2}
+
+    def _beside_weights(self) -> int | None:
+        """What of `memory` a decode may use."""
+        weights = self._weights()
+        there = sum(weights.values()) if self._residence.level == ALL else weights["vae"]
+        return None if self.memory is None else max(self.memory - there, 0)
 
     def _first_level(self) -> int:
         """See `residence.first_level`, for a sample of the size that the checkpoint was trained for."""
-        transformer, vae, text = self.sources.transformer, self.sources.vae, self.sources.text
-        width = self.dtype.itemsize
-        weights = {"transformer": transformer.parameters * (1 if self.speed.fp8 else width), "vae": vae.parameters * width, "text": text.facts.parameters * 2}
+        transformer, width, weights = self.sources.transformer, self.dtype.itemsize, self._weights()
         _, f, h, w = Request(("",)).fitted(self.sources).latents(self.sources)
         tokens = f * h * w // int(np.prod(transformer.patch))
         d = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
         working = tokens * (24 * d + 2 * transformer.config.get("ffn_dim", 4 * d)) * width  # of one block, nothing is kept
         return first_level(self.device, weights, working, self.memory)
+
+
+def on_the_cpu(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each tensor in the CPU's memory; those of a GPU travel while it makes the next one."""
+    before = None
+    for part in parts:
+        if part.device.type != "cuda":
+            yield part
+            continue
+        copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+        copy.copy_(part, non_blocking=True)
+        arrived = torch.cuda.current_stream(part.device).record_event()
+        if before:
+            before[1].synchronize()
+            yield before[0]
+        before = copy, arrived
+    if before:
+        before[1].synchronize()
+        yield before[0]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import AptError
+from .memory import out_of_memory
 
 T = TypeVar("T")
 ALL, PARTS, BLOCKS = 0, 1, 2
@@ -40,8 +41,9 @@ class Residence:
         while True:
             try:
                 return work(self._ready(name, load))
-            except torch.OutOfMemoryError:
-                pass  # stepping down in here would still hold what the failed attempt had
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise  # stepping down in here would still hold what the failed attempt had
             self._step_down(name, alone)
 
     def _ready(self, name: str, load: Callable[[torch.device], object]):
@@ -53,7 +55,8 @@ class Residence:
             self._networks[name] = load(torch.device("cpu") if self.level == BLOCKS else self.device)
         network = self._networks[name]
         if self.level < BLOCKS or not blocks_of(network):
-            network.to(self.device)
+            if self.level > ALL:  # else it never left
+                network.to(self.device)
         elif name not in self._streams:
             self._streams[name] = BlockStream(network, self.device)
         else:
@@ -90,6 +93,7 @@ class BlockStream:
         streamed = {id(tensor) for block in self.blocks for tensor in _tensors(block)}
         self._rest = [tensor for tensor in _tensors(getattr(network, "model", network)) if id(tensor) not in streamed]
         self._coming: dict[int, list[Tensor]] = {}
+        self._done: dict[int, torch.cuda.Event] = {}
         for number, block in enumerate(self.blocks):
             block._compiled_call_impl = None  # compiled code would take the moves into its graph
             block.register_forward_pre_hook(lambda *_, number=number: self._take(number))
@@ -111,6 +115,8 @@ class BlockStream:
             self._coming[number] = [tensor.to(self.device, non_blocking=True, copy=True) for tensor in self._host[number]]
 
     def _take(self, number: int) -> None:
+        if number - 2 in self._done:  # the CPU runs ahead of the device, which would have to hold all the blocks that it asked for
+            self._done[number - 2].synchronize()
         if number not in self._coming:
             self._fetch(number)
         here = self._coming.pop(number)
@@ -127,6 +133,8 @@ class BlockStream:
     def _leave(self, number: int) -> None:
         for tensor, host in zip(_tensors(self.blocks[number]), self._host[number]):
             tensor.data = host
+        if self._copier:
+            self._done[number] = torch.cuda.current_stream(self.device).record_event()
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -36,7 +36,7 @@ def load_tiny_decoder(path: str | Path, dtype: torch.dtype = torch.float32, devi
     check_shapes(path, {key: shape for key, shape in header.shapes.items() if not key.startswith("encoder.")}, expected, NAMES[first[1]])
     tensors, _ = read_tensors(path)
     model.load_state_dict({key: tensors[key].to(device, dtype, copy=True) for key in expected}, assign=True)
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 class TinyDecoder(nn.Module):
@@ -66,6 +66,7 @@ class TinyDecoder(nn.Module):
         weight = self.decoder[1].weight
         past: dict[int, Tensor] = {}
         for i, frame in enumerate(latents.to(weight).unbind(2)):
+            frame = frame.contiguous(memory_format=torch.channels_last)
             for index, layer in enumerate(self.decoder):
                 frame = layer(frame, past, index, len(latents)) if isinstance(layer, Past) else layer(frame)
             pixels = F.pixel_shuffle(frame, self.patch).unflatten(0, (len(latents), -1)).movedim(2, -1).float().clamp_(0, 1)

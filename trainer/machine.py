@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -47,6 +48,7 @@ def this_machine(device: str, compute: str) -> Machine:
         return Machine(f"CPU, {torch.get_num_threads()} threads", processes or 1, memory / local, matrix_peak("cpu", dtype, 512))
     properties = torch.cuda.get_device_properties(device)
     gpus = processes or (1 if ":" in device else torch.cuda.device_count())
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device  # not all processes on the first
     return Machine(properties.name, gpus, properties.total_memory, matrix_peak(device, dtype, 8192))
 
 
@@ -60,7 +62,7 @@ def imagined(gpus: int, memory_gib: float, tflops: float) -> Machine:
 def matrix_peak(device: str, dtype: torch.dtype, size: int) -> float:
     """FLOP/s of square matrix products, the best of a few."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     best = float("inf")
     for _ in range(5):
         wait()

@@ -4,10 +4,11 @@ import torch
 
 
 class Failing:
-    """calls: numbers of the calls that fail. late: when the layer has computed, and exchanged what it had to."""
+    """calls: numbers of the calls that fail. late: when the layer has computed, and exchanged what it had to. error: what it fails with."""
 
-    def __init__(self, layer, calls, late: bool = False):
+    def __init__(self, layer, calls, late: bool = False, error: Exception | None = None):
         self.layer, self.calls, self.late, self.count = layer, calls, late, 0
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory.")
 
     def __call__(self, x, stream):
         if not x.is_meta:
@@ -15,5 +16,5 @@ class Failing:
         failing = self.count in self.calls and not x.is_meta
         result = None if failing and not self.late else self.layer(x, stream)
         if failing:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise self.error
         return result

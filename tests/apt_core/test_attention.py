@@ -24,8 +24,8 @@ from apt_core.mmdit import MMDiTBackbone
 )
 def test_best_backend(monkeypatch, generation, installed, dtype, head_dim, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
-    monkeypatch.setattr(attention, "is_flash_attn_available", lambda: "fa2" in installed)
-    monkeypatch.setattr(attention, "is_flash_attn_3_available", lambda: "fa3" in installed)
+    for name, package in (("flash_attn_func", "fa2"), ("flash_attn_3_func", "fa3")):  # None where a package is missing or does not load
+        monkeypatch.setattr(attention.attention_dispatch, name, print if package in installed else None)
     assert best_backend("cuda:0", dtype, head_dim) == expected
     assert AttentionBackendName(expected)
     assert best_backend("cpu", dtype, head_dim) == "native"

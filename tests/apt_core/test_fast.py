@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -142,12 +143,29 @@ def test_a_transformer_in_fp8(make):
     assert isinstance(to_fp8(make()).proj_out, nn.Linear)
 
 
+def test_wide_weights_go_one_by_one():
+    """A model in 8 bits fits where it does not in 16: no more than one layer is there in both."""
+    model, alive, most = mmdit(), [], 0
+    real = Fp8Linear.__init__
+
+    def watch(self, linear, rowwise):
+        nonlocal most
+        alive.append(weakref.ref(linear))
+        most = max(most, sum(layer() is not None for layer in alive))
+        real(self, linear, rowwise)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fp8Linear, "__init__", watch)
+        to_fp8(model)
+    assert len(alive) > 20 and most <= 2
+
+
 def test_a_card_without_fp8_is_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(AptError, match=r"^NVIDIA A100 has no fp8 matrix units \(Ada, Hopper and Blackwell have\): leave fp8 away\.$"):
         check_fp8(torch.device("cuda"))
-    for capability, rowwise in (((8, 9), False), ((9, 0), True), ((10, 0), True)):
+    for capability, rowwise in (((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert check_fp8(torch.device("cuda")) is rowwise
 

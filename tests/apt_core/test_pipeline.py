@@ -194,6 +194,23 @@ def test_out_of_memory_in_the_transformer(times, level, monkeypatch, tmp_path):
     assert close(pipe(PROMPT, **SIZE).frames, as_bytes(by_hand()))
 
 
+def test_a_budget_is_for_weights_and_decode_together(tmp_path):
+    for memory, level in ((1.0, ALL), (0.015, PARTS)):
+        pipe = pipeline(cache=tmp_path, memory=memory)
+        assert pipe._residence.level == level
+        pipe(PROMPT, **SIZE | {"frames": 1})
+        weights = pipe._weights()
+        assert pipe._beside_weights() == int(memory * 2**30) - (sum(weights.values()) if level == ALL else weights["vae"])
+
+
+def test_the_noise_of_the_next_sample_is_drawn_ahead(tmp_path, monkeypatch):
+    drawn, real = [], sample_noise
+    monkeypatch.setattr("apt_core.pipeline.sample_noise", lambda numbers, *rest: drawn.append(numbers[0]) or real(numbers, *rest))
+    pipe = pipeline(cache=tmp_path)
+    videos = pipe(PROMPT, count=3, **SIZE)
+    assert drawn == [0, 1, 2] and close(videos[2].frames, as_bytes(by_hand(2)))
+
+
 def test_out_of_memory_that_nothing_helps(monkeypatch, tmp_path):
     pipe = pipeline(cache=tmp_path, report=lambda _: None)
     fail_times(monkeypatch, 3)

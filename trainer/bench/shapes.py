@@ -124,6 +124,8 @@ def random_weights(make, device: torch.device | str, dtype: torch.dtype) -> nn.M
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device=device)
+    if hasattr(model, "shared"):  # UMT5's embedding, which that makes two of
+        model.encoder.embed_tokens.weight = model.shared.weight
     generator = torch.Generator(device).manual_seed(0)
     for p in model.parameters():
         if p.numel() > max(p.shape):

@@ -36,9 +36,13 @@ class StockFigures:
 def measure_stock(shapes: Shapes, device: torch.device, dtype: torch.dtype, repeats: int, noise: Tensor, latents: Tensor, text: Tensor) -> StockFigures:
     """noise, latents: `[1, C, f, h, w]` for the transformer and for the decode; text: `[1, L, d]`. Nothing stays on the device."""
     stock, text = Stock(shapes, device, dtype), text.to(device)
-    seconds = {"vae": median_seconds(lambda: stock.decode(latents), device, repeats)}
+
+    def decode() -> Tensor:
+        return _bytes(stock.decode(latents).clamp_(-1, 1) / 2 + 0.5)
+
+    seconds = {"vae": median_seconds(decode, device, repeats)}
     with peak_memory(device) as peak:
-        stock.decode(latents)
+        decode()
     if stock.pipe:
         made = stock.generate(noise, text, pixels=False)
         seconds["dit"] = median_seconds(lambda: stock.generate(noise, text, pixels=False), device, repeats)
@@ -46,7 +50,8 @@ def measure_stock(shapes: Shapes, device: torch.device, dtype: torch.dtype, repe
     else:
         made = one_step(shapes.transformer(device, dtype).eval(), noise, text)
     part = latents[:, :, :PART]
-    exact = copy.deepcopy(stock.vae).float().decode(denormalize(part, stock.vae), return_dict=False)[0].clamp(-1, 1)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+        exact = copy.deepcopy(stock.vae).float().decode(denormalize(part, stock.vae), return_dict=False)[0].clamp(-1, 1)
     own = stock.decode(denormalize(part, stock.vae)).float().clamp(-1, 1)
     engine = Decoder(stock.vae).decode(part).movedim(-1, 1)
     figures = StockFigures(seconds, peak.bytes, made.float().cpu(), psnr(engine, exact), psnr(own, exact))
@@ -75,15 +80,21 @@ class Stock:
 
     @torch.no_grad()
     def generate(self, noise: Tensor, text: Tensor, pixels: bool) -> Tensor:
-        """The whole call, to pixels or only to latents. noise: `[1, C, f, h, w]`; text: `[1, L, d]`."""
+        """The whole call, to bytes on the CPU or only to latents. noise: `[1, C, f, h, w]`; text: `[1, L, d]`."""
         height, width, frames = self.shapes.size
         text = text.to(self.pipe.transformer.dtype)
-        return self.pipe(
+        made = self.pipe(
             height=height, width=width, num_frames=frames, num_inference_steps=1, guidance_scale=1.0, latents=noise, prompt_embeds=text,
             output_type="pt" if pixels else "latent",
         ).frames  # fmt: skip
+        return _bytes(made) if pixels else made
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """As WanPipeline decodes: latents as the VAE has them, in its dtype, to pixels in one piece."""
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+
+
+def _bytes(pixels: Tensor) -> Tensor:
+    """Of [0, 1], on the CPU, as the engine gives its frames."""
+    return (pixels.float() * 255).round_().to(torch.uint8).cpu()

@@ -1,5 +1,6 @@
 """`bench train`: how long an update of stage 2 takes, whole and as a LoRA, with random weights and random samples of a preset's shape."""
 
+import gc
 from datetime import date
 from pathlib import Path
 from time import perf_counter
@@ -105,6 +106,9 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
             raise _Enough  # before anything is written
 
     needed = account(preset, phase, None, world.size)
+    gc.collect()  # what the mode before leaves is in circles
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
     with peak_memory(world.device, interval=0.05) as peak:  # seldom: the same run is timed
         settings = getattr(preset.phases(preset.variant), phase).model_copy(update={"updates": updates})
         try:
