@@ -196,7 +196,7 @@ def test_out_of_memory_in_the_transformer(times, level, monkeypatch, tmp_path):
 
 def test_a_budget_is_for_weights_and_decode_together(tmp_path):
     for memory, level in ((1.0, ALL), (0.015, PARTS)):
-        pipe = pipeline(cache=tmp_path, memory=memory)
+        pipe = OneStepPipeline.from_checkpoint("mini", cache=tmp_path, memory=memory)
         assert pipe._residence.level == level
         pipe(PROMPT, **SIZE | {"frames": 1})
         weights = pipe._weights()
