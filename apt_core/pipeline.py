@@ -28,6 +28,7 @@ from .residence import ALL, Residence, first_level
 from .sources import Sources, TransformerSource, read_sources
 from .text import TextEncoder
 from .text_cache import TextCache, cache_folder, encoder_fingerprint
+from .tiny_decoder import TinyDecoder
 
 GIB = 2**30
 
@@ -78,7 +79,7 @@ class OneStepPipeline:
         self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
         self._residence = Residence(self.device, self._first_level(), self.report)
         self._text_cache: TextCache | None = None
-        self._decoder: Decoder | None = None
+        self._decoder: Decoder | TinyDecoder | None = None
         self._given_up: list[str] = []
         self._drawer = ThreadPoolExecutor(1)
         self._drawn: tuple[tuple, Future] | None = None  # the noise that was asked for last
@@ -86,15 +87,20 @@ class OneStepPipeline:
     @classmethod
     def from_checkpoint(
         cls, path: str | Path | TransformerSource, vae: str | Path | None = None, text_encoder: str | Path | None = None,
-        tokenizer: str | Path | None = None, base: str | Path | None = None, **options,
+        tokenizer: str | Path | None = None, base: str | Path | None = None, tiny_decoder: str | Path | None = None, **options,
     ) -> "OneStepPipeline":  # fmt: skip
         """A pipeline from files: headers and configs are read, no weight.
 
         path: a checkpoint or LoRA file or a diffusers folder; vae, text_encoder: single files as ComfyUI takes them, or diffusers folders;
         tokenizer: where the text encoder does not carry its own; base: the transformer that a LoRA belongs to. "mini" is the shipped miniature,
-        for each of them. options: those of the class. Raises AptError for parts that are missing, damaged or do not fit one another.
+        for each of them. tiny_decoder: taew2_1 or taew2_2 in the place of the VAE, which is fast and APPROXIMATE. options: those of the class. Raises AptError for parts that are missing, damaged or do not fit one another.
         """
-        return cls(read_sources(path, vae, text_encoder, tokenizer, base), **options)
+        return cls(read_sources(path, vae, text_encoder, tokenizer, base, tiny_decoder), **options)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether a tiny decoder stands in for the VAE."""
+        return self.sources.vae.approximate
 
     @property
     def steps_taken(self) -> list[str]:
@@ -204,7 +210,9 @@ class OneStepPipeline:
         first = torch.device("cpu") if self.speed.fp8 else device  # the device may not hold them in 16 bits
         return make_fast(self.sources.transformer.load(self.dtype, first), self.device, self.speed, self.group, device)
 
-    def _decoder_of(self, vae) -> Decoder:
+    def _decoder_of(self, vae) -> Decoder | TinyDecoder:
+        if self.approximate:
+            self._decoder = vae
         if self._decoder is None:
             compiled = self.speed.compile and self.device.type != "cpu"  # there it takes minutes, and the result is slower
             self._decoder = Decoder(vae, compile=compiled, budget=self._beside_weights(), group=self.group)

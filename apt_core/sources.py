@@ -13,6 +13,7 @@ from .errors import AptError
 from .lora import add_adapters, fold, load_lora
 from .mmdit import load_mmdit
 from .tensorfile import metadata_json
+from .tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
 from .text_files import LENGTH, TextFacts, load_text_encoder_files, read_text_encoder
 from .vae import load_vae, read_vae, stride
 
@@ -28,6 +29,7 @@ WHAT = {
     "checkpoint": "a checkpoint or LoRA file, or a diffusers folder",
     "base": "the transformer: a diffusers folder or a .safetensors file",
     "vae": "the VAE: a diffusers folder or a .safetensors file",
+    "tiny_decoder": "the VAE's fast stand-in: taew2_1.safetensors or taew2_2.safetensors",
     "text_encoder": "the UMT5 encoder: a transformers folder or the .safetensors file that ComfyUI takes",
 }
 NATIVE = {"height": 480, "width": 832, "frames": 49, "fps": 16}
@@ -115,19 +117,30 @@ def is_mmdit(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class VaeSource:
-    """channels: of its latents; stride: pixels per latent in (frames, height, width); load(dtype, device)."""
+    """channels: of its latents; stride: pixels per latent in (frames, height, width); load(dtype, device): the VAE, or where `approximate` the
+    tiny decoder that stands in for it."""
 
     name: str
     channels: int
     stride: tuple[int, int, int]
     parameters: int
     load: Callable[[torch.dtype, torch.device], nn.Module]
+    approximate: bool = False
 
 
 def read_vae_source(path: Path) -> VaeSource:
-    """Raises AptError as `apt_core.vae.load_vae` does."""
+    """Raises AptError for a tiny decoder, and as `apt_core.vae.load_vae` does."""
+    if path.is_file() and path.suffix == ".safetensors" and is_tiny_decoder(read_header(path)):
+        raise AptError(f"vae {path} is a tiny decoder, whose pictures are only near the VAE's: give the VAE, or this as tiny_decoder.")
     vae = read_vae(path)
     return VaeSource(str(path), vae.config.z_dim, stride(vae), _count(vae), lambda dtype, device: load_vae(path, dtype).to(device))
+
+
+def read_tiny_source(path: Path) -> VaeSource:
+    """Raises AptError as `load_tiny_decoder` does."""
+    tiny = read_tiny_decoder(path)
+    side = 8 * tiny.patch
+    return VaeSource(str(path), tiny.z_dim, (4, side, side), _count(tiny), lambda dtype, device: load_tiny_decoder(path, dtype, device), True)
 
 
 @dataclass(frozen=True)
@@ -173,15 +186,19 @@ def read_sources(
     text_encoder: str | Path | None = None,
     tokenizer: str | Path | None = None,
     base: str | Path | None = None,
+    tiny_decoder: str | Path | None = None,
 ) -> Sources:
-    """All three, from paths; of a checkpoint of the miniature, parts that are not given are the shipped ones.
+    """All three, from paths; of a checkpoint of the miniature, parts that are not given are the shipped ones. tiny_decoder: in the VAE's place.
 
     Raises AptError for parts that are missing, damaged in their headers, or that do not fit one another. No weight is read.
     """
     transformer = checkpoint if isinstance(checkpoint, TransformerSource) else read_transformer(locate("checkpoint", checkpoint), base)
     shipped = MINI if transformer.metadata.get("base") == MINI else None
-    vae_path, text_path = locate("vae", vae or shipped), locate("text_encoder", text_encoder or shipped)
-    return Sources(transformer, read_vae_source(vae_path), read_text_source(text_path, tokenizer))
+    if tiny_decoder:
+        decoder = read_tiny_source(locate("tiny_decoder", tiny_decoder))
+    else:
+        decoder = read_vae_source(locate("vae", vae or shipped))
+    return Sources(transformer, decoder, read_text_source(locate("text_encoder", text_encoder or shipped), tokenizer))
 
 
 def _count(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import AptError
-from .tensorfile import check_floats, check_shapes, read_header, read_tensors
+from .tensorfile import Header, check_floats, check_shapes, read_header, read_tensors
 
 WIDTHS = 256, 128, 64
 STEPS = 1, 2, 2
@@ -25,18 +25,30 @@ def load_tiny_decoder(path: str | Path, dtype: torch.dtype = torch.float32, devi
 
     Raises AptError for anything else: see `tensorfile.read_tensors` (a .pth file is a pickle); missing, extra or wrongly shaped keys.
     """
+    model = read_tiny_decoder(path)
+    tensors, _ = read_tensors(path)
+    model.load_state_dict({key: tensors[key].to(device, dtype, copy=True) for key in model.state_dict()}, assign=True)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def read_tiny_decoder(path: str | Path) -> "TinyDecoder":
+    """The decoder on device "meta": all checks of `load_tiny_decoder`, and no weight is read."""
     header = read_header(path)
-    first = header.shapes.get("decoder.1.weight", ())
-    if len(first) != 4 or first[1] not in NAMES:
+    if not is_tiny_decoder(header):
         raise AptError(f"{path} is not a tiny decoder for Wan: give taew2_1.safetensors (16 latent channels) or taew2_2.safetensors (48).")
     check_floats(path, header)
+    z_dim = header.shapes["decoder.1.weight"][1]
     with torch.device("meta"):
-        model = TinyDecoder(first[1])
+        model = TinyDecoder(z_dim)
     expected = {key: value.shape for key, value in model.state_dict().items()}
-    check_shapes(path, {key: shape for key, shape in header.shapes.items() if not key.startswith("encoder.")}, expected, NAMES[first[1]])
-    tensors, _ = read_tensors(path)
-    model.load_state_dict({key: tensors[key].to(device, dtype, copy=True) for key in expected}, assign=True)
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    check_shapes(path, {key: shape for key, shape in header.shapes.items() if not key.startswith("encoder.")}, expected, NAMES[z_dim])
+    return model
+
+
+def is_tiny_decoder(header: Header) -> bool:
+    """Whether the file looks like one."""
+    first = header.shapes.get("decoder.1.weight", ())
+    return len(first) == 4 and first[1] in NAMES
 
 
 class TinyDecoder(nn.Module):

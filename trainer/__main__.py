@@ -167,6 +167,7 @@ def generate(
     compiled: Annotated[bool, typer.Option("--compile", help="Compile transformer and decoder; what is compiled is kept for the next start.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="Weights and products of the transformer's blocks in 8 bits, where the card has them.")] = False,
     memory: Annotated[float | None, typer.Option(help="GiB of the device to keep within; by default what is free.")] = None,
+    tiny_decoder: Annotated[str, typer.Option(help="taew2_1 or taew2_2 (.safetensors) in the VAE's place: fast, and only near its pictures.")] = "",
     device: str = "auto",
     seed: Seed = 0,
 ) -> None:  # fmt: skip
@@ -181,7 +182,8 @@ def generate(
     request = Request(texts, height, width, frames, fps, count, seed, steps, guidance, shift, negative)
     with connect(pick_device(device), context_parallel=context_parallel) as world:
         files = with_defaults(checkpoint, base, vae, text_encoder, tokenizer)
-        generate(checkpoint, request, out, files, world, ema, backend=backend, compile=compiled, fp8=fp8, memory=memory)
+        fast = {"backend": backend, "compile": compiled, "fp8": fp8, "memory": memory, "tiny_decoder": tiny_decoder}
+        generate(checkpoint, request, out, files, world, ema, **fast)
 
 
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory on this machine, with random weights of the true shapes.")

@@ -15,7 +15,7 @@ from trainer.config import Files
 from trainer.distributed import World
 from trainer.files import make_folder
 from trainer.places import ABOUT, STATE, resolve
-from trainer.progress import stage_bar
+from trainer.progress import console, stage_bar
 from trainer.weights import ROLE, open_generator
 
 
@@ -51,6 +51,8 @@ def generate(
     text = pipe.embed(request)
     mine = range(world.dp_rank, request.samples, world.dp)
     make_folder(out)
+    if pipe.approximate and world.main:
+        console.print(f"{pipe.sources.vae.name} stands in for the VAE: these pictures are near the VAE's own, not equal to them.", markup=False, highlight=False)
     written = []
     with stage_bar("Sampling") as report:
         for done, number in enumerate(mine):

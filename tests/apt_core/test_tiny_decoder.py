@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from apt_core.errors import AptError
+from apt_core.pipeline import OneStepPipeline
 from apt_core.tiny_decoder import TinyDecoder, load_tiny_decoder
 
 
@@ -61,6 +62,23 @@ def test_says_that_it_is_approximate(file):
     model = load_tiny_decoder(file, torch.bfloat16)
     assert model.approximate and model.decoder[1].weight.dtype == torch.bfloat16 and not model.decoder[1].weight.requires_grad
     assert model.decode(torch.zeros(1, model.z_dim, 1, 1, 1)).dtype == torch.float32
+
+
+def test_a_pipeline_with_it_says_that_it_is_approximate(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "tae.safetensors"
+    save_file(TinyDecoder(16).state_dict(), path)
+    pipe = OneStepPipeline.from_checkpoint("mini", tiny_decoder=path, cache=tmp_path)
+    assert pipe.approximate and not OneStepPipeline.from_checkpoint("mini").approximate
+    video = pipe("a red circle", seed=1)
+    request = pipe.request("a red circle", seed=1)
+    expected = load_tiny_decoder(path).decode(pipe.latents(request, 0, pipe.embed(request)), uint8=True)
+    assert video.frames.shape == (9, 48, 48, 3) and (expected[0].numpy() == video.frames).all()
+    with pytest.raises(AptError, match=r"is a tiny decoder, whose pictures are only near the VAE's: give the VAE, or this as tiny_decoder\.$"):
+        OneStepPipeline.from_checkpoint("mini", vae=path)
+    save_file(TinyDecoder(48).state_dict(), tmp_path / "wide.safetensors")
+    with pytest.raises(AptError, match="has 48 channels, but .* makes latents of 16"):
+        OneStepPipeline.from_checkpoint("mini", tiny_decoder=tmp_path / "wide.safetensors")
 
 
 def test_refuses_other_latents(file):
