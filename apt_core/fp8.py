@@ -45,11 +45,21 @@ class Fp8Linear(nn.Module):
 def check_fp8(device: torch.device) -> bool:
     """Whether `device` takes a scale for each row. Raises AptError for a card without fp8 units; a CPU computes it all the same, slowly."""
     if device.type == "cpu":
-        return True
+        return _rows_on_a_cpu()
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         raise AptError(f"{name} has no fp8 matrix units (Ada, Hopper and Blackwell have): leave fp8 away.")
     return torch.cuda.get_device_capability(device)[0] in (9, 10)  # Hopper, data centres' Blackwell
+
+
+def _rows_on_a_cpu() -> bool:
+    """Newer versions of torch have that."""
+    x, scale = torch.zeros(STEP, STEP, dtype=FP8), torch.ones(STEP, 1)
+    try:
+        torch._scaled_mm(x, x.t(), scale_a=scale, scale_b=scale.t().contiguous(), out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
 
 
 @torch.no_grad()

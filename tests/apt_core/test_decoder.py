@@ -228,13 +228,13 @@ def test_compiled_for_many_sizes(monkeypatch):
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="eager", **options))
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**VERSIONS["2.1"] | {"num_res_blocks": 0}).eval().requires_grad_(False)
-    decoder = Decoder(vae, frames_per_call=1, compile=True)
-    for rows in (1, 2, 3, 4):
-        z = latents(vae, 3, rows, 2).float()
-        torch.testing.assert_close(decoder.decode(z), stock(vae, z), rtol=0, atol=1e-4)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        decoder = Decoder(vae, frames_per_call=1, compile=True)
+        for rows in (1, 2, 3, 4):
+            z = latents(vae, 3, rows, 2).float()
+            torch.testing.assert_close(decoder.decode(z), stock(vae, z), rtol=0, atol=1e-4)
 
 
 def test_bf16_is_as_near_as_stock_bf16():

@@ -118,6 +118,8 @@ def test_quantise(rowwise):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_fp8_linear(rowwise, dtype, bias):
+    if rowwise and not check_fp8(CPU):
+        pytest.skip("this torch has no scales for rows on a CPU")
     torch.manual_seed(0)
     linear = nn.Linear(64, 48, bias=bias).to(dtype)
     layer = Fp8Linear(linear, rowwise)
@@ -140,7 +142,7 @@ def test_a_transformer_in_fp8(make):
     eight = [name for name, module in model.blocks.named_modules() if isinstance(module, Fp8Linear)]
     assert len(eight) == (21 if make is wan else 22) and not any("modulation" in name for name in eight)
     assert 1e-3 < (velocity(model) - expected).norm() / expected.norm() < 0.06
-    assert isinstance(to_fp8(make()).proj_out, nn.Linear)
+    assert isinstance(to_fp8(make(), check_fp8(CPU)).proj_out, nn.Linear)
 
 
 def test_wide_weights_go_one_by_one():
