@@ -93,7 +93,8 @@ class OneStepPipeline:
 
         path: a checkpoint or LoRA file or a diffusers folder; vae, text_encoder: single files as ComfyUI takes them, or diffusers folders;
         tokenizer: where the text encoder does not carry its own; base: the transformer that a LoRA belongs to. "mini" is the shipped miniature,
-        for each of them. tiny_decoder: taew2_1 or taew2_2 in the place of the VAE, which is fast and APPROXIMATE. options: those of the class. Raises AptError for parts that are missing, damaged or do not fit one another.
+        for each of them. tiny_decoder: taew2_1 or taew2_2 in the place of the VAE, which is fast and APPROXIMATE. options: those of the class.
+        Raises AptError for parts that are missing, damaged or do not fit one another.
         """
         return cls(read_sources(path, vae, text_encoder, tokenizer, base, tiny_decoder), **options)
 

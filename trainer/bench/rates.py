@@ -49,7 +49,7 @@ def fp8_peak(device: torch.device, size: int) -> float:
     b_scale = b_scale.t().contiguous() if rowwise else b_scale
 
     def product():
-        torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16)
+        torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=device.type == "cuda")
 
     return 2 * size**3 / min(once(product, device) for _ in range(5))
 
