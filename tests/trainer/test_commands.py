@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from apt_core.checkpoint import load_transformer, read_header
@@ -16,6 +17,7 @@ from apt_core.generator import one_step
 from apt_core.mmdit import MMDiTBackbone
 from apt_core.sources import load_backbone
 from apt_core.tensorfile import read_tensors, write_tensors
+from apt_core.tiny_decoder import TinyDecoder
 from trainer.__main__ import app
 from trainer.export import FP8
 from trainer.inspect import inspect
@@ -180,6 +182,13 @@ def test_generate_writes_what_the_checkpoint_is_for(run, tmp_path):
         assert image.size == (48, 48)
     done("generate", run / "lora" / "apt-tiny.safetensors", "x", "--frames", 1, "--base", "mini", "--out", tmp_path / "l")
     assert len(list((tmp_path / "l").iterdir())) == 1
+
+
+def test_generate_with_a_tiny_decoder_says_so(run, tmp_path):
+    save_file(TinyDecoder(16).state_dict(), tmp_path / "taew2_1.safetensors")
+    shown = done("generate", run, "x", "--text-encoder", "mini", "--tiny-decoder", tmp_path / "taew2_1.safetensors", "--out", tmp_path / "t")
+    assert "stands in for the VAE: these pictures are near the VAE's own, not equal to them." in " ".join(shown.split())
+    assert len(list((tmp_path / "t").iterdir())) == 1
 
 
 def test_generate_refuses_what_cannot_be_made(run, tmp_path):
