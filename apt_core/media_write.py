@@ -1,8 +1,9 @@
 """Pixels to video and image files (PyAV, Pillow), also while they are still being made. Pixels are uint8 RGB arrays."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,8 +33,9 @@ def video_writer(
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is as with `write_video`."""
     path = Path(path)
-    if path.suffix.lower() != ".mp4":
-        raise AptError(f"{path}: videos are written as .mp4, give a name that ends so.")
+    check_name(path, frames=2)
+    if not (math.isfinite(fps) and fps > 0):
+        raise AptError(f"{path}: {fps:g} frames a second cannot be: give a number above 0.")
     if pixel_format not in ("yuv420p", "yuv444p") or "libx264" not in av.codecs_available:
         raise AptError(f"{path}: this PyAV cannot write {pixel_format} with libx264: use yuv420p or yuv444p, and a PyAV from PyPI.")
     if pixel_format == "yuv420p" and (height % 2 or width % 2):
@@ -60,10 +62,18 @@ def write_image(path: str | Path, pixels: np.ndarray) -> None:
     """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`."""
     path, pixels = Path(path), np.asarray(pixels)
     pixels = _checked(path, pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels, 3)
-    if path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise AptError(f"{path}: no image can be written with this suffix, give one of {' '.join(IMAGE_SUFFIXES)}.")
+    check_name(path, frames=1)
     with _replacing(path) as partial:
         Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
+
+
+def check_name(path: str | Path, frames: int) -> None:
+    """Raises AptError where so many frames cannot become a file of that name: a picture, or from two on a video."""
+    suffix = Path(path).suffix.lower()
+    if frames > 1 and suffix != ".mp4":
+        raise AptError(f"{path}: videos are written as .mp4, give a name that ends so.")
+    if frames == 1 and suffix not in IMAGE_SUFFIXES:
+        raise AptError(f"{path}: no image can be written with this suffix, give one of {' '.join(IMAGE_SUFFIXES)}.")
 
 
 def rational(value: float) -> Fraction:
@@ -90,5 +100,5 @@ def _replacing(path: Path) -> Iterator[Path]:
     except (OSError, av.FFmpegError) as error:
         raise AptError(f"{path} could not be written ({error.strerror or error}): check the folder and its free space.") from None
     finally:
-        if partial.exists():
-            partial.unlink()
+        with suppress(OSError):  # of a name that cannot be, for one
+            partial.unlink(missing_ok=True)

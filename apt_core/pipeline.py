@@ -4,11 +4,13 @@
     pipe("a red tram crossing a bridge in the rain", seed=1).save("tram.mp4")
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from .fast import Speed, check_compile, keep_compiled, make_fast
 from .flow import sample_noise
 from .fp8 import check_fp8
 from .generator import euler_cfg, few_step
-from .media_write import video_writer, write_image, write_video
+from .media_write import check_name, video_writer, write_image, write_video
 from .request import Request
 from .residence import ALL, Residence, first_level
 from .sources import Sources, TransformerSource, read_sources
@@ -71,6 +73,8 @@ class OneStepPipeline:
         self.speed = Speed(backend, compile, fp8)
         if fp8:
             check_fp8(self.device)
+        if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
+            raise AptError(f"memory {memory!r} cannot be: give GiB above 0, or None for what is free.")
         self.memory = None if memory is None else int(memory * GIB)
         self.cache = cache_folder() if cache is None else Path(cache)
         if compile:
@@ -134,11 +138,13 @@ class OneStepPipeline:
     def write(self, prompt: str, path: str | Path, **wishes) -> None:
         """One video (.mp4) or picture to a file, which is encoded while the rest is decoded. Raises AptError as the call does."""
         request = self.request(prompt, **wishes)
+        check_name(path, request.frames)
         self.write_sample(request, 0, self.embed(request), path)
 
     def request(self, prompt: str | Sequence[str], **wishes) -> Request:
         """The request with all sizes filled in. Raises AptError for what cannot be made."""
-        return Request((prompt,) if isinstance(prompt, str) else tuple(prompt), **wishes).fitted(self.sources)
+        prompts = (prompt,) if isinstance(prompt, str) or not isinstance(prompt, Iterable) else tuple(prompt)
+        return Request(prompts, **wishes).fitted(self.sources)
 
     def embed(self, request: Request) -> Tensor:
         """The texts of a request, `[n, L, d]` fp32 on the CPU. The encoder is only loaded for a text that the cache does not have."""

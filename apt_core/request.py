@@ -1,7 +1,9 @@
 """What a pipeline is asked for: prompts, sizes, steps, and how many."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 from .errors import AptError
 from .sources import Sources
@@ -49,9 +51,10 @@ class Request:
         return self.prompts[number // self.count]
 
     def fitted(self, sources: Sources) -> "Request":
-        """With every size filled in. Raises AptError for sizes that the model cannot make, and for nothing to make."""
+        """With every size filled in. Raises AptError for sizes that the model cannot make, for values that are none, and for nothing to make."""
         if not self.prompts:
             raise AptError("there is no prompt: give one or more.")
+        self._check_values()
         if min(self.count, self.steps) < 1:
             raise AptError(f"{self.count} samples in {self.steps} steps cannot be made: both must be 1 or more.")
         sizes = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in sources.transformer.native.items() if name in SIZES}
@@ -60,6 +63,21 @@ class Request:
         patch = sources.transformer.patch
         check_size(sizes["height"], sizes["width"], sizes["frames"], sources.vae.stride, patch, what="a sample")
         return replace(self, **sizes)
+
+    def _check_values(self) -> None:
+        for text in (*self.prompts, self.negative):
+            if not isinstance(text, str) or text != text.encode(errors="ignore").decode():
+                raise AptError(f"the prompt {text!r} cannot be read: give text that can be written as UTF-8.")
+        for name in ("count", "seed", "steps", "height", "width", "frames"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and (value is not None or name not in SIZES):
+                raise AptError(f"{name} {value!r} cannot be: it must be a whole number.")
+        for name in ("fps", "guidance", "shift"):
+            value = getattr(self, name)
+            if not (isinstance(value, Real) and math.isfinite(value)) and (value is not None or name not in SIZES):
+                raise AptError(f"{name} {value!r} cannot be: it must be a finite number.")
+        if self.shift <= 0:
+            raise AptError(f"shift {self.shift:g} cannot be: it must be above 0.")
 
     def latents(self, sources: Sources) -> tuple[int, int, int, int]:
         """Shape of one sample's latents, [channels, frames, rows, columns], once the sizes are there."""

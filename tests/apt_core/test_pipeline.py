@@ -132,12 +132,28 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
         ({"height": 0}, "height 0 must be a multiple of 16 (16)"),
         ({"steps": 0}, "1 samples in 0 steps cannot be made: both must be 1 or more."),
         ({"fps": 0}, "fps 0 cannot be: it must be above 0."),
+        ({"fps": float("nan")}, "fps nan cannot be: it must be a finite number."),
+        ({"frames": 9.0}, "frames 9.0 cannot be: it must be a whole number."),
+        ({"seed": "x"}, "seed 'x' cannot be: it must be a whole number."),
+        ({"count": None}, "count None cannot be: it must be a whole number."),
+        ({"guidance": float("nan"), "steps": 3}, "guidance nan cannot be: it must be a finite number."),
+        ({"shift": -1.0}, "shift -1 cannot be: it must be above 0."),
+        ({"negative": "\ud800"}, "the prompt '\\ud800' cannot be read: give text that can be written as UTF-8."),
     ):
         with pytest.raises(AptError) as error:
             pipe(PROMPT, **SIZE | wishes)
         assert sentence in str(error.value) and str(error.value).count(". ") == 0
     with pytest.raises(AptError, match="there is no prompt"):
         pipe([])
+    for prompt in (None, [3], b"red"):
+        with pytest.raises(AptError, match="cannot be read: give text that can be written as UTF-8"):
+            pipe(prompt)
+    for memory in (0, -1.0, float("nan"), "8"):
+        with pytest.raises(AptError, match=r"^memory .* cannot be: give GiB above 0, or None for what is free\.$"):
+            pipeline(memory=memory)
+    for name, frames in (("a.avi", 5), ("a.gif", 1), ("a.mp4", 1)):
+        with pytest.raises(AptError, match=rf"{name}: "):
+            pipe.write(PROMPT, tmp_path / name, **SIZE | {"frames": frames})
     wide = other_model(tmp_path / "wide.safetensors", in_channels=48, out_channels=48)
     deaf = other_model(tmp_path / "deaf.safetensors", text_dim=64)
     for path, options, sentence in (
