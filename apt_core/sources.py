@@ -1,8 +1,10 @@
 """What a pipeline is made of, as far as headers and configs tell; weights are read when they are asked for, and not before."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -49,13 +51,24 @@ def locate(part: str, given: str | Path | None) -> Path:
 @dataclass(frozen=True)
 class TransformerSource:
     """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file; parameters: how many;
-    load(dtype, device): the model, whole and without adapters."""
+    load(dtype, device): the model, whole and without adapters. Raises AptError for metadata with sizes or lengths that are none."""
 
     name: str
     config: Mapping
     metadata: Mapping
     parameters: int
     load: Callable[[torch.dtype, torch.device], nn.Module]
+
+    def __post_init__(self) -> None:
+        native = self.metadata.get("native", {})
+        sizes = native if isinstance(native, Mapping) else {"native": native}
+        whole = {name: sizes[name] for name in ("height", "width", "frames", "native") if name in sizes} | {"text_length": self.text_length}
+        wrong = [f"{name} {value!r}" for name, value in whole.items() if not (isinstance(value, int) and value > 0)]
+        fps = sizes.get("fps", 1)
+        if not (isinstance(fps, Real) and 0 < fps < math.inf):
+            wrong.append(f"fps {fps!r}")
+        if wrong:
+            raise AptError(f"{self.name}: its metadata says {wrong[0]}, which cannot be: export the file again.")
 
     @property
     def native(self) -> dict:

@@ -20,7 +20,7 @@ from apt_core.generator import few_step, one_step
 from apt_core.lora import add_adapters, role, save_lora
 from apt_core.pipeline import OneStepPipeline
 from apt_core.residence import ALL, BLOCKS, PARTS
-from apt_core.sources import SHIPPED, load_backbone
+from apt_core.sources import SHIPPED, TransformerSource, load_backbone
 from apt_core.text import load_text_encoder, save_text_encoder
 from apt_core.vae import decode, load_vae
 from apt_core.wan import WanBackbone
@@ -169,6 +169,23 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
         with pytest.raises(AptError) as error:
             OneStepPipeline.from_checkpoint(path, **options)
         assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "metadata, said",
+    [
+        ({"native": None}, "native None"),
+        ({"native": [48, 48]}, r"native \[48, 48\]"),
+        ({"native": {"height": 48.0}}, r"height 48\.0"),
+        ({"native": {"frames": "9"}}, "frames '9'"),
+        ({"native": {"fps": None}}, "fps None"),
+        ({"text_length": "32"}, "text_length '32'"),
+        ({"text_length": 0}, "text_length 0"),
+    ],
+)
+def test_sizes_of_a_checkpoint_that_are_none(metadata, said):
+    with pytest.raises(AptError, match=rf"^odd: its metadata says {said}, which cannot be: export the file again\.$"):
+        TransformerSource("odd", {}, metadata, 0, print)
 
 
 def test_a_text_encoder_without_its_tokenizer_is_refused_at_once(tmp_path, no_weights):
