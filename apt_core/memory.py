@@ -2,7 +2,7 @@
 
 import torch
 
-SAYINGS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine")
+SAYINGS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine")
 """The last is cuDNN's when no convolution's workspace fits."""
 GRAPHS = 64
 

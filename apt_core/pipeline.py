@@ -132,12 +132,12 @@ class OneStepPipeline:
 
     def stream(self, prompt: str, **wishes) -> Iterator[np.ndarray]:
         """The frames of one video as they are decoded, uint8 `[n, H, W, 3]`. Raises AptError at once, not at the first frame."""
-        request = self.request(prompt, **wishes)
+        request = self._one(prompt, wishes)
         return self.frames(self.latents(request, 0, self.embed(request)))
 
     def write(self, prompt: str, path: str | Path, **wishes) -> None:
         """One video (.mp4) or picture to a file, which is encoded while the rest is decoded. Raises AptError as the call does."""
-        request = self.request(prompt, **wishes)
+        request = self._one(prompt, wishes)
         check_name(path, request.frames)
         self.write_sample(request, 0, self.embed(request), path)
 
@@ -145,6 +145,12 @@ class OneStepPipeline:
         """The request with all sizes filled in. Raises AptError for what cannot be made."""
         prompts = (prompt,) if isinstance(prompt, str) or not isinstance(prompt, Iterable) else tuple(prompt)
         return Request(prompts, **wishes).fitted(self.sources)
+
+    def _one(self, prompt: str, wishes: dict) -> Request:
+        request = self.request(prompt, **wishes)
+        if request.samples != 1:
+            raise AptError(f"{request.samples} samples were asked for where one can be made: call the pipeline itself for many.")
+        return request
 
     def embed(self, request: Request) -> Tensor:
         """The texts of a request, `[n, L, d]` fp32 on the CPU. The encoder is only loaded for a text that the cache does not have."""
@@ -154,7 +160,7 @@ class OneStepPipeline:
             self._text_cache = TextCache(self.cache / "text", encoder_fingerprint(source.facts))
 
         def encode(texts: list[str]) -> list[Tensor]:
-            return self._residence.run("text encoder", lambda device: source.load(length, device), lambda encoder: encoder.encode(texts))
+            return self._residence.run("text encoder", lambda device: source.load(length, device), lambda encoder: encoder.encode(texts, batch=1))
 
         return TextEncoder.pad(self._text_cache.get(request.texts, encode), length)
 

@@ -22,8 +22,11 @@ SAMPLES, SAMPLE = 64, 2**16
 
 def cache_folder() -> Path:
     """Where this project keeps what it can make again: $APT_CACHE, else a folder of the user's caches."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("APT_CACHE") or Path(home) / "comfyui-apt").expanduser()
+    given = os.environ.get("APT_CACHE")
+    try:
+        return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comfyui-apt").expanduser()
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / f"comfyui-apt-{os.getuid()}"
 
 
 class TextCache:
@@ -43,7 +46,8 @@ class TextCache:
             for prompt, embedding in zip(missing, encode(missing)):
                 found[prompt] = embedding.float().cpu()
                 self._write(self._path(prompt), found[prompt])
-            self._shrink()
+            with suppress(OSError):
+                self._shrink()
         return [found[prompt] for prompt in prompts]
 
     def clear(self) -> None:

@@ -145,6 +145,9 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
         assert sentence in str(error.value) and str(error.value).count(". ") == 0
     with pytest.raises(AptError, match="there is no prompt"):
         pipe([])
+    for make in (lambda: pipe.stream([PROMPT, PROMPT]), lambda: pipe.write(PROMPT, tmp_path / "a.mp4", count=2)):
+        with pytest.raises(AptError, match="^2 samples were asked for where one can be made: call the pipeline itself for many"):
+            make()
     for prompt in (None, [3], b"red"):
         with pytest.raises(AptError, match="cannot be read: give text that can be written as UTF-8"):
             pipe(prompt)
