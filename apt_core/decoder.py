@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -152,6 +153,7 @@ class Decoder:
         return smaller
 
 
+@cache  # a pipeline that is short of memory makes a decoder for every clip
 def _kernels_for(device: torch.device) -> ModuleType | None:
     """The module `kernels` where Triton is there and works."""
     if device.type != "cuda" or not find_spec("triton"):

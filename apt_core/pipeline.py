@@ -83,7 +83,7 @@ class OneStepPipeline:
         self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
         self._residence = Residence(self.device, self._first_level(), self.report)
         self._text_cache: TextCache | None = None
-        self._decoder: Decoder | TinyDecoder | None = None
+        self._decoder: Decoder | None = None
         self._given_up: list[str] = []
         self._drawer = ThreadPoolExecutor(1)
         self._drawn: tuple[tuple, Future] | None = None  # the noise that was asked for last
@@ -225,7 +225,7 @@ class OneStepPipeline:
 
     def _decoder_of(self, vae) -> Decoder | TinyDecoder:
         if self.approximate:
-            self._decoder = vae
+            return vae
         if self._decoder is None:
             compiled = self.speed.compile and self.device.type != "cpu"  # there it takes minutes, and the result is slower
             self._decoder = Decoder(vae, compile=compiled, budget=self._beside_weights(), group=self.group)

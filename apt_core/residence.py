@@ -43,8 +43,8 @@ class Residence:
                 return work(self._ready(name, load))
             except RuntimeError as error:
                 if not out_of_memory(error):
-                    raise  # stepping down in here would still hold what the failed attempt had
-            self._step_down(name, alone)
+                    raise
+            self._step_down(name, alone)  # not in the except block, which would still hold what the failed attempt had
 
     def _ready(self, name: str, load: Callable[[torch.device], object]):
         if self.level >= PARTS:

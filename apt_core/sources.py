@@ -15,8 +15,8 @@ from .errors import AptError
 from .lora import add_adapters, fold, load_lora
 from .mmdit import load_mmdit
 from .tensorfile import metadata_json
-from .tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
 from .text_files import LENGTH, TextFacts, load_text_encoder_files, read_text_encoder
+from .tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
 from .vae import load_vae, read_vae, stride
 
 MINI = "mini"

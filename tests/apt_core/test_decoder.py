@@ -202,7 +202,6 @@ def test_memory_traffic_of_49_frames_of_720p(version, stock_gb, our_gb, monkeypa
         vae.decode(z)
     monkeypatch.setattr(Kernels, "moved", 0)
     decoder = Decoder(vae, budget=2**50)
-    decoder._kernels = Kernels
     real = Stream.__init__
     monkeypatch.setattr(Stream, "__init__", lambda self, rows, device=None, kernels=None: real(self, rows, device, Kernels))
     with torch.inference_mode(), MovedBytes() as ours:

@@ -1,5 +1,6 @@
 """What only a card can show: `pytest tests/gpu` on a machine with one. APT_GPU=cpu rehearses all that a CPU can do."""
 
+import copy
 import json
 import os
 import subprocess
@@ -40,11 +41,9 @@ def draw(vae, *size: int) -> torch.Tensor:
 def exact(vae):
     """(latents, diffusers' decode of them in fp32, PSNR of diffusers' own in bf16)."""
     z = draw(vae, 4, 6, 8)
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    with torch.no_grad():
-        wide = decode(find_shapes(FULL["2.2" if vae.config.z_dim == 48 else "2.1"]).vae(DEVICE, torch.bfloat16).float(), z).movedim(1, -1).clamp(-1, 1)
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+        wide = decode(copy.deepcopy(vae).float(), z).movedim(1, -1).clamp(-1, 1)
         own = decode(vae, z).movedim(1, -1).clamp(-1, 1)
-    torch.backends.cudnn.allow_tf32 = before
     assert 0.05 < wide.std() and (wide.abs() == 1).float().mean() < 0.5
     return z, wide, psnr(own, wide)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from apt_core.decoder import Decoder
 from apt_core.flow import sample_noise
-from apt_core.pipeline import OneStepPipeline
+from apt_core.pipeline import OneStepPipeline, on_the_cpu
 from trainer.bench.floors import count_work
 from trainer.bench.many import model_of_many
 from trainer.bench.rates import measure_rates, median_seconds, once, peak_memory
@@ -91,7 +91,7 @@ def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, 
 def _uncompiled_decode(shapes: Shapes, device: torch.device, dtype: torch.dtype, repeats: int, latents: torch.Tensor) -> float:
     """Seconds with this project's own kernels in the place of torch.compile."""
     decoder = Decoder(shapes.vae(device, dtype).eval())
-    return median_seconds(lambda: [part.cpu() for part in decoder.stream(latents, uint8=True)], device, repeats)
+    return median_seconds(lambda: list(on_the_cpu(decoder.stream(latents, uint8=True))), device, repeats)
 
 
 def _long_prompt(pipe: OneStepPipeline) -> str:
