@@ -89,6 +89,27 @@ def approximate_penalty(logit: Tensor, perturbed: Tensor) -> Tensor:
     return (logit - perturbed).square().mean()
 
 
+def verdict(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """How well logits [B] tell real from fake; 0.5 in all three is chance.
+
+    right_real, right_fake: shares of samples on their side of 0, which is where a non-saturating loss divides them; right_pairs: share of
+    texts whose real sample has the higher logit, whatever the level of both. A tie is half right.
+    """
+    share = lambda above: ((above > 0).float() + 0.5 * (above == 0).float()).mean()
+    return {"right_real": share(real), "right_fake": share(-fake), "right_pairs": share(real - fake)}
+
+
+@torch.no_grad()
+def penalty_floor(discriminator: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, text: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """What rounding alone adds to an approximated penalty (eq. 9) of this `sigma`: the penalty at a hundredth of it.
+
+    A smooth discriminator leaves a ten-thousandth of the penalty there. In bf16 a perturbation that small is lost in the rounding of
+    latents and activations, and what is left is the rounding itself. At sigma = 0 the same computation runs twice, which gives an exact
+    and useless 0. Arguments as in discriminator_backward. Returns a scalar, without lambda.
+    """
+    return approximate_penalty(discriminator(x, t, text), discriminator(x + 0.01 * sigma * noise, t, text))
+
+
 class _Pass(NamedTuple):
     x: Tensor
     t: Tensor
@@ -151,8 +172,9 @@ def discriminator_backward(
     "separate": one forward per input, one backward. "two_pass": logits of all inputs without gradients first, then the loss's
     derivative by each logit, then forward and backward of one input at a time: the activations of one input, one more forward each.
 
-    Returns detached scalars: d_loss, d_adversarial, logit_real and logit_fake (means), and for each penalty in use r1 or r2 (mean squared
-    difference, without lambda) and r1_gamma or r2_gamma (lambda sigma^2). Raises AptError for inputs that do not fit or an unknown mode.
+    Returns detached scalars: d_loss, d_adversarial, logit_real and logit_fake (means), those of `verdict` (whether it tells the two apart),
+    and for each penalty in use r1 or r2 (mean squared difference, without lambda), r1_loss or r2_loss (lambda times it, as it stands beside
+    d_adversarial) and r1_gamma or r2_gamma (lambda sigma^2). Raises AptError for inputs that do not fit or an unknown mode.
     """
     if mode not in MODES:
         raise AptError(f"discriminator mode must be one of {MODES}, got {mode!r}.")
@@ -176,11 +198,13 @@ def discriminator_backward(
     metrics = {name: loss.detach() for name, loss in losses.items()}
     for name in ("real", "fake"):
         metrics[f"logit_{name}"] = logits[name].detach().mean()
+    metrics |= verdict(logits["real"].detach(), logits["fake"].detach())
     for name, weight, sigma in (
         ("r1", objective.r1_weight, objective.r1_sigma),
         ("r2", objective.r2_weight, objective.r2_sigma),
     ):
         if name in metrics:
+            metrics[f"{name}_loss"] = weight * metrics[name]
             metrics[f"{name}_gamma"] = metrics[name].new_full((), weight * sigma**2)
     return metrics
 

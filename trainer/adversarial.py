@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from apt_core.checkpoint import load_transformer
 from apt_core.errors import AptError
 from apt_core.flow import sample_noise, sample_uniform, shift
 from apt_core.generator import one_step
-from apt_core.objectives import Objective, discriminator_backward, generator_backward
+from apt_core.objectives import Objective, discriminator_backward, generator_backward, penalty_floor
 from apt_core.optim import make_rmsprop
 from trainer.averages import Averages
 from trainer.batches import Batches, Micro
@@ -23,6 +24,7 @@ from trainer.samples import Samples
 from trainer.sampling import split
 from trainer.state import Keep, Run
 from trainer.update import Learner
+from trainer.watch import Watch
 
 
 def adversarial(
@@ -43,6 +45,7 @@ def adversarial(
     keep: Keep | None = None,
     resume: bool = True,
     samples: Samples | None = None,
+    watch_every: int = 0,
     load: Load = load_transformer,
     report: Report,
 ) -> list[dict]:
@@ -52,7 +55,8 @@ def adversarial(
     discriminator starts from in both phases. Discriminator and generator draw different real batches and their own t.
     world, parallel: on which processes, and how; all of them call alike. lora: train adapters and the discriminator's heads over one
     frozen base instead of whole networks. head_width: see `adversarial_networks`. ema_decays: of further averages, each written beside `out`.
-    keep: where training states go, from the newest of which `resume` goes on. samples: pictures while it trains. load(path, device=...): reads a
+    keep: where training states go, from the newest of which `resume` goes on. samples: pictures while it trains. watch_every: updates between
+    two looks at the discriminator on the samples that `batches` holds out (trainer.watch), 0: none. load(path, device=...): reads a
     network, or with device "meta" builds it without weights.
 
     Returns the history, one row an update. Raises AptError when a checkpoint is damaged, a batch does not divide, or a loss or gradient is not
@@ -65,12 +69,16 @@ def adversarial(
     generator, discriminator = networks.generator, networks.opposite
     notes = keep and keep.folder
     g_optimizer = make_rmsprop(generator.parameters(), settings.lr_generator)
-    d_optimizer = make_rmsprop(discriminator.parameters(), settings.lr_discriminator)
+    d_optimizer = make_rmsprop(discriminator_groups(discriminator, settings), settings.lr_discriminator)
     g = Learner("generator", generator, g_optimizer, networks, world, parallel, parallel.generator_zero, notes)
     d = Learner("discriminator", discriminator, d_optimizer, networks, world, parallel, parallel.discriminator_zero, notes)
-    averages = Averages(networks, (settings.ema_decay, *ema_decays))
+    averages = Averages(networks, (settings.ema_decay, *ema_decays), settings.ema_warmup)
     identity = {"phase": phase, "seed": seed, "data": batches.fingerprint, "lora": str(lora), "head_width": head_width, "ema_decays": list(ema_decays)}
     identity |= settings.model_dump(exclude={"updates", "discriminator_step"})  # neither changes the updates that there are
+    watch = None
+    if watch_every and batches.held[phase]:
+        at_once = parallel.microbatch or len(batches.held[phase])
+        watch = Watch(batches.datasets[phase], batches.held[phase], watch_every, at_once, seed, settings.shift, world)
     run = Run(keep, world, identity, {"generator": g, "discriminator": d, "averages": averages}, resume)
 
     def take(role: str, update: int):
@@ -91,12 +99,17 @@ def adversarial(
                     with torch.no_grad():
                         fake = one_step(generator, z, text)
                     noises = (sample_noise(micro.numbers, x.shape[1:], seed, f"{phase}/d/{name}").to(world.device) for name in ("r1", "r2"))
+                    noises = tuple(noises)
                     part, penalties = share_of_penalties(objective, micro, settings.batch, world)
+                    floor = {}
+                    if update == 0 and objective.r1_weight:
+                        floor["r1_floor"] = penalty_floor(discriminator, x, t, text, noises[0], objective.r1_sigma)
                     metrics = discriminator_backward(
                         discriminator, part, x, fake, text, t, *noises, mode=settings.discriminator_step, loss_scale=micro.share
                     )
                     shares = {name: penalties for name in ("r1", "r2")}
-                    d.add({name: value * shares.get(name, micro.share) for name, value in metrics.items() if not name.endswith("gamma")})
+                    shares |= {f"{name}_loss": micro.share for name in shares}  # `part` has the share in its weights
+                    d.add({name: value * shares.get(name, micro.share) for name, value in (metrics | floor).items() if not name.endswith("gamma")})
                 run.rows.append(d.step() | gammas(objective))
 
             if update >= settings.warmup:
@@ -107,6 +120,8 @@ def adversarial(
                     g.add({f"g_{name.removeprefix('g_')}": value * micro.share for name, value in metrics.items()})
                 run.rows[-1] |= g.step()
                 averages.update()
+            if watch and watch.due(update + 1):
+                run.rows[-1] |= watch(update + 1, generator, discriminator)
             run.finish_update()
             if samples:
                 samples.show(update + 1, generator, averages, world)
@@ -115,6 +130,16 @@ def adversarial(
     facts = {"kind": "generator", "phase": phase, "updates": settings.updates}
     averages.save(out, metadata | facts, world)
     return run.rows
+
+
+def discriminator_groups(discriminator: nn.Module, settings: Adversarial) -> list[dict]:
+    """Parameter groups of the discriminator: the backbone at `lr_discriminator`, what is new at `lr_heads`, where that is another rate."""
+    if settings.lr_heads is None:
+        return [{"params": list(discriminator.parameters())}]
+    named = list(discriminator.named_parameters())
+    rates = {True: settings.lr_discriminator, False: settings.lr_heads}
+    groups = {old: [p for name, p in named if name.startswith("backbone.") is old] for old in rates}
+    return [{"params": params, "lr": rates[old]} for old, params in groups.items() if params]
 
 
 def check_batch(objective: Objective, batch: int, world: World, parallel: Parallel) -> None:

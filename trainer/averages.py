@@ -12,9 +12,12 @@ from trainer.networks import Networks
 
 
 class Averages:
-    """fp32 averages of the generator (or student), sharded as it is. The first decay is the one that samples and becomes the result."""
+    """fp32 averages of the generator (or student), sharded as it is. The first decay is the one that samples and becomes the result.
 
-    def __init__(self, networks: Networks, decays: Sequence[float], warmup: float = 10) -> None:
+    warmup: of each average, see apt_core.ema.Ema; 0 is the plain decay, which the paper names.
+    """
+
+    def __init__(self, networks: Networks, decays: Sequence[float], warmup: float) -> None:
         self.networks, self.network, self.steps = networks, networks.generator, 0
         self.emas = {decay: Ema(self.network, decay, warmup) for decay in decays}
 

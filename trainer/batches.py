@@ -1,5 +1,6 @@
 """The samples of an update on one process: read from shards ahead of time, in the order that trainer.sampling fixes."""
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,13 +67,18 @@ class Microbatches:
 
 
 class Batches(Embedder):
-    """Real samples of both kinds, in the order of training. Raises AptError for a folder without samples."""
+    """Real samples of both kinds, in the order of training. Raises AptError for a folder without samples.
 
-    def __init__(self, folder, text_encoder, seed: int) -> None:
+    held_out: of each kind, so many samples of its commonest shape are kept from training (a tenth of them at most), the same ones for
+    every seed: `held`, positions by kind.
+    """
+
+    def __init__(self, folder, text_encoder, seed: int, held_out: int = 0) -> None:
         super().__init__(text_encoder)
         self.datasets = {kind: ShardDataset(folder, kind) for kind in ("image", "video")}
         self.datasets = {kind: data for kind, data in self.datasets.items() if len(data)}
-        self.seed = seed
+        self.seed, self.held_out = seed, held_out
+        self.held = {kind: _held_out(data, held_out) for kind, data in self.datasets.items()}
         self._samplers: dict[tuple, BucketSampler] = {}
         if not self.datasets:
             raise AptError(f"{folder} holds no samples; run precompute on a folder of captioned clips or images.")
@@ -80,7 +86,8 @@ class Batches(Embedder):
     @property
     def fingerprint(self) -> str:
         """Of all sources and settings of the shards."""
-        return next(iter(self.datasets.values())).fingerprint
+        data = next(iter(self.datasets.values())).fingerprint
+        return f"{data}-{self.held_out}" if self.held_out else data
 
     def available(self, kind: str) -> str:
         """`kind`, or the other one where the data has none of it."""
@@ -94,6 +101,15 @@ class Batches(Embedder):
         """
         data, key = self.datasets[kind], (kind, stream, size)
         if key not in self._samplers:
-            self._samplers[key] = BucketSampler(data.buckets, size, self.seed, f"{stream}/{kind}")
+            held = set(self.held[kind])
+            buckets = {shape: [i for i in positions if i not in held] for shape, positions in data.buckets.items()}
+            self._samplers[key] = BucketSampler(buckets, size, self.seed, f"{stream}/{kind}")
         parts = split(size, world.dp, world.dp_rank, microbatch)
         return Microbatches(data, self._samplers[key].batch(update), update * size, parts, world.dp)
+
+
+def _held_out(data: ShardDataset, count: int) -> list[int]:
+    """Positions of the samples that no update sees. A hash of the name chooses, so that they stay the same when others are added."""
+    positions = max(data.buckets.values(), key=len)
+    by_hash = sorted(positions, key=lambda i: hashlib.blake2b(data.samples[i].id.encode(), digest_size=8).digest())
+    return sorted(by_hash[: min(count, len(positions) // 10)])

@@ -109,7 +109,7 @@ def run_adversarial(
         if phase not in batches.datasets:
             raise AptError(f"the shards hold no {phase}s: run precompute on some, or train the other phase.")
         begin = start or find_start(preset, phase, out, base, world)
-        work = Work(settings.batch, *power)
+        work, common = Work(settings.batch, *power), common | {"watch_every": preset.train.watch_every}
         with _progress(f"Stage 2: {phase}s", world) as bar, _monitor(preset, out / "log" / phase, world, bar, work, settings.relativistic) as report:
             return adversarial(
                 phase, begin, base, batches, settings, final_file(out, preset, phase), seed=seed, world=world,
@@ -151,7 +151,7 @@ def _ready(preset: Preset, stage: str, variant: str | None, out: Path, seed: int
         folder = shards or out / LATENTS
         if shards is None and preset.files.base == MINI and not (folder / INDEX).exists():
             _precompute(preset, None, out, ("image", "video"), False, False, seed, world)
-        batches = Batches(folder, _embedder(preset, folder), seed)
+        batches = Batches(folder, _embedder(preset, folder), seed, preset.data.held_out)
         check_shards(batches, preset, folder, world)
         if world.main:
             make_folder(out)

@@ -57,7 +57,8 @@ class Data(Settings):
 
     aspects: "16:9" and so on; files go to the nearest one, with the pixels of height x width (none: all are cropped to that);
     shorter: numbers of frames for clips that are shorter than `frames`; clips_per_file: how many clips are cut from a
-    long video, one after the other; `images` and `clips` are how many the demo draws.
+    long video, one after the other; `images` and `clips` are how many the demo draws. held_out: so many samples of each kind are kept
+    from training (a tenth of them at most), for trainer.watch.
     """
 
     height: int = Field(ge=16)
@@ -71,6 +72,7 @@ class Data(Settings):
     clips_per_file: int = Field(1, ge=1)
     images: int = Field(0, ge=0)
     clips: int = Field(0, ge=0)
+    held_out: int = Field(64, ge=0)
 
     def size(self, kind: str) -> tuple[int, int]:
         """(height, width) of "image" or "video"."""
@@ -96,7 +98,8 @@ class Sampling(Settings):
 
 
 class Distill(Settings):
-    """Stage 1. `video_share` of the updates see clips; `target_decay` is the EMA of the target network (0: the student itself); the rate
+    """Stage 1. `video_share` of the updates see clips; `target_decay` is the EMA of the target network (0: the student itself);
+    `target_warmup` and `ema_warmup` let young averages forget the start sooner (apt_core.ema.Ema; 0: the plain decay); the rate
     rises over `lr_warmup` updates and falls in a line from `lr` to `lr_end` (none: it stays). Muon is for models as small as the miniature."""
 
     updates: int = Field(ge=1)
@@ -111,7 +114,9 @@ class Distill(Settings):
     guidance: float = Field(ge=1)
     fraction_at_final: float = Field(ge=0, le=1)
     target_decay: float = Field(ge=0, lt=1)
+    target_warmup: float = Field(0.0, ge=0)
     ema_decay: float = Field(ge=0, lt=1)
+    ema_warmup: float = Field(0.0, ge=0)
 
     def rate(self, update: int) -> float:
         """The learning rate of update number `update`, counted from 0."""
@@ -124,14 +129,18 @@ class Distill(Settings):
 
 class Adversarial(Settings):
     """One phase of stage 2 (table in 3.5). `shift` is s of eq. 7 for the discriminator's timesteps; `warmup` updates train the
-    discriminator alone; `discriminator_step` is how its passes are run (the mode of apt_core.objectives)."""
+    discriminator alone; `lr_heads` is the rate of its heads, which start from nothing (none: `lr_discriminator`, as in the paper);
+    `ema_warmup` lets a young average forget the start sooner, see apt_core.ema.Ema (0: the plain decay, as in the paper);
+    `discriminator_step` is how its passes are run (the mode of apt_core.objectives)."""
 
     updates: int = Field(ge=1)
     batch: int = Field(ge=1)
     lr_generator: float = Field(gt=0)
     lr_discriminator: float = Field(gt=0)
+    lr_heads: float | None = Field(None, gt=0)
     warmup: int = Field(0, ge=0)
     ema_decay: float = Field(ge=0, lt=1)
+    ema_warmup: float = Field(0.0, ge=0)
     shift: float = Field(gt=0)
     relativistic: bool = False
     r1_weight: float = Field(ge=0)
@@ -160,7 +169,7 @@ class Train(Settings):
     of the discriminator's heads (none: the model's own). microbatch: samples that a process takes at once (none: its whole share);
     compute, generator_zero, discriminator_zero, sync_every_microbatch, checkpointing, compile, context_parallel: see trainer.parallel.Parallel.
     device: "auto" takes the GPU where there is one. ema_decays: more averages to keep beside the phase's own. save_every,
-    sample_every, in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many of the best besides, by
+    sample_every, watch_every (looks at the discriminator on held-out samples), in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many of the best besides, by
     trainer.judge on judge_samples samples (0: none are judged). wandb: a Weights & Biases project to report to, where that is installed.
     """
 
@@ -183,6 +192,7 @@ class Train(Settings):
     keep_best: int = Field(1, ge=0)
     judge_samples: int = Field(64, ge=0)
     sample_every: int = Field(0, ge=0)
+    watch_every: int = Field(10, ge=0)
     wandb: str | None = None
 
 

@@ -57,8 +57,8 @@ def distill(
     else:
         optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.95))
     learner = Learner("student", student, optimizer, networks, world, parallel, parallel.generator_zero, keep and keep.folder)
-    averages = Averages(networks, (settings.ema_decay, *ema_decays))
-    following = Averages(networks, (settings.target_decay,) if target is not None else (), warmup=1)
+    averages = Averages(networks, (settings.ema_decay, *ema_decays), settings.ema_warmup)
+    following = Averages(networks, (settings.target_decay,) if target is not None else (), settings.target_warmup)
     identity = {"phase": "distilled", "seed": seed, "data": batches.fingerprint, "lora": str(lora), "ema_decays": list(ema_decays)}
     identity |= {"sampling": preset.sampling.model_dump(exclude={"prompts"}), **settings.model_dump(exclude={"updates"} if settings.lr_end is None else set())}
     run = Run(keep, world, identity, {"student": learner, "averages": averages, "target": following}, resume)

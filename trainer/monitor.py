@@ -1,4 +1,4 @@
-"""What a run says while it trains: CSV, TensorBoard, Weights & Biases, speed, memory, and a warning before the discriminator has won."""
+"""What a run says while it trains: CSV, TensorBoard, Weights & Biases, speed, memory, and warnings when the discriminator has won or tells nothing."""
 
 import csv
 import math
@@ -19,6 +19,9 @@ from trainer.progress import console
 GIB = 2**30
 WON = 0.1  # of the loss that cannot tell real from fake
 EQUAL = {False: 2 * math.log(2), True: math.log(2)}  # d_adversarial of equal logits, by relativistic
+CHANCE = 0.55  # of pairs told apart: below it the discriminator is as good as guessing
+PATIENCE = 50  # updates at chance before it is said
+FLOOR = 0.1  # of the penalty: more than this from rounding alone is said
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Monitor(AbstractContextManager):
         forward: Callable[[int, int, dict], None] = lambda done, total, row: None,
     ) -> None:
         self.path, self.work, self.device, self.forward = folder / "history.csv", work, device, forward
-        self.warning = CollapseWarning(EQUAL[relativistic])
+        self.warnings = (CollapseWarning(EQUAL[relativistic]), ChanceWarning(), FloorWarning())
         self._rows = _read(self.path)
         self._columns: list[str] = []
         self._clock: float | None = None
@@ -65,7 +68,7 @@ class Monitor(AbstractContextManager):
                 self._board.add_scalar(name, value, done)
         if self._wandb:
             self._wandb.log(row, step=done)
-        if message := self.warning.see(done, row):
+        for message in filter(None, (warning.see(done, row) for warning in self.warnings)):
             console.print(f"[bold yellow]{message}[/]", soft_wrap=True)
         self.forward(done, total, row)
 
@@ -128,6 +131,46 @@ class CollapseWarning:
         return (
             f"update {done}: the discriminator's loss heads for zero ({self._smooth:.3f}, {self.equal:.2f} is a draw; logits {gap:.1f} apart): "
             "the generator is about to lose its gradient. Raise r1_weight, or lower lr_discriminator."
+        )
+
+
+class ChanceWarning:
+    """Watches whether the discriminator tells real from fake at all: the share of pairs it orders rightly, on held-out samples where the
+    row has them. One that guesses gives the generator noise, which RMSProp scales up to full steps, and no picture shows it.
+    It warns after PATIENCE updates at chance, and again as long after that."""
+
+    def __init__(self) -> None:
+        self._smooth, self._since = None, 0
+
+    def see(self, done: int, row: dict[str, float]) -> str | None:
+        """The warning, if this row calls for it."""
+        share = row.get("held_right_pairs", row.get("right_pairs"))
+        if share is None:
+            return None
+        self._smooth = share if self._smooth is None else self._smooth + 0.1 * (share - self._smooth)
+        if self._smooth > CHANCE:
+            self._since = done
+        if done - self._since < PATIENCE:
+            return None
+        since, self._since = self._since, done
+        strength = f"lambda sigma^2 is {row['r1_gamma']:.3g}, the paper's is 0.01 for images and 1 for videos" if "r1_gamma" in row else "it has no penalty"
+        return (
+            f"update {done}: the discriminator has been at chance since update {since + 1} (it is right on {self._smooth:.0%} of pairs, logits "
+            f"{row['logit_real'] - row['logit_fake']:.2g} apart; {strength}): the generator learns from noise. Lower r1_sigma or r1_weight, "
+            "change lr_discriminator, or give it a warmup."
+        )
+
+
+class FloorWarning:
+    """Says once how much of aR1 is rounding (objectives.penalty_floor), where it is a large part."""
+
+    def see(self, done: int, row: dict[str, float]) -> str | None:
+        """The warning, if this row calls for it."""
+        if not row.get("r1_floor", 0.0) > FLOOR * row.get("r1", math.inf):
+            return None
+        return (
+            f"update {done}: {row['r1_floor'] / row['r1']:.0%} of the penalty is rounding, not the discriminator's slope (r1 {row['r1']:.2g}, "
+            f"at a hundredth of sigma {row['r1_floor']:.2g}): raise r1_sigma, or give compute=fp32."
         )
 
 

@@ -43,7 +43,7 @@ class Networks:
 
     def save(self, path: Path, average: Ema, metadata: Mapping, world: World) -> None:
         """Write the generator with its averaged weights to one file, from the main process: a whole model, or a LoRA file."""
-        metadata = {**metadata, "ema": average.decay}
+        metadata = {**metadata, "ema": average.decay, "ema_warmup": average.warmup}
         if self.base is None:
             state = whole_state(average.shadow, world)
             if world.main:

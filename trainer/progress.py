@@ -14,6 +14,7 @@ from rich.text import Text
 console = Console()
 SHOWN = {
     "cd_loss_image": "cd_loss_image", "cd_loss_video": "cd_loss_video", "d_loss": "d_loss", "g_loss": "g_loss", "logit_real": "real", "logit_fake": "fake",
+    "right_pairs": "right", "held_right_pairs": "right (held out)", "r1_loss": "\u03bbr1",
     "r1": "r1", "r2": "r2", "r1_gamma": "\u03bb\u03c3\u00b2", "g_grad_norm": "grad at sample", "judged": "judged", "samples_per_second": "samples/s", "mfu": "MFU",
     "memory_gib": "GiB",
 }  # fmt: skip

@@ -83,6 +83,8 @@ def _from_state(path: Path, ema: float | None) -> Generator:
     dcp.load(tensors, checkpoint_id=path, no_dist=True)
     weights = {name.removeprefix(prefix): value for name, value in tensors.items()}
     metadata = about["metadata"] | {"kind": "generator", "phase": facts["identity"]["phase"], "updates": facts["update"], "ema": float(wanted)}
+    if ema != 0:
+        metadata["ema_warmup"] = facts["identity"]["ema_warmup"]
 
     base = load_backbone(about["base"])
     if about["lora"] is None:

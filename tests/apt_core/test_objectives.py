@@ -13,6 +13,8 @@ from apt_core.objectives import (
     discriminator_loss,
     generator_backward,
     generator_loss,
+    penalty_floor,
+    verdict,
 )
 
 PRESETS = [f(phase) for f in (Objective.paper, Objective.stable) for phase in ("image", "video")]
@@ -312,3 +314,29 @@ def test_a_step_moves_the_logits_the_right_way(wan, disc, batch):
     before = generator_backward(g, d, Objective(), z, text, t)
     torch.optim.SGD(g.parameters(), lr=1e-2).step()
     assert generator_backward(g, d, Objective(), z, text, t)["g_loss"] < before["g_loss"]
+
+
+# ---- the instrument
+
+
+def test_the_verdict_counts_each_side_and_the_pairs():
+    real, fake = torch.tensor([2.0, -1.0, 0.5, 0.0]), torch.tensor([1.0, -2.0, 0.5, 3.0])
+    found = {name: float(value) for name, value in verdict(real, fake).items()}
+    assert found == {"right_real": (1 + 0 + 1 + 0.5) / 4, "right_fake": (0 + 1 + 0 + 0) / 4, "right_pairs": (1 + 1 + 0.5 + 0) / 4}
+
+
+def test_the_floor_is_a_ten_thousandth_of_a_smooth_penalty_and_more_where_rounding_rules():
+    torch.manual_seed(0)
+    x, noise = torch.randn(2, 64, 4, 1, 6, 6, dtype=torch.float64)
+    t, text = torch.rand(64, dtype=torch.float64), torch.zeros(64, 1, 2, dtype=torch.float64)
+    weight = torch.randn(144, dtype=torch.float64)
+
+    def smooth(x, t, text):
+        return x.flatten(1) @ weight
+
+    def rounded(x, t, text):
+        return x.to(torch.bfloat16).double().flatten(1) @ weight
+
+    penalty = approximate_penalty(smooth(x, t, text), smooth(x + 0.01 * noise, t, text))
+    assert penalty_floor(smooth, x, t, text, noise, 0.01) == pytest.approx(1e-4 * penalty)
+    assert penalty_floor(rounded, x, t, text, noise, 0.01) > 3e-3 * penalty
