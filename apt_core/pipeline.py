@@ -81,7 +81,7 @@ class OneStepPipeline:
             check_compile(self.device)
             keep_compiled(self.cache / "compiled")
         self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
-        self._residence = Residence(self.device, self._first_level(), self.report)
+        self._residence = Residence(self.device, self._first_level(), self.report, self._left)
         self._text_cache: TextCache | None = None
         self._decoder: Decoder | None = None
         self._given_up: list[str] = []
@@ -188,8 +188,11 @@ class OneStepPipeline:
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
         decoder = self._residence.run("vae", lambda device: self.sources.vae.load(self.dtype, device), self._decoder_of)
         yield from decoder.stream(latents, uint8=True, report=self.report)
-        if self._residence.level > ALL:
-            self._given_up, self._decoder = self.steps_taken, None  # its weights may be copies
+
+    def _left(self, name: str) -> None:
+        """A network has left the device. The decoder holds weights in another form, and views that would keep the old ones there."""
+        if name == "vae":
+            self._given_up, self._decoder = self.steps_taken, None
 
     def write_sample(self, request: Request, number: int, text: Tensor, path: str | Path | None) -> None:
         """Sample `number` of a request to a file; None as the path makes it only, for the partners of the process that writes."""
