@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .attention import choose_backend
 from .decoder import Decoder
 from .errors import AptError
 from .fast import Speed, check_compile, keep_compiled, make_fast
@@ -70,7 +71,8 @@ class OneStepPipeline:
         self.sources, self.group = sources, group
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.speed = Speed(backend, compile, fp8)
+        head_dim = sources.transformer.config["attention_head_dim"]
+        self.speed = Speed(choose_backend(backend, self.device, self.dtype, head_dim).name, compile, fp8)
         if fp8:
             check_fp8(self.device)
         if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
