@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .attention import choose_backend
 from .decoder import Decoder
 from .errors import AptError
 from .fast import Speed, check_compile, keep_compiled, make_fast
@@ -70,7 +71,8 @@ class OneStepPipeline:
         self.sources, self.group = sources, group
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.speed = Speed(backend, compile, fp8)
+        head_dim = sources.transformer.config["attention_head_dim"]
+        self.speed = Speed(choose_backend(backend, self.device, self.dtype, head_dim).name, compile, fp8)
         if fp8:
             check_fp8(self.device)
         if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
@@ -81,7 +83,7 @@ class OneStepPipeline:
             check_compile(self.device)
             keep_compiled(self.cache / "compiled")
         self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
-        self._residence = Residence(self.device, self._first_level(), self.report)
+        self._residence = Residence(self.device, self._first_level(), self.report, self._left)
         self._text_cache: TextCache | None = None
         self._decoder: Decoder | None = None
         self._given_up: list[str] = []
@@ -188,8 +190,11 @@ class OneStepPipeline:
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
         decoder = self._residence.run("vae", lambda device: self.sources.vae.load(self.dtype, device), self._decoder_of)
         yield from decoder.stream(latents, uint8=True, report=self.report)
-        if self._residence.level > ALL:
-            self._given_up, self._decoder = self.steps_taken, None  # its weights may be copies
+
+    def _left(self, name: str) -> None:
+        """A network has left the device. The decoder holds weights in another form, and views that would keep the old ones there."""
+        if name == "vae":
+            self._given_up, self._decoder = self.steps_taken, None
 
     def write_sample(self, request: Request, number: int, text: Tensor, path: str | Path | None) -> None:
         """Sample `number` of a request to a file; None as the path makes it only, for the partners of the process that writes."""

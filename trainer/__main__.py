@@ -138,11 +138,18 @@ def adversarial_command(
 
 
 def _show(preset, stage: str, variant: str | None, gpus: int | None, memory: float, tflops: float) -> None:
+    from apt_core.attention import check_name
     from trainer.dry_run import show_account
     from trainer.machine import imagined, pick_device, this_machine
+    from trainer.parallel import attention_of
 
+    if gpus is not None:
+        check_name(preset.train.attention)  # what is installed there is not known here
+        show_account(preset, stage, variant, imagined(gpus, memory, tflops))
+        return
     device = pick_device(preset.train.device)
-    show_account(preset, stage, variant, imagined(gpus, memory, tflops) if gpus is not None else this_machine(device, preset.train.compute))
+    attention = attention_of(preset, device)
+    show_account(preset, stage, variant, this_machine(device, preset.train.compute), str(attention))
 
 
 File = Annotated[str, typer.Option(help="A diffusers folder or a .safetensors file; the miniature's own is called mini.")]

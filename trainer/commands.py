@@ -30,7 +30,7 @@ from trainer.machine import pick_device, this_machine
 from trainer.mini.clips import SIZE
 from trainer.monitor import Monitor, Work
 from trainer.networks import Lora
-from trainer.parallel import Parallel
+from trainer.parallel import parallel_of
 from trainer.places import DISTILLED, IMAGE
 from trainer.precompute import SKIPPED, Report, fingerprint, precompute
 from trainer.progress import console, stage_bar
@@ -136,10 +136,7 @@ def find_start(preset: Preset, phase: str, out: Path, base: Path, world: World) 
 def _ready(preset: Preset, stage: str, variant: str | None, out: Path, seed: int, shards: Path | None) -> Iterator[tuple]:
     """The processes, the base, the data and the common arguments of both trainings, all checked."""
     train, device = preset.train, pick_device(preset.train.device)
-    parallel = Parallel(
-        train.microbatch, train.compute, train.generator_zero, train.discriminator_zero, train.sync_every_microbatch, train.checkpointing,
-        train.compile, train.context_parallel,
-    )  # fmt: skip
+    parallel, attention = parallel_of(preset, device)
     base = out / "base.safetensors" if preset.files.base == RANDOM else find_base(preset)
     machine = this_machine(device, train.compute)
     power = check_fit(preset, stage, variant, machine).flops, machine.peak * machine.gpus
@@ -155,6 +152,7 @@ def _ready(preset: Preset, stage: str, variant: str | None, out: Path, seed: int
         check_shards(batches, preset, folder, world)
         if world.main:
             make_folder(out)
+            _say(f"attention: {attention}")
         about = _metadata(preset, stage, variant or preset.variant, seed)
         states = out / "states" / stage
         if train.save_every and world.main:

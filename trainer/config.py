@@ -168,9 +168,11 @@ class Train(Settings):
     mode: "full" trains all weights, "lora" adapters of rank `lora_rank` on one frozen base that all networks share; head_width: inner width
     of the discriminator's heads (none: the model's own). microbatch: samples that a process takes at once (none: its whole share);
     compute, generator_zero, discriminator_zero, sync_every_microbatch, checkpointing, compile, context_parallel: see trainer.parallel.Parallel.
-    device: "auto" takes the GPU where there is one. ema_decays: more averages to keep beside the phase's own. save_every,
-    sample_every, watch_every (looks at the discriminator on held-out samples), in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many of the best besides, by
-    trainer.judge on judge_samples samples (0: none are judged). wandb: a Weights & Biases project to report to, where that is installed.
+    attention: diffusers' name of a backend for all networks, "auto" for the fastest installed one that has a backward pass. device: "auto" takes
+    the GPU where there is one. ema_decays: more averages to keep beside the phase's own. save_every, sample_every, watch_every (looks at
+    the discriminator on held-out samples), in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many
+    of the best besides, by trainer.judge on judge_samples samples (0: none are judged). wandb: a Weights & Biases project to report to,
+    where that is installed.
     """
 
     mode: Literal["full", "lora"] = "full"
@@ -185,6 +187,7 @@ class Train(Settings):
     checkpointing: Literal["none", "blocks", "offload"] = "none"
     compile: str | None = None
     context_parallel: int = Field(1, ge=1)
+    attention: str = "auto"
     device: str = "auto"
     ema_decays: tuple[float, ...] = ()
     save_every: int = Field(50, ge=0)

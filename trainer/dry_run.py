@@ -25,8 +25,11 @@ def check_fit(preset: Preset, stage: str, variant: str | None, machine: Machine)
     raise AptError(f"{what}, needs {needed.bytes / GIB:.1f} GiB on each GPU, which {has} cannot hold: {' or '.join(ways) or 'take larger GPUs'}.")
 
 
-def show_account(preset: Preset, stage: str, variant: str | None, machine: Machine) -> None:
-    """Print the account of a stage, whether it fits or not. Raises AptError as `check_fit` does, after printing."""
+def show_account(preset: Preset, stage: str, variant: str | None, machine: Machine, attention: str = "") -> None:
+    """Print the account of a stage, whether it fits or not, and the attention backend where it is known.
+
+    Raises AptError as `check_fit` does, after printing.
+    """
     needed = account(preset, stage, variant, machine.gpus)
     kinds = ("image", "video") if stage == "distill" else (stage,)
     recipe = "" if stage == "distill" else f" ({variant or preset.variant})"
@@ -35,6 +38,8 @@ def show_account(preset: Preset, stage: str, variant: str | None, machine: Machi
     table.add_column("", justify="right", overflow="fold")
     table.add_row("machine", f"{machine.gpus} x {machine.name}")
     table.add_row("of each", f"{machine.memory / GIB:.1f} GiB, {machine.peak / 1e12:.3g} TFLOP/s at best")
+    if attention:
+        table.add_row("attention", attention)
     for kind in kinds:
         table.add_row(f"tokens of one {kind}", f"{tokens(preset, kind):,}")
         table.add_row(f"batch of {kind}s", f"{batch_of(preset, stage, kind, variant):,}")

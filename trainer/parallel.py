@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from apt_core.attention import Backend, choose_backend
 from apt_core.context_parallel import enable
 from apt_core.discriminator import Discriminator
 from apt_core.fast import keep_compiled
 from apt_core.text_cache import cache_folder
 from trainer.checkpointing import offloaded
+from trainer.config import Preset
 from trainer.distributed import World
 
 
@@ -35,6 +37,7 @@ class Parallel:
     checkpointing: recompute each block in the backward pass; "offload" also keeps what it starts from in the CPU's memory.
     compile: torch.compile the blocks with this backend ("inductor").
     context_parallel: how many processes share one sample's tokens.
+    attention: diffusers' name of the attention backend, of the discriminator's backbone as of all others; None: the one set for the process.
     """
 
     microbatch: int | None = None
@@ -45,11 +48,25 @@ class Parallel:
     checkpointing: Literal["none", "blocks", "offload"] = "none"
     compile: str | None = None
     context_parallel: int = 1
+    attention: str | None = None
 
     @property
     def sharded(self) -> bool:
         """Whether even a single process needs FSDP2's bookkeeping."""
         return self.compute != "fp32"
+
+
+def parallel_of(preset: Preset, device: str) -> tuple[Parallel, Backend]:
+    """What a preset says of it, and the attention backend that it is on `device`. Raises AptError as `choose_backend` does."""
+    backend = attention_of(preset, device)
+    settings = {field.name: getattr(preset.train, field.name) for field in fields(Parallel)}
+    return Parallel(**settings | {"attention": backend.name}), backend
+
+
+def attention_of(preset: Preset, device: str) -> Backend:
+    """The attention backend of a training on `device`. Raises AptError as `choose_backend` does."""
+    dtype = torch.bfloat16 if preset.train.compute == "bf16" else torch.float32
+    return choose_backend(preset.train.attention, device, dtype, preset.model.head_dim, training=True)
 
 
 def place(make: Callable[[torch.device], nn.Module], world: World, parallel: Parallel, zero: int = 3) -> nn.Module:
@@ -141,6 +158,8 @@ def _prepare(model: nn.Module, world: World, parallel: Parallel) -> nn.Module:
     if world.cp > 1:
         enable(model, world.cp_group)
     backbone = model.backbone if isinstance(model, Discriminator) else model
+    if parallel.attention:
+        backbone.use_attention(parallel.attention)
     if parallel.checkpointing != "none":
         backbone.enable_gradient_checkpointing(offloaded if parallel.checkpointing == "offload" else None)
     if parallel.compile:

@@ -154,6 +154,8 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
     for memory in (0, -1.0, float("nan"), "8"):
         with pytest.raises(AptError, match=r"^memory .* cannot be: give GiB above 0, or None for what is free\.$"):
             pipeline(memory=memory)
+    with pytest.raises(AptError, match=r"^there is no attention backend 'flush' \(did you mean flash\?\): use auto, or one of "):
+        pipeline(backend="flush")
     for name, frames in (("a.avi", 5), ("a.gif", 1), ("a.mp4", 1)):
         with pytest.raises(AptError, match=rf"{name}: "):
             pipe.write(PROMPT, tmp_path / name, **SIZE | {"frames": frames})

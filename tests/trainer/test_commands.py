@@ -237,6 +237,11 @@ def test_prompts_are_encoded_with_the_shards(run):
         (("distill", "wan2.1-1.3b-480p", f"base={ASSETS / 'transformer.safetensors'}"), "is not the model of preset wan2.1-1.3b-480p (blocks 6 instead of 30, heads 4 instead of 12"),
         (("precompute", "wan2.1-1.3b-480p"), "data is not given, and only the miniature (48x48) draws its own"),
         (("adversarial", TINY, "--phase", "image", "context_parallel=3"), "context_parallel=3 does not divide the 4 attention heads of tiny: 2 would."),
+        (("adversarial", TINY, "--phase", "image", "attention=flush"), "there is no attention backend 'flush' (did you mean flash?): use auto, or one of"),
+        (("distill", TINY, "attention=flash"), "attention backend flash needs flash-attn, which is not installed or does not load: install it, or use native."),
+        (("distill", TINY, "attention=flash", "--dry-run"), "attention backend flash needs flash-attn, which is not installed or does not load"),
+        (("distill", TINY, "attention=_native_cudnn"), "computes in 16 bits on a CUDA card only, and this is float32 on cpu: use native."),
+        (("distill", "wan2.2-5b", "attention=flush", "--dry-run", "--gpus", 8), "there is no attention backend 'flush'"),
     ],
 )
 def test_mistakes_are_known_before_the_first_step(arguments, sentence, tmp_path):
@@ -276,6 +281,16 @@ def test_dry_run_touches_no_weight():
         assert part in shown
     assert "add train.mode=lora" in refused("adversarial", "wan2.2-5b", "--phase", "video", "--dry-run", "--gpus", 1, "--out", "nowhere")
     assert not Path("nowhere").exists()
+    here = command("distill", TINY, "attention=_native_math", "--dry-run").output
+    assert ["attention", "_native_math"] in [line.split() for line in here.splitlines()]
+
+
+def test_attention_is_told_and_no_part_of_a_runs_identity(run, tmp_path):
+    """A run that goes on with another kernel is the same run."""
+    for updates, attention in ((1, "_native_math"), (2, "auto")):
+        shown = done("adversarial", TINY, "--phase", "image", f"updates={updates}", f"attention={attention}", *STATES, "--shards", run / "latents", "--out", tmp_path)
+        assert f"attention: {'native' if attention == 'auto' else attention}" in shown.splitlines()
+    assert sorted(path.name for path in (tmp_path / "states" / "image").glob("step-*")) == ["step-000001", "step-000002"]
 
 
 def test_a_sample_is_the_same_whatever_comes_before_it(run, tmp_path):

@@ -21,7 +21,7 @@ from trainer.distributed import World, connect
 from trainer.files import write_json
 from trainer.machine import pick_device, this_machine
 from trainer.networks import Lora
-from trainer.parallel import Parallel
+from trainer.parallel import attention_of, parallel_of
 from trainer.progress import console
 from trainer.sampling import split
 
@@ -62,6 +62,7 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
     """
     if phase not in ("image", "video"):
         raise AptError(f"--phase {phase} is not known: it is image or video.")
+    attention = attention_of(preset, pick_device(preset.train.device))
     machine = this_machine(pick_device(preset.train.device), preset.train.compute)
     with connect(pick_device(preset.train.device), context_parallel=preset.train.context_parallel, sharded=preset.train.compute != "fp32") as world:
         whole = batch_of(preset, phase, phase, None)
@@ -69,7 +70,8 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
         modes = [mode for mode in MODES if preset.model.kind == "wan" or mode == "full"]  # there is no LoRA of an MMDiT
         result = {
             "preset": preset.name, "phase": phase, "date": date.today().isoformat(), "device": machine.name, "processes": world.size,
-            "peak_flops": machine.peak, "compute": preset.train.compute, "batch": batch, "whole_batch": whole, "versions": versions(),
+            "peak_flops": machine.peak, "compute": preset.train.compute, "attention": attention.name,
+            "batch": batch, "whole_batch": whole, "versions": versions(),
             "modes": {mode: _measure(_changed(preset, phase, mode, batch), phase, mode, updates, world, machine.peak) for mode in modes},
         }  # fmt: skip
         for figures in result["modes"].values():
@@ -91,10 +93,7 @@ def _changed(preset: Preset, phase: str, mode: str, batch: int) -> Preset:
 def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, peak_flops: float) -> dict:
     """Seconds of one update, the first not counted, and peak memory of one process beside what the account says."""
     train, times = preset.train, []
-    parallel = Parallel(
-        train.microbatch, train.compute, train.generator_zero, train.discriminator_zero, train.sync_every_microbatch, train.checkpointing,
-        train.compile, train.context_parallel,
-    )  # fmt: skip
+    parallel, _ = parallel_of(preset, pick_device(train.device))
 
     def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> nn.Module:
         return build_backbone(preset.model, device, dtype).requires_grad_(True)
@@ -128,7 +127,7 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
 
 def show(result: dict) -> None:
     """The table."""
-    title = f"{result['preset']}, {result['phase']}s, batch {result['batch']}, {result['processes']} x {result['device']}, {result['compute']}"
+    title = f"{result['preset']}, {result['phase']}s, batch {result['batch']}, {result['processes']} x {result['device']}, {result['compute']}, {result['attention']}"
     table = Table(title=title, title_justify="left", box=None)
     for column in ("", "s / update", f"at batch {result['whole_batch']}", "TFLOP/s each", "of peak", "GiB", "account"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
