@@ -1,7 +1,7 @@
 """The checkpoint contract: one safetensors file in official Wan keys that ComfyUI's Load Diffusion Model takes as it is.
 
-String metadata: `apt`, JSON {format, kind, base, phase, timestep, vae, native, text_length, updates, ema, ...}; `config`, JSON
-{"transformer": {...}} in the argument names of ComfyUI's WanModel, only where its guess from the shapes would be wrong; `modelspec.*`.
+String metadata: `apt`, JSON {format, kind, base, phase, timestep, second_time, vae, native, text_length, updates, ema, ...}; `config`,
+JSON {"transformer": {...}} in the argument names of ComfyUI's WanModel, only where its guess from the shapes would be wrong; `modelspec.*`.
 The second form is a diffusers folder: transformer and scheduler.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import keys
 from .errors import AptError
+from .steps import second_time
 from .tensorfile import Header, check_finite, check_floats, check_shapes, metadata_json, read_tensors, write_tensors
 from .tensorfile import read_header as read_any_header
 
@@ -98,7 +99,7 @@ def read_metadata(path: str | Path) -> dict:
 
 
 def check_apt(path: str | Path, apt: Mapping) -> None:
-    """Raises AptError when an `apt` object is of a newer format or an unknown kind. An empty one, of a foreign file, is fine."""
+    """Raises AptError for an `apt` object of a newer format or an unknown kind, or with no second time. An empty one, of a foreign file, is fine."""
     if not apt:
         return
     if not isinstance(apt.get("format"), int) or apt["format"] < 1:
@@ -107,6 +108,7 @@ def check_apt(path: str | Path, apt: Mapping) -> None:
         raise AptError(f"{path} has format {apt['format']} of the checkpoint contract, this version reads up to {FORMAT}: update ComfyUI-APT.")
     if apt.get("kind") not in KINDS:
         raise AptError(f"{path}: its metadata entry `apt` has kind {apt.get('kind')!r}: it must be one of {', '.join(KINDS)}.")
+    second_time(path, apt)
 
 
 def transformer_config_from(shapes: Mapping[str, tuple], metadata: Mapping[str, str], path: str | Path = "the file") -> dict:

@@ -22,13 +22,14 @@ from .attention import choose_backend
 from .decoder import Decoder
 from .errors import AptError
 from .fast import Speed, check_compile, keep_compiled, make_fast
-from .flow import sample_noise
 from .fp8 import check_fp8
 from .generator import euler_cfg, few_step
 from .media_write import check_name, video_writer, write_image, write_video
+from .noise import draw
 from .request import Request
 from .residence import ALL, Residence, first_level
 from .sources import Sources, TransformerSource, read_sources
+from .steps import step_times
 from .text import TextEncoder
 from .text_cache import TextCache, cache_folder, encoder_fingerprint
 from .tiny_decoder import TinyDecoder
@@ -117,7 +118,7 @@ class OneStepPipeline:
     def __call__(self, prompt: str | Sequence[str], **wishes) -> Video | list[Video]:
         """One video for one prompt and count 1, else a list: `count` of each prompt, one prompt after another.
 
-        wishes: seed, steps (1 or 2), count, height, width, frames, fps, see Request. Raises AptError for what cannot be made, before any
+        wishes: seed, noise ("apt" or "comfyui"), steps, count, height, width, frames, fps, see Request. Raises AptError for what cannot be made, before any
         weight is read.
         """
         request = self.request(prompt, **wishes)
@@ -168,16 +169,17 @@ class OneStepPipeline:
 
     def latents(self, request: Request, number: int, text: Tensor) -> Tensor:
         """Sample `number` of a request as normalised latents `[1, C, f, h, w]`, fp32. text: what `embed` gave."""
-        shape, z = request.latents(self.sources), self._draw(request, number).result()
+        shape, z = request.latents(self.sources), self._draw(request, number).result()[None]
+        source = self.sources.transformer
 
         def noise(step: int) -> Tensor:
-            return sample_noise([number], shape, request.seed, f"generate/step{step}").to(self.device)
+            return draw(request.noise, request.seed, number, shape, step)[None].to(self.device)
 
         prompt = text[number // request.count][None].to(self.device)
 
         def sample(transformer) -> Tensor:
-            if request.steps <= 2:
-                return few_step(transformer, z.to(self.device), prompt, request.times, noise)
+            if source.few_step:
+                return few_step(transformer, z.to(self.device), prompt, step_times(request.steps, source.second_time), noise)
             negative = text[-1][None].to(self.device)
             return euler_cfg(transformer, z.to(self.device), prompt, negative, request.steps, request.guidance, request.shift)
 
@@ -219,9 +221,9 @@ class OneStepPipeline:
 
     def _draw(self, request: Request, number: int) -> Future:
         """The noise that a sample starts from, made by a thread: at a real model's size that takes as long as some of its blocks."""
-        what = [number], request.latents(self.sources), request.seed, "generate/z"
+        what = request.noise, request.seed, number, request.latents(self.sources)
         if self._drawn is None or self._drawn[0] != what:
-            self._drawn = what, self._drawer.submit(sample_noise, *what)
+            self._drawn = what, self._drawer.submit(draw, *what)
         return self._drawn[1]
 
     def _load_transformer(self, device: torch.device):

@@ -6,17 +6,16 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 from .errors import AptError
+from .noise import APT, check_noise
 from .sources import Sources
 from .vae import check_size
-
-SECOND_TIME = 0.7
-"""The second of the two times of two-step sampling; the paper does not print its own."""
-
 
 @dataclass(frozen=True)
 class Request:
     """height, width, frames, fps: by default what the checkpoint was trained for; one frame is a picture.
-    count: samples of each prompt; steps: 1, or 2 (zero-shot), more are Euler steps for base models, with guidance, negative and shift.
+    count: samples of each prompt; steps: calls of the network, for an APT or distilled model by re-noising at `steps.step_times`, for a base
+    Euler steps, with guidance, shift and negative, which are of bases alone. noise: "apt", the default, by which no two samples share noise
+    whatever their seeds and the number of processes, or "comfyui", by which sample n is the ComfyUI node's, and stock KSampler's, of seed + n.
 
     Sample number n belongs to prompt `n // count`; its noise derives from (seed, n) and nothing else."""
 
@@ -31,21 +30,16 @@ class Request:
     guidance: float = 1.0
     shift: float = 5.0
     negative: str = ""
+    noise: str = APT
 
     @property
     def samples(self) -> int:
         return len(self.prompts) * self.count
 
     @property
-    def times(self) -> tuple[float, ...]:
-        """Of a one-step generator."""
-        return (1.0, SECOND_TIME)[: self.steps]
-
-    @property
     def texts(self) -> list[str]:
         """All that must be encoded: the prompts, and the negative one where guidance reads it."""
-        guided = self.steps > 2 and self.guidance != 1
-        return [*self.prompts, self.negative] if guided else [*self.prompts]
+        return [*self.prompts] if self.guidance == 1 else [*self.prompts, self.negative]
 
     def prompt(self, number: int) -> str:
         return self.prompts[number // self.count]
@@ -57,6 +51,8 @@ class Request:
         self._check_values()
         if min(self.count, self.steps) < 1:
             raise AptError(f"{self.count} samples in {self.steps} steps cannot be made: both must be 1 or more.")
+        if sources.transformer.few_step:
+            self._check_unguided(sources.transformer.name)
         sizes = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in sources.transformer.native.items() if name in SIZES}
         if sizes["fps"] <= 0:
             raise AptError(f"fps {sizes['fps']:g} cannot be: it must be above 0.")
@@ -64,7 +60,14 @@ class Request:
         check_size(sizes["height"], sizes["width"], sizes["frames"], sources.vae.stride, patch, what="a sample")
         return replace(self, **sizes)
 
+    def _check_unguided(self, model: str) -> None:
+        for name in OF_BASES:
+            value = getattr(self, name)
+            if value != getattr(Request, name):
+                raise AptError(f"{name} {value!r} is for base models, but {model} is an APT or distilled one, which has no {name}: leave it out.")
+
     def _check_values(self) -> None:
+        check_noise(self.noise)
         for text in (*self.prompts, self.negative):
             if not isinstance(text, str) or text != text.encode(errors="ignore").decode():
                 raise AptError(f"the prompt {text!r} cannot be read: give text that can be written as UTF-8.")
@@ -86,3 +89,4 @@ class Request:
 
 
 SIZES = ("height", "width", "frames", "fps")
+OF_BASES = ("guidance", "shift", "negative")

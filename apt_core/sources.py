@@ -14,6 +14,7 @@ from .checkpoint import load_transformer, read_header
 from .errors import AptError
 from .lora import add_adapters, fold, load_lora
 from .mmdit import load_mmdit
+from .steps import is_few_step, second_time
 from .tensorfile import metadata_json
 from .text_files import LENGTH, TextFacts, load_text_encoder_files, read_text_encoder
 from .tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
@@ -51,7 +52,7 @@ def locate(part: str, given: str | Path | None) -> Path:
 @dataclass(frozen=True)
 class TransformerSource:
     """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file; parameters: how many;
-    load(dtype, device): the model, whole and without adapters. Raises AptError for metadata with sizes or lengths that are none."""
+    load(dtype, device): the model, whole and without adapters. Raises AptError for metadata with sizes, lengths or a second time that are none."""
 
     name: str
     config: Mapping
@@ -69,6 +70,17 @@ class TransformerSource:
             wrong.append(f"fps {fps!r}")
         if wrong:
             raise AptError(f"{self.name}: its metadata says {wrong[0]}, which cannot be: export the file again.")
+        second_time(self.name, self.metadata)
+
+    @property
+    def few_step(self) -> bool:
+        """Whether it is sampled by re-noising, not by Euler."""
+        return is_few_step(self.metadata)
+
+    @property
+    def second_time(self) -> float:
+        """See `steps.step_times`."""
+        return second_time(self.name, self.metadata)
 
     @property
     def native(self) -> dict:

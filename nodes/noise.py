@@ -6,31 +6,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def draw(seed: int, shape: Sequence[int], step: int = 0) -> Tensor:
-    """Standard normal noise, fp32 on the CPU. Step 0 is what stock nodes make of a seed; each further step goes on from there."""
-    generator = torch.Generator().manual_seed(seed % 2**64)
-    for _ in range(step + 1):
-        noise = torch.randn(shape, generator=generator)
-    return noise
+from ..apt_core.noise import COMFYUI, draw
 
 
 class SeedNoise:
-    """Item i of a batch has seed + i, so that each can be made again alone. Items cut out by Latent From Batch keep theirs."""
+    """Item i of a batch is sample i of the seed, by one of the rules of apt_core.noise; by ComfyUI's that is seed + i, so that each can be made
+    again alone. Items cut out by Latent From Batch keep theirs."""
 
-    def __init__(self, seed: int):
-        self.seed = seed
+    def __init__(self, seed: int, rule: str = COMFYUI):
+        self.seed, self.rule = seed, rule
 
     def generate_noise(self, latent: dict, step: int = 0) -> Tensor:
         samples = latent["samples"]
         items = latent.get("batch_index") or range(len(samples))
-        return torch.stack([draw(self.seed + item, samples.shape[1:], step) for item in items])
+        return torch.stack([draw(self.rule, self.seed, item, samples.shape[1:], step) for item in items])
 
 
 class WalkNoise:
     """The batch walks from seed to seed in equal steps (the paper's 5.7), each item the noise of its place on the way.
 
-    An open walk begins at the first seed and ends at the last; a closed one comes back to the first, which then is not repeated.
+    The noise of a seed is ComfyUI's. An open walk begins at the first seed and ends at the last; a closed one comes back to the first, which then is not repeated.
     """
 
     def __init__(self, seeds: Sequence[int], closed: bool):
@@ -38,7 +33,7 @@ class WalkNoise:
 
     def generate_noise(self, latent: dict, step: int = 0) -> Tensor:
         samples = latent["samples"]
-        stations = [draw(seed, samples.shape[1:], step) for seed in self.seeds]
+        stations = [draw(COMFYUI, seed, 0, samples.shape[1:], step) for seed in self.seeds]
         return torch.stack([self._between(stations, item, len(samples)) for item in range(len(samples))])
 
     def _between(self, stations: list[Tensor], item: int, items: int) -> Tensor:

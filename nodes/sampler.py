@@ -14,13 +14,13 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from ..apt_core.errors import AptError
-from ..apt_core.flow import interpolate, shift
+from ..apt_core.flow import interpolate
+from ..apt_core.noise import APT, COMFYUI
+from ..apt_core.steps import step_times
 from .noise import SeedNoise, WalkNoise
 from .wan_model import WanModel, read_model
 
 NAME = "APT One-Step Sampler"
-# Puts the second of two times at 0.7; the paper leaves it open.
-TIMES_SHIFT = 7 / 3
 
 
 class APTSampler(io.ComfyNode):
@@ -43,7 +43,8 @@ class APTSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Default 0. Item i of a batch has the seed + i: any of them comes out again alone, with batch size 1 and its own seed.",
+                    tooltip="Default 0. Item i of a batch has the seed + i: any of them comes out again alone, with batch size 1 and its own seed. "
+                    "With seed_noise apt, it is sample i of this seed instead.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -51,7 +52,7 @@ class APTSampler(io.ComfyNode):
                     min=1,
                     max=8,
                     tooltip="Calls of the network. Default 1, what the model was trained for; 2 is often better, with fresh noise in between "
-                    "up to time 0.7; more bring artifacts.",
+                    "up to the second time that the model's file names, else 0.7; more bring artifacts.",
                 ),
                 io.Noise.Input(
                     "noise", optional=True, tooltip="Noise to start from in place of the seed's, from APT Noise Walk or a stock node. Default none."
@@ -61,21 +62,33 @@ class APTSampler(io.ComfyNode):
                     optional=True,
                     tooltip="The times of the calls in place of steps: the first is 1, they decrease, a last 0 is allowed. Default none.",
                 ),
+                # Last and optional: graphs and prompts from before it go on working.
+                io.Combo.Input(
+                    "seed_noise",
+                    options=[COMFYUI, APT],
+                    default=COMFYUI,
+                    optional=True,
+                    tooltip="What a seed becomes. Default comfyui: the noise of stock nodes, so that KSampler with the same seed makes the same clip. "
+                    "apt: that of apt_core's pipeline and of `generate`, so that they do.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The samples, for APT VAE Decode or any other.")],
         )
 
     @classmethod
-    def execute(cls, model, positive, latent: dict, seed: int, steps: int, noise=None, sigmas: Tensor | None = None) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, latent: dict, seed: int, steps: int, noise=None, sigmas: Tensor | None = None, seed_noise: str = COMFYUI
+    ) -> io.NodeOutput:
         wan = read_model(NAME, model)
         _check_flow(model)
-        times = _times(steps, sigmas)
+        times = step_times(steps, wan.second_time) if sigmas is None else _times(sigmas)
         latent = _read_latent(wan, model, latent)
         _check_text(wan, positive)
 
-        first = noise or SeedNoise(seed)
+        of_seed = SeedNoise(seed, seed_noise)
+        first = noise or of_seed
         # Other packs' noise knows of one step only.
-        later = first if isinstance(first, WalkNoise) else SeedNoise(seed)
+        later = first if isinstance(first, WalkNoise) else of_seed
         guider = CFGGuider(model)
         guider.inner_set_conds({"positive": positive})
         samples = guider.sample(
@@ -121,9 +134,7 @@ def _check_finite(samples: Tensor) -> None:
         )
 
 
-def _times(steps: int, sigmas: Tensor | None) -> list[float]:
-    if sigmas is None:
-        return [shift(1 - i / steps, TIMES_SHIFT) for i in range(steps)]
+def _times(sigmas: Tensor) -> list[float]:
     times = sigmas.tolist()
     if times and times[-1] == 0:
         times.pop()

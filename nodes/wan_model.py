@@ -6,6 +6,7 @@ from comfy.model_base import WAN21
 from comfy.model_patcher import ModelPatcher
 
 from ..apt_core.errors import AptError
+from ..apt_core.steps import is_few_step, second_time
 from ..apt_core.tensorfile import metadata_json
 
 ATTACHMENT = "apt"
@@ -24,7 +25,7 @@ MAX_FPS = 1000
 @dataclass(frozen=True)
 class WanModel:
     """Sizes of a Wan MODEL. `spatial` and `temporal`: pixels and frames to a latent; `patch`: latents to a token's side;
-    `native`: {width, height, frames, fps} that it was trained for, in pixels and frames."""
+    `native`: {width, height, frames, fps} that it was trained for, in pixels and frames; `second_time`: see apt_core.steps."""
 
     channels: int
     spatial: int
@@ -32,6 +33,7 @@ class WanModel:
     patch: int
     text_dim: int
     native: dict
+    second_time: float
 
     @property
     def multiple(self) -> int:
@@ -44,14 +46,15 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
     if not isinstance(model.model, WAN21):
         kind = type(model.model).__name__
         raise AptError(f"{node}: the model is {kind}, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.")
-    format, network = model.model.latent_format, model.model.diffusion_model
+    format, network, apt = model.model.latent_format, model.model.diffusion_model, _apt(node, model)
     return WanModel(
         channels=format.latent_channels,
         spatial=format.spacial_downscale_ratio,
         temporal=format.temporal_downscale_ratio,
         patch=network.patch_size[-1],
         text_dim=network.text_dim,
-        native=_apt(node, model).get("native") or RELEASED[format.latent_channels],
+        native=apt.get("native") or RELEASED[format.latent_channels],
+        second_time=second_time(node, apt),
     )
 
 
@@ -67,10 +70,12 @@ def check_native(what: str, apt: dict) -> None:
 
 
 def _apt(node: str, model: ModelPatcher) -> dict:
-    if apt := model.get_attachment(ATTACHMENT):
-        return apt
-    # Stock loaders drop the metadata of a model, but keep a LoRA's.
+    file = model.get_attachment(ATTACHMENT) or {}
+    if is_few_step(file):
+        return file
+    # Of a base the LoRA tells what became of it. Stock loaders drop the metadata of a model, but keep a LoRA's.
     what = f"{node}: the LoRA"
-    apt = metadata_json(what, model.get_attachment("lora_metadata") or {}, "apt")
-    check_native(what, apt)
-    return apt
+    lora = metadata_json(what, model.get_attachment("lora_metadata") or {}, "apt")
+    check_native(what, lora)
+    second_time(what, lora)
+    return {**file, **lora}

@@ -164,9 +164,9 @@ def generate(
     vae: File = "", text_encoder: File = "", tokenizer: File = "", base: File = "",
     height: int | None = None, width: int | None = None, frames: int | None = None, fps: float | None = None,
     count: Annotated[int, typer.Option(help="Samples of each prompt.")] = 1,
-    steps: Annotated[int, typer.Option(help="1, or 2; more only for base models.")] = 1,
-    guidance: Annotated[float, typer.Option(help="Of base models.")] = 1.0,
-    shift: Annotated[float, typer.Option(help="Of base models.")] = 5.0,
+    steps: Annotated[int, typer.Option(help="Calls of the network: by re-noising; of a base model, Euler steps.")] = 1,
+    guidance: Annotated[float, typer.Option(help="Of base models: the scale of CFG.")] = 1.0,
+    shift: Annotated[float, typer.Option(help="Of base models: of the times.")] = 5.0,
     negative: Annotated[str, typer.Option(help="Of base models: the negative prompt.")] = "",
     ema: Annotated[float | None, typer.Option(help="Of a training state: the decay of the average to take; 0 for the raw weights.")] = None,
     context_parallel: Annotated[int, typer.Option(min=1, help="Under torchrun: so many processes make each sample together.")] = 1,
@@ -176,9 +176,13 @@ def generate(
     memory: Annotated[float | None, typer.Option(help="GiB of the device to keep within; by default what is free.")] = None,
     tiny_decoder: Annotated[str, typer.Option(help="taew2_1 or taew2_2 (.safetensors) in the VAE's place: fast, and only near its pictures.")] = "",
     device: str = "auto",
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the noise: sample n's derives from seed and n.")] = 0,
+    noise: Annotated[str, typer.Option(help="apt: every sample's own, the default; comfyui: sample n has ComfyUI's noise of seed + n.")] = "apt",
 ) -> None:  # fmt: skip
-    """Prompts to videos (.mp4) or pictures (.png). Under torchrun the prompts are shared out, and the samples stay the same."""
+    """Prompts to videos (.mp4) or pictures (.png). Under torchrun the prompts are shared out, and the samples stay the same.
+
+    By default no two samples share noise, whatever the seeds, the batch and the processes. --noise comfyui makes what the same seed makes in ComfyUI.
+    """
     from apt_core.request import Request
     from trainer.base import with_defaults
     from trainer.distributed import connect
@@ -186,7 +190,7 @@ def generate(
     from trainer.machine import pick_device
 
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
-    request = Request(texts, height, width, frames, fps, count, seed, steps, guidance, shift, negative)
+    request = Request(texts, height, width, frames, fps, count, seed, steps, guidance, shift, negative, noise)
     with connect(pick_device(device), context_parallel=context_parallel) as world:
         files = with_defaults(checkpoint, base, vae, text_encoder, tokenizer)
         fast = {"backend": backend, "compile": compiled, "fp8": fp8, "memory": memory, "tiny_decoder": tiny_decoder}

@@ -153,7 +153,7 @@ def _ready(preset: Preset, stage: str, variant: str | None, out: Path, seed: int
         if world.main:
             make_folder(out)
             _say(f"attention: {attention}")
-        about = _metadata(preset, stage, variant or preset.variant, seed)
+        about = _metadata(preset, stage, batches.available("video" if stage == "distill" else stage), variant or preset.variant, seed)
         states = out / "states" / stage
         if train.save_every and world.main:
             describe_state(states, base, about, (train.lora_rank, train.lora_alpha) if train.mode == "lora" else None)
@@ -229,15 +229,15 @@ def _first_decay(preset: Preset, stage: str, variant: str | None) -> float:
     return preset.distill.ema_decay if stage == "distill" else getattr(preset.phases(variant or preset.variant), stage).ema_decay
 
 
-def _metadata(preset: Preset, stage: str, variant: str, seed: int) -> dict:
-    data, model = preset.data, preset.model
-    height, width = data.size("image" if stage == "image" else "video")
+def _metadata(preset: Preset, stage: str, kind: str, variant: str, seed: int) -> dict:
+    model = preset.model
     recipe = preset.name if stage == "distill" else f"{preset.name}/{variant}"
     return {
         "base": preset.name,
         "text_length": model.text_length,
         "vae": {"name": MINI if preset.files.base == MINI else f"wan {model.vae}", "stride": list(model.stride), "channels": model.channels},
-        "native": {"height": height, "width": width, "frames": 1 if stage == "image" else data.frames, "fps": data.fps},
+        "native": preset.data.native(kind),
+        "second_time": preset.sampling.second_time,
         "preset": recipe,
         "seed": seed,
     }

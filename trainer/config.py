@@ -80,10 +80,15 @@ class Data(Settings):
             return self.image_height or self.height, self.image_width or self.width
         return self.height, self.width
 
+    def native(self, kind: str) -> dict:
+        """What a checkpoint that was trained on "image" or "video" says of its size."""
+        height, width = self.size(kind)
+        return {"height": height, "width": width, "frames": 1 if kind == "image" else self.frames, "fps": self.fps}
+
 
 class Sampling(Settings):
     """How the base samples: Euler steps, guidance scale, shift of its times for images and videos, and the fixed negative prompt.
-    `second_time` is the second of the two times of two-step sampling; `prompts` are what sample videos show while a run trains."""
+    `second_time` is the second of the two times of two-step sampling, which goes into every file of the run; `prompts` are what sample videos show while a run trains."""
 
     steps: int = Field(25, ge=1)
     guidance: float

@@ -53,8 +53,9 @@ class Demo:
         other settings.
         """
         phases, size = self.preset.phases(self.variant), self.preset.data
-        if self.data is None and (size.height, size.width) != (SIZE, SIZE):
-            raise AptError(f"preset {self.preset.name} asks for {size.width}x{size.height} pixels, but drawn clips have {SIZE}x{SIZE}; give --data.")
+        for height, width in (size.size("video"), size.size("image")):
+            if self.data is None and (height, width) != (SIZE, SIZE):
+                raise AptError(f"preset {self.preset.name} asks for {width}x{height} pixels, but drawn clips have {SIZE}x{SIZE}; give --data.")
         make_folder(self.out)
         state = RunState(self.out / "state.json", self._identity())
         base = ASSETS / "transformer.safetensors"
@@ -67,17 +68,16 @@ class Demo:
         state.stage("precompute", "Encoding", lambda report: self._precompute(folder, latents, text, report), latents / INDEX)
 
         batches = Batches(latents, text, self.seed)
-        metadata = self._metadata(text)
-        common = dict(seed=self.seed, world=World(torch.device(self.device)), metadata=metadata)
-        start = names["distilled"]
-        state.stage("distill", "Stage 1: distill", lambda report: distill(base, batches, self.preset, start, report=report, **common), start)
+        common = dict(seed=self.seed, world=World(torch.device(self.device)))
+        start, metadata = names["distilled"], self._metadata(text, batches.available("video"))
+        state.stage("distill", "Stage 1: distill", lambda report: distill(base, batches, self.preset, start, metadata=metadata, report=report, **common), start)
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
         for kind in kinds:
-            out = names[kind] if kind != kinds[-1] else names["video"]
+            out, metadata = names[kind] if kind != kinds[-1] else names["video"], self._metadata(text, kind)
             state.stage(
                 f"adversarial_{kind}",
                 f"Stage 2: {kind}s",
-                lambda report: adversarial(kind, start, base, batches, getattr(phases, kind), out, report=report, **common),
+                lambda report: adversarial(kind, start, base, batches, getattr(phases, kind), out, metadata=metadata, report=report, **common),
                 out,
             )
             start = out
@@ -104,7 +104,7 @@ class Demo:
         vae = load_vae(VAE).to(self.device)
         made = precompute(
             folder, latents, vae, text, height=data.height, width=data.width, frames=data.frames, fps=data.fps,
-            skip_bad=self.skip_bad, truncate_captions=self.truncate_captions, progress=report,
+            image_height=data.image_height, image_width=data.image_width, skip_bad=self.skip_bad, truncate_captions=self.truncate_captions, progress=report,
         )  # fmt: skip
         for bad in made.skipped:
             console.print(f"left out: {bad.reason}", markup=False, highlight=False, soft_wrap=True)
@@ -112,13 +112,13 @@ class Demo:
             console.print(f"{len(made.skipped)} left out, listed in {latents / SKIPPED}", markup=False, highlight=False, soft_wrap=True)
         return []
 
-    def _metadata(self, text) -> dict:
-        data = self.preset.data
+    def _metadata(self, text, kind: str) -> dict:
         return {
             "base": "mini",
             "text_length": text.text_length,
             "vae": {"name": "mini", "stride": [4, 8, 8], "channels": 16},
-            "native": {"height": data.height, "width": data.width, "frames": data.frames, "fps": data.fps},
+            "native": self.preset.data.native(kind),
+            "second_time": self.preset.sampling.second_time,
             "preset": f"{self.preset.name}/{self.variant}",
             "seed": self.seed,
         }

@@ -82,7 +82,7 @@ def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> T
         found = open_generator(path, ema=ema)
         return (found.model if found.base is None else fold(found.base, ROLE)).to(device, dtype)
 
-    return TransformerSource(str(path), dict(shape.config), about["metadata"], sum(p.numel() for p in shape.parameters()), load)
+    return TransformerSource(str(path), dict(shape.config), about["metadata"] | {"kind": "generator"}, sum(p.numel() for p in shape.parameters()), load)
 
 
 def _words(prompt: str) -> str:

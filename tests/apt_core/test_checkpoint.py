@@ -319,6 +319,7 @@ def test_no_file_and_no_folder(tmp_path):
         ({"apt": '{"format": 2, "kind": "generator"}'}, ("format 2", "update")),
         ({"apt": '{"kind": "generator"}'}, ("format",)),
         ({"apt": '{"format": 1, "kind": "teapot"}'}, ("teapot", "generator")),
+        ({"apt": '{"format": 1, "kind": "generator", "second_time": 700}'}, ("second_time 700", "between 0 and 1", "export")),
         ({"apt": '{"format": 1, "kind": "lora"}'}, ("LoRA",)),
         ({"config": "nope"}, ("`config`", "JSON")),
         ({"config": '{"transformer": 3}'}, ("num_heads",)),

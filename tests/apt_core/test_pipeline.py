@@ -12,13 +12,14 @@ from ranks import start
 
 import apt_core
 from apt_core import sources
-from apt_core.checkpoint import save_generator
+from apt_core.checkpoint import read_metadata, save_generator
 from apt_core.decoder import Decoder
 from apt_core.errors import AptError
 from apt_core.flow import sample_noise
-from apt_core.generator import few_step, one_step
+from apt_core.generator import euler_cfg, few_step, one_step
 from apt_core.lora import add_adapters, role, save_lora
 from apt_core.pipeline import OneStepPipeline
+from apt_core.noise import draw
 from apt_core.residence import ALL, BLOCKS, PARTS
 from apt_core.sources import SHIPPED, TransformerSource, load_backbone
 from apt_core.text import load_text_encoder, save_text_encoder
@@ -60,16 +61,59 @@ def test_one_step_is_what_its_parts_compute(tmp_path):
     assert close(np.concatenate(list(pipe.stream(PROMPT, seed=3, **SIZE))), video.frames)
 
 
-def test_many_prompts_and_two_steps(tmp_path):
+def test_many_prompts(tmp_path):
     pipe = pipeline(cache=tmp_path)
     videos = pipe([PROMPT, "a blue square"], count=2, **SIZE)
     assert [(video.prompt, video.number) for video in videos] == [(PROMPT, 0), (PROMPT, 1), ("a blue square", 2), ("a blue square", 3)]
     assert close(videos[3].frames, as_bytes(by_hand(3, prompt="a blue square")))
+
+
+def copy_with(path, **metadata):
+    """The shipped generator with other metadata."""
+    model = load_backbone(SHIPPED["checkpoint"])
+    save_generator(path, model, model.config, read_metadata(SHIPPED["checkpoint"]) | metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    "about, times",
+    [
+        ({}, [(1.0,), (1.0, 0.7), (1.0, 14 / 17, 7 / 13)]),
+        ({"phase": "distilled"}, [(1.0,), (1.0, 0.7), (1.0, 14 / 17, 7 / 13)]),
+        ({"second_time": 0.4}, [(1.0,), (1.0, 0.4), (1.0, 4 / 7, 0.25)]),
+    ],
+)
+def test_steps_of_an_apt_or_distilled_file_add_noise_again_up_to_its_times(about, times, tmp_path):
+    file = copy_with(tmp_path / "model.safetensors", **about)
+    pipe, model = OneStepPipeline.from_checkpoint(file, cache=tmp_path), load_backbone(file).eval()
     text = pipe.embed(pipe.request(PROMPT, **SIZE))
-    model = load_backbone(SHIPPED["base"]).eval()
-    noises = [sample_noise([0], (16, 2, 6, 6), 0, f"generate/{name}") for name in ("z", "step1")]
-    expected = few_step(model, noises[0], text, (1.0, 0.7), lambda i: noises[1])
-    torch.testing.assert_close(pipe.latents(pipe.request(PROMPT, steps=2, **SIZE), 0, text), expected, rtol=0, atol=1e-5)
+    for noise in ("apt", "comfyui"):
+        fresh = [draw(noise, 3, 1, (16, 2, 6, 6), step)[None] for step in range(3)]
+        for expected in times:
+            request = pipe.request(PROMPT, steps=len(expected), seed=3, count=2, noise=noise, **SIZE)
+            wanted = few_step(model, fresh[0], text, expected, fresh.__getitem__)
+            torch.testing.assert_close(pipe.latents(request, 1, text), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_steps_of_a_base_are_eulers(guidance, tmp_path):
+    pipe, model = pipeline(cache=tmp_path), load_backbone(SHIPPED["base"]).eval()
+    for steps in (1, 2, 3):
+        request = pipe.request(PROMPT, steps=steps, guidance=guidance, shift=3.0, negative="blurry", noise="comfyui", seed=2**40, **SIZE)
+        text = pipe.embed(request)
+        z = torch.randn(1, 16, 2, 6, 6, generator=torch.Generator().manual_seed(2**40))
+        wanted = euler_cfg(model, z, text[:1], text[1:], steps, guidance, 3.0)
+        torch.testing.assert_close(pipe.latents(request, 0, text), wanted, rtol=0, atol=1e-5)
+
+
+def test_what_is_for_bases_alone_is_refused_for_an_apt_file():
+    pipe = OneStepPipeline.from_checkpoint("mini")
+    for wish, value in (("guidance", 7.5), ("shift", 3.0), ("negative", "blurry")):
+        with pytest.raises(AptError) as error:
+            pipe.request(PROMPT, **{wish: value})
+        assert str(error.value) == (
+            f"{wish} {value!r} is for base models, but {SHIPPED['checkpoint']} is an APT or distilled one, which has no {wish}: leave it out."
+        )
 
 
 def test_files(tmp_path):
@@ -138,6 +182,7 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
         ({"count": None}, "count None cannot be: it must be a whole number."),
         ({"guidance": float("nan"), "steps": 3}, "guidance nan cannot be: it must be a finite number."),
         ({"shift": -1.0}, "shift -1 cannot be: it must be above 0."),
+        ({"noise": "gpu"}, "noise 'gpu' is not known: use apt or comfyui."),
         ({"negative": "\ud800"}, "the prompt '\\ud800' cannot be read: give text that can be written as UTF-8."),
     ):
         with pytest.raises(AptError) as error:
@@ -242,8 +287,8 @@ def test_a_budget_is_for_weights_and_decode_together(tmp_path):
 
 
 def test_the_noise_of_the_next_sample_is_drawn_ahead(tmp_path, monkeypatch):
-    drawn, real = [], sample_noise
-    monkeypatch.setattr("apt_core.pipeline.sample_noise", lambda numbers, *rest: drawn.append(numbers[0]) or real(numbers, *rest))
+    drawn = []
+    monkeypatch.setattr("apt_core.pipeline.draw", lambda rule, seed, number, shape: drawn.append(number) or draw(rule, seed, number, shape))
     pipe = pipeline(cache=tmp_path)
     videos = pipe(PROMPT, count=3, **SIZE)
     assert drawn == [0, 1, 2] and close(videos[2].frames, as_bytes(by_hand(2)))

@@ -182,7 +182,7 @@ def lora_text_to_video() -> Graph:
         f"  text_encoders/{UMT5}\n  vae/wan_2.1_vae.safetensors\n```\n\n"
         f"- [base model]({PUBLIC['wan2.1_t2v_1.3B_fp16.safetensors'][0]})\n- [text encoder]({PUBLIC[UMT5][0]})\n"
         f"- [VAE]({PUBLIC['wan_2.1_vae.safetensors'][0]})\n- the LoRA is what the trainer of ComfyUI-APT writes\n\n"
-        "Keep its strength at 1: the scale is inside the file. LoRAs of a style can follow it as usual.",
+        "Keep its strength at 1: the scale is inside the file. LoRAs of a style go before it: ComfyUI remembers what the last LoRA says of sizes and times.",
         size=(420, 440),
     )
     return g

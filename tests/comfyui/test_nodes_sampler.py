@@ -1,5 +1,6 @@
 """APT One-Step Sampler in a real ComfyUI: the numbers of apt_core and of stock KSampler, and what it says to bad input."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from torch.testing import assert_close
 
 from apt_core.checkpoint import save_generator
 from apt_core.generator import few_step, one_step
+from apt_core.noise import draw
+from apt_core.pipeline import OneStepPipeline
+from apt_core.sources import Sources, TextSource, VaeSource, read_transformer
+from apt_core.text_files import TextFacts
 from apt_core.vae import LATENTS_MEAN, LATENTS_STD
 from apt_core.wan import WanBackbone
 
@@ -36,15 +41,20 @@ def text():
 
 
 @pytest.fixture(scope="module")
-def run(comfyui, generator, text, tmp_path_factory):
+def files(tmp_path_factory):
+    return tmp_path_factory.mktemp("sampler") / "files"
+
+
+@pytest.fixture(scope="module")
+def run(comfyui, generator, text, files):
     """(latents by name as the transformer has them, the rest of the result)"""
-    folder = tmp_path_factory.mktemp("sampler")
-    files = folder / "files"
-    save_generator(files / "model.safetensors", generator, generator.config, {"base": "test"})
+    folder = files.parent
+    for name, about in (("model", {}), ("early", {"second_time": 0.4}), ("base", {"kind": "base", "second_time": 0.5})):
+        save_generator(files / f"{name}.safetensors", generator, generator.config, {"base": "test"} | about)
 
     key, down, up = "blocks.1.self_attn.q", torch.randn(4, 48) / 7, torch.randn(48, 4) / 2
     lora = {f"diffusion_model.{key}.lora_A.weight": down, f"diffusion_model.{key}.lora_B.weight": up}
-    save_file(lora, files / "lora.safetensors")
+    save_file(lora, files / "lora.safetensors", {"apt": json.dumps({"format": 1, "kind": "lora", "second_time": 0.3})})
     merged = {name: value.clone() for name, value in generator.state_dict().items()}
     merged["blocks.1.attn1.to_q.weight"] += up @ down
     save_generator(files / "merged.safetensors", merged, generator.config, {"base": "test"})
@@ -53,6 +63,8 @@ def run(comfyui, generator, text, tmp_path_factory):
     broken["head.head.weight"][0] = torch.nan
     with safe_open(files / "model.safetensors", "pt") as model:
         save_file(broken, files / "not finite.safetensors", model.metadata())
+        wrong = model.metadata() | {"apt": json.dumps({"format": 1, "kind": "generator", "second_time": 700})}
+        save_file(load_file(files / "model.safetensors"), files / "wrong.safetensors", wrong)
 
     save_file({"text": text}, folder / "in.safetensors")
     result = comfyui("sample_nodes", pack=PACK, files=files, inputs=folder / "in.safetensors", out=folder / "out.safetensors")
@@ -98,6 +110,37 @@ def test_a_few_steps_are_apt_cores(run, generator, text):
     assert result["timesteps"][2] == pytest.approx([1000, 875, 700, 437.5], abs=1e-3)
 
 
+@pytest.mark.parametrize("file", ["model", "early"])
+@pytest.mark.parametrize("rule", ["apt", "comfyui"])
+def test_every_steps_and_noise_are_the_pipelines(run, text, files, file, rule):
+    """The pipeline on the same file, seed, steps and noise; `generate` writes what the pipeline makes."""
+    latents, _ = run
+    parts = VaeSource("none", 16, (4, 8, 8), 0, None), TextSource("none", TextFacts(20, 0, (), None), None)
+    pipe = OneStepPipeline(Sources(read_transformer(files / f"{file}.safetensors"), *parts))
+    for steps in (1, 2, 3):
+        made = latents[f"{'early ' * (file == 'early')}{rule} {steps}"]
+        request = pipe.request("x", height=48, width=32, frames=5, fps=8, count=2, seed=SEED, steps=steps, noise=rule)
+        for item in range(2):
+            close(made[item : item + 1], pipe.latents(request, item, text))
+
+
+def test_settings_change_what_they_name(run):
+    latents, _ = run
+    assert torch.equal(latents["comfyui 2"], latents["two"]), "the default, and what a graph from before the setting has"
+    assert torch.equal(latents["early apt 1"], latents["apt 1"])
+    for steps in (2, 3):
+        assert (latents[f"early apt {steps}"] - latents[f"apt {steps}"]).abs().mean() > 0.05
+    for steps in (1, 2, 3):
+        assert (latents[f"comfyui {steps}"] - latents[f"apt {steps}"]).abs().mean() > 0.05
+    close(latents["cut apt"], latents["apt 1"][1:])
+
+
+def test_a_lora_on_a_base_brings_its_second_time(run):
+    stock, base, *trained = run[1]["LoRA's timesteps"]
+    assert stock == base == pytest.approx([1000, 300], abs=1e-3)
+    assert trained == [pytest.approx([1000, 700], abs=1e-3), pytest.approx([1000, 400], abs=1e-3)]
+
+
 def test_noise_given_replaces_that_of_the_seed(run, generator, text):
     latents, _ = run
     (z3, fresh3), (z8, fresh8) = noise(3, 2), noise(8, 2)
@@ -110,6 +153,8 @@ def test_noise_given_replaces_that_of_the_seed(run, generator, text):
     for item in range(2):
         fresh = noise(77 + item, 2)[1]
         close(latents["stock noise"][item : item + 1], few_step(generator, both[item : item + 1], text, (1.0, 0.7), lambda i: fresh))
+        fresh = draw("apt", 77, item, (16, 2, 6, 4), 1)[None]
+        close(latents["stock noise apt"][item : item + 1], few_step(generator, both[item : item + 1], text, (1.0, 0.7), lambda i: fresh))
     close(latents["no noise"], one_step(generator, torch.zeros(1, 16, 2, 6, 4), text))
 
 
@@ -125,6 +170,7 @@ def test_bad_input_gets_a_sentence(run):
     takes = "but this model takes [batch, 16, frames, height, width]: make it with Empty APT Latent from this model."
     sizes = "but this model takes sides in steps of 16:"
     order = "but they must start at 1 and decrease, staying above 0 until a last 0: for two steps 1, 0.7."
+    second = "its metadata entry `apt` has second_time 700, not a number between 0 and 1: export the file again."
     out = "but APT is a flow at timestep 1000: take that Model Sampling node out."
     assert run[1]["sentences"] == {
         "channels": f"{name} the latent is [1, 48, 2, 6, 4], {takes}",
@@ -141,6 +187,8 @@ def test_bad_input_gets_a_sentence(run):
         "and if that is no help, its file or a LoRA on it is broken.",
         "times 1": f"{name} a node made the model's sampling flow at timestep 1, {out}",
         "no flow": f"{name} a node made the model's sampling no flow, {out}",
+        "second time": f"AptError Load APT Checkpoint: /wrong.safetensors: {second}",
+        "LoRA's second time": f"{name} the LoRA: {second}",
         "model": f"{name} the model is Identity, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.",
     }
 

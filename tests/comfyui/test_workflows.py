@@ -66,6 +66,20 @@ def test_is_what_the_frontend_itself_would_save(frontend, name):
     assert sorted(workflow["links"]) == sorted(saved["links"])
 
 
+def test_a_graph_from_before_a_setting_opens_with_its_default(frontend, server):
+    workflow = load("apt_mini_text_to_video")
+    (sampler,) = (node for node in workflow["nodes"] if node["type"] == "APTSampler")
+    assert sampler["inputs"].pop()["name"] == "seed_noise"
+    assert sampler["widgets_values"].pop() == sampler["widgets_values_named"].pop("seed_noise") == "comfyui"
+    frontend.open(workflow)
+    assert frontend.missing() == []
+    prompt = frontend.prompt()
+    inputs = prompt[str(sampler["id"])]["inputs"]
+    assert (inputs["seed"], inputs["steps"], inputs["seed_noise"]) == (5, 1, "comfyui")
+    del inputs["seed_noise"]  # a prompt from before it
+    server.run(prompt)
+
+
 def by_name(node: dict) -> list[dict]:
     return sorted(node.get("inputs", []), key=lambda entry: entry["name"])
 

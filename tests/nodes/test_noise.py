@@ -1,21 +1,28 @@
 """Noise with a seed for each item, and walks through it. Plain torch: no ComfyUI needed."""
 
 import math
+import sys
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 
+from apt_core.noise import draw
+
+ROOT = Path(__file__).parents[2]
 SHAPE = (16, 3, 4, 4)
 
 
 @pytest.fixture(scope="module")
 def noise():
-    spec = spec_from_file_location("apt_noise", Path(__file__).parents[2] / "nodes" / "noise.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """nodes/noise.py in a package, as ComfyUI has it."""
+    spec = spec_from_file_location("apt_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules["apt_pack"] = module_from_spec(spec)
+    yield import_module("apt_pack.nodes.noise")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "apt_pack"]:
+        del sys.modules[name]
 
 
 def batch(items: int, **more) -> dict:
@@ -38,7 +45,15 @@ def test_an_item_is_what_stock_nodes_make_of_its_seed(noise):
 def test_further_steps_go_on_from_there(noise):
     torch.manual_seed(9)
     expected = [torch.randn(SHAPE) for _ in range(3)]
-    assert all(torch.equal(noise.draw(9, SHAPE, step), expected[step]) for step in range(3))
+    assert all(torch.equal(noise.SeedNoise(9).generate_noise(batch(1), step)[0], expected[step]) for step in range(3))
+
+
+def test_apt_noise_is_the_pipelines_for_the_same_seed(noise):
+    for step in range(3):
+        made = noise.SeedNoise(5, "apt").generate_noise(batch(3), step)
+        assert all(torch.equal(item, draw("apt", 5, i, SHAPE, step)) for i, item in enumerate(made))
+    cut = noise.SeedNoise(5, "apt").generate_noise(batch(2, batch_index=[7, 1]))
+    assert torch.equal(cut, torch.stack([draw("apt", 5, 7, SHAPE), draw("apt", 5, 1, SHAPE)]))
 
 
 def test_an_open_walk_ends_at_its_last_seed(noise):

@@ -11,17 +11,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from apt_core.checkpoint import load_transformer, read_header
+from apt_core.checkpoint import load_transformer, read_header, read_metadata, save_generator
 from apt_core.flow import sample_noise
 from apt_core.generator import one_step
 from apt_core.mmdit import MMDiTBackbone
+from apt_core.pipeline import OneStepPipeline
 from apt_core.sources import load_backbone
 from apt_core.tensorfile import read_tensors, write_tensors
 from apt_core.tiny_decoder import TinyDecoder
 from trainer.__main__ import app
 from trainer.export import FP8
+from trainer.generate import find_source
 from trainer.inspect import inspect
-from trainer.mini import ASSETS
+from trainer.mini import ASSETS, GENERATOR
 from trainer.prompts import Prompts
 from trainer.weights import open_generator
 
@@ -63,12 +65,15 @@ def test_the_stages_leave_their_files(run):
     for name, phase, updates in (("distilled", "distilled", 3), ("apt-image", "image", 2), ("apt-tiny", "video", 1)):
         apt = json.loads(read_header(run / f"{name}.safetensors").metadata["apt"])
         assert (apt["kind"], apt["phase"], apt["updates"], apt["base"], apt["timestep"]) == ("generator", phase, updates, "tiny", 1000)
+        assert apt["native"] == {"height": 48, "width": 48, "frames": 1 if phase == "image" else 9, "fps": 8}
+        assert apt["second_time"] == 0.6
     image, video = (load_transformer(run / f"{name}.safetensors").state_dict() for name in ("apt-image", "apt-tiny"))
     distilled = load_transformer(run / "distilled.safetensors").state_dict()
     key = "blocks.0.attn1.to_q.weight"
     assert 0 < (image[key] - distilled[key]).abs().max() < 1e-3 and 0 < (video[key] - image[key]).abs().max() < 1e-3
     assert read_header(run / "apt-image-ema0.5.safetensors").shapes == read_header(run / "apt-image.safetensors").shapes
     assert {path.suffix for path in (run / "samples" / "image").iterdir()} == {".png"}
+    assert read_metadata(run / "apt-image-ema0.5.safetensors")["second_time"] == read_metadata(run / "lora" / "apt-tiny.safetensors")["second_time"] == 0.6
     lora = read_header(run / "lora" / "apt-tiny.safetensors")
     assert json.loads(lora.metadata["apt"])["kind"] == "lora" and lora.shapes["diffusion_model.blocks.0.self_attn.q.lora_A.weight"] == (3, 128)
 
@@ -182,6 +187,47 @@ def test_generate_writes_what_the_checkpoint_is_for(run, tmp_path):
         assert image.size == (48, 48)
     done("generate", run / "lora" / "apt-tiny.safetensors", "x", "--frames", 1, "--base", "mini", "--out", tmp_path / "l")
     assert len(list((tmp_path / "l").iterdir())) == 1
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The latents that pipelines make, in order."""
+    latents, real = [], OneStepPipeline.latents
+    monkeypatch.setattr(OneStepPipeline, "latents", lambda *args: latents.append(real(*args)) or latents[-1])
+    return latents
+
+
+def test_generate_makes_the_pipelines_latents_for_any_steps_and_noise(tmp_path, made):
+    model = load_transformer(GENERATOR)
+    save_generator(tmp_path / "early.safetensors", model, model.config, read_metadata(GENERATOR) | {"second_time": 0.3})
+    size = {"height": 48, "width": 48, "frames": 1}
+    given = [part for name, value in size.items() for part in (f"--{name}", value)]
+    by_file = {}
+    for file in (GENERATOR, tmp_path / "early.safetensors"):
+        pipe = OneStepPipeline.from_checkpoint(file)
+        for steps in (1, 2, 3):
+            for noise in ("apt", "comfyui"):
+                made.clear()
+                done("generate", file, "a red circle", "--steps", steps, "--noise", noise, "--seed", 2**40, *given, "--out", tmp_path / "g")
+                pipe("a red circle", steps=steps, noise=noise, seed=2**40, **size)
+                generated, piped = made
+                assert torch.equal(generated, piped)
+                by_file[file.stem, steps, noise] = piped
+    assert torch.equal(by_file["apt_mini", 1, "apt"], by_file["early", 1, "apt"])
+    different = [(by_file["apt_mini", steps, "apt"] - by_file["early", steps, "apt"]).abs().mean() for steps in (2, 3)]
+    different += [(by_file["apt_mini", steps, "apt"] - by_file["apt_mini", steps, "comfyui"]).abs().mean() for steps in (1, 2, 3)]
+    assert min(different) > 0.05
+    made.clear()
+    done("generate", GENERATOR, "a red circle", "--seed", 5, *given, "--out", tmp_path / "g")
+    pipe("a red circle", seed=5, noise="apt", **size)
+    assert torch.equal(*made)  # the default
+    assert "noise 'gpu' is not known: use apt or comfyui." in refused("generate", GENERATOR, "x", "--noise", "gpu", "--out", tmp_path / "x")
+    assert "guidance 7.5 is for base models, but " in refused("generate", GENERATOR, "x", "--guidance", 7.5, "--out", tmp_path / "x")
+
+
+def test_a_presets_second_time_reaches_what_is_made_from_a_state(run):
+    for source in (find_source(run / "states" / "image"), find_source(run / "lora" / "states" / "video"), find_source(run / "states" / "distill")):
+        assert source.few_step and source.second_time == 0.6
 
 
 def test_generate_with_a_tiny_decoder_says_so(run, tmp_path):

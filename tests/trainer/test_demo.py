@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import trainer.demo
-from apt_core.checkpoint import load_transformer, read_header
+from apt_core.checkpoint import load_transformer, read_header, read_metadata
 from apt_core.errors import AptError
 from apt_core.media_write import write_video
 from apt_core.tensorfile import read_tensors
@@ -20,6 +20,7 @@ from trainer.demo import Demo, RunState
 from trainer.mini.evaluate import COLUMNS
 from trainer.mini.measure import measure_runs
 from trainer.mini.report import drawn_prompts
+from trainer.shards import ShardDataset
 
 TINY = load_preset(Path(__file__).parent / "tiny.toml")
 KEYS = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "calls", "samples")
@@ -73,7 +74,9 @@ def test_the_export_is_a_trained_generator_in_official_keys(run):
     header = read_header(out / "apt-mini.safetensors")
     apt = json.loads(header.metadata["apt"])
     assert (apt["kind"], apt["phase"], apt["timestep"], apt["base"]) == ("generator", "video", 1000, "mini")
-    assert apt["native"] == {"height": 48, "width": 48, "frames": 9, "fps": 8}
+    for name, frames in (("distilled", 9), ("apt-image", 1), ("apt-mini", 9)):
+        apt = read_metadata(out / f"{name}.safetensors")
+        assert apt["native"] == {"height": 48, "width": 48, "frames": frames, "fps": 8} and apt["second_time"] == 0.6
     assert "blocks.0.self_attn.q.weight" in header.shapes and "head.modulation" in header.shapes
     final, start = load_transformer(out / "apt-mini.safetensors"), load_transformer(out / "distilled.safetensors")
     moved = [not torch.equal(a, b) for a, b in zip(final.parameters(), start.parameters())]
@@ -117,7 +120,11 @@ def test_the_stable_preset_runs_on_other_peoples_pictures(tmp_path):
     for i in range(6):
         Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"Ein Foto Nr. {i}, caf\u00e9 \u732b")
-    result = Demo(tmp_path / "out", TINY, variant="stable", data=folder, samples=4).run()
+    large = TINY.model_copy(update={"data": TINY.data.model_copy(update={"image_height": 64, "image_width": 80})})
+    result = Demo(tmp_path / "out", large, variant="stable", data=folder, samples=4).run()
+    assert set(ShardDataset(tmp_path / "out" / "latents", "image").buckets) == {(16, 1, 8, 10)}
+    for name in ("distilled", "apt-mini"):
+        assert read_metadata(tmp_path / "out" / f"{name}.safetensors")["native"] == {"height": 64, "width": 80, "frames": 1, "fps": 8}
     assert result["columns"] == {} and tuple(result["image_columns"]) == COLUMNS
     assert result["image_columns"]["apt_1"]["structure"] is None and result["image_columns"]["apt_1"]["samples"] == 4
     assert load_transformer(tmp_path / "out" / "apt-mini.safetensors") is not None
@@ -179,9 +186,10 @@ def test_a_damaged_state_is_named(tmp_path, text):
 
 
 def test_drawn_clips_have_one_size_and_any_length(run, tmp_path):
-    wide = TINY.model_copy(update={"data": TINY.data.model_copy(update={"width": 64})})
-    with pytest.raises(AptError, match="64x48 pixels, but drawn clips have 48x48; give --data"):
-        Demo(tmp_path / "out", wide).run()
+    for side in ("width", "image_width"):
+        wide = TINY.model_copy(update={"data": TINY.data.model_copy(update={side: 64})})
+        with pytest.raises(AptError, match="64x48 pixels, but drawn clips have 48x48; give --data"):
+            Demo(tmp_path / "out", wide).run()
     assert not (tmp_path / "out").exists()
 
     class Batches:

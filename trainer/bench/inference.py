@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from apt_core.decoder import Decoder
-from apt_core.flow import sample_noise
+from apt_core.noise import draw
 from apt_core.pipeline import OneStepPipeline, on_the_cpu
 from trainer.bench.floors import count_work
 from trainer.bench.many import model_of_many
@@ -46,7 +46,7 @@ def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, 
         request = pipe.request(prompt)
         text = pipe.embed(request)
         latents = torch.randn(1, *request.latents(pipe.sources), generator=torch.Generator().manual_seed(0)).to(device)
-        noise = sample_noise([0], request.latents(pipe.sources), request.seed, "generate/z").to(device)
+        noise = draw(request.noise, request.seed, 0, request.latents(pipe.sources))[None].to(device)
         work = count_work(shapes, dtype.itemsize, sum(bool(row.any()) for row in text[0]))
         stock = measure_stock(shapes, device, dtype, repeats, noise, latents, text)  # gone again when the engine is measured
         numbers = iter(range(10**6))  # a prompt that was not there before each time

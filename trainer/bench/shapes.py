@@ -62,7 +62,7 @@ class Shapes:
         """What a OneStepPipeline is made of; the tokenizer is the miniature's."""
         model, data = self.preset.model, self.preset.data
         transformer, vae = self.transformer("meta", torch.float32), self.vae("meta", torch.float32)
-        native = {"height": data.height, "width": data.width, "frames": data.frames, "fps": data.fps}
+        about = {"kind": "generator", "native": data.native("video"), "second_time": self.preset.sampling.second_time, "text_length": model.text_length}
         spiece = SHIPPED["text_encoder"]
 
         def load_text(length: int, device: torch.device) -> TextEncoder:
@@ -73,7 +73,7 @@ class Shapes:
         facts = TextFacts(model.text_dim, _count(self.text_encoder("meta", torch.float32)), (spiece,), spiece)
         return Sources(
             TransformerSource(
-                self.name, dict(transformer.config), {"native": native, "text_length": model.text_length}, _count(transformer),
+                self.name, dict(transformer.config), about, _count(transformer),
                 lambda dtype, device: self.transformer(device, dtype),
             ),
             VaeSource(self.name, vae.config.z_dim, stride(vae), _count(vae), lambda dtype, device: self.vae(device, dtype)),

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apt_core.checkpoint import load_transformer
+from apt_core.checkpoint import load_transformer, read_metadata
 from apt_core.fast import Speed, make_fast
 from apt_core.flow import sample_noise
 from apt_core.generator import euler_cfg, few_step, one_step
+from apt_core.steps import second_time, step_times
 from apt_core.vae import decode
 from trainer.config import Sampling
 
@@ -38,13 +39,14 @@ class Models:
 class Sampler:
     """Makes every column's latents from the same prompts and the same noise.
 
-    text, negative: padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`. fp8: the APT model's blocks in 8 bits.
+    Two steps take the second time of the APT file. text, negative: padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`. fp8: the APT model's blocks in 8 bits.
     """
 
     def __init__(self, models: Models, sampling: Sampling, kind: str, text: Tensor, negative: Tensor, shape: tuple, seed: int, device: str = "cpu", batch: int = 128, fp8: bool = False):
         self.sampling, self.kind, self.seed, self.device, self.batch = sampling, kind, seed, device, batch
         self.text, self.negative, self.shape = text, negative.to(device), shape
         self.networks = {name: load_transformer(getattr(models, name), device=device).requires_grad_(False) for name in ("base", "distilled", "apt")}
+        self.times = step_times(2, second_time(models.apt, read_metadata(models.apt)))
         if fp8:
             make_fast(self.networks["apt"], torch.device(device), Speed(fp8=True))
 
@@ -64,7 +66,7 @@ class Sampler:
             return euler_cfg(self.networks["base"], z, text, self.negative, s.steps, s.guidance, s.shift(self.kind))
         if column == "apt_2":
             return few_step(
-                self.networks["apt"], z, text, (1.0, s.second_time), lambda i: sample_noise(numbers, self.shape, self.seed, f"sample/z{i}")
+                self.networks["apt"], z, text, self.times, lambda i: sample_noise(numbers, self.shape, self.seed, f"sample/z{i}")
             )
         return one_step(self.networks[column.removesuffix("_1")], z, text)
 

@@ -9,6 +9,7 @@ paths, _ = start()
 
 import comfy.samplers
 import nodes
+import server
 import torch
 from apt_nodes import load_nodes, offer, sentence
 from comfy.patcher_extension import WrappersMP
@@ -20,6 +21,9 @@ from safetensors.torch import load_file, save_file
 
 apt = load_nodes(paths["pack"])
 offer(paths["files"], "diffusion_models", "loras")
+# Stands in for the server, which would show the warning of a base model on the node.
+server.PromptServer.instance = SimpleNamespace(send_progress_text=lambda text, node_id: None)
+apt.APTLoadCheckpoint.hidden = SimpleNamespace(unique_id="7")
 WIDTH, HEIGHT, FRAMES, SEED = 32, 48, 5, 40
 
 
@@ -45,7 +49,7 @@ def with_lora(model):
     return nodes.LoraLoaderModelOnly().load_lora_model_only(model, "lora.safetensors", 1.0)[0]
 
 
-def timesteps(steps: int) -> list[float]:
+def timesteps(steps: int, model) -> list[float]:
     """What the network itself is told."""
     seen, spied = [], model.clone()
     spied.add_wrapper(WrappersMP.DIFFUSION_MODEL, lambda executor, x, t, *rest, **more: (seen.extend(t.tolist()), executor(x, t, *rest, **more))[1])
@@ -86,13 +90,23 @@ with torch.inference_mode():
         "merged": sample(load("merged.safetensors"), empty(1)),
         "unpatched": sample(model, empty(1)),
     }
+    for steps in (1, 2, 3):
+        for rule in ("apt", "comfyui"):
+            out[f"{rule} {steps}"] = sample(model, empty(2), steps=steps, seed_noise=rule)
+            out[f"early {rule} {steps}"] = sample(load("early.safetensors"), empty(2), steps=steps, seed_noise=rule)
+    out["cut apt"] = sample(model, nodes.LatentFromBatch().frombatch(empty(2), 1, 1)[0], seed_noise="apt")
+    out["stock noise apt"] = sample(model, empty(2), 77, 2, noise=RandomNoise.execute(SEED).args[0], seed_noise="apt")
+    late = nodes.UNETLoader().load_unet("model.safetensors", "default")[0], load("base.safetensors"), model, load("early.safetensors")
+    broken = late[0].clone()
+    broken.set_attachments("lora_metadata", {"apt": '{"second_time": 700}'})
     save_file({name: value.contiguous() for name, value in out.items()}, paths["out"])
 
     def says(latent=None, text=None, model=model, **more) -> str:
         return sentence(apt.APTSampler.execute, model, text or cond, latent or empty(1), 0, 1, **more)
 
     result = {
-        "timesteps": [timesteps(steps) for steps in (1, 2, 4)],
+        "timesteps": [timesteps(steps, model) for steps in (1, 2, 4)],
+        "LoRA's timesteps": [timesteps(2, with_lora(under)) for under in late],
         "sentences": {
             "channels": says({"samples": torch.zeros(1, 48, 2, 6, 4)}),
             "image": says({"samples": torch.zeros(1, 16, 6, 4)}),
@@ -106,6 +120,8 @@ with torch.inference_mode():
             "not finite": says(model=load("not finite.safetensors")),
             "times 1": says(model=ModelSamplingAuraFlow().patch_aura(model, 3.0)[0]),
             "no flow": says(model=ModelSamplingDiscrete().patch(model, "v_prediction", False)[0]),
+            "second time": sentence(load, "wrong.safetensors").replace(paths["files"], ""),
+            "LoRA's second time": says(model=broken),
             "model": says(model=SimpleNamespace(model=torch.nn.Identity())),
         },
         "walks": {

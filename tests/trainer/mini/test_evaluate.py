@@ -1,0 +1,24 @@
+"""The columns of the report, by value."""
+
+import pytest
+import torch
+
+from apt_core.checkpoint import load_transformer, read_metadata, save_generator
+from apt_core.flow import sample_noise
+from apt_core.generator import few_step
+from trainer.config import load_preset
+from trainer.mini import ASSETS, GENERATOR
+from trainer.mini.evaluate import Models, Sampler
+
+SHAPE = (16, 1, 6, 6)
+
+
+@pytest.mark.parametrize("about, second", [({}, 0.7), ({"second_time": 0.35}, 0.35)])
+def test_two_steps_take_the_files_second_time_not_the_presets(about, second, tmp_path):
+    model = load_transformer(GENERATOR).requires_grad_(False)
+    save_generator(tmp_path / "apt.safetensors", model, model.config, read_metadata(GENERATOR) | about)
+    sampling = load_preset("mini", ["second_time=0.5"], ["sampling"]).sampling
+    base, text = ASSETS / "transformer.safetensors", torch.randn(2, 32, 96, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(Models(base, base, tmp_path / "apt.safetensors"), sampling, "image", text, text[:1], SHAPE, seed=3)
+    z, fresh = (sample_noise([0, 1], SHAPE, 3, f"sample/{name}") for name in ("z", "z1"))
+    torch.testing.assert_close(sampler.latents("apt_2"), few_step(model, z, text, (1.0, second), lambda i: fresh), rtol=0, atol=1e-5)
