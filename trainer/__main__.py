@@ -32,6 +32,7 @@ MAX_SEED = 2**32 - 1
 RUNS = Path("runs")
 Preset = Annotated[str, typer.Argument(help="A preset's name (mini, wan2.1-1.3b-480p, ...), or a .toml file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example updates=100 base=PATH.")]
+Recipe = Annotated[str | None, typer.Option(help="paper, stable or budget, whichever the preset has; by default its first.")]
 Run = Annotated[Path | None, typer.Option("--out", help="The run's folder, which all its stages share; by default runs/NAME of the preset.")]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Every random number of the run derives from it.")]
 Shards = Annotated[Path | None, typer.Option(help="Folder of shards; by default the one that precompute made in --out.")]
@@ -96,13 +97,14 @@ def precompute_command(
 
 @app.command("distill")
 def distill_command(
-    preset: Preset, overrides: Overrides = None, out: Run = None, seed: Seed = 0, shards: Shards = None,
+    preset: Preset, overrides: Overrides = None, out: Run = None, recipe: Recipe = None, seed: Seed = 0, shards: Shards = None,
     dry_run: DryRun = False, gpus: Gpus = None, gpu_memory: Memory = 80, gpu_tflops: Tflops = 800,
 ) -> None:  # fmt: skip
     """Stage 1: consistency distillation of the base into one step."""
     from trainer.config import load_preset
 
     loaded = load_preset(preset, overrides or (), ("distill", "train", "files", "data", "sampling", "model"))
+    loaded = loaded.with_recipe(recipe or loaded.variant)
     if dry_run:
         _show(loaded, "distill", None, gpus, gpu_memory, gpu_tflops)
         return
@@ -117,7 +119,7 @@ def adversarial_command(
     overrides: Overrides = None,
     phase: Annotated[str, typer.Option(help="image or video.")] = ...,
     out: Run = None,
-    recipe: Annotated[str | None, typer.Option(help="paper, stable or budget, whichever the preset has; by default its first.")] = None,
+    recipe: Recipe = None,
     start: Annotated[Path | None, typer.Option(help="The generator's first weights; by default what the stage before left in --out.")] = None,
     seed: Seed = 0, shards: Shards = None, dry_run: DryRun = False, gpus: Gpus = None, gpu_memory: Memory = 80, gpu_tflops: Tflops = 800,
 ) -> None:  # fmt: skip
@@ -264,11 +266,11 @@ def inspect(
 
 @app.command("pretrain-mini")
 def pretrain_mini(
-    part: Annotated[str, typer.Argument(help="What to train: all, vae, text, features or base, in that order.")] = "all",
+    part: Annotated[str, typer.Argument(help="What to train: all, or one of vae, sharpen, text, features, teacher, base, in that order.")] = "all",
     out: Out = Path("runs/pretrain-mini"),
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Every random number of the run derives from it.")] = 0,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
-    amp: Annotated[bool, typer.Option("--amp", help="Train the VAE in bf16 autocast, where the processor is fast at it.")] = False,
+    amp: Annotated[bool, typer.Option("--amp", help="Train VAE, teacher and base in bf16 autocast, where the processor is fast at it.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks (needs a C++ compiler on a CPU).")] = False,
 ) -> None:
     """Rebuild the miniature's shipped files. Hours on a CPU; finished parts are kept, and the base goes on where it was stopped."""

@@ -115,6 +115,7 @@ class Distill(Settings):
     lr: float = Field(gt=0)
     lr_end: float | None = Field(None, gt=0)
     lr_warmup: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
     steps: int = Field(ge=1)
     guidance: float = Field(ge=1)
     fraction_at_final: float = Field(ge=0, le=1)
@@ -163,8 +164,11 @@ class Adversarial(Settings):
 
 
 class Phases(Settings):
+    """A recipe: both phases of stage 2, and where it wants another one than `[distill]`, the guidance of stage 1."""
+
     image: Adversarial
     video: Adversarial
+    guidance: float | None = Field(None, ge=1)
 
 
 class Train(Settings):
@@ -225,6 +229,11 @@ class Preset(Settings):
         if variant not in self.stage2:
             raise AptError(f"preset {self.name} has no stage 2 named {variant!r}; it has {', '.join(self.stage2)}.")
         return self.stage2[variant]
+
+    def with_recipe(self, variant: str) -> "Preset":
+        """The preset as stage 1 of a variant needs it. Raises AptError as `phases`."""
+        guidance = self.phases(variant).guidance
+        return self if guidance is None else self.model_copy(update={"distill": self.distill.model_copy(update={"guidance": guidance})})
 
 
 def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> Preset:

@@ -53,9 +53,9 @@ def distill(
     student, teacher, target = networks.generator, networks.opposite, networks.target
     negative = batches.embed([preset.sampling.negative_prompt]).to(world.device)
     if settings.optimizer == "muon":
-        optimizer = Muon(student.parameters())
+        optimizer = Muon(student.parameters(), weight_decay=settings.weight_decay)
     else:
-        optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.95))
+        optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay)
     learner = Learner("student", student, optimizer, networks, world, parallel, parallel.generator_zero, keep and keep.folder)
     averages = Averages(networks, (settings.ema_decay, *ema_decays), settings.ema_warmup)
     following = Averages(networks, (settings.target_decay,) if target is not None else (), settings.target_warmup)

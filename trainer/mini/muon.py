@@ -13,17 +13,19 @@ class Muon(torch.optim.Optimizer):
     On the miniature's VAE it gets in 200 updates where Adam is after 1000, and in stage 1 it is ahead of Adam by a tenth of the
     Frechet distance. torch's own Muon takes matrices only, so each kernel is handed to it as a view `[out, in * k]`. Of a kernel that FSDP2
     shards, every process orthogonalises the whole one and keeps its part: the networks are small, and so is their traffic.
-    lr: 0.02 to 0.04 where a network learns from nothing, 0.01 for stage 1.
+    lr: 0.02 to 0.04 where a network learns from nothing, 0.01 for stage 1. weight_decay: of the kernels, decoupled, a share `lr * weight_decay`
+    an update. Without it kernels grow for as long as they are trained: those of a transformer of width 128 came to a root mean square of
+    1, with 0.1 they stay at 0.05 to 0.1, where a later stage's learning rates mean what they mean elsewhere.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float = 0.02) -> None:
+    def __init__(self, parameters: Iterable[Tensor], lr: float = 0.02, weight_decay: float = 0.0) -> None:
         super().__init__(parameters, {"lr": lr})
         everything = [p for group in self.param_groups for p in group["params"]]
         self.kernels = [p for p in everything if p.ndim >= 2 and min(p.shape[0], p.shape[1:].numel()) > 3]
         taken = set(map(id, self.kernels))
         self.others = [p for p in everything if id(p) not in taken]
         self.views = [_matrix(p).requires_grad_() for p in self.kernels]
-        self._muon = torch.optim.Muon(self.views, momentum=0.9, weight_decay=0.0)
+        self._muon = torch.optim.Muon(self.views, momentum=0.9, weight_decay=weight_decay)
         self._adam = torch.optim.AdamW(self.others, betas=(0.9, 0.99))
         self._share_state()
 

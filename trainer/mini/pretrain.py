@@ -10,10 +10,17 @@ from trainer.progress import console
 
 from . import ASSETS
 
-PARTS = ("vae", "text", "features", "base")
-FILES = {"vae": "vae/apt_mini_vae.safetensors", "text": "text_encoder.safetensors", "features": "features.safetensors", "base": "transformer.safetensors"}
-
-
+PARTS = ("vae", "sharpen", "text", "features", "teacher", "base")
+FILES = {
+    "vae": "steps/smooth_vae.safetensors",
+    "sharpen": "vae/apt_mini_vae.safetensors",
+    "text": "text_encoder.safetensors",
+    "features": "features.safetensors",
+    "teacher": "steps/teacher.safetensors",
+    "base": "transformer.safetensors",
+}
+"""What each part writes. `sharpen` goes on from the VAE of `vae`, `base` learns from `teacher`; those two are not shipped."""
+SHIPPED = tuple(FILES[name] for name in ("sharpen", "text", "features", "base"))
 def pretrain(part: str, out: Path, *, seed: int, device: str, amp: bool, compiled: bool) -> None:
     """Train `part` ("all" or one of PARTS) into `out`; a part that needs another takes it from `out`, else the shipped one.
 
@@ -32,7 +39,7 @@ def pretrain(part: str, out: Path, *, seed: int, device: str, amp: bool, compile
             console.print(f"{target} is there already; delete it to train it again", markup=False)
             continue
         make_folder(target.parent)
-        _train(name, target, _file("vae", out), _file("text", out), seed=seed, device=device, amp=amp, compiled=compiled)
+        _train(name, target, out, seed=seed, device=device, amp=amp, compiled=compiled)
         console.print(f"wrote {target}", markup=False)
 
 
@@ -40,12 +47,18 @@ def _file(name: str, out: Path) -> Path:
     return out / FILES[name] if (out / FILES[name]).exists() else ASSETS / FILES[name]
 
 
-def _train(name: str, target: Path, vae: Path, text: Path, *, seed: int, device: str, amp: bool, compiled: bool) -> None:
+def _train(name: str, target: Path, out: Path, *, seed: int, device: str, amp: bool, compiled: bool) -> None:
     report = console.print
+    vae, text, teacher = _file("sharpen", out), _file("text", out), out / FILES["teacher"]
     if name == "vae":
         from .train_vae import train_vae
 
         train_vae(target, seed=seed, device=device, amp=amp, report=report)
+    elif name == "sharpen":
+        from .train_vae import sharpen
+
+        smooth = out / FILES["vae"]
+        sharpen(smooth if smooth.exists() else ASSETS / FILES["sharpen"], target, seed=seed, device=device, report=report)
     elif name == "text":
         from .train_text import train_text_encoder
 
@@ -55,6 +68,7 @@ def _train(name: str, target: Path, vae: Path, text: Path, *, seed: int, device:
 
         train_features(target, seed=seed, report=report)
     else:
-        from .train_base import train_base
+        from .train_base import GROWN, train_base
 
-        train_base(target, vae, text, work=target.parent / "base", seed=seed, device=device, compiled=compiled, report=report)
+        recipe = {"stages": GROWN, "weight_decay": 0.0} if name == "teacher" else {"teacher": teacher if teacher.exists() else None}
+        train_base(target, vae, text, work=target.parent / name, seed=seed, device=device, amp=amp, compiled=compiled, report=report, **recipe)

@@ -12,7 +12,8 @@ from trainer.mini import ASSETS, VAE, train_base, train_vae
 from trainer.mini.clips import draw
 from trainer.mini.features import load_features, train_features
 from trainer.mini.muon import Muon
-from trainer.mini.pretrain import FILES, pretrain
+from trainer.mini.metrics import edge_energy
+from trainer.mini.pretrain import SHIPPED, pretrain
 from trainer.mini.train_text import train_text_encoder
 
 SHIPPED_LIMIT = 24 * 2**20
@@ -23,7 +24,7 @@ def quiet(line: str) -> None:
 
 
 def test_shipped_files_are_there_and_small():
-    sizes = [(ASSETS / name).stat().st_size for name in FILES.values()]
+    sizes = [(ASSETS / name).stat().st_size for name in SHIPPED]
     assert sum(sizes) <= SHIPPED_LIMIT
 
 
@@ -37,6 +38,46 @@ def test_the_shipped_vae_gives_clips_back():
     assert latents.shape == (8, 16, 3, 6, 6)
     assert 10 * torch.log10(4 / (x - y).pow(2).mean()) > 28  # dB
     assert latents.mean().abs() < 0.3 and 0.8 < latents.std() < 1.2
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_the_shipped_vae_keeps_nine_tenths_of_the_sharpness(moving):
+    real, _ = draw(41, range(24), moving)
+    x = torch.from_numpy(real).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    vae = load_vae(VAE)
+    with torch.no_grad():
+        y = decode(vae, encode(vae, x))
+    back = ((y.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+    assert 0.9 < edge_energy(back) / edge_energy(real) < 1.05
+
+
+def test_the_shipped_base_has_weights_of_normal_size():
+    sizes = {name: float(p.square().mean().sqrt()) for name, p in load_transformer(ASSETS / "transformer.safetensors").named_parameters() if p.ndim > 1}
+    blocks = [size for name, size in sizes.items() if name.startswith("blocks.") and name.endswith("weight")]
+    assert 0.02 < min(blocks) and max(blocks) < 0.15
+
+
+def test_sharpening_moves_the_decoder_alone(tmp_path):
+    settings = dict(updates=2, images=4, clips=2, image_batch=2, clip_batch=1, report=quiet)
+    train_vae.sharpen(VAE, tmp_path / "vae.safetensors", **settings)
+    before, after = load_vae(VAE).state_dict(), load_vae(tmp_path / "vae.safetensors").state_dict()
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"decoder", "post_quant_conv"}
+
+
+def test_a_base_that_is_its_own_teacher_has_nothing_to_learn(tmp_path):
+    """The target is the teacher's velocity, and nothing of data or noise is left in it."""
+    stages = (train_base.Stage(1, 0.0, 1e-9, 1e-9),)
+    settings = dict(stages=stages, image_batch=2, images=4, videos=4, judge_count=2, seed=0)
+    lines = []
+    first = train_base.train_base(tmp_path / "a.safetensors", VAE, ASSETS / "text_encoder.safetensors", work=tmp_path / "a", report=quiet, **settings)
+    state = torch.load(tmp_path / "a" / "state.pt")
+    assert float(state["loss"]["image"]) > 0.3
+    train_base.train_base(
+        tmp_path / "b.safetensors", VAE, ASSETS / "text_encoder.safetensors", work=tmp_path / "b", teacher=tmp_path / "a.safetensors", report=lines.append, **settings
+    )
+    assert float(torch.load(tmp_path / "b" / "state.pt")["loss"]["image"]) < 1e-6 and first is not None
+    assert any("kernels of 0.0" in line for line in lines)
 
 
 def test_vae_training_starts_as_an_image_network_per_frame_and_folds_its_statistics(tmp_path):
@@ -102,7 +143,7 @@ def test_muon_moves_every_parameter_and_resumes():
 
 
 def test_an_unknown_part_is_refused(tmp_path):
-    with pytest.raises(AptError, match="no part 'nope' to train; use all, vae, text, features, base"):
+    with pytest.raises(AptError, match="no part 'nope' to train; use all, vae, sharpen, text, features, teacher, base"):
         pretrain("nope", tmp_path, seed=0, device="cpu", amp=False, compiled=False)
 
 
