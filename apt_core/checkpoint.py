@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import keys
 from .errors import AptError
+from .precision import cast, weight_dtype
 from .steps import second_time
 from .tensorfile import Header, check_finite, check_floats, check_shapes, metadata_json, read_tensors, write_tensors
 from .tensorfile import read_header as read_any_header
@@ -59,7 +60,7 @@ def save_generator(
     if comfy := comfy_config(config):
         strings["config"] = json.dumps({"transformer": comfy})
     check_finite(path, state)
-    write_tensors(path, _cast(path, state, dtype), strings)
+    write_tensors(path, _cast(path, state, dict.fromkeys(state, dtype)), strings)
 
 
 def comfy_config(config: Mapping) -> dict:
@@ -171,8 +172,8 @@ def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dty
     """A transformer with every weight from `path`, or an error. Trainable, in train mode as diffusers builds it.
 
     path: one safetensors file (official or diffusers keys; fp32, fp16 or bf16), or a diffusers folder (itself, or with a subfolder
-    transformer; sharded or not). cls: a WanTransformer3DModel or subclass, by default apt_core.wan.WanBackbone. device "meta" gives the
-    model without weights, from the header alone.
+    transformer; sharded or not). cls: a WanTransformer3DModel or subclass, by default apt_core.wan.WanBackbone. dtype: of the weights; beside
+    16 bits those of `precision.stays_fp32` are fp32, as in diffusers. device "meta" gives the model without weights, from the header alone.
     Raises AptError that names the file and, where there is one, the key: see `read_header` and `tensorfile.read_tensors`; missing, extra or
     wrongly shaped keys; a LoRA. Nothing is built before all checks have passed.
     """
@@ -192,12 +193,13 @@ def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dty
     expected = {name_in_file[key]: value.shape for key, value in model.state_dict().items()}
     check_shapes(path, shapes, expected, "Wan transformer of its config")
     if torch.device(device).type == "meta":
-        return model
+        return cast(model, dtype)
 
     tensors = {key: tensor for file in files for key, tensor in read_tensors(file)[0].items()}
     state = {key: tensors.pop(name) for key, name in name_in_file.items()}
     # A copy: what safetensors hands out is a window on the file, which someone may write over while we train.
-    model.load_state_dict(_cast(path, state, dtype, device, copy=True), assign=True)
+    dtypes = {key: weight_dtype(model, key, dtype) for key in state}
+    model.load_state_dict(_cast(path, state, dtypes, device, copy=True), assign=True)
     # Its tables are the one thing that no file holds.
     built = model.config
     model.rope = type(model.rope)(built.attention_head_dim, built.patch_size, built.rope_max_seq_len).to(device)
@@ -282,11 +284,11 @@ def _meta_transformer(path, cls: type | None, config: Mapping):
         raise AptError(f"{path}: no Wan transformer can be built from its config ({reason}): export or download it again.") from None
 
 
-def _cast(path, state: Mapping[str, Tensor], dtype: torch.dtype, device="cpu", copy: bool = False) -> dict[str, Tensor]:
+def _cast(path, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], device="cpu", copy: bool = False) -> dict[str, Tensor]:
     out = {}
     for key, value in state.items():
-        out[key] = value.to(device, dtype, copy=copy)
-        if dtype == torch.float16 and not torch.isfinite(out[key]).all():
+        out[key] = value.to(device, dtypes[key], copy=copy)
+        if dtypes[key] == torch.float16 and not torch.isfinite(out[key]).all():
             raise AptError(f"{path}: {key} has weights beyond what fp16 can hold: use bf16 or fp32.")
     return out
 

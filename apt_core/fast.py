@@ -41,7 +41,7 @@ def make_fast(model: nn.Module, device: torch.device, speed: Speed = Speed(), gr
         model.to(place)
     if group is not None and group.size() > 1:
         enable(model, group)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = model.patch_embedding.weight.dtype  # what tokens are in; some weights stay fp32
     model.use_attention(speed.backend or best_backend(device, dtype, model.config.attention_head_dim))
     if speed.compile:
         allow_many_graphs()

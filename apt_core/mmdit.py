@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .attention import attend
 from .checkpoint import metadata_strings, read_header
 from .errors import AptError
+from .precision import cast, weight_dtype
 from .tensorfile import check_shapes, metadata_json, read_tensors, write_tensors
 from .wan import check_taps
 
@@ -161,6 +162,7 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _repeated_blocks = ["MMDiTBlock"]
     _no_split_modules = ["MMDiTBlock"]
+    _keep_in_fp32_modules = ["time_embedder"]
 
     output_head = ("norm_out", "modulation_out", "proj_out")
     """Submodules that only the velocity needs."""
@@ -279,7 +281,7 @@ def save_mmdit(
 
 
 def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MMDiTBackbone:
-    """The model of a file of `save_mmdit`; on device "meta", its shape alone, and no weight is read.
+    """The model of a file of `save_mmdit`; on device "meta", its shape alone, and no weight is read. dtype: as `load_transformer`'s.
 
     Raises AptError for a damaged file, another kind of file, and missing, extra or misshapen keys.
     """
@@ -290,9 +292,10 @@ def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     model = _on_meta(path, arguments)
     check_shapes(path, header.shapes, _shapes(model.state_dict()), "MMDiT of its config")
     if torch.device(device).type == "meta":
-        return nn.Module.to(model, dtype)  # diffusers' own warns of parts in fp32, of which there are none
+        return cast(model, dtype)
     tensors, _ = read_tensors(path)
-    model.load_state_dict({key: value.to(device, dtype, copy=True) for key, value in tensors.items()}, assign=True)
+    state = {key: value.to(device, weight_dtype(model, key, dtype), copy=True) for key, value in tensors.items()}
+    model.load_state_dict(state, assign=True)
     return model.train()
 
 

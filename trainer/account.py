@@ -46,11 +46,21 @@ def block_parameters(model: Model) -> int:
 
 def outer_parameters(model: Model) -> int:
     """All but the blocks: embedders and the output head."""
-    d, patch = model.width, 4 * model.channels
-    time = 256 * d + d + d * d + d
+    d, patch, time = model.width, 4 * model.channels, time_parameters(model)
     if model.kind == "mmdit":
         return time + model.text_dim * d + d + model.text_dim + patch * d + d + 2 * (d * d + d) + d * patch + patch
     return time + 6 * (d * d + d) + model.text_dim * d + d + d * d + d + patch * d + d + d * patch + patch + 2 * d
+
+
+def time_parameters(model: Model) -> int:
+    """Of the time embedder, which is in fp32 whatever the rest is."""
+    d = model.width
+    return 256 * d + d + d * d + d
+
+
+def exact_parameters(model: Model) -> int:
+    """Modulation tables and affine norms of Wan's, in fp32 in a base of 16 bits, and whole on every GPU."""
+    return model.layers * (6 + 2) * model.width + 2 * model.width if model.kind == "wan" else 0
 
 
 def parameters(model: Model) -> int:
@@ -70,6 +80,14 @@ def adapter_parameters(model: Model, rank: int) -> int:
     d, ffn = model.width, model.ffn
     per_block = 48 * d if model.kind == "mmdit" else (8 * 2 * d + 2 * (d + ffn))
     return model.layers * rank * per_block
+
+
+def base_bytes(model: Model, compute: str, gpus: int) -> float:
+    """Of the frozen base of LoRA mode on each GPU: in the dtype of the compute, but for what stays in fp32."""
+    if compute == "fp32":
+        return 4 * parameters(model) / gpus
+    time, exact = time_parameters(model), exact_parameters(model)
+    return (2 * (parameters(model) - time - exact) + 4 * time) / gpus + 4 * exact
 
 
 def tokens(preset: Preset, kind: str) -> int:
@@ -167,7 +185,7 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
         adapter = adapter_parameters(model, train.lora_rank)
         counted = {"base": body, "generator's LoRA": adapter, "discriminator's LoRA": adapter, "discriminator's heads": heads}
         states, trained = (adapter, adapter + heads), adapter
-        memory = {"frozen base": body * _width(train.compute) * shard}
+        memory = {"frozen base": base_bytes(model, train.compute, gpus)}
     else:
         body_of_d = body - (4 * model.channels * (model.width + 1) + (2 * model.width if model.kind == "wan" else 0))
         counted = {"generator": body, "discriminator": body_of_d, "discriminator's heads": heads}
@@ -203,7 +221,7 @@ def _distill(preset: Preset, gpus: int) -> Account:
     averages = len({settings.ema_decay, *train.ema_decays})
     shard, target = 1 / gpus, 1 if settings.target_decay else 0
     trained = adapter_parameters(model, train.lora_rank) if lora else body
-    memory = {"frozen base": body * _width(train.compute) * shard} if lora else {"teacher": 4 * body * shard}
+    memory = {"frozen base": base_bytes(model, train.compute, gpus)} if lora else {"teacher": 4 * body * shard}
     counted = {"base": body, "student's LoRA": trained} if lora else {"student": body, "teacher": body}
     worst = max(("image", "video"), key=lambda kind: tokens(preset, kind) * _microbatch(preset, getattr(settings, f"batch_{kind}"), gpus))
     batch = getattr(settings, f"batch_{worst}")
@@ -242,7 +260,8 @@ def _gathered(preset: Preset, gpus: int, largest: int, shared: bool) -> float:
         return 0.0
     zeros = (train.generator_zero,) if shared else (train.generator_zero, train.discriminator_zero)
     sizes = [parameters(model) if zero == 2 else outer_parameters(model) for zero in zeros]
-    return _width(train.compute) * (sum(sizes) + 2 * largest)
+    exact = (4 - _width(train.compute)) * time_parameters(model) * len(zeros)
+    return _width(train.compute) * (sum(sizes) + 2 * largest) + exact
 
 
 def _width(compute: str) -> int:

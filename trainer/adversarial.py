@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apt_core.checkpoint import load_transformer
 from apt_core.errors import AptError
@@ -98,12 +98,12 @@ def adversarial(
                     x, text, z, t = draw("d", micro)
                     with torch.no_grad():
                         fake = one_step(generator, z, text)
-                    noises = (sample_noise(micro.numbers, x.shape[1:], seed, f"{phase}/d/{name}").to(world.device) for name in ("r1", "r2"))
-                    noises = tuple(noises)
                     part, penalties = share_of_penalties(objective, micro, settings.batch, world)
+                    noises = [noise if noise is None else noise.to(world.device) for noise in draw_noises(part, micro, seed, phase)]
                     floor = {}
-                    if update == 0 and objective.r1_weight:
-                        floor["r1_floor"] = penalty_floor(discriminator, x, t, text, noises[0], objective.r1_sigma)
+                    if update == 0 and part.r1_weight:
+                        n = len(noises[0])
+                        floor["r1_floor"] = penalty_floor(discriminator, x[:n], t[:n], text[:n], noises[0], objective.r1_sigma)
                     metrics = discriminator_backward(
                         discriminator, part, x, fake, text, t, *noises, mode=settings.discriminator_step, loss_scale=micro.share
                     )
@@ -163,6 +163,13 @@ def share_of_penalties(objective: Objective, micro: Micro, batch: int, world: Wo
     fraction = here / len(micro.places) if here else 1.0
     part = replace(objective, r1_weight=objective.r1_weight * scale, r2_weight=objective.r2_weight * scale, reg_fraction=fraction)
     return part, share
+
+
+def draw_noises(objective: Objective, micro: Micro, seed: int, phase: str) -> list[Tensor | None]:
+    """Standard noise for the penalties on real and on fake samples of a microbatch, of those that the objective penalises alone; None for none."""
+    numbers = micro.numbers[: objective.regularized(len(micro.numbers))]
+    weights = {"r1": objective.r1_weight, "r2": objective.r2_weight}
+    return [sample_noise(numbers, micro.x.shape[1:], seed, f"{phase}/d/{name}") if weight else None for name, weight in weights.items()]
 
 
 def gammas(objective: Objective) -> dict[str, float]:

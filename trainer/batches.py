@@ -1,8 +1,8 @@
 """The samples of an update on one process: read from shards ahead of time, in the order that trainer.sampling fixes."""
 
 import hashlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,25 +38,37 @@ class Micro:
 
 
 class Microbatches:
-    """The microbatches of one update on this process: a length, and an iterator that reads one ahead."""
+    """The microbatches of one update on this process: a length, and an iterator that reads one ahead.
 
-    def __init__(self, data: ShardDataset, positions: list[int], first_number: int, parts: list[range], dp: int) -> None:
+    reader: the thread for that; `then` is called when the last one is handed out, and the reader has nothing more to do for this update.
+    """
+
+    def __init__(
+        self, data: ShardDataset, positions: list[int], first_number: int, parts: list[range], dp: int, reader: ThreadPoolExecutor
+    ) -> None:
         self._data, self._positions, self._first, self._parts, self._dp = data, positions, first_number, parts, dp
+        self._reader = reader
+        self.then: Callable[[], None] = lambda: None
+        self._begun: Future | None = None
 
     def __len__(self) -> int:
         return len(self._parts)
 
+    def begin(self) -> None:
+        """Start to read the first microbatch."""
+        self._begun = self._reader.submit(self._read, self._parts[0])
+
     def __iter__(self) -> Iterator[Micro]:
-        if len(self._parts) == 1:  # nothing to be ahead of; and on a CPU a second thread of torch takes half of the cores
-            yield self._read(self._parts[0])
-            return
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(self._read, self._parts[0])
-            for following in (*self._parts[1:], None):
-                micro = ahead.result()
-                if following is not None:
-                    ahead = reader.submit(self._read, following)
-                yield micro
+        if self._begun is None:
+            self.begin()
+        ahead, self._begun = self._begun, None
+        for following in self._parts[1:]:
+            micro = ahead.result()
+            ahead = self._reader.submit(self._read, following)
+            yield micro
+        micro = ahead.result()
+        self.then()
+        yield micro
 
     def _read(self, places: range) -> Micro:
         indices = [self._positions[place] for place in places]
@@ -80,6 +92,8 @@ class Batches(Embedder):
         self.seed, self.held_out = seed, held_out
         self.held = {kind: _held_out(data, held_out) for kind, data in self.datasets.items()}
         self._samplers: dict[tuple, BucketSampler] = {}
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._ahead: dict[str, tuple[tuple, Microbatches]] = {}  # of each stream the next update, and what it was asked with
         if not self.datasets:
             raise AptError(f"{folder} holds no samples; run precompute on a folder of captioned clips or images.")
 
@@ -93,19 +107,38 @@ class Batches(Embedder):
         """`kind`, or the other one where the data has none of it."""
         return kind if kind in self.datasets else next(iter(self.datasets))
 
-    def take(self, kind: str, stream: str, update: int, size: int, world: World, microbatch: int | None = None) -> Microbatches:
+    def take(
+        self, kind: str, stream: str, update: int, size: int, world: World, microbatch: int | None = None, following: tuple[str, int] | None = None
+    ) -> Microbatches:
         """This process's part of update number `update` of a stream, whose batch has `size` samples in all.
 
         microbatch: samples at once, None for the whole part. Neither it nor the world changes which samples an update sees, or their numbers.
+        following: kind and size of the stream's next update, by default the same: its first microbatch is read while this one's last is trained on.
         Streams ("distill", "image/d", "image/g", ...) shuffle apart from one another. Raises AptError when the batch does not divide.
         """
+        asked = kind, update, size, world.dp, world.dp_rank, microbatch
+        was, batch = self._ahead.pop(stream, (None, None))
+        if was != asked:
+            batch = self._microbatches(stream, *asked)
+
+        def read_ahead() -> None:
+            then = following or (kind, size)
+            asked = then[0], update + 1, then[1], world.dp, world.dp_rank, microbatch
+            ahead = self._microbatches(stream, *asked)
+            ahead.begin()
+            self._ahead[stream] = asked, ahead
+
+        batch.then = read_ahead
+        return batch
+
+    def _microbatches(self, stream: str, kind: str, update: int, size: int, dp: int, dp_rank: int, microbatch: int | None) -> Microbatches:
         data, key = self.datasets[kind], (kind, stream, size)
         if key not in self._samplers:
             held = set(self.held[kind])
             buckets = {shape: [i for i in positions if i not in held] for shape, positions in data.buckets.items()}
             self._samplers[key] = BucketSampler(buckets, size, self.seed, f"{stream}/{kind}")
-        parts = split(size, world.dp, world.dp_rank, microbatch)
-        return Microbatches(data, self._samplers[key].batch(update), update * size, parts, world.dp)
+        parts = split(size, dp, dp_rank, microbatch)
+        return Microbatches(data, self._samplers[key].batch(update), update * size, parts, dp, self._reader)
 
 
 def _held_out(data: ShardDataset, count: int) -> list[int]:

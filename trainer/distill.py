@@ -65,13 +65,17 @@ def distill(
     if target is not None:
         following.copy_to(target)
 
+    def kind_and_size(update: int) -> tuple[str, int]:
+        kind = "video" if float(sample_uniform([update], seed, "distill/kind")) < settings.video_share else "image"
+        kind = batches.available(kind)
+        return kind, settings.batch_video if kind == "video" else settings.batch_image
+
     with run:
         for update in range(run.update, settings.updates):
-            kind = "video" if float(sample_uniform([update], seed, "distill/kind")) < settings.video_share else "image"
-            kind = batches.available(kind)
-            size = settings.batch_video if kind == "video" else settings.batch_image
+            kind, size = kind_and_size(update)
+            batch = batches.take(kind, "distill", update, size, world, parallel.microbatch, following=kind_and_size(update + 1))
             consistency = settings.consistency(preset.sampling.shift(kind))
-            for micro in learner.microbatches(batches.take(kind, "distill", update, size, world, parallel.microbatch), run.stop):
+            for micro in learner.microbatches(batch, run.stop):
                 x, text = micro.x.to(world.device), micro.text.to(world.device)
                 z = sample_noise(micro.numbers, x.shape[1:], seed, "distill/z").to(world.device)
                 u = sample_uniform(micro.numbers, seed, "distill/u").to(world.device)

@@ -69,13 +69,13 @@ class World:
             dist.all_reduce(values, group=self.everyone.get_group())
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process. All processes must ask."""
+    def largest(self, *values: float) -> list[float]:
+        """Of each value the largest of all processes. All processes must ask."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor(int(flag))
+            return list(values)
+        votes = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control)
-        return bool(votes)
+        return votes.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """What each process gives, in the order of ranks, in all of them. For small things."""

@@ -9,6 +9,7 @@ import torch
 from apt_core.errors import AptError
 from apt_core.lora import fold
 from apt_core.pipeline import OneStepPipeline
+from apt_core.precision import cast
 from apt_core.request import Request
 from apt_core.sources import TransformerSource, load_backbone
 from trainer.config import Files
@@ -80,7 +81,7 @@ def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> T
 
     def load(dtype: torch.dtype, device: torch.device):
         found = open_generator(path, ema=ema)
-        return (found.model if found.base is None else fold(found.base, ROLE)).to(device, dtype)
+        return cast(found.model if found.base is None else fold(found.base, ROLE), dtype).to(device)
 
     return TransformerSource(str(path), dict(shape.config), about["metadata"] | {"kind": "generator"}, sum(p.numel() for p in shape.parameters()), load)
 

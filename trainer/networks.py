@@ -95,7 +95,7 @@ def distillation_networks(base: Path, load: Load, world: World, parallel: Parall
 
 
 def _shared_base(base: Path, roles: tuple[str, ...], start: Path, load: Load, world: World, parallel: Parallel, lora: Lora) -> nn.Module:
-    """The frozen base in the dtype that it computes in, with adapters in fp32."""
+    """The frozen base in the dtype that it computes in, with adapters and what `precision.stays_fp32` names in fp32."""
     dtype = torch.bfloat16 if parallel.compute == "bf16" else torch.float32
 
     def make(device: torch.device) -> nn.Module:

@@ -15,6 +15,7 @@ from apt_core.attention import Backend, choose_backend
 from apt_core.context_parallel import enable
 from apt_core.discriminator import Discriminator
 from apt_core.fast import keep_compiled
+from apt_core.precision import stays_fp32
 from apt_core.text_cache import cache_folder
 from trainer.checkpointing import offloaded
 from trainer.config import Preset
@@ -97,9 +98,11 @@ def shard(model: nn.Module, world: World, parallel: Parallel, zero: int) -> None
     """FSDP2 in place: each block and each head on its own, then the rest.
 
     Inputs are not cast here (`cast_forward_inputs` would turn timestep 701 into 700): the networks cast latents and text themselves. The time
-    embedder and the discriminator's last norm and logit compute in fp32. Gradients are averaged over all processes in fp32.
+    embedder and the discriminator's last norm and logit compute in fp32; so do the modulation tables and norms of a frozen base in 16 bits, which
+    each process has whole. Gradients are averaged over all processes in fp32.
     """
     mixed, exact, options = _policies(world, parallel, zero)
+    options["ignored_params"] = _kept_whole(model)
     for name, part in list(model.named_modules()):
         if name.endswith("time_embedder"):
             fully_shard(part, mp_policy=exact, **options)
@@ -123,6 +126,15 @@ def shard_heads(model: Discriminator, world: World, parallel: Parallel) -> None:
     for head in model.heads:
         fully_shard(head, mp_policy=mixed, **options)
     fully_shard(model, mp_policy=exact, ignored_params=set(model.backbone.parameters()), **options)
+
+
+def _kept_whole(model: nn.Module) -> set[nn.Parameter]:
+    """Frozen weights in fp32 among 16-bit ones, other than the time embedder's: their block's group would round them to its own dtype."""
+    backbone = model.backbone if isinstance(model, Discriminator) else model
+    if backbone.patch_embedding.weight.dtype == torch.float32:
+        return set()
+    named = ((name, p) for name, p in backbone.named_parameters() if not p.requires_grad and "time_embedder" not in name)
+    return {p for name, p in named if p.dtype == torch.float32 and stays_fp32(backbone, name)}
 
 
 def _policies(world: World, parallel: Parallel, zero: int) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy, dict]:

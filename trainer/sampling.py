@@ -1,12 +1,17 @@
 """Which samples an update sees, as pure functions of (seed, stream, update): nothing to save but the update's number."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from apt_core.errors import AptError
+
+ORDER = "feistel-1"
+"""Names the order that `shuffled` gives. Part of a run's identity: a state of another order would see samples twice, and others never."""
+ROUNDS = 12
 
 
 class EpochSampler:
@@ -23,8 +28,13 @@ class EpochSampler:
 
     def batch(self, update: int) -> list[int]:
         """The samples of an update, as positions 0 .. n - 1."""
-        places = (divmod(number, self.n) for number in range(update * self.size, (update + 1) * self.size))
-        return [int(_order(self.n, self.seed, self.stream, epoch)[place]) for epoch, place in places]
+        number, end, out = update * self.size, (update + 1) * self.size, []
+        while number < end:
+            epoch, place = divmod(number, self.n)
+            count = min(self.n - place, end - number)
+            out += shuffled(np.arange(place, place + count), self.n, _keys(self.seed, self.stream, epoch)).tolist()
+            number += count
+        return out
 
 
 class BucketSampler:
@@ -34,7 +44,7 @@ class BucketSampler:
     """
 
     def __init__(self, buckets: Mapping[tuple, Sequence[int]], batch: int, seed: int, stream: str = ""):
-        self.positions = [list(buckets[shape]) for shape in sorted(buckets)]
+        self.positions = [buckets[shape] for shape in sorted(buckets)]
         self._orders = [EpochSampler(len(positions), batch, seed, stream) for positions in self.positions]
         self._turns: list[tuple[int, int]] = []  # bucket of each update, and how often it had been its turn before
         self._credit = [0] * len(self.positions)
@@ -68,9 +78,39 @@ def split(batch: int, ranks: int, rank: int, microbatch: int | None = None) -> l
     return [range(first + rank, first + ranks * size, ranks) for first in range(0, batch, ranks * size)]
 
 
+def shuffled(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where a keyed permutation of 0 .. n - 1 sends these places, int64 of their shape; nothing of n's size is made.
+
+    keys: uint64 [rounds], at least four. A Feistel network over digits (left, right) of the smallest a x b >= n with b = ceil(sqrt n); whoever
+    lands at n or above walks on (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Integers alone, the same everywhere.
+    """
+    b = math.isqrt(n - 1) + 1
+    a = -(-n // b)
+    out = np.array(places, np.uint64)
+    walking = np.arange(out.size)
+    while walking.size:
+        left, right = np.divmod(out.flat[walking], np.uint64(b))
+        for number, key in enumerate(keys):
+            if number % 2:
+                right = (right + _mixed(left, key) % np.uint64(b)) % np.uint64(b)
+            else:
+                left = (left + _mixed(right, key) % np.uint64(a)) % np.uint64(a)
+        out.flat[walking] = left * np.uint64(b) + right
+        walking = walking[out.flat[walking] >= n]
+    return out.astype(np.int64)
+
+
+def _mixed(x: np.ndarray, key: np.uint64) -> np.ndarray:
+    """A hash of 64 bits: the output function of SplitMix64 (Steele, Lea and Flood, 2014), twice."""
+    x = x + key
+    for _ in range(2):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return x
+
+
 @lru_cache(maxsize=64)
-def _order(n: int, seed: int, stream: str, epoch: int) -> np.ndarray:
-    digest = hashlib.blake2b(f"order/{seed}/{stream}/{epoch}".encode(), digest_size=16).digest()
-    # Raw Philox words, unlike numpy's shuffles, are the same in every version of numpy.
-    words = np.random.Philox(key=np.frombuffer(digest, "<u8").astype(np.uint64)).random_raw(n)
-    return np.argsort(words, kind="stable")
+def _keys(seed: int, stream: str, epoch: int) -> np.ndarray:
+    digests = (hashlib.blake2b(f"{ORDER}/{seed}/{stream}/{epoch}/{half}".encode(), digest_size=4 * ROUNDS).digest() for half in (0, 1))
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)

@@ -9,8 +9,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -158,7 +160,7 @@ class ShardDataset:
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
+    @cached_property
     def buckets(self) -> dict[tuple[int, int, int, int], list[int]]:
         """Positions of the samples by latent shape (C, F, h, w): a batch is drawn from one of them."""
         buckets = {}
@@ -168,24 +170,31 @@ class ShardDataset:
 
     def get(self, i: int) -> tuple[Tensor, Tensor, str]:
         """Latent `[C, F, h, w]`, text embedding `[L, d]` at its true length, both fp32, and the caption."""
-        sample = self.samples[i]
-        latents, text, offsets = self._shard(sample.shard)
-        embedding = text[offsets[sample.row] : offsets[sample.row + 1]]
-        return latents[sample.row].to(torch.float32, copy=True), embedding.to(torch.float32, copy=True), sample.caption
+        latent, embedding = self._stored(i)
+        return latent.to(torch.float32, copy=True), embedding.to(torch.float32, copy=True), self.samples[i].caption
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
         """Latents `[B, C, F, h, w]`, text `[B, text_length, d]` with zeros after each caption, both fp32, and the captions.
 
+        Copies by numpy: a thread that reads ahead and calls torch would start a second team of torch's threads beside the training's.
         Raises AptError when the samples are of different shapes.
         """
         shapes = {self.samples[i].bucket for i in indices}
         if len(shapes) > 1:
             raise AptError(f"{self.folder}: samples of different shapes {sorted(shapes)} cannot be one batch: draw them from one bucket.")
-        rows = [self.get(i) for i in indices]
-        text = torch.zeros(len(rows), self.text_length, self.text_dim)
-        for out, (_, embedding, _) in zip(text, rows):
-            out[: len(embedding)] = embedding
-        return torch.stack([latent for latent, _, _ in rows]), text, [caption for _, _, caption in rows]
+        latents = np.empty((len(indices), *self.samples[indices[0]].bucket), np.float32)
+        text = np.zeros((len(indices), self.text_length, self.text_dim), np.float32)
+        for x, padded, i in zip(latents, text, indices):
+            latent, embedding = self._stored(i)
+            _copy(latent, x)
+            _copy(embedding, padded[: len(embedding)])
+        return torch.from_numpy(latents), torch.from_numpy(text), [self.samples[i].caption for i in indices]
+
+    def _stored(self, i: int) -> tuple[Tensor, Tensor]:
+        """Latent and text embedding as they lie in the file: views of it."""
+        sample = self.samples[i]
+        latents, text, offsets = self._shard(sample.shard)
+        return latents[sample.row], text[offsets[sample.row] : offsets[sample.row + 1]]
 
     def _check(self) -> None:
         for name, samples in self._listed.items():
@@ -215,6 +224,14 @@ class ShardDataset:
                 raise AptError(f"{path} does not hold what {INDEX} says: {AGAIN}.")
             self._shards[name] = latents, text, offsets
         return self._shards[name]
+
+
+def _copy(stored: Tensor, out: np.ndarray) -> None:
+    """A stored tensor into fp32 memory of its shape."""
+    if stored.dtype == torch.bfloat16:  # unknown to numpy: the upper half of an fp32 number
+        np.left_shift(stored.view(torch.uint16).numpy(), 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, stored.numpy(), casting="same_kind")
 
 
 def _sample(entry: Mapping) -> Sample:

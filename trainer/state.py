@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 from apt_core.errors import AptError
 from trainer.distributed import World
 from trainer.files import make_folder, write_json
+from trainer.sampling import ORDER
 
 FACTS = "run.json"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -91,6 +93,11 @@ class Checkpoints:
             changed = sorted(key for key in self.identity.keys() | old.keys() if self.identity.get(key) != old.get(key))
         except (OSError, ValueError, KeyError, AttributeError):
             raise AptError(f"{path / FACTS} is damaged: delete the folder {path.name}, and the run goes on from the state before it.") from None
+        if new := sorted(self.identity.keys() ^ old.keys()):
+            raise AptError(
+                f"{self.keep.folder} holds a run of another version of this program, which {'had no' if new[0] in self.identity else 'had a'} {new[0]!r}: "
+                "give another --out, or go on with that version."
+            )
         if changed:
             key = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -179,6 +186,36 @@ class _Stop(Exception):
     pass
 
 
+class Vote:
+    """Whether a flag is up in any process, asked about every `seconds`: an all-reduce at each of a thousand microbatches would hold all of them up.
+
+    All processes call alike and get the same answer at the same call: when they ask again follows from the slowest one's time per call.
+    """
+
+    def __init__(self, world: World, seconds: float = 3.0, clock: Callable[[], float] = time.monotonic):
+        self.world, self.seconds, self.clock = world, seconds, clock
+        self.start()
+
+    def start(self) -> None:
+        """Ask at the next call: from here on calls may take longer than they did."""
+        self._calls, self._every, self._asked = 0, 0, None
+
+    def __call__(self, flag: bool) -> bool:
+        """The flag of any process if it is time to ask, else False."""
+        if self.world.size == 1:
+            return flag
+        self._calls += 1
+        if self._calls < self._every:
+            return False
+        now = self.clock()
+        pace = 0.0 if self._asked is None else (now - self._asked) / self._calls
+        found, slowest = self.world.largest(flag, pace)
+        # Twice as far at most: the first calls may have been shorter than those to come.
+        self._every = max(1, min(2 * self._every, int(self.seconds / slowest) if slowest else 1))
+        self._calls, self._asked = 0, self.clock()
+        return bool(found)
+
+
 class Run:
     """The course of one training: rows of metrics, the number of the next update, states on disk, and the end that a signal asks for.
 
@@ -190,7 +227,8 @@ class Run:
         self.keep, self.world, self.parts = keep, world, parts
         self.update, self.rows = 0, []
         self._signalled, self._handlers, self._saved = False, {}, "step-000000"
-        self._checkpoints = Checkpoints(keep, world, identity) if keep else None
+        self._vote = Vote(world)
+        self._checkpoints = Checkpoints(keep, world, {**identity, "order": ORDER}) if keep else None
         if keep and (newest := self._checkpoints.newest()):
             if not resume:
                 raise AptError(f"{keep.folder} holds the states of a run ({newest.name} is the newest): resume it, or give another --out.")
@@ -215,13 +253,14 @@ class Run:
             raise Preempted(f"stopped by a signal {where}, and the same command goes on from there.") from None
 
     def stop(self) -> None:
-        """Ask all processes whether one was told to stop; leaves the training loop if so."""
-        if self.keep and self.world.any(self._signalled):
+        """Leaves the training loop, in all processes at the same call, when one was told to stop; they ask one another every few seconds."""
+        if self.keep and self._vote(self._signalled):
             raise _Stop
 
     def finish_update(self) -> None:
         """One more update is done; a state is saved when one is due."""
         self.update += 1
+        self._vote.start()
         if self.keep:
             self._checkpoints.poll()
             if self.update % self.keep.every == 0:

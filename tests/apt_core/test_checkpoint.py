@@ -112,7 +112,18 @@ def test_stored_dtypes(model, tmp_path, dtype):
     again = load_transformer(path, cls=WanTransformer3DModel)
     assert type(again) is WanTransformer3DModel
     assert all(torch.equal(p, model.get_parameter(n).to(dtype).float()) for n, p in again.named_parameters())
-    assert {p.dtype for p in load_transformer(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_16_bits_leave_fp32_what_diffusers_does(model, tmp_path, dtype, device):
+    save_diffusers_folder(tmp_path / "folder", model, {})
+    stock = WanTransformer3DModel.from_pretrained(tmp_path / "folder" / "transformer", torch_dtype=dtype)
+    ours = load_transformer(tmp_path / "folder", dtype=dtype, device=device)
+    assert {name: p.dtype for name, p in ours.named_parameters()} == {name: p.dtype for name, p in stock.named_parameters()}
+    assert {p.dtype for p in ours.condition_embedder.time_embedder.parameters()} == {torch.float32} != {p.dtype for p in ours.parameters()}
+    if device == "cpu":
+        assert all(torch.equal(p, stock.get_parameter(name)) for name, p in ours.named_parameters())
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model."])

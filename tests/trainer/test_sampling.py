@@ -1,11 +1,15 @@
 """Which samples an update sees: each once an epoch, whatever the processes, the microbatches and the interruptions."""
 
+import math
+import tracemalloc
 from collections import Counter
+from itertools import permutations
 
+import numpy as np
 import pytest
 
 from apt_core.errors import AptError
-from trainer.sampling import BucketSampler, EpochSampler, split
+from trainer.sampling import BucketSampler, EpochSampler, _keys, shuffled, split
 
 
 @pytest.mark.parametrize("n, batch", [(10, 4), (7, 7), (5, 12), (64, 16)])
@@ -17,6 +21,41 @@ def test_every_sample_once_per_epoch(n, batch):
     assert len(epochs) == updates * batch // n
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     assert n < 7 or len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+@pytest.mark.parametrize("n", [*range(1, 40), 1000, 65536, 65537])
+def test_a_keyed_order_holds_each_place_once_and_every_piece_of_it_is_the_same(n):
+    orders = [shuffled(np.arange(n), n, _keys(0, "d", epoch)) for epoch in range(3)]
+    assert all(sorted(order.tolist()) == list(range(n)) for order in orders)
+    some = np.array([n // 3, 0, n - 1])
+    assert [shuffled(some, n, _keys(0, "d", epoch)).tolist() for epoch in range(3)] == [order[some].tolist() for order in orders]
+
+
+def test_a_keyed_order_is_as_random_as_a_shuffle():
+    """Chi-squared over many epochs: every order of four samples, every place of each of 30, and what follows what."""
+    epochs = 6000
+    found = Counter(tuple(shuffled(np.arange(4), 4, _keys(1, "d", epoch)).tolist()) for epoch in range(epochs))
+    seen, after = np.zeros((30, 30)), np.zeros(30)
+    for epoch in range(epochs):
+        order = shuffled(np.arange(30), 30, _keys(2, "d", epoch))
+        seen[np.arange(30), order] += 1
+        after[(order[1] - order[0]) % 30] += 1
+    four = np.array([found[order] for order in permutations(range(4))])
+    for counts, free in ((four, 23), (seen, 29 * 29), (after[1:], 28)):
+        expected = counts.sum() / counts.size
+        assert abs((np.square(counts - expected) / expected).sum() - free) < 4 * math.sqrt(2 * free)
+
+
+def test_ten_million_samples_cost_no_more_than_their_batch():
+    """A table of the epoch's order would be 80 MB."""
+    tracemalloc.start()
+    try:
+        batch = EpochSampler(10_000_000, 9064, 0, "d").batch(5)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(batch)) == 9064 and 0 <= min(batch) < 10_000 and 9_990_000 < max(batch) < 10_000_000
+    assert peak < 2 * 2**20
 
 
 def test_buckets_take_turns_in_proportion_and_hold_each_sample_once():
@@ -55,7 +94,8 @@ def test_streams_and_seeds_shuffle_apart_and_stay_as_they_are():
     orders = {(seed, stream): tuple(EpochSampler(100, 100, seed, stream).batch(0)) for seed in (0, 1) for stream in ("", "d", "g")}
     assert len(set(orders.values())) == 6
     # Pinned: the order belongs to a run, over every version of this program and of numpy.
-    assert EpochSampler(10, 10, 0, "d").batch(0) == [8, 0, 4, 6, 9, 5, 1, 3, 7, 2]
+    assert EpochSampler(10, 10, 0, "d").batch(0) == [0, 3, 6, 8, 1, 5, 4, 7, 2, 9]
+    assert EpochSampler(10_000_000, 4, 0, "d").batch(5) == [7192787, 1738991, 2428033, 591312]
 
 
 def test_impossible_draws():

@@ -10,6 +10,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from apt_core.errors import AptError
 from apt_core.mmdit import MMDiTBackbone
+from apt_core.precision import cast
 from apt_core.sources import SHIPPED, Sources, TextSource, TransformerSource, VaeSource
 from apt_core.text import TextEncoder, load_text_encoder
 from apt_core.text_files import TextFacts
@@ -93,10 +94,11 @@ def build_backbone(model: Model, device: torch.device | str, dtype: torch.dtype)
     if model.kind == "mmdit":
         side = model.head_dim * 11 // 52 * 2
         axes = (model.head_dim - 2 * side, side, side)
-        return random_weights(
+        network = random_weights(
             lambda: MMDiTBackbone(model.layers, model.heads, model.head_dim, model.channels, model.channels, model.text_dim, axes_dims_rope=axes),
             device, dtype,
         )  # fmt: skip
+        return cast(network, dtype)
 
     def make() -> WanBackbone:
         return WanBackbone(
@@ -104,7 +106,7 @@ def build_backbone(model: Model, device: torch.device | str, dtype: torch.dtype)
             text_dim=model.text_dim, freq_dim=256, ffn_dim=model.ffn, num_layers=model.layers,
         )  # fmt: skip
 
-    built = random_weights(make, device, dtype)
+    built = cast(random_weights(make, device, dtype), dtype)
     if torch.device(device).type != "meta":  # its tables are in no state dict
         config = built.config
         built.rope = type(built.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(device)

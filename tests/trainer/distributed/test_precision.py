@@ -1,21 +1,27 @@
 """fp32 masters under bf16 compute, fp32 time, and the stop before a weight becomes NaN."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import Layout, state_of, tiny_wan, train_adversarial, write_shards
+from layouts import Layout, load_and_watch, mmdit, run_layouts, run_workers, state_of, tiny_wan, train_adversarial, write_shards
 from torch import nn
 
 from apt_core.checkpoint import load_transformer
 from apt_core.errors import AptError
+from apt_core.lora import role
 from apt_core.objectives import Objective
 from apt_core.optim import make_rmsprop
+from apt_core.precision import stays_fp32
+from apt_core.sources import load_backbone
+from trainer.account import base_bytes
 from trainer.adversarial import check_batch
 from trainer.batches import Micro
+from trainer.config import Model
 from trainer.distributed import World, connect
-from trainer.networks import Networks
+from trainer.networks import Lora, Networks, distillation_networks
 from trainer.parallel import Parallel, place
 from trainer.update import Learner
 
@@ -43,6 +49,68 @@ def test_bf16_compute_tells_timesteps_apart():
         outputs = [model(x, torch.tensor([t]), text, return_dict=False)[0] for t in (700.0, 701.0)]
     assert outputs[0].dtype == torch.bfloat16 and not torch.equal(*outputs)
     assert dtypes == [(torch.float32, torch.float32)] * 2
+
+
+def compare_times(base: Path, out: Path) -> None:
+    """Of stage 1's student, whole and as a LoRA: the time embedder's output at timesteps 700 and 701, the velocities, bytes of the frozen base."""
+    found = {}
+    with connect("cpu", sharded=True) as world:
+        torch.manual_seed(0)
+        x, text = torch.randn(1, 4, 2, 4, 6).expand(2, -1, -1, -1, -1), torch.randn(1, 5, 10).expand(2, -1, -1)
+        for mode, lora in (("full", None), ("lora", Lora(2))):
+            networks, times = distillation_networks(base, load_backbone, world, BF16, lora, target=False), []
+            network = networks.base or networks.generator
+            embedder = next(module for name, module in network.named_modules() if name.endswith("time_embedder"))
+            embedder.register_forward_hook(lambda _module, _args, output: times.append(output.detach().clone()))
+            with torch.no_grad():
+                velocity = networks.generator(x, torch.tensor([700.0, 701.0]), text, return_dict=False)[0].float()
+            found[mode] = {"time": times[0], "velocity": velocity}
+        weights = {name: p for name, p in networks.base.named_parameters() if ".adapters." not in name}
+        held = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in weights.values())
+        found["bytes"] = sum(world.gather(held))
+        if world.main:
+            torch.save(found, out)
+
+
+@pytest.mark.parametrize("kind", ["wan", "mmdit"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_lora_tells_timesteps_apart_as_well_as_the_whole_network(kind, processes, files, tmp_path):
+    base = files.base if kind == "wan" else mmdit(files.base)
+    run_workers(processes, compare_times, base, tmp_path / "found.pt")
+    found = torch.load(tmp_path / "found.pt")
+    full, lora = found["full"], found["lora"]
+    assert lora["time"].dtype == torch.float32 and torch.equal(lora["time"], full["time"])
+    apart, expected = (mode["velocity"][1] - mode["velocity"][0] for mode in (lora, full))
+    assert expected.norm() > 0.05 and apart.norm() == pytest.approx(float(expected.norm()), rel=0.02 if kind == "wan" else 1e-6)
+    # The account has the miniature's 256 channels of sines and 4 of latents; a tiny Wan has fewer of the first.
+    model = Model(kind=kind, layers=4, heads=2, head_dim=12, ffn=48 if kind == "wan" else 96, channels=4, text_dim=10)
+    sines = 4 * 24 * (256 - 16) if kind == "wan" else 0
+    keys_only = 2 * text_keys_only(24) if kind == "mmdit" else 0
+    assert found["bytes"] == processes * base_bytes(model, "bf16", processes) - sines - keys_only
+
+
+def text_keys_only(d: int) -> int:
+    """Parameters that the last block's text stream does not have, which the account counts."""
+    return 2 * (d * d + d) + 2 * 4 * d * d + 5 * d + 4 * (d * d + d) + d // 2
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_base_in_bf16_stays_as_it_was_to_the_last_bit(processes, files, tmp_path):
+    jobs = []
+    for kind in ("wan", "mmdit"):
+        base = files.base if kind == "wan" else mmdit(files.base)
+        options = {"base": base, "start": base, "lora": Lora(4, 8.0), "load": load_and_watch}
+        jobs.append((Layout(processes, Parallel(1, "bf16", checkpointing="blocks"), {"lr_generator": 1e-3}), tmp_path / kind, train_adversarial, options))
+    run_layouts(files, processes, jobs)
+    for kind, (_, out, _, options) in zip(("wan", "mmdit"), jobs):
+        after, before = torch.load(out / "base.pt"), load_backbone(options["base"]).state_dict()
+        assert after.keys() == before.keys()
+        for name, value in after.items():
+            exact = stays_fp32(load_backbone(options["base"], device="meta"), name)
+            assert value.dtype == (torch.float32 if exact else torch.bfloat16)
+            assert torch.equal(value, before[name] if exact else before[name].bfloat16()), name
+        moved = [value for name, value in state_of(out, 5).items() if name.startswith("generator/weights/") and "lora_B" in name]
+        assert len(moved) > 20 and max(value.abs().max() for value in moved) > 1e-3
 
 
 def test_a_broken_sample_stops_the_run_and_is_written_down(files, tmp_path):

@@ -1,5 +1,6 @@
 """A run that was killed, stopped or moved to other machines is the run that was not."""
 
+import json
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from apt_core.sources import load_backbone
 from trainer.batches import Batches
 from trainer.networks import Lora
 from trainer.parallel import Parallel
-from trainer.state import Keep, Preempted, best_state
+from trainer.state import Keep, Preempted, Vote, best_state
 
 # Slow enough that the last digits of a gradient do not show within the tolerance of a move.
 SLOW = {**STABLE, "lr_generator": 5e-7, "lr_discriminator": 5e-7}
@@ -97,6 +98,81 @@ def test_sigterm_saves_in_the_middle_of_an_update(files, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     train_adversarial(files, layout, tmp_path / "whole", {"keep": Keep(tmp_path / "whole" / "states", every=5)})
     assert_close(tmp_path, tmp_path / "whole", 5, 0)
+
+
+def stop_one_of_two(files, layout, out, options):
+    """SIGTERM reaches one process, in the second generator step; all must leave at the same place."""
+    calls = []
+    if os.environ["RANK"] == "1":
+        trainer.adversarial.generator_backward = partial(stop_in_generator_step, calls)
+    try:
+        train_adversarial(files, layout, out, options)
+    except Preempted as stop:
+        (out / f"{os.environ['RANK']}.txt").write_text(str(stop))
+        raise
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_place(whole, files, tmp_path):
+    layout, options = Layout(2, ACCUMULATED, SLOW), {"keep": Keep(tmp_path / "states", every=5)}
+    run_layout(files, layout, tmp_path, stop_one_of_two, options)
+    said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert said[0] == said[1] and "stopped by a signal in update" in said[0]
+    assert len(list((tmp_path / "states").iterdir())) == 1
+    run_layout(files, layout, tmp_path, options=options)
+    assert_close(tmp_path, whole[2], 5, 0)
+
+
+class Clock:
+    """Time that passes as it is told. So many processes ask, of which this is one."""
+
+    size = 2
+
+    def __init__(self):
+        self.now, self.asked, self.others = 0.0, [], 0.0
+
+    def __call__(self):
+        return self.now
+
+    def largest(self, flag, pace):
+        self.asked.append(self.now)
+        return [float(flag), max(pace, self.others)]
+
+
+@pytest.mark.parametrize("seconds, questions", [(0.1, 42), (1.5, 567), (10.0, 1133)])
+def test_processes_ask_about_every_three_seconds_and_not_at_every_microbatch(seconds, questions):
+    """1,133 microbatches are an update of the paper's batch on 8 processes."""
+    clock = Clock()
+    vote = Vote(clock, clock=clock)
+    for _ in range(1133):
+        assert not vote(False)
+        clock.now += seconds
+    assert len(clock.asked) == pytest.approx(questions, abs=4)
+    assert max(b - a for a, b in zip(clock.asked, clock.asked[1:])) <= max(3.0, seconds) + 1e-6
+
+
+def test_the_slowest_process_sets_the_pace_and_a_new_update_asks_at_once():
+    clock = Clock()
+    vote, clock.others = Vote(clock, clock=clock), 1.0
+    for _ in range(100):
+        vote(False)
+        clock.now += 0.01
+    assert len(clock.asked) == pytest.approx(100 / 3, abs=2)
+    vote.start()
+    before = len(clock.asked)
+    assert vote(True) and len(clock.asked) == before + 1
+
+
+def test_a_state_of_another_order_of_samples_is_refused_by_name(files, tmp_path):
+    train_adversarial(files, Layout(settings={"updates": 1}), tmp_path)
+    facts = next((tmp_path / "states").glob("step-*")) / "run.json"
+    said = json.loads(facts.read_text())
+    del said["identity"]["order"]  # as states were before they named it
+    facts.write_text(json.dumps(said))
+    with pytest.raises(AptError, match=r"holds a run of another version of this program, which had no 'order': give another --out, or go on with that version"):
+        train_adversarial(files, Layout(settings={"updates": 2}), tmp_path)
+    facts.write_text(json.dumps(said | {"identity": said["identity"] | {"order": "feistel-0"}}))
+    with pytest.raises(AptError, match=r"holds a run with another order \('feistel-0', now 'feistel-1'\)"):
+        train_adversarial(files, Layout(settings={"updates": 2}), tmp_path)
 
 
 def test_another_run_in_the_same_folder_is_refused(files, tmp_path):
