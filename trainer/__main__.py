@@ -46,7 +46,7 @@ Tflops = Annotated[float, typer.Option(help="With --dry-run --gpus: the matrix p
 def demo(
     out: Out = Path("runs/demo"),
     data: Annotated[Path | None, typer.Option(help="Folder of captioned clips and pictures; without it, clips are drawn.")] = None,
-    preset: Annotated[str, typer.Option(help="Stage 2 as in the paper, or with what its authors changed since: paper or stable.")] = "paper",
+    preset: Annotated[str, typer.Option(help="Which recipe of the preset: paper, stable (what its authors changed since) or proof (the README's figures, hours).")] = "paper",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Every random number of the run derives from it.")] = 0,
     samples: Annotated[int, typer.Option(min=2, help="Samples per column of the report.")] = 128,
     recipe: Annotated[str, typer.Option(help="Preset with the numbers: a name, or a .toml file.")] = "mini",
@@ -57,7 +57,7 @@ def demo(
     from trainer.config import load_preset
     from trainer.demo import Demo
 
-    Demo(out, load_preset(recipe), preset, data, seed, samples, skip_bad, truncate_captions).run()
+    Demo(out, load_preset(recipe).with_recipe(preset), preset, data, seed, samples, skip_bad, truncate_captions).run()
 
 
 @app.command()
@@ -71,6 +71,18 @@ def measure(
     from trainer.mini.measure import measure_runs
 
     measure_runs(runs, samples, out, fp8)
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="A run's folder, of the demo or of the trainer.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default the run's own.")] = None,
+) -> None:
+    """Training curves as PNGs: the discriminator's accuracy, held-out samples included, logits, losses, penalties, gradient at the sample."""
+    from trainer.plot import plot_run
+
+    for path in plot_run(run, out):
+        print(path)
 
 
 @app.command("precompute")
@@ -130,7 +142,7 @@ def adversarial_command(
         raise AptError(f"--phase {phase} is not known: it is image or video.")
     variant = recipe or load_preset(preset).variant
     load_preset(preset).phases(variant)
-    loaded = load_preset(preset, overrides or (), (f"stage2.{variant}.{phase}", "train", "files", "data", "sampling", "model"))
+    loaded = load_preset(preset, overrides or (), (f"stage2.{variant}.{phase}", "train", "files", "data", "sampling", "model")).with_recipe(variant)
     if dry_run:
         _show(loaded, phase, variant, gpus, gpu_memory, gpu_tflops)
         return

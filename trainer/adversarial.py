@@ -107,8 +107,8 @@ def adversarial(
                     metrics = discriminator_backward(
                         discriminator, part, x, fake, text, t, *noises, mode=settings.discriminator_step, loss_scale=micro.share
                     )
-                    shares = {name: penalties for name in ("r1", "r2")}
-                    shares |= {f"{name}_loss": micro.share for name in shares}  # `part` has the share in its weights
+                    shares = {name: penalties for name in ("r1", "r2", "r1_floor")}
+                    shares |= {f"{name}_loss": micro.share for name in ("r1", "r2")}  # `part` has the share in its weights
                     d.add({name: value * shares.get(name, micro.share) for name, value in (metrics | floor).items() if not name.endswith("gamma")})
                 run.rows.append(d.step() | gammas(objective))
 

@@ -3,7 +3,7 @@
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -164,11 +164,11 @@ class Adversarial(Settings):
 
 
 class Phases(Settings):
-    """A recipe: both phases of stage 2, and where it wants another one than `[distill]`, the guidance of stage 1."""
+    """A recipe: both phases of stage 2, and by full name (`distill.guidance`) what it changes of the preset's other settings."""
 
     image: Adversarial
     video: Adversarial
-    guidance: float | None = Field(None, ge=1)
+    also: dict[str, Any] = {}
 
 
 class Train(Settings):
@@ -231,9 +231,17 @@ class Preset(Settings):
         return self.stage2[variant]
 
     def with_recipe(self, variant: str) -> "Preset":
-        """The preset as stage 1 of a variant needs it. Raises AptError as `phases`."""
-        guidance = self.phases(variant).guidance
-        return self if guidance is None else self.model_copy(update={"distill": self.distill.model_copy(update={"guidance": guidance})})
+        """The preset with what a variant changes of its other settings. Raises AptError as `phases`, and for a setting that is not there."""
+        values = self.model_dump()
+        for name, value in self.phases(variant).also.items():
+            section, _, key = name.partition(".")
+            if not isinstance(values.get(section), dict) or key not in values[section]:
+                raise AptError(f"preset {self.name}: there is no setting {name}{nearest(name, known_names(Preset, values))}, which {variant} changes: mend it.")
+            values[section][key] = value
+        try:
+            return Preset.model_validate(values)
+        except ValidationError as error:
+            raise _sentence(f"{self.name}, recipe {variant}", error.errors()[0], values) from None
 
 
 def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> Preset:

@@ -25,9 +25,12 @@ from trainer.files import make_folder, replacing, write_json
 from trainer.mini import ASSETS, VAE
 from trainer.mini.clips import SIZE, draw
 from trainer.mini.report import write_report
+from trainer.monitor import Monitor
+from trainer.plot import plot_run
 from trainer.precompute import SKIPPED, precompute
 from trainer.progress import console, stage_bar
 from trainer.shards import INDEX
+from trainer.state import Keep
 
 LIBRARIES = ("comfyui-apt", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
 
@@ -52,7 +55,7 @@ class Demo:
         Raises AptError for unusable data, before any training starts, and for an `out` that cannot be written or holds a run with
         other settings.
         """
-        phases, size = self.preset.phases(self.variant), self.preset.data
+        size = self.preset.data
         for height, width in (size.size("video"), size.size("image")):
             if self.data is None and (height, width) != (SIZE, SIZE):
                 raise AptError(f"preset {self.preset.name} asks for {width}x{height} pixels, but drawn clips have {SIZE}x{SIZE}; give --data.")
@@ -67,17 +70,21 @@ class Demo:
         text = load_text_encoder(ASSETS / "text_encoder.safetensors")
         state.stage("precompute", "Encoding", lambda report: self._precompute(folder, latents, text, report), latents / INDEX)
 
-        batches = Batches(latents, text, self.seed)
+        batches = Batches(latents, text, self.seed, size.held_out)
         common = dict(seed=self.seed, world=World(torch.device(self.device)))
+
+        def keep(stage: str) -> Keep | None:
+            every = self.preset.train.save_every
+            return Keep(self.out / "states" / stage, every, last=1, best=0) if every else None
         start, metadata = names["distilled"], self._metadata(text, batches.available("video"))
-        state.stage("distill", "Stage 1: distill", lambda report: distill(base, batches, self.preset, start, metadata=metadata, report=report, **common), start)
+        state.stage("distill", "Stage 1: distill", lambda report: self._distill(base, batches, start, report, metadata=metadata, keep=keep("distill"), **common), start)
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
         for kind in kinds:
             out, metadata = names[kind] if kind != kinds[-1] else names["video"], self._metadata(text, kind)
             state.stage(
                 f"adversarial_{kind}",
                 f"Stage 2: {kind}s",
-                lambda report: adversarial(kind, start, base, batches, getattr(phases, kind), out, metadata=metadata, report=report, **common),
+                lambda report: self._adversarial(kind, start, base, batches, out, report, metadata=metadata, keep=keep(kind), **common),
                 out,
             )
             start = out
@@ -86,6 +93,7 @@ class Demo:
         files = {kind: {"base": base, "distilled": names["distilled"], "apt": names[kind]} for kind in kinds}
         with stage_bar("Sampling and judging") as report:
             result = write_report(self, files, batches, state.record(), report)
+        plot_run(self.out)
         console.print(f"[bold]{escape(str(names['video']))}[/] opens in ComfyUI's Load Diffusion Model; see compare.png, sample.mp4 and report.json beside it.", soft_wrap=True)
         return result
 
@@ -94,6 +102,17 @@ class Demo:
         keys = ("variant", "seed", "skip_bad", "truncate_captions")
         facts = {key: getattr(self, key) for key in keys} | {"data": str(self.data.resolve()) if self.data else None}
         return facts | {"preset": self.preset.model_dump()}
+
+    def _distill(self, base: Path, batches: Batches, out: Path, report: Callable, **options) -> list:
+        with Monitor(self.out / "log" / "distill", forward=report) as monitor:
+            return distill(base, batches, self.preset, out, report=monitor, **options)
+
+    def _adversarial(self, kind: str, start: Path, base: Path, batches: Batches, out: Path, report: Callable, **options) -> list:
+        settings = getattr(self.preset.phases(self.variant), kind)
+        with Monitor(self.out / "log" / kind, relativistic=settings.relativistic, forward=report) as monitor:
+            return adversarial(
+                kind, start, base, batches, settings, out, watch_every=self.preset.train.watch_every, report=monitor, **options
+            )
 
     def _draw(self, folder: Path, report: Callable) -> list:
         draw_files(folder, self.preset.data, self.seed, report)

@@ -69,12 +69,12 @@ def _words(metrics: dict | None) -> str:
 def columns_table(title: str, columns: dict[str, dict]) -> Table:
     """The report's columns as rows of a terminal table."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False, collapse_padding=True)  # 80 columns hold it
-    names = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "calls", "samples")
+    names = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "motion", "calls")  # samples stand in the title
     table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for column, row in columns.items():
-        table.add_row(column, *(_cell(row[name]) for name in names))
+        table.add_row(column, *(_cell(row.get(name)) for name in names))
     return table
 
 

@@ -5,17 +5,17 @@ from rich.console import Console
 import trainer.progress
 from trainer.progress import columns_table, stage_bar
 
-NAMES = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "calls", "samples")
+NAMES = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "motion", "calls")
 
 
 def test_the_table_of_columns_fits_80_characters():
-    row = dict.fromkeys(NAMES, 0.5) | {"fd": 1551.26, "patch_fd": 10.434, "structure": None, "calls": 50, "samples": 1024}
+    row = dict.fromkeys(NAMES, 0.5) | {"fd": 1551.26, "patch_fd": 10.434, "structure": None, "motion": 14.25, "calls": 50}
     console = Console(width=80)
     with console.capture() as shown:
         console.print(columns_table("Video", {"base_25_cfg": row}))
     title, head, line = shown.get().splitlines()
     assert head.split() == list(NAMES)
-    assert line.split() == ["base_25_cfg", "1551", "10.43", "0.50", "-", "0.50", "0.50", "50", "1024"]
+    assert line.split() == ["base_25_cfg", "1551", "10.43", "0.50", "-", "0.50", "0.50", "14.25", "50"]
 
 
 ROW = {"d_loss": 1.25, "g_loss": 0.5, "logit_real": 0.1, "r1_gamma": 9.0, "other": 7.0}

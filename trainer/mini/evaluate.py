@@ -1,4 +1,4 @@
-"""The columns of the report: real, the base in 25 steps and in one, the distilled model, and APT in one step and two."""
+"""The columns of the report: real samples, as they are and through the VAE, the base in 25 steps and in one, the distilled model, and APT."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,19 @@ from apt_core.fast import Speed, make_fast
 from apt_core.flow import sample_noise
 from apt_core.generator import euler_cfg, few_step, one_step
 from apt_core.steps import second_time, step_times
-from apt_core.vae import decode
+from apt_core.vae import decode, encode
 from trainer.config import Sampling
 
-COLUMNS = ("real", "base_25_cfg", "base_1", "distilled_1", "apt_1", "apt_2")
+COLUMNS = ("real", "real_vae", "base_25_cfg", "base_1", "distilled_1", "apt_1", "apt_2")
+"""Of the demo. real_vae is the ceiling: what the VAE gives back of real samples."""
+ALL_COLUMNS = (*COLUMNS[:2], "base_25_cfg1", "base_25_cfg", "base_25_cfg7.5", *COLUMNS[3:])
+"""Of `measure`: also the base without guidance and at the paper's 7.5; `base_25_cfg` has the preset's own, which is its best."""
 TITLES = {
     "real": "real",
+    "real_vae": "real, through the VAE",
+    "base_25_cfg1": "base, {steps} steps",
     "base_25_cfg": "base, {steps} steps, CFG {guidance:g}",
+    "base_25_cfg7.5": "base, {steps} steps, CFG 7.5",
     "base_1": "base, 1 step",
     "distilled_1": "distilled, 1 step",
     "apt_1": "APT, 1 step",
@@ -62,8 +68,8 @@ class Sampler:
     def _batch(self, column: str, numbers: list[int], text: Tensor) -> Tensor:
         z = sample_noise(numbers, self.shape, self.seed, "sample/z").to(self.device)
         s = self.sampling
-        if column == "base_25_cfg":
-            return euler_cfg(self.networks["base"], z, text, self.negative, s.steps, s.guidance, s.shift(self.kind))
+        if column.startswith("base_25_cfg"):
+            return euler_cfg(self.networks["base"], z, text, self.negative, s.steps, guidance_of(column, s), s.shift(self.kind))
         if column == "apt_2":
             return few_step(
                 self.networks["apt"], z, text, self.times, lambda i: sample_noise(numbers, self.shape, self.seed, f"sample/z{i}")
@@ -73,7 +79,21 @@ class Sampler:
 
 def network_calls(column: str, sampling: Sampling) -> int:
     """How many network calls one sample of a column takes (guidance calls twice a step)."""
-    return {"real": 0, "base_25_cfg": sampling.steps * (1 if sampling.guidance == 1 else 2), "apt_2": 2}.get(column, 1)
+    if column.startswith("base_25_cfg"):
+        return sampling.steps * (1 if guidance_of(column, sampling) == 1 else 2)
+    return {"real": 0, "real_vae": 0, "apt_2": 2}.get(column, 1)
+
+
+def guidance_of(column: str, sampling: Sampling) -> float:
+    """The guidance scale of a column of the base's full sampling."""
+    return float(column.removeprefix("base_25_cfg") or sampling.guidance)
+
+
+@torch.no_grad()
+def through_vae(vae, pixels: np.ndarray, batch: int = 16) -> np.ndarray:
+    """uint8 `[n, F, H, W, 3]` encoded and decoded again: what no generator in these latents can surpass."""
+    device, parts = next(vae.parameters()).device, torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).split(batch)
+    return to_pixels(vae, torch.cat([encode(vae, part.to(device).float() / 127.5 - 1.0).cpu() for part in parts]), batch)
 
 
 @torch.no_grad()

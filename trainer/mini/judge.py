@@ -38,13 +38,15 @@ class Frame:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows: the majority of its frames, its direction of travel, and whether it holds together."""
+    """What a clip shows: the majority of its frames, its direction of travel, how many pixels its object travels from the first frame to the
+    last, and whether it holds together."""
 
     color: str
     shape: str
     background: str
     direction: str | None
     structure: bool
+    travel: float
 
     def agrees(self, scene: Scene) -> dict[str, bool]:
         """Word by word: does the sample show what the caption names? `all` needs every word (direction for clips)."""
@@ -111,6 +113,7 @@ def read_clip(pixels: np.ndarray) -> Reading:
         background=COLOR_NAMES[vote([f.background for f in frames])],
         direction=_direction(centers[-1] - centers[0]),
         structure=bool(structure),
+        travel=float(np.linalg.norm(centers[-1] - centers[0])),
     )
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from apt_core.errors import AptError
 from apt_core.text import load_text_encoder
@@ -14,7 +15,7 @@ from trainer.files import write_json
 from trainer.progress import columns_table, console, stage_bar
 
 from . import ASSETS, VAE
-from .evaluate import COLUMNS, Models, Sampler
+from .evaluate import ALL_COLUMNS, Models, Sampler
 from .features import load_features
 from .report import drawn_prompts, evaluate
 
@@ -44,12 +45,13 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: b
                 def report(n: int) -> None:
                     nonlocal done
                     done += n
-                    bar(done, samples * (len(COLUMNS) - 1))
+                    bar(done, samples * (len(ALL_COLUMNS) - 2))
 
-                found[kind].append(evaluate(prompts, sampler, vae, net, report)[0])
+                found[kind].append(evaluate(prompts, sampler, vae, net, report, ALL_COLUMNS)[0])
     result = {"runs": [str(run) for run in runs], "samples": samples, "fp8": fp8}
     for kind, name, title in (("image", "image_columns", "Images"), ("video", "columns", "Video")):
-        result[name] = {column: _mean([rows[column] for rows in found[kind]]) for column in COLUMNS}
+        result[name] = {column: _mean([rows[column] for rows in found[kind]]) for column in ALL_COLUMNS}
+        result[f"{name}_interval"] = {column: interval([rows[column] for rows in found[kind]]) for column in ALL_COLUMNS}
         result[f"{name}_by_run"] = found[kind]
         console.print(columns_table(f"{title}: mean of {len(runs)} runs, {samples} samples each", result[name]))
     if out:
@@ -72,5 +74,19 @@ def _preset(run: Path) -> Preset:
 
 
 def _mean(rows: list[dict]) -> dict:
-    """Means over runs; counts stay whole, and what only drawn clips have stays."""
-    return {key: rows[0][key] if key in ("calls", "samples") else round(float(np.mean([row[key] for row in rows])), 4) for key in rows[0]}
+    """Means over runs; counts stay whole, and None is what a column does not have."""
+    return {
+        key: rows[0][key] if key in ("calls", "samples") or rows[0][key] is None else round(float(np.mean([row[key] for row in rows])), 4)
+        for key in rows[0]
+    }
+
+
+def interval(rows: list[dict]) -> dict:
+    """Half the width of the 95% confidence interval of the mean over runs (Student's t), for each figure; None for a single run."""
+    out, n = {}, len(rows)
+    for key, value in rows[0].items():
+        if key in ("calls", "samples") or value is None:
+            continue
+        spread = float(np.std([row[key] for row in rows], ddof=1)) if n > 1 else 0.0
+        out[key] = round(float(stats.t.ppf(0.975, n - 1)) * spread / n**0.5, 4) if n > 1 else None
+    return out

@@ -25,7 +25,7 @@ class Reference:
         self.edges = edge_energy(pixels)
 
     def measure(self, pixels: np.ndarray, scenes: list[Scene] | None) -> dict[str, float | None]:
-        """The row of one column. None is what cannot be known: structure and alignment without scenes (other people's clips), fd and
+        """The row of one column. None is what cannot be known: structure, alignment and motion without scenes (other people's clips), motion of pictures, fd and
         diversity of a single sample, sharpness against flat pictures."""
         several = min(len(pixels), len(self.whole)) > 1
         whole, patches = features(self.net, pixels)
@@ -36,6 +36,7 @@ class Reference:
             "sharpness": edge_energy(pixels) / self.edges if self.edges else None,
             "structure": None,
             "alignment": None,
+            "motion": None,
             "diversity": coverage(self.whole, whole) if several else None,
         }
         if scenes is not None:
@@ -43,6 +44,8 @@ class Reference:
             words = [reading.agrees(item) for reading, item in zip(readings, scenes)]
             row["structure"] = float(np.mean([reading.structure for reading in readings]))
             row["alignment"] = float(np.mean([w["all"] for w in words]))
+            if pixels.shape[1] > 1:
+                row["motion"] = float(np.mean([reading.travel for reading in readings]))
             row |= {f"alignment_{key}": float(np.mean([w[key] for w in words])) for key in words[0] if key != "all"}
         return row
 

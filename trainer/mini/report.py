@@ -1,7 +1,7 @@
 """Samples every column, judges it, and leaves report.json, compare.png and sample.mp4."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from trainer.progress import columns_table, console
 
 from . import ASSETS, VAE
 from .clips import Scene, draw
-from .evaluate import COLUMNS, TITLES, Models, Sampler, network_calls, to_pixels
+from .evaluate import COLUMNS, TITLES, Models, Sampler, network_calls, through_vae, to_pixels
 from .features import load_features
 from .metrics import Reference
 
@@ -53,12 +53,19 @@ def data_prompts(batches, kind: str, count: int, vae, report: Callable[[int], No
     return Prompts(captions, text, real, real, None)
 
 
-def evaluate(prompts: Prompts, sampler: Sampler, vae, net, report: Callable[[int], None]) -> tuple[dict, dict[str, np.ndarray]]:
+def evaluate(
+    prompts: Prompts, sampler: Sampler, vae, net, report: Callable[[int], None], columns: Sequence[str] = COLUMNS
+) -> tuple[dict, dict[str, np.ndarray]]:
     """Rows by column, and the pixels they were measured on."""
     reference = Reference(net, prompts.reference)
     rows, pixels = {}, {}
-    for column in COLUMNS:
-        pixels[column] = prompts.real if column == "real" else to_pixels(vae, sampler.latents(column), report=report)
+    for column in columns:
+        if column == "real":
+            pixels[column] = prompts.real
+        elif column == "real_vae":
+            pixels[column] = through_vae(vae, prompts.real)
+        else:
+            pixels[column] = to_pixels(vae, sampler.latents(column), report=report)
         row = reference.measure(pixels[column], prompts.scenes)
         rows[column] = {key: None if value is None else round(value, 4) for key, value in row.items()}
         rows[column] |= {"calls": network_calls(column, sampler.sampling), "samples": len(prompts.captions)}
@@ -96,7 +103,7 @@ def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict,
     write_json(demo.out / "report.json", result)
     for name, title in (("image_columns", "Images"), ("columns", "Video")):
         if result[name]:
-            console.print(columns_table(f"{title} ({demo.variant} preset, seed {demo.seed})", result[name]))
+            console.print(columns_table(f"{title} ({demo.variant} recipe, seed {demo.seed}, {demo.samples} samples)", result[name]))
     return result
 
 

@@ -1,0 +1,118 @@
+"""Training curves of a run as pictures: what the discriminator knows, what it costs, and what reaches the generator."""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from apt_core.errors import AptError
+from trainer.files import replacing
+
+# Okabe and Ito's colours, which stay apart for colour-blind eyes; each also has a line style of its own.
+BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One column of history.csv in a panel."""
+
+    column: str
+    label: str
+    color: str
+    style: str = "-"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """lines: those that the history has are drawn; level: a horizontal line, and what it means."""
+
+    title: str
+    lines: tuple[Line, ...]
+    level: tuple[float, str] | None = None
+    log: bool = False
+
+
+ADVERSARIAL = (
+    Panel(
+        "right side of the discriminator (0.5 is chance)",
+        (
+            Line("right_pairs", "pairs, in training", BLUE),
+            Line("held_right_pairs", "pairs, held out", BLACK, "--"),
+            Line("right_real", "real", GREEN, "-."),
+            Line("right_fake", "generated", ORANGE, ":"),
+        ),
+        (0.5, "chance"),
+    ),
+    Panel("logits", (Line("logit_real", "real", GREEN), Line("logit_fake", "generated", ORANGE, "--")), (0.0, "")),
+    Panel(
+        "losses",
+        (
+            Line("d_adversarial", "discriminator, adversarial", BLUE),
+            Line("r1_loss", "penalty, lambda aR1", RED, "--"),
+            Line("r2_loss", "penalty, lambda aR2", BLACK, "-."),
+            Line("g_loss", "generator", ORANGE, ":"),
+        ),
+        (2 * math.log(2), "2 ln 2: equal logits"),
+    ),
+    Panel("gradient at the generated sample", (Line("g_grad_norm", "norm", BLUE),), log=True),
+)
+DISTILL = (
+    Panel("consistency loss", (Line("cd_loss_image", "images", BLUE), Line("cd_loss_video", "videos", ORANGE, "--")), log=True),
+    Panel("of it at t = 1", (Line("cd_loss_final_image", "images", BLUE), Line("cd_loss_final_video", "videos", ORANGE, "--")), log=True),
+)
+PANELS = {"distill": DISTILL, "image": ADVERSARIAL, "video": ADVERSARIAL}
+TITLES = {"distill": "Stage 1: distillation", "image": "Stage 2: images", "video": "Stage 2: video"}
+
+
+def plot_run(run: Path, out: Path | None = None) -> list[Path]:
+    """One PNG for each stage that has a history in `run`/log, written to `out` (by default the run's folder) as curves-STAGE.png.
+
+    Raises AptError for a folder without a history, and for one that is damaged.
+    """
+    histories = {stage: run / "log" / stage / "history.csv" for stage in PANELS}
+    found = {stage: path for stage, path in histories.items() if path.is_file()}
+    if not found:
+        raise AptError(f"{run} holds no log of a training (log/STAGE/history.csv): give the folder that --out named.")
+    return [plot(read_history(path), stage, (out or run) / f"curves-{stage}.png") for stage, path in found.items()]
+
+
+def read_history(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Updates and values of every column, where it has one."""
+    columns: dict[str, tuple[list[int], list[float]]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if name != "update" and value:
+                        updates, values = columns.setdefault(name, ([], []))
+                        updates.append(int(row["update"]))
+                        values.append(float(value))
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        raise AptError(f"{path} is damaged: it is no table of updates.") from None
+    return columns
+
+
+def plot(history: dict[str, tuple[list[int], list[float]]], stage: str, path: Path) -> Path:
+    """Draw the panels of a stage and return the picture's path."""
+    from matplotlib.figure import Figure
+
+    panels = [panel for panel in PANELS[stage] if any(line.column in history for line in panel.lines)]
+    rows = max(1, math.ceil(len(panels) / 2))
+    figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
+    figure.suptitle(TITLES[stage], fontsize=14)
+    for number, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, 2, number)
+        for line in panel.lines:
+            if line.column in history:
+                axes.plot(*history[line.column], color=line.color, linestyle=line.style, label=line.label, linewidth=1.6)
+        if panel.level:
+            axes.axhline(panel.level[0], color="0.6", linewidth=1, zorder=0, label=panel.level[1] or None)
+        if panel.log:
+            axes.set_yscale("log")
+        axes.set_title(panel.title, fontsize=11)
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=9)
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+    return path
