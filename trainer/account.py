@@ -198,10 +198,10 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
         "optimizer": 4 * sum(states) * shard,
         "averages": 4 * averages * trained * shard,
         "gradients": 4 * max(states) * (1 if whole_gradients else shard),
-        "gathered weights": _gathered(preset, gpus, max(block_parameters(model), head_parameters(model, inner) // TAPS), lora),
+        "gathered weights": _gathered(preset, gpus, max(block_parameters(model), head_parameters(model, inner) // TAPS * 4 // _width(train.compute)), lora),
     }
     kept, block = _activations(preset, n, micro)
-    at_heads = TAPS * n / train.context_parallel * micro * _width(train.compute) * (model.width + 3 * inner)
+    at_heads = TAPS * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)  # in fp32, see trainer.parallel.shard
     one_pass = kept + at_heads + block
     at_once = {"two_pass": one_pass, "batched": most_passes * one_pass, "separate": most_passes * (kept + at_heads) + block}
     memory["activations"] = max(at_once[settings.discriminator_step], 2 * kept + at_heads + block)
