@@ -46,7 +46,7 @@ Tflops = Annotated[float, typer.Option(help="With --dry-run --gpus: the matrix p
 def demo(
     out: Out = Path("runs/demo"),
     data: Annotated[Path | None, typer.Option(help="Folder of captioned clips and pictures; without it, clips are drawn.")] = None,
-    preset: Annotated[str, typer.Option(help="Which recipe of the preset: paper, stable (what its authors changed since) or proof (the README's figures, hours).")] = "paper",
+    preset: Annotated[str, typer.Option(help="Which recipe of the preset: demo, proof (hours), paper (no warm-up, equal rates) or stable (what its authors changed since).")] = "demo",
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Every random number of the run derives from it.")] = 0,
     samples: Annotated[int, typer.Option(min=2, help="Samples per column of the report.")] = 128,
     recipe: Annotated[str, typer.Option(help="Preset with the numbers: a name, or a .toml file.")] = "mini",

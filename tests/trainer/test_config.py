@@ -30,7 +30,7 @@ def test_the_stable_variant_is_relativistic_with_both_penalties():
 def test_unknown_names_are_refused_with_what_there_is():
     with pytest.raises(AptError, match="no preset 'nope'; use one of .*mini"):
         load_preset("nope")
-    with pytest.raises(AptError, match="no stage 2 named 'wild'; it has paper, stable"):
+    with pytest.raises(AptError, match="no stage 2 named 'wild'; it has demo, proof, paper, stable"):
         load_preset("mini").phases("wild")
 
 
