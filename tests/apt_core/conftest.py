@@ -1,5 +1,7 @@
 """Tiny models for the tests of the library. Everything runs on one CPU thread."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -20,6 +22,24 @@ def one_thread():
 def double(monkeypatch):
     """Runs the models in fp64 although they ask for fp32 inside: what is left of a difference is then a mistake, not rounding."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.fixture
+def same(monkeypatch):
+    """same(found, expected, compute): two models have the same weights to the last bit, and `compute` gives the same of both in fp64.
+
+    Not to the last bit: kernels round by where in memory a weight lies, and what is read from a file may lie anywhere.
+    """
+
+    def check(found, expected, compute):
+        state, wanted = found.state_dict(), expected.state_dict()
+        assert state.keys() == wanted.keys()
+        assert [name for name, value in state.items() if value.dtype != wanted[name].dtype or not torch.equal(value, wanted[name])] == []
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+            torch.testing.assert_close(*(compute(copy.deepcopy(model).double()) for model in (found, expected)), rtol=0, atol=1e-12)
+
+    return check
 
 
 def _wan(cls=WanBackbone, layers=3, seed=0, channels=4):

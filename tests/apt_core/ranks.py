@@ -3,11 +3,25 @@
 import multiprocessing
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+
+@contextmanager
+def double():
+    """fp64, although the models ask for fp32 inside: what is left of a difference is then a mistake, not rounding."""
+    single = torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.Tensor.float = single
+        torch.set_default_dtype(torch.float32)
 
 
 def start(size: int, function: Callable, *args, preload: Sequence[str] = ()) -> None:
@@ -21,7 +35,7 @@ def start(size: int, function: Callable, *args, preload: Sequence[str] = ()) -> 
 
 def _work(rank: int, size: int, port: int, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
-    timeout = timedelta(minutes=2)  # of an exchange in which somebody is missing
+    timeout = timedelta(minutes=15)  # of an exchange in which somebody is missing; on a busy machine that is whoever waits for a core
     dist.init_process_group("gloo", timeout=timeout, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     function(dist.group.WORLD, *args)
     dist.destroy_process_group()

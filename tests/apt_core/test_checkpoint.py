@@ -41,10 +41,10 @@ def file(model, tmp_path):
 
 
 def velocity(model):
+    """Of a model in fp64."""
     generator = torch.Generator().manual_seed(5)
     x, text = torch.randn(1, 4, 2, 4, 6, generator=generator), torch.randn(1, 5, 10, generator=generator)
-    with torch.no_grad():
-        return model(x, torch.tensor([1000.0]), text, return_dict=False)[0]
+    return model(x.double(), torch.tensor([1000.0]).double(), text.double(), return_dict=False)[0]
 
 
 def rewrite(path, change=None, metadata=None):
@@ -95,11 +95,11 @@ def test_config_names_only_what_comfyui_would_guess_wrong():
     assert checkpoint.comfy_config(patches) == {"patch_size": [1, 1, 1], "eps": 1e-5, "out_dim": 16}
 
 
-def test_round_trip_is_exact(file, model, count_built):
+def test_round_trip_is_exact(file, model, count_built, same):
     again = load_transformer(file)
     assert count_built == [1]
     assert type(again) is WanBackbone and all(p.requires_grad for p in again.parameters())
-    assert torch.equal(velocity(again), velocity(model))
+    same(again, model, velocity)
     assert {k: v for k, v in again.config.items() if k[0] != "_"} == {
         k: v for k, v in model.config.items() if k[0] != "_"
     } | {"rope_max_seq_len": 1024}  # fmt: skip
@@ -127,22 +127,22 @@ def test_16_bits_leave_fp32_what_diffusers_does(model, tmp_path, dtype, device):
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model."])
-def test_prefixed_file(file, model, prefix):
+def test_prefixed_file(file, model, same, prefix):
     tensors = {prefix + key: value for key, value in load_file(file).items()}
     save_file(tensors, file, metadata=read_header(file).metadata)
-    assert torch.equal(velocity(load_transformer(file)), velocity(model))
+    same(load_transformer(file), model, velocity)
 
 
-def test_file_in_diffusers_keys(file, model):
+def test_file_in_diffusers_keys(file, model, same):
     save_file(model.state_dict(), file, metadata=read_header(file).metadata)
-    assert torch.equal(velocity(load_transformer(file)), velocity(model))
+    same(load_transformer(file), model, velocity)
     save_generator(file, load_file(file), model.config, {})
     assert Q in read_header(file).shapes
 
 
-def test_state_dict_in_official_keys_is_taken(file, model, tmp_path):
+def test_state_dict_in_official_keys_is_taken(file, model, same, tmp_path):
     save_generator(tmp_path / "again.safetensors", load_file(file), model.config, {})
-    assert torch.equal(velocity(load_transformer(tmp_path / "again.safetensors")), velocity(model))
+    same(load_transformer(tmp_path / "again.safetensors"), model, velocity)
 
 
 def test_image_to_video_round_trip(tmp_path):
@@ -166,15 +166,14 @@ def test_config_of_the_released_shapes():
         assert {key: model.config[key] for key in config} == config
 
 
-def test_diffusers_folder(model, tmp_path):
+def test_diffusers_folder(model, same, tmp_path):
     folder = tmp_path / "export"
     for updates in (1, 2):
         save_diffusers_folder(folder, model, {"updates": updates})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export"]
     stock = WanTransformer3DModel.from_pretrained(folder / "transformer")
-    assert torch.equal(velocity(stock), velocity(model))
-    assert torch.equal(velocity(load_transformer(folder)), velocity(model))
-    assert torch.equal(velocity(load_transformer(folder / "transformer")), velocity(model))
+    for found in (stock, load_transformer(folder), load_transformer(folder / "transformer")):
+        same(found, model, velocity)
     assert read_metadata(folder / "transformer" / "diffusion_pytorch_model.safetensors")["updates"] == 2
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(1)
@@ -191,10 +190,10 @@ def test_diffusers_folder(model, tmp_path):
     assert (tmp_path / "mine" / "notes.txt").exists()
 
 
-def test_sharded_diffusers_folder(model, tmp_path):
+def test_sharded_diffusers_folder(model, same, tmp_path):
     WanTransformer3DModel.save_pretrained(model, tmp_path / "t", max_shard_size="20KB")
     assert len(list((tmp_path / "t").glob("*.safetensors"))) > 2
-    assert torch.equal(velocity(load_transformer(tmp_path / "t")), velocity(model))
+    same(load_transformer(tmp_path / "t"), model, velocity)
     next((tmp_path / "t").glob("*00002-of*.safetensors")).unlink()
     with pytest.raises(AptError, match="00002-of.* does not exist"):
         load_transformer(tmp_path / "t")

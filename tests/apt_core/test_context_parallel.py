@@ -1,12 +1,11 @@
 """The same computations by one process, and by two and four that share the tokens."""
 
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import start
+from ranks import double, start
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -23,19 +22,6 @@ from apt_core.wan import WanBackbone, predict_velocity
 SHAPES = {"even": (4, 2, 4, 12), "odd": (4, 1, 4, 10), "few": (4, 1, 2, 6)}
 """24, 10 and 3 tokens: of the last ones, one of four processes gets none."""
 PRELOAD = ("apt_core.context_parallel", "torch.distributed.fsdp")
-
-
-@contextmanager
-def double():
-    """fp64, although the models ask for fp32 inside: what is left of a difference is then a mistake, not rounding."""
-    single = torch.Tensor.float
-    torch.set_default_dtype(torch.float64)
-    torch.Tensor.float = torch.Tensor.double
-    try:
-        yield
-    finally:
-        torch.Tensor.float = single
-        torch.set_default_dtype(torch.float32)
 
 
 def wan(seed: int = 0) -> WanBackbone:

@@ -211,29 +211,29 @@ def test_memory_traffic_of_49_frames_of_720p(version, stock_gb, our_gb, monkeypa
     assert (ours.total + Kernels.moved) / 1e9 == pytest.approx(our_gb, rel=0.01)
 
 
-def test_compiled():
+def test_compiled(double):
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(**VERSIONS["2.2"] | {"num_res_blocks": 0}).eval().requires_grad_(False)
-    z = latents(vae, 2, 2, 2).float()
+    vae = AutoencoderKLWan(**VERSIONS["2.2"] | {"num_res_blocks": 0}).eval().requires_grad_(False).double()
+    z = latents(vae, 2, 2, 2)
     decoder = Decoder(vae, frames_per_call=1)
     expected = decoder.decode(z)
     decoder._run = torch.compile(decoder._run, backend="aot_eager", fullgraph=True, dynamic=False)
-    torch.testing.assert_close(decoder.decode(z), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(expected, stock(vae, z), rtol=0, atol=1e-4)
+    close(decoder.decode(z), expected)
+    close(expected, stock(vae, z))
 
 
-def test_compiled_for_many_sizes(monkeypatch):
+def test_compiled_for_many_sizes(double, monkeypatch):
     """Each size of a stream is three graphs; torch gives up after eight unless it is told otherwise."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="eager", **options))
     torch._dynamo.reset()
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(**VERSIONS["2.1"] | {"num_res_blocks": 0}).eval().requires_grad_(False)
+    vae = AutoencoderKLWan(**VERSIONS["2.1"] | {"num_res_blocks": 0}).eval().requires_grad_(False).double()
     with torch._dynamo.config.patch(recompile_limit=8):
         decoder = Decoder(vae, frames_per_call=1, compile=True)
         for rows in (1, 2, 3, 4):
-            z = latents(vae, 3, rows, 2).float()
-            torch.testing.assert_close(decoder.decode(z), stock(vae, z), rtol=0, atol=1e-4)
+            z = latents(vae, 3, rows, 2)
+            close(decoder.decode(z), stock(vae, z))
 
 
 def test_bf16_is_as_near_as_stock_bf16():
@@ -250,15 +250,15 @@ def test_psnr():
     assert psnr(x + 0.02, x) == pytest.approx(40, abs=1e-3) and psnr(x, x) == math.inf
 
 
-def test_mini_in_fp32_with_less_memory_than_stock():
-    vae = wan_vae.load_vae(MINI)
-    z = torch.randn(1, 16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+def test_mini_with_less_memory_than_stock(double):
+    vae = wan_vae.load_vae(MINI).double()
+    z = torch.randn(1, 16, 3, 6, 6, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad(), LiveBytes() as theirs:
         expected = stock(vae, z)
     decoder = Decoder(vae)
     with LiveBytes() as ours:
         found = torch.cat(list(decoder.stream(z)), dim=1)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    close(found, expected)
     assert ours.peak < theirs.peak
 
 

@@ -47,19 +47,19 @@ def test_head_token_and_bad_sizes():
         CrossAttentionHead(24, 5)
 
 
-def test_logits_against_the_parts(disc, batch):
-    d = disc(layers=6)
+def test_logits_against_the_parts(double, disc, batch):
+    d = disc(layers=6).double()
     with torch.no_grad():
         d.norm.weight.add_(0.2 * torch.randn_like(d.norm.weight))
-    x, _, text, t, *_ = batch()
+    x, _, text, t, *_ = (value.double() for value in batch())
     assert d.taps == (3, 4, 6)
     features = d.backbone(x, 1000 * t, text, taps=(3, 4, 6))
     joined = torch.cat([reference_head(h.state_dict(), f, 2) for h, f in zip(d.heads, features)], dim=1)
     joined = (joined - joined.mean(1, keepdim=True)) / (joined.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     expected = (joined * d.norm.weight + d.norm.bias) @ d.logit.weight[0] + d.logit.bias
     logits = d(x, t, text)
-    assert logits.shape == (2,) and logits.dtype == torch.float32
-    assert torch.allclose(logits, expected, atol=1e-5)
+    assert logits.shape == (2,)
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kw", [{}, {"layers": 6, "fractions": (1 / 3, 2 / 3)}, {"fractions": (1,)}, {"num_heads": 4, "inner_dim": 8}])

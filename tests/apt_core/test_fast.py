@@ -34,26 +34,26 @@ def mmdit() -> nn.Module:
     ).eval()
 
 
-def velocity(model) -> torch.Tensor:
+def velocity(model, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     g = torch.Generator().manual_seed(1)
     x, text = torch.randn(2, 4, 2, 4, 6, generator=g), torch.randn(2, 5, 10, generator=g)
     with torch.no_grad():
-        return predict_velocity(model, x, torch.ones(2), text)
+        return predict_velocity(model, x.to(dtype), torch.ones(2, dtype=dtype), text.to(dtype))
 
 
 @pytest.mark.parametrize("make", [wan, mmdit])
-def test_fused_projections_give_the_same_numbers_with_as_many_weights(make):
-    model, expected = make(), velocity(make())
+def test_fused_projections_give_the_same_numbers_with_as_many_weights(double, make):
+    model, expected = make().double(), velocity(make().double(), torch.float64)
     count = sum(p.numel() for p in model.parameters())
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     fuse_projections(model)
     assert sum(p.numel() for p in model.parameters()) == count
     # Wan: 3 -> 1 and 2 -> 1 in each of 3 blocks; MMDiT: 3 -> 1 in each stream but the last text, of which only keys are left.
     assert linears - sum(isinstance(module, nn.Linear) for module in model.modules()) == (9 if make is wan else 10)
-    torch.testing.assert_close(velocity(model), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(velocity(model, torch.float64), expected, rtol=0, atol=1e-12)
 
 
-def test_make_fast_compiled(monkeypatch):
+def test_make_fast_compiled(double, monkeypatch):
     """Each block is one graph; what a compiler makes of it is torch's own business."""
     real, runs = torch.compile, []
 
@@ -61,8 +61,8 @@ def test_make_fast_compiled(monkeypatch):
         return lambda *values: runs.append(graph) or graph(*values)
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=count, fullgraph=True, **options))
-    model, expected = make_fast(wan(), CPU, Speed(compile=True)), velocity(wan())
-    torch.testing.assert_close(velocity(model), expected, rtol=0, atol=2e-6)
+    model, expected = make_fast(wan().double(), CPU, Speed(compile=True)), velocity(wan().double(), torch.float64)
+    torch.testing.assert_close(velocity(model, torch.float64), expected, rtol=0, atol=1e-12)
     assert len(runs) == len(model.blocks) and not any(p.requires_grad for p in model.parameters())
 
 

@@ -7,13 +7,14 @@ from apt_core.generator import euler_cfg, few_step, guided_velocity, one_step
 from apt_core.wan import predict_velocity
 
 
-def inputs(n=2, seed=3, shape=(4, 2, 4, 6)):
+def inputs(n=2, seed=3, shape=(4, 2, 4, 6), dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, *shape, generator=g), torch.randn(n, 5, 10, generator=g), torch.randn(1, 5, 10, generator=g)
+    values = torch.randn(n, *shape, generator=g), torch.randn(n, 5, 10, generator=g), torch.randn(1, 5, 10, generator=g)
+    return tuple(value.to(dtype) for value in values)
 
 
 def stock_velocity(model, x, t, text):
-    return model(x, torch.full((len(x),), 1000.0 * t), text, return_dict=False)[0]
+    return model(x, torch.full((len(x),), 1000.0 * t, dtype=x.dtype), text, return_dict=False)[0]
 
 
 def test_one_step_is_z_minus_v(wan):
@@ -45,9 +46,9 @@ def test_one_step_is_stock_diffusers_bit_for_bit(stock, wan, dtype, shift):
     assert frames.dtype == dtype and torch.equal(x.to(dtype), frames)
 
 
-def test_few_step(wan):
-    model, (z, text, _) = wan(), inputs()
-    noise = {i: torch.randn(z.shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2)}
+def test_few_step(double, wan):
+    model, (z, text, _) = wan().double(), inputs(dtype=torch.float64)
+    noise = {i: torch.randn(z.shape, generator=torch.Generator().manual_seed(i)).double() for i in (1, 2)}
     with torch.no_grad():
         assert torch.equal(few_step(model, z, text, (1.0,), None), one_step(model, z, text))
         x = z - stock_velocity(model, z, 1.0, text)
@@ -55,7 +56,7 @@ def test_few_step(wan):
             x_t = (1 - t) * x + t * noise[i]
             x = x_t - t * stock_velocity(model, x_t, t, text)
     got = few_step(model, z, text, (1.0, 0.75, 0.25), noise.__getitem__)
-    assert torch.allclose(got, x, atol=1e-6) and not got.requires_grad
+    assert torch.allclose(got, x, rtol=0, atol=1e-12) and not got.requires_grad
 
 
 @pytest.mark.parametrize("times", [(), (0.9,), (1.0, 1.0), (1.0, 0.5, 0.6), (1.0, 0.0), (1.0, -0.5), (1000.0, 500.0), (1.0, float("nan"))])
@@ -66,8 +67,8 @@ def test_few_step_refuses(wan, times):
 
 
 @pytest.mark.parametrize("scale, shift", [(1.0, 1.0), (7.5, 1.0), (3.0, 5.0)])
-def test_euler_cfg_against_a_hand_written_loop(wan, scale, shift):
-    model, (z, text, negative) = wan(), inputs()
+def test_euler_cfg_against_a_hand_written_loop(double, wan, scale, shift):
+    model, (z, text, negative) = wan().double(), inputs(dtype=torch.float64)
     calls = []
     hook = model.register_forward_pre_hook(lambda _m, _a, kw: calls.append(kw["timestep"][0].item()), with_kwargs=True)
     got = euler_cfg(model, z, text, negative, 4, scale, shift)
@@ -78,10 +79,11 @@ def test_euler_cfg_against_a_hand_written_loop(wan, scale, shift):
     x = z
     with torch.no_grad():
         for a, b in zip(sigmas, sigmas[1:]):
-            v = stock_velocity(model, x, a, text)
-            v0 = stock_velocity(model, x, a, negative.repeat(2, 1, 1))
+            t = torch.tensor(a, dtype=torch.float32).item()  # the network is told its time in fp32
+            v = stock_velocity(model, x, t, text)
+            v0 = stock_velocity(model, x, t, negative.repeat(2, 1, 1))
             x = x + (b - a) * (v0 + scale * (v - v0))
-    assert torch.allclose(got, x, atol=2e-5)
+    assert torch.allclose(got, x, rtol=0, atol=1e-12)
 
 
 def test_euler_against_the_diffusers_scheduler(wan):
@@ -103,12 +105,12 @@ def test_one_euler_step_is_the_one_step_generator(wan):
     assert torch.equal(euler_cfg(model, z, text, None, 1, 1.0, 12.0), one_step(model, z, text).detach())
 
 
-def test_guidance(wan):
-    model, (z, text, negative) = wan(), inputs()
-    t = torch.tensor([0.3, 0.8])
+def test_guidance(double, wan):
+    model, (z, text, negative) = wan().double(), inputs(dtype=torch.float64)
+    t = torch.tensor([0.3, 0.8], dtype=torch.float64)
     with torch.no_grad():
         v, v0 = predict_velocity(model, z, t, text), predict_velocity(model, z, t, negative.repeat(2, 1, 1))
-        assert torch.allclose(guided_velocity(model, z, t, text, negative, 7.5), v0 + 7.5 * (v - v0), atol=1e-6)
+        assert torch.allclose(guided_velocity(model, z, t, text, negative, 7.5), v0 + 7.5 * (v - v0), rtol=0, atol=1e-12)
         assert torch.equal(guided_velocity(model, z, t, text, None, 1), v)
     with pytest.raises(AptError, match="negative"):
         guided_velocity(model, z, t, text, None, 7.5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import double as in_double
 from ranks import start
 
 import apt_core
@@ -35,15 +36,20 @@ def pipeline(**options) -> OneStepPipeline:
     return OneStepPipeline.from_checkpoint(SHIPPED["base"], **MINI, **options)
 
 
-def by_hand(number: int = 0, seed: int = 0, prompt: str = PROMPT) -> torch.Tensor:
+def by_hand(number: int = 0, seed: int = 0, prompt: str = PROMPT, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     text = load_text_encoder(SHIPPED["text_encoder"])
     z = sample_noise([number], (16, 2, 6, 6), seed, "generate/z")
     with torch.no_grad():
-        return one_step(load_backbone(SHIPPED["base"]).eval(), z, text.pad(text.encode([prompt]), text.text_length))
+        return one_step(load_backbone(SHIPPED["base"], dtype).eval(), z.to(dtype), text.pad(text.encode([prompt]), text.text_length).to(dtype))
+
+
+def exactly(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """In fp64."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
 def as_bytes(latents: torch.Tensor) -> np.ndarray:
-    pixels = decode(load_vae(SHIPPED["vae"]), latents)[0].clamp(-1, 1)
+    pixels = decode(load_vae(SHIPPED["vae"], latents.dtype), latents)[0].clamp(-1, 1)
     return ((pixels + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
 
 
@@ -132,7 +138,7 @@ def test_files(tmp_path):
         pipe.write(PROMPT, tmp_path / "a.avi", **SIZE)
 
 
-def test_a_lora_is_merged_into_its_base(tmp_path):
+def test_a_lora_is_merged_into_its_base(double, tmp_path):
     torch.manual_seed(0)
     adapted = add_adapters(load_backbone(SHIPPED["base"]), ["generator"], rank=3)
     for p in role(adapted, "generator").parameters():
@@ -140,13 +146,14 @@ def test_a_lora_is_merged_into_its_base(tmp_path):
     save_lora(tmp_path / "lora.safetensors", adapted, "generator", {"base": "mini"})
     with pytest.raises(AptError, match=r"is a LoRA: add base=PATH of the transformer that it belongs to\.$"):
         OneStepPipeline.from_checkpoint(tmp_path / "lora.safetensors")
-    pipe = OneStepPipeline.from_checkpoint(tmp_path / "lora.safetensors", base="mini", cache=tmp_path)
+    pipe = OneStepPipeline.from_checkpoint(tmp_path / "lora.safetensors", base="mini", cache=tmp_path, dtype=torch.float64)
     request = pipe.request(PROMPT, **SIZE)
-    text = pipe.embed(request)
+    text = pipe.embed(request).double()
     with torch.no_grad():
-        expected = one_step(role(adapted.eval(), "generator"), sample_noise([0], (16, 2, 6, 6), 0, "generate/z"), text)
-    assert (expected - by_hand()).abs().max() > 0.1
-    torch.testing.assert_close(pipe.latents(request, 0, text), expected, rtol=0, atol=1e-4)
+        expected = one_step(role(adapted.double().eval(), "generator"), sample_noise([0], (16, 2, 6, 6), 0, "generate/z").double(), text)
+    assert (expected - by_hand(dtype=torch.float64)).abs().max() > 0.1
+    # The product of the file's factors is rounded to fp32 before it is added: 6e-8 of numbers below 0.1.
+    torch.testing.assert_close(pipe.latents(request, 0, text), expected, rtol=0, atol=1e-7)
 
 
 @pytest.fixture
@@ -264,17 +271,17 @@ def fail_times(monkeypatch, times: int) -> list[int]:
 
 
 @pytest.mark.parametrize("times, level", [(0, ALL), (1, PARTS), (2, BLOCKS)])
-def test_out_of_memory_in_the_transformer(times, level, monkeypatch, tmp_path):
+def test_out_of_memory_in_the_transformer(double, times, level, monkeypatch, tmp_path):
     said = []
-    pipe = pipeline(cache=tmp_path, report=said.append)
+    pipe = pipeline(cache=tmp_path, report=said.append, dtype=torch.float64)
     request = pipe.request(PROMPT, **SIZE)
-    text = pipe.embed(request)
+    text = pipe.embed(request).double()
     fail_times(monkeypatch, times)
     latents = pipe.latents(request, 0, text)
-    torch.testing.assert_close(latents, by_hand(), rtol=0, atol=1e-5)
+    exactly(latents, by_hand(dtype=torch.float64))
     assert pipe._residence.level == level and len(said) == times and pipe.steps_taken == said
     assert torch.equal(pipe.latents(request, 0, text), latents) and len(said) == times  # it stays there, and says nothing twice
-    assert close(pipe(PROMPT, **SIZE).frames, as_bytes(by_hand()))
+    assert close(pipe(PROMPT, **SIZE).frames, as_bytes(by_hand(dtype=torch.float64)))
 
 
 def test_a_budget_is_for_weights_and_decode_together(tmp_path):
@@ -310,21 +317,22 @@ def test_importing_the_package_stays_light():
 
 
 def together(group, folder) -> None:
-    pipe = pipeline(group=group, cache=folder)
-    request = pipe.request(PROMPT, **SIZE)
-    latents = pipe.latents(request, 0, pipe.embed(request))
-    frames = np.concatenate(list(pipe.frames(latents)))
-    pixels = Decoder(load_vae(SHIPPED["vae"]), group=group).decode(latents)  # as the pipeline does, before they are bytes
+    with in_double():
+        pipe = pipeline(group=group, cache=folder, dtype=torch.float64)
+        request = pipe.request(PROMPT, **SIZE)
+        latents = pipe.latents(request, 0, pipe.embed(request).double())
+        frames = np.concatenate(list(pipe.frames(latents)))
+        pixels = Decoder(load_vae(SHIPPED["vae"], torch.float64), group=group).decode(latents)  # as the pipeline does, before they are bytes
     torch.save((latents, pixels, torch.from_numpy(frames)), folder / f"{group.rank()}.pt")
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_many_processes_make_one_clip(size, tmp_path):
+def test_many_processes_make_one_clip(double, size, tmp_path):
     start(size, together, tmp_path, preload=("apt_core.pipeline",))
-    expected = by_hand()
-    whole = decode(load_vae(SHIPPED["vae"]), expected).movedim(1, -1)
+    expected = by_hand(dtype=torch.float64)
+    whole = decode(load_vae(SHIPPED["vae"], torch.float64), expected).movedim(1, -1)
     for rank in range(size):
         latents, pixels, frames = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
-        torch.testing.assert_close(pixels, whole.clamp(-1, 1), rtol=0, atol=1e-5)
+        exactly(latents, expected)
+        exactly(pixels, whole.clamp(-1, 1))
         assert close(frames.numpy(), as_bytes(expected))

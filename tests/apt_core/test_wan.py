@@ -22,13 +22,18 @@ def test_tap_blocks_refuses(layers, fractions):
         tap_blocks(layers, fractions)
 
 
-def test_without_taps_it_is_the_stock_forward(wan, stock):
-    x, t, text = inputs()
-    ours, theirs = wan(), stock()
+def close(found, expected):
+    """In fp64: two programs of one formula may round differently."""
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_without_taps_it_is_the_stock_forward(double, wan, stock):
+    x, t, text = (value.double() for value in inputs())
+    ours, theirs = wan().double(), stock().double()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     expected = theirs(x, t, text).sample
-    assert torch.equal(ours(x, t, text).sample, expected)
-    assert torch.equal(ours(x, t, text, return_dict=False)[0], expected)
+    close(ours(x, t, text).sample, expected)
+    close(ours(x, t, text, return_dict=False)[0], expected)
 
 
 def grads(model):
@@ -39,9 +44,9 @@ def grads(model):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("taps", [(1, 2, 4), (2,), (4,)])
-def test_taps_are_the_stock_blocks_outputs(wan, stock, checkpointing, taps):
-    x, t, text = inputs()
-    ours, theirs = wan(layers=4), stock(layers=4)
+def test_taps_are_the_stock_blocks_outputs(double, wan, stock, checkpointing, taps):
+    x, t, text = (value.double() for value in inputs())
+    ours, theirs = wan(layers=4).double(), stock(layers=4).double()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     seen = {}
     for i, block in enumerate(theirs.blocks, start=1):
@@ -56,14 +61,14 @@ def test_taps_are_the_stock_blocks_outputs(wan, stock, checkpointing, taps):
     assert calls == [1] * taps[-1] + [0] * (4 - taps[-1])  # stops after the last tap
     assert [f.shape for f in features] == [(2, 2 * 2 * 3, 24)] * len(taps)
     for tap, feature in zip(taps, features):
-        assert torch.equal(feature, seen[tap])
+        close(feature, seen[tap])
 
     sum((f * torch.arange(24)).sum() for f in features).backward()
     sum((seen[tap] * torch.arange(24)).sum() for tap in taps).backward()
     expected, got = grads(theirs), grads(ours)
     assert expected.keys() == got.keys() and expected
     for name in expected:
-        assert torch.equal(got[name], expected[name]), name
+        close(got[name], expected[name])
     if checkpointing:
         assert sum(calls) > taps[-1]  # blocks ran again in the backward pass
 
@@ -124,10 +129,10 @@ def test_fp32_time_survives_a_bf16_model(wan):
         assert timestep.dtype == torch.float32 and timestep.tolist() == pytest.approx([701.0, 500.0], abs=1e-3)
 
 
-def test_a_stock_folder_loads(wan, stock, tmp_path):
+def test_a_stock_folder_loads(same, stock, tmp_path):
     model = stock()
     model.save_pretrained(tmp_path)
     loaded = WanBackbone.from_pretrained(tmp_path)
     assert isinstance(loaded, WanTransformer3DModel)
-    x, t, text = inputs()
-    assert torch.equal(loaded(x, t, text).sample, model(x, t, text).sample)
+    x, t, text = (value.double() for value in inputs())
+    same(loaded, model, lambda model: model(x, t, text).sample)

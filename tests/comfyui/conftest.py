@@ -37,7 +37,7 @@ def comfyui(comfyui_dir, tmp_path_factory):
         folder = tmp_path_factory.mktemp("comfyui")
         job = json.dumps({key: str(value) for key, value in paths.items()})
         command = [python, str(HELPERS / f"{helper}.py"), str(comfyui_dir), str(folder / "base"), job]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=1200)
         assert done.returncode == 0, f"ComfyUI failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
         return json.loads(done.stdout.strip().splitlines()[-1])
 

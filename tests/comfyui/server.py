@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACK = "ComfyUI-APT"
-START_SECONDS = 300
-PROMPT_SECONDS = 300
+START_SECONDS = 1200
+PROMPT_SECONDS = 1200
 
 
 class Rejected(Exception):
@@ -128,7 +128,7 @@ class Server:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def _answer(self, request: urllib.request.Request):
-        with urllib.request.urlopen(request, timeout=120) as response:
+        with urllib.request.urlopen(request, timeout=600) as response:
             body = response.read()
         return json.loads(body) if body else None
 

@@ -1,6 +1,7 @@
 """The benchmarks in miniature, and the counts that their floors stand on."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -29,7 +30,10 @@ def bench(*arguments) -> str:
 def test_inference_in_miniature(tmp_path):
     shown = bench("inference", "--repeats", 2, "--json", tmp_path / "a.json", "--device", "cpu")
     found = json.loads((tmp_path / "a.json").read_text())
-    assert all(found["seconds"][part] > found["floor"][part] > 0 for part in ("dit", "vae"))
+    # Not that the engine takes longer than its floor: on a busy machine the rates that the floor stands on may have been measured in a bad moment.
+    for part in ("dit", "vae"):
+        work = found["work"][part]
+        assert found["floor"][part] == max(work["flops"] / found["rates"]["matrix"], work["bytes"] / found["rates"]["copy"]) > 0 < found["seconds"][part]
     assert found["floor"]["total"] == pytest.approx(sum(found["floor"][part] for part in PARTS[:3]))
     assert set(found["stock"]) == set(PARTS) and found["paper"]["total"] == 6.03
     # a decode that keeps less than one frame more than it gives out would be a broken ruler
@@ -58,7 +62,7 @@ def test_training_in_miniature(tmp_path):
     for row in (full, lora):
         assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"])
         assert row["seconds_of_whole_batch"] == pytest.approx(found["whole_batch"] * row["seconds"])
-        assert 0 < row["share_of_peak"] < 1 and row["account_bytes"] > 0
+        assert row["share_of_peak"] == pytest.approx(row["flops_per_second"] / found["peak_flops"]) and row["seconds"] > 0 < row["account_bytes"]
     assert "s / update" in shown and not (tmp_path / "random").exists()
 
 
@@ -80,8 +84,9 @@ def test_a_floor_is_the_slower_of_products_and_copies():
 
 def test_peak_memory_sees_what_is_gone_again():
     with peak_memory(CPU) as peak:
-        held = torch.ones(2**24)
-        torch.ones(2**23).sum()
+        held, deadline = torch.ones(2**24), time.monotonic() + 600
+        while peak.bytes < 60 * 2**20 and time.monotonic() < deadline:  # whoever looks may wait for a core
+            time.sleep(0.001)
         del held
     assert 60 * 2**20 < peak.bytes < 200 * 2**20
 

@@ -60,11 +60,12 @@ def test_ctrl_c_says_what_is_kept(tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
     try:
         data = tmp_path / "runs" / "demo" / "data"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while process.poll() is None and not list(data.glob("*.png")) and time.monotonic() < deadline:
             time.sleep(0.05)
+        assert list(data.glob("*.png"))
         process.send_signal(signal.SIGINT)
-        complaint = process.communicate(timeout=60)[1]
+        complaint = process.communicate(timeout=600)[1]
     finally:
         process.kill()
     assert process.returncode == 130

@@ -268,7 +268,7 @@ class Thread:
 
 
 def together(size: int, data, out, **options) -> list:
-    meeting, board = threading.Barrier(size, timeout=60), {}
+    meeting, board = threading.Barrier(size, timeout=600), {}
     with ThreadPoolExecutor(size) as pool:
         runs = [pool.submit(run, data, out, world=Thread(rank, size, meeting, board), **options) for rank in range(size)]
         return [future.result() for future in runs]

@@ -12,8 +12,7 @@ from trainer.parallel import Parallel
 
 LORA = Lora(4, 8.0)
 TWO_PASS, SEPARATE = {"discriminator_step": "two_pass"}, {"discriminator_step": "separate"}
-# Muon rounds to bf16 inside: a tenth of its step shows in the last digits only at a small rate.
-MUON = {"optimizer": "muon", "lr": 1e-4}
+MUON = {"optimizer": "muon", "lr": 1e-2}
 KINDS = {
     "paper": (train_adversarial, {}), "stable": (train_adversarial, STABLE), "lora": (train_adversarial, STABLE), "mmdit": (train_adversarial, {}),
     "stage1": (train_distill, {}), "stage1_lora": (train_distill, {}), "stage1_muon": (train_distill, MUON), "stage1_mmdit": (train_distill, {}),
@@ -67,7 +66,7 @@ def runs(files, tmp_path_factory):
 @pytest.mark.parametrize("name", [*ALONE, *PAIRS])
 def test_every_layout_gives_the_losses_and_weights_of_one_process(name, runs):
     kind = (ALONE | PAIRS)[name][0]
-    assert_close(runs / name, runs / kind, 5, 1e-5)
+    assert_close(runs / name, runs / kind, 5, 1e-9)
 
 
 @pytest.mark.parametrize("kind", ["paper", "stable", "stage1", "stage1_muon"])
@@ -81,10 +80,10 @@ def test_what_is_compared_is_far_above_the_tolerance(kind, runs, files):
 @pytest.mark.parametrize("name", ["lora", "lora_sharded", "lora_context_parallel"])
 def test_the_base_under_adapters_stays_as_it_was_to_the_last_bit(name, runs, files):
     after, before = torch.load(runs / name / "base.pt"), load_transformer(files.base).state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in after.items())
+    assert after.keys() == before.keys() and all(torch.equal(value, before[key].double()) for key, value in after.items())
     (tensors, header), (wanted, _) = (read_tensors(runs / run / "generator.safetensors") for run in (name, "lora"))
     assert '"kind": "lora"' in header.metadata["apt"] and tensors.keys() == wanted.keys()
-    assert all(torch.allclose(value, wanted[key], atol=1e-5) for key, value in tensors.items())
+    assert all(torch.allclose(value, wanted[key], rtol=2**-22, atol=1e-9) for key, value in tensors.items())
     assert max(value.abs().max() for key, value in tensors.items() if "lora_B" in key) > 2e-5
 
 
