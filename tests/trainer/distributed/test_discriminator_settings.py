@@ -53,13 +53,13 @@ def runs(files, tmp_path_factory):
     """Runs with everything changed, in one process and sharded over two; those of a LoRA start from the file of a run of one."""
     folder = tmp_path_factory.mktemp("changed")
     lora = {"base": files.base, "lora": LORA}
-    run_layouts(files, 1, [(Layout(settings={"lr_generator": 1e-2}), folder / "start", train_adversarial, lora | {"start": files.base})])
+    first = (Layout(settings={"lr_generator": 1e-2}), folder / "start", train_adversarial, lora | {"start": files.base})
     lora["start"] = folder / "start" / "generator.safetensors"
     mm = {"base": mmdit(files.base), "start": mmdit(files.start), "load": load_backbone}
     kinds = {"full": ({}, CHANGED), "lora": (lora, CHANGED), "mmdit": (mm, CHANGED), "lora_trained": (lora, TRAINED)}
     for processes, parallel in ((1, Parallel()), (2, Parallel(1, checkpointing="blocks"))):
         jobs = [(Layout(processes, parallel, settings), folder / f"{kind}_{processes}", train_adversarial, dict(options)) for kind, (options, settings) in kinds.items()]
-        run_layouts(files, processes, jobs)
+        run_layouts(files, processes, [first, *jobs] if processes == 1 else jobs)
     return folder
 
 
