@@ -29,7 +29,6 @@ from trainer.distributed import World
 from trainer.export import export
 from trainer.files import make_folder, write_json
 from trainer.monitor import Monitor
-from trainer.plot import read_history
 from trainer.progress import console, stage_bar
 from trainer.state import Keep, Preempted
 from trainer.update import NotFinite
@@ -184,11 +183,11 @@ class Ablation:
         return {name: rows[variant.column][name] for name in FIGURES if name in rows[variant.column]}
 
     def _trained(self, variant: Variant, source: Source) -> tuple[Path, dict]:
-        """The weights to judge, trained as far as they are not there, and what the training's own log says."""
+        """The weights to judge, trained as far as they are not there, and its discriminator's loss over the last tenth."""
         folder = self.out / "trainings" / variant.course / f"seed-{source.seed}"
         files = [folder / f"updates-{updates:06d}.safetensors" for updates in variant.points]
         for updates, file in zip(variant.points, files):
-            if not file.exists():
+            if not (file.exists() and file.with_suffix(".json").exists()):
                 self._train(variant, updates, source, folder, file)
         weights = files[-1]
         if variant.raw:
@@ -197,10 +196,7 @@ class Ablation:
                 export(_newest(folder), weights, "file", "fp32", ema=0.0)
         if variant.course not in (REFERENCE, "long"):  # nobody goes on from them
             shutil.rmtree(folder / "states", ignore_errors=True)
-        history = read_history(folder / "log" / self.phase / "history.csv")
-        last = variant.settings.warmup + variant.points[-1]
-        losses = [value for update, value in zip(*history["d_adversarial"]) if 0.9 * last < update <= last]
-        return weights, {"d_adversarial": round(sum(losses) / len(losses), 6)}
+        return weights, _read(files[-1].with_suffix(".json"))
 
     def _train(self, variant: Variant, updates: int, source: Source, folder: Path, file: Path) -> None:
         settings, train, states = variant.settings.model_copy(update={"updates": updates}), self.preset.train, folder / "states"
@@ -211,13 +207,15 @@ class Ablation:
         title = f"{variant.course}, seed {source.seed}"
         try:
             with stage_bar(title) as bar, Monitor(folder / "log" / self.phase, relativistic=settings.relativistic, forward=bar) as report:
-                adversarial(
+                rows = adversarial(
                     self.phase, BASE if variant.from_base else source.start, BASE, source.batches, settings, file, seed=source.seed, metadata=metadata,
                     world=World(torch.device(self.device)), keep=Keep(states, train.save_every or 50, last=1, best=0), watch_every=train.watch_every, report=report,
                 )  # fmt: skip
         except Preempted as stop:
             print(stop.message, file=sys.stderr)
             raise
+        losses = [row["d_adversarial"] for row in rows[-max(1, len(rows) // 10) :]]
+        write_json(file.with_suffix(".json"), {"d_adversarial": round(sum(losses) / len(losses), 6)})
 
 
 def _newest(folder: Path) -> Path | None:

@@ -62,6 +62,7 @@ def chart(result: Mapping) -> bytes:
         means = [one["mean"] for one in found.values() if one]
         if means and min(means) > 0 and max(means) > LOG_FROM * min(means):
             axes.set_xscale("log")
+            axes.set_xlim(left=0.6 * min(means))  # an interval that reaches 0 has no end there
         if reference := found[REFERENCE]:
             axes.axvline(reference["mean"], color=BLACK, linewidth=1, linestyle="--", zorder=1)
             half = reference["half"] or 0.0
