@@ -192,6 +192,8 @@ class Ablation:
         weights = files[-1]
         if variant.raw:
             weights = folder / "raw.safetensors"
+            if not weights.exists() and not _newest(folder):
+                raise AptError(f"{folder} has no training state any more, and raw weights are nowhere else: delete it to train it again.")
             if not weights.exists():
                 export(_newest(folder), weights, "file", "fp32", ema=0.0)
         if variant.course not in (REFERENCE, "long"):  # nobody goes on from them
