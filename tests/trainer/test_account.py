@@ -45,21 +45,19 @@ def test_parameters_are_those_of_what_we_build():
     assert account(preset("mini"), "image").parameters["discriminator"] == sum(p.numel() for p in discriminator.backbone.parameters())
 
 
-@pytest.mark.parametrize("kind, width", [("mini", 128), ("seaweed-8b", 208)])
 @pytest.mark.parametrize("taps", [(1.0,), (1 / 4, 1 / 2), (8 / 27, 13 / 27, 2 / 3)])
-def test_a_discriminator_of_less_depth_has_the_parameters_of_what_we_build(taps, kind, width):
+def test_a_discriminator_of_less_depth_has_the_parameters_of_what_we_build(taps):
     import torch
 
     from apt_core.discriminator import Discriminator
     from trainer.bench.shapes import build_backbone
 
-    one = preset(kind, f"stage2.paper.image.taps={list(taps)}", f"head_width={width}")
+    one = preset("mini", f"stage2.paper.image.taps={list(taps)}", "head_width=64")
     with torch.device("meta"):
-        discriminator = Discriminator(build_backbone(one.model, torch.device("meta"), torch.float32), taps, width // one.model.head_dim, width)
+        discriminator = Discriminator(build_backbone(one.model, torch.device("meta"), torch.float32), taps, 2, 64)
     found = account(one, "image", "paper").parameters
     assert found["discriminator's heads"] == sum(p.numel() for name, p in discriminator.named_parameters() if not name.startswith("backbone."))
-    expected = sum(p.numel() for name, p in discriminator.backbone.named_parameters())
-    assert found["discriminator"] == pytest.approx(expected, rel=0 if kind == "mini" else 0.02)
+    assert found["discriminator"] == sum(p.numel() for p in discriminator.backbone.parameters())
 
 
 def test_less_depth_and_a_still_backbone_cost_less():
