@@ -117,6 +117,7 @@ class Stream(nn.Module):
         with torch.no_grad():
             self.modulation.weight.copy_(old.weight[: 2 * dim])
             self.modulation.bias.copy_(old.bias[: 2 * dim])
+        self.modulation.requires_grad_(old.weight.requires_grad)
 
 
 class MMDiTBlock(nn.Module):

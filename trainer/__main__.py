@@ -74,6 +74,33 @@ def measure(
 
 
 @app.command()
+def ablate(
+    only: Annotated[list[str] | None, typer.Option(help="These variants (or groups: sigma, updates, steps, batch) and what they are compared with; commas or several times. By default all.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many; intervals and verdicts need two or more.")] = 3,
+    out: Out = Path("runs/ablations"),
+    run: Annotated[list[Path] | None, typer.Option(help="Folder of a finished demo whose data and stage 1 are used for its seed; several times. For other seeds they are made.")] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Samples that each row is judged on, for each seed.")] = 1024,
+    recipe: Annotated[str | None, typer.Option(help="Recipe of the reference row; by default the runs', or the preset's first.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset with the numbers: a name, or a .toml file; by default the runs', or mini.")] = None,
+    phase: Annotated[str, typer.Option(help="image or video.")] = "image",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "cpu",
+) -> None:
+    """The paper's ablations on the miniature: every variant over several seeds, with the paper's claim and whether it holds here.
+
+    It takes hours, and goes on where it was stopped: a file for each finished variant and seed, training states for the one at hand.
+    Leaves ablations.html, ablations.png and ablations.json.
+    """
+    import shlex
+
+    from trainer.machine import pick_device
+    from trainer.mini.ablate import ablation
+
+    names = [name.strip() for part in only or () for name in part.split(",")]
+    table = ablation(out, preset, recipe, phase, samples, run or (), pick_device(device))
+    table.run(seeds, names, shlex.join(["python", "-m", "trainer", *sys.argv[1:]]))
+
+
+@app.command()
 def plot(
     run: Annotated[Path, typer.Argument(help="A run's folder, of the demo or of the trainer.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default the run's own.")] = None,

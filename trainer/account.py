@@ -9,10 +9,11 @@ import math
 from dataclasses import dataclass
 
 from apt_core.errors import AptError
+from apt_core.wan import PAPER_FRACTIONS, tap_blocks
 from trainer.config import Model, Preset
 
 STAGES = ("distill", "image", "video")
-TAPS = 3
+TAPS = len(PAPER_FRACTIONS)
 LINEARS_BYTES, FFN_BYTES = 68.0, 4.15
 """What one block keeps for its backward pass in bf16, bytes per token: LINEARS_BYTES d + FFN_BYTES ffn. Fitted to measurements of the three Wan
 models (92 d, 87 d and 79 d for 1.3B, 5B and 14B), which it meets within 1%."""
@@ -68,11 +69,11 @@ def parameters(model: Model) -> int:
     return model.layers * block_parameters(model) + outer_parameters(model)
 
 
-def head_parameters(model: Model, inner: int) -> int:
-    """Of the discriminator's three heads, their norm and the logit."""
+def head_parameters(model: Model, inner: int, taps: int = TAPS) -> int:
+    """Of the discriminator's heads, their norm and the logit."""
     d = model.width
     head = 4 * d + 4 * d * inner + 3 * inner + d + 2 * model.head_dim + 8 * d * inner + 4 * inner + d
-    return TAPS * head + 3 * TAPS * d + 1
+    return taps * head + 3 * taps * d + 1
 
 
 def adapter_parameters(model: Model, rank: int) -> int:
@@ -165,7 +166,9 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
     settings, train, model = getattr(preset.phases(variant), stage), preset.train, preset.model
     n, lora = tokens(preset, stage), preset.train.mode == "lora"
     inner = train.head_width or model.width
-    body, heads = parameters(model), head_parameters(model, inner)
+    taps = tap_blocks(model.layers, settings.taps)
+    body, heads = parameters(model), head_parameters(model, inner, len(taps))
+    depth = taps[-1] / model.layers  # of the discriminator
     micro = _microbatch(preset, settings.batch, gpus)
     penalties = [weight > 0 for weight in (settings.r1_weight, settings.r2_weight)]
     passes = 2 + sum(penalties) * settings.reg_fraction
@@ -175,33 +178,39 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
     again = 0 if train.checkpointing == "none" else 1
     linear_back, attention_back = (1 if lora else 2), 2
     extra = 1 if settings.discriminator_step == "two_pass" else 0
-    linear = 1 + passes * (1 + again + linear_back + extra) + (1 + again + linear_back) + (2 + again) + settings.relativistic
-    attention = 1 + passes * (1 + again + attention_back + extra) + 2 * (1 + again + attention_back) + settings.relativistic
+    back_of_d = (again + linear_back, again + attention_back) if settings.train_backbone else (0, 0)
+    linear_of_d = passes * (1 + back_of_d[0] + extra) + (2 + again) + settings.relativistic
+    attention_of_d = passes * (1 + back_of_d[1] + extra) + (1 + again + attention_back) + settings.relativistic
+    linear = 1 + (1 + again + linear_back) + depth * linear_of_d
+    attention = 1 + (1 + again + attention_back) + depth * attention_of_d
     flops = settings.batch * _sum(forward_flops(model, n), (linear, attention))
 
     averages = len({settings.ema_decay, *train.ema_decays})
     shard = 1 / gpus
     if lora:
         adapter = adapter_parameters(model, train.lora_rank)
-        counted = {"base": body, "generator's LoRA": adapter, "discriminator's LoRA": adapter, "discriminator's heads": heads}
-        states, trained = (adapter, adapter + heads), adapter
+        body_of_d = adapter // model.layers * taps[-1]
+        counted = {"base": body, "generator's LoRA": adapter, "discriminator's LoRA": body_of_d, "discriminator's heads": heads}
+        trained = adapter
         memory = {"frozen base": base_bytes(model, train.compute, gpus)}
     else:
-        body_of_d = body - (4 * model.channels * (model.width + 1) + (2 * model.width if model.kind == "wan" else 0))
+        output = 4 * model.channels * (model.width + 1) + (2 * model.width if model.kind == "wan" else 0)
+        body_of_d = body - output - (model.layers - taps[-1]) * block_parameters(model)
         counted = {"generator": body, "discriminator": body_of_d, "discriminator's heads": heads}
-        states, trained = (body, body_of_d + heads), body
-        memory = {}
+        trained, memory = body, {}
+    still = 0 if settings.train_backbone else body_of_d
+    states = (trained, body_of_d - still + heads)
     accumulates = settings.batch // (gpus // train.context_parallel) > micro
     whole_gradients = gpus > 1 and accumulates and not train.sync_every_microbatch
     memory |= {
-        "weights (fp32)": 4 * sum(states) * shard,
+        "weights (fp32)": 4 * (sum(states) + still) * shard,
         "optimizer": 4 * sum(states) * shard,
         "averages": 4 * averages * trained * shard,
         "gradients": 4 * max(states) * (1 if whole_gradients else shard),
-        "gathered weights": _gathered(preset, gpus, max(block_parameters(model), head_parameters(model, inner) // TAPS * 4 // _width(train.compute)), lora),
+        "gathered weights": _gathered(preset, gpus, max(block_parameters(model), heads // len(taps) * 4 // _width(train.compute)), lora),
     }
     kept, block = _activations(preset, n, micro)
-    at_heads = TAPS * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)  # in fp32, see trainer.parallel.shard
+    at_heads = len(taps) * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)  # in fp32, see trainer.parallel.shard
     one_pass = kept + at_heads + block
     at_once = {"two_pass": one_pass, "batched": most_passes * one_pass, "separate": most_passes * (kept + at_heads) + block}
     memory["activations"] = max(at_once[settings.discriminator_step], 2 * kept + at_heads + block)

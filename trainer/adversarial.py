@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from apt_core.checkpoint import load_transformer
 from apt_core.errors import AptError
-from apt_core.flow import sample_noise, sample_uniform, shift
+from apt_core.flow import sample_noise
 from apt_core.generator import one_step
 from apt_core.objectives import Objective, discriminator_backward, generator_backward, penalty_floor
 from apt_core.optim import make_rmsprop
@@ -21,7 +21,7 @@ from trainer.distributed import World
 from trainer.networks import Load, Lora, adversarial_networks
 from trainer.parallel import Parallel
 from trainer.samples import Samples
-from trainer.sampling import split
+from trainer.sampling import discriminator_times, split
 from trainer.state import Keep, Run
 from trainer.update import Learner
 from trainer.watch import Watch
@@ -52,7 +52,7 @@ def adversarial(
     """Train one phase ("image" or "video") and write the generator's EMA to `out`.
 
     start: the generator's first weights (the distilled model, or the image phase's EMA); base: the original weights, which the
-    discriminator starts from in both phases. Discriminator and generator draw different real batches and their own t.
+    discriminator starts from in both phases (but for `settings.discriminator_start`). Discriminator and generator draw different real batches and their own t.
     world, parallel: on which processes, and how; all of them call alike. lora: train adapters and the discriminator's heads over one
     frozen base instead of whole networks. head_width: see `adversarial_networks`. ema_decays: of further averages, each written beside `out`.
     keep: where training states go, from the newest of which `resume` goes on. samples: pictures while it trains. watch_every: updates between
@@ -65,7 +65,10 @@ def adversarial(
     objective = settings.objective()
     check_batch(objective, settings.batch, world, parallel)
     torch.manual_seed(seed)  # the heads' first weights
-    networks = adversarial_networks(start, base, load, world, parallel, lora, head_width)
+    networks = adversarial_networks(
+        start, base, load, world, parallel, lora, head_width,
+        taps=settings.taps, discriminator_start=settings.discriminator_start, train_backbone=settings.train_backbone,
+    )  # fmt: skip
     generator, discriminator = networks.generator, networks.opposite
     notes = keep and keep.folder
     g_optimizer = make_rmsprop(generator.parameters(), settings.lr_generator)
@@ -78,7 +81,7 @@ def adversarial(
     watch = None
     if watch_every and batches.held[phase]:
         at_once = parallel.microbatch or len(batches.held[phase])
-        watch = Watch(batches.datasets[phase], batches.held[phase], watch_every, at_once, seed, settings.shift, world)
+        watch = Watch(batches.datasets[phase], batches.held[phase], watch_every, at_once, seed, settings.shift, world, settings.discriminator_time)
     run = Run(keep, world, identity, {"generator": g, "discriminator": d, "averages": averages}, resume)
 
     def take(role: str, update: int):
@@ -87,7 +90,7 @@ def adversarial(
     def draw(role: str, micro: Micro):
         """Real samples, text, noise and t of a microbatch, the last two functions of (seed, role, sample number)."""
         z = sample_noise(micro.numbers, micro.x.shape[1:], seed, f"{phase}/{role}/z")
-        t = shift(sample_uniform(micro.numbers, seed, f"{phase}/{role}/t"), settings.shift)
+        t = discriminator_times(micro.numbers, seed, f"{phase}/{role}/t", settings.shift, settings.discriminator_time)
         return (part.to(world.device) for part in (micro.x, micro.text, z, t))
 
     total = settings.warmup + settings.updates
@@ -133,10 +136,10 @@ def adversarial(
 
 
 def discriminator_groups(discriminator: nn.Module, settings: Adversarial) -> list[dict]:
-    """Parameter groups of the discriminator: the backbone at `lr_discriminator`, what is new at `lr_heads`, where that is another rate."""
+    """Parameter groups of what is trained of the discriminator: the backbone at `lr_discriminator`, what is new at `lr_heads`, where that is another rate."""
+    named = [(name, p) for name, p in discriminator.named_parameters() if p.requires_grad]
     if settings.lr_heads is None:
-        return [{"params": list(discriminator.parameters())}]
-    named = list(discriminator.named_parameters())
+        return [{"params": [p for _, p in named]}]
     rates = {True: settings.lr_discriminator, False: settings.lr_heads}
     groups = {old: [p for name, p in named if name.startswith("backbone.") is old] for old in rates}
     return [{"params": params, "lr": rates[old]} for old, params in groups.items() if params]

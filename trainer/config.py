@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from apt_core.consistency import ConsistencySettings
 from apt_core.errors import AptError
 from apt_core.objectives import Objective
+from apt_core.wan import PAPER_FRACTIONS
 from trainer.overrides import apply, known_names, nearest
 
 PRESETS = Path(__file__).parent / "presets"
@@ -137,7 +138,12 @@ class Adversarial(Settings):
     """One phase of stage 2 (table in 3.5). `shift` is s of eq. 7 for the discriminator's timesteps; `warmup` updates train the
     discriminator alone; `lr_heads` is the rate of its heads, which start from nothing (none: `lr_discriminator`, as in the paper);
     `ema_warmup` lets a young average forget the start sooner, see apt_core.ema.Ema (0: the plain decay, as in the paper);
-    `discriminator_step` is how its passes are run (the mode of apt_core.objectives)."""
+    `discriminator_step` is how its passes are run (the mode of apt_core.objectives).
+
+    What the paper tried on the discriminator and decided against (3.3, 5.2), its choice as default: `taps`, the depths of its heads as fractions of
+    the base's blocks (the last of them is its own depth); `discriminator_time`, one timestep in [0, 1] for all samples in the place of those
+    of eq. 6; `discriminator_start`, "base" or "start" (the weights that the generator starts from: the distilled ones, or the image
+    phase's); `train_backbone`, false to train the heads alone."""
 
     updates: int = Field(ge=1)
     batch: int = Field(ge=1)
@@ -156,6 +162,10 @@ class Adversarial(Settings):
     reg_fraction: float = Field(1.0, gt=0, le=1)
     centering: float = Field(0.0, ge=0)
     discriminator_step: Literal["batched", "separate", "two_pass"] = "batched"
+    taps: tuple[float, ...] = PAPER_FRACTIONS
+    discriminator_time: float | None = Field(None, ge=0, le=1)
+    discriminator_start: Literal["base", "start"] = "base"
+    train_backbone: bool = True
 
     def objective(self) -> Objective:
         return Objective(

@@ -52,6 +52,22 @@ class Demo:
     def run(self) -> dict:
         """Run every stage that is not finished yet and return the report.
 
+        Raises AptError as `train`.
+        """
+        state, batches, names = self.train()
+        kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
+        state.stage("export", "Checking the export", lambda report: self._check_export(names["video"], report))
+        files = {kind: {"base": ASSETS / "transformer.safetensors", "distilled": names["distilled"], "apt": names[kind]} for kind in kinds}
+        with stage_bar("Sampling and judging") as report:
+            result = write_report(self, files, batches, state.record(), report)
+        plot_run(self.out)
+        console.print(f"[bold]{escape(str(names['video']))}[/] opens in ComfyUI's Load Diffusion Model; see compare.png, sample.mp4 and report.json beside it.", soft_wrap=True)
+        return result
+
+    def train(self, last: str = "video") -> tuple["RunState", Batches, dict[str, Path]]:
+        """The stages up to `last` ("distill", "image" or "video"), as far as they are not finished. Returns the state of the run, its samples, and
+        its files by stage ("distilled", "image", "video").
+
         Raises AptError for unusable data, before any training starts, and for an `out` that cannot be written or holds a run with
         other settings.
         """
@@ -76,11 +92,11 @@ class Demo:
         def keep(stage: str) -> Keep | None:
             every = self.preset.train.save_every
             return Keep(self.out / "states" / stage, every, last=1, best=0) if every else None
-        start, metadata = names["distilled"], self._metadata(text, batches.available("video"))
+        start, metadata = names["distilled"], self.metadata(text, batches.available("video"))
         state.stage("distill", "Stage 1: distill", lambda report: self._distill(base, batches, start, report, metadata=metadata, keep=keep("distill"), **common), start)
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
-        for kind in kinds:
-            out, metadata = names[kind] if kind != kinds[-1] else names["video"], self._metadata(text, kind)
+        for kind in kinds[: {"distill": 0, "image": 1}.get(last)]:
+            out, metadata = names[kind] if kind != kinds[-1] else names["video"], self.metadata(text, kind)
             state.stage(
                 f"adversarial_{kind}",
                 f"Stage 2: {kind}s",
@@ -89,13 +105,7 @@ class Demo:
             )
             start = out
             names[kind] = out
-        state.stage("export", "Checking the export", lambda report: self._check_export(names["video"], report))
-        files = {kind: {"base": base, "distilled": names["distilled"], "apt": names[kind]} for kind in kinds}
-        with stage_bar("Sampling and judging") as report:
-            result = write_report(self, files, batches, state.record(), report)
-        plot_run(self.out)
-        console.print(f"[bold]{escape(str(names['video']))}[/] opens in ComfyUI's Load Diffusion Model; see compare.png, sample.mp4 and report.json beside it.", soft_wrap=True)
-        return result
+        return state, batches, names
 
     def _identity(self) -> dict:
         """What makes two runs the same run."""
@@ -131,7 +141,7 @@ class Demo:
             console.print(f"{len(made.skipped)} left out, listed in {latents / SKIPPED}", markup=False, highlight=False, soft_wrap=True)
         return []
 
-    def _metadata(self, text, kind: str) -> dict:
+    def metadata(self, text, kind: str) -> dict:
         return {
             "base": "mini",
             "text_length": text.text_length,

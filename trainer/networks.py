@@ -1,6 +1,6 @@
 """The networks of each stage, whole or as adapters over one shared base, placed on the processes of a run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from apt_core.ema import Ema
 from apt_core.lora import add_adapters, load_lora, lora_state, role
 from apt_core.mmdit import MMDiTBackbone, save_mmdit
 from apt_core.tensorfile import write_tensors
+from apt_core.wan import PAPER_FRACTIONS
 from trainer.distributed import World
 from trainer.parallel import Parallel, place, reshard, shard_heads, whole_state
 
@@ -60,23 +61,43 @@ class Networks:
 
 
 def adversarial_networks(
-    start: Path, base: Path, load: Load, world: World, parallel: Parallel, lora: Lora | None = None, head_width: int | None = None
+    start: Path,
+    base: Path,
+    load: Load,
+    world: World,
+    parallel: Parallel,
+    lora: Lora | None = None,
+    head_width: int | None = None,
+    *,
+    taps: Sequence[float] = PAPER_FRACTIONS,
+    discriminator_start: str = "base",
+    train_backbone: bool = True,
 ) -> Networks:
     """The generator from `start` and the discriminator from `base`, its heads' first weights from torch's random state.
 
     head_width: of the heads' attention, in whole attention heads of the base; the base's own width unless given. With `lora`, `start` is
-    a LoRA file over `base`, or `base` itself. Raises AptError for files that do not fit.
+    a LoRA file over `base`, or `base` itself. taps, discriminator_start, train_backbone: see trainer.config.Adversarial; with a LoRA the
+    discriminator's backbone is its adapters, which then start from those in `start`, or stay as they are. Raises AptError for files that do not fit,
+    and for taps that the base is too shallow for.
     """
+    first = start if discriminator_start == "start" else base
 
     def make_discriminator(backbone: nn.Module) -> Discriminator:
         heads = head_width and head_width // backbone.config.attention_head_dim
-        return Discriminator(backbone, num_heads=heads, inner_dim=head_width)
+        return Discriminator(backbone, taps, num_heads=heads, inner_dim=head_width)
+
+    def load_discriminator(device: torch.device) -> Discriminator:
+        backbone = load(first, device=device)
+        if not train_backbone:
+            backbone.requires_grad_(False)
+        return make_discriminator(backbone).to(device)
 
     if lora is None:
         generator = place(lambda device: load(start, device=device), world, parallel, parallel.generator_zero)
-        discriminator = place(lambda device: make_discriminator(load(base, device=device)).to(device), world, parallel, parallel.discriminator_zero)
+        discriminator = place(load_discriminator, world, parallel, parallel.discriminator_zero)
         return Networks(generator, discriminator)
-    shared = _shared_base(base, ("generator", "discriminator"), start, load, world, parallel, lora)
+    starts = {"generator": start, "discriminator": first}
+    shared = _shared_base(base, starts, load, world, parallel, lora, () if train_backbone else ("discriminator",))
     discriminator = make_discriminator(role(shared, "discriminator")).to(world.device)
     shard_heads(discriminator, world, parallel)
     return Networks(role(shared, "generator"), discriminator, base=shared)
@@ -89,20 +110,29 @@ def distillation_networks(base: Path, load: Load, world: World, parallel: Parall
             place(lambda device: load(base, device=device).requires_grad_(False), world, parallel) for _ in range(2 if target else 1)
         ]
         return Networks(place(lambda device: load(base, device=device), world, parallel, parallel.generator_zero), *frozen)
-    shared = _shared_base(base, ("generator", "target") if target else ("generator",), base, load, world, parallel, lora)
-    still = role(shared, "target").requires_grad_(False) if target else None
+    starts = dict.fromkeys(("generator", "target") if target else ("generator",), base)
+    shared = _shared_base(base, starts, load, world, parallel, lora, ("target",) if target else ())
+    still = role(shared, "target") if target else None
     return Networks(role(shared, "generator"), role(shared, None), still, shared)
 
 
-def _shared_base(base: Path, roles: tuple[str, ...], start: Path, load: Load, world: World, parallel: Parallel, lora: Lora) -> nn.Module:
-    """The frozen base in the dtype that it computes in, with adapters and what `precision.stays_fp32` names in fp32."""
+def _shared_base(
+    base: Path, starts: Mapping[str, Path], load: Load, world: World, parallel: Parallel, lora: Lora, still: Sequence[str]
+) -> nn.Module:
+    """The frozen base in the dtype that it computes in, with adapters and what `precision.stays_fp32` names in fp32.
+
+    starts: of each role a LoRA file over the base, or the base itself; still: roles that are not trained.
+    """
     dtype = torch.bfloat16 if parallel.compute == "bf16" else torch.float32
 
     def make(device: torch.device) -> nn.Module:
         model = load(base, device=device, dtype=dtype)
-        add_adapters(model, roles, lora.rank, lora.alpha)
-        if start != base and device.type != "meta":
-            load_lora(start, model, "generator")
+        add_adapters(model, tuple(starts), lora.rank, lora.alpha)
+        for name, start in starts.items():
+            if start != base and device.type != "meta":
+                load_lora(start, model, name)
+        for name in still:  # before sharding: gathered copies would keep what they were made with
+            role(model, name).requires_grad_(False)
         return model
 
     # Only the main process draws the adapters: the heads, which all draw, must find the same random state everywhere.

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
+from torch import Tensor
 
 from apt_core.errors import AptError
+from apt_core.flow import sample_uniform, shift
 
 ORDER = "feistel-1"
 """Names the order that `shuffled` gives. Part of a run's identity: a state of another order would see samples twice, and others never."""
@@ -60,6 +62,12 @@ class BucketSampler:
             self._taken[bucket] += 1
         bucket, turn = self._turns[update]
         return [self.positions[bucket][i] for i in self._orders[bucket].batch(turn)]
+
+
+def discriminator_times(numbers: Sequence[int], seed: int, stream: str, s: float, fixed: float | None = None) -> Tensor:
+    """The discriminator's timestep for each sample number, [n] in [0, 1]: `shift(U(0, 1), s)` of eq. 6, or the fixed one."""
+    t = shift(sample_uniform(numbers, seed, stream), s)
+    return t if fixed is None else t.new_full(t.shape, fixed)
 
 
 def split(batch: int, ranks: int, rank: int, microbatch: int | None = None) -> list[range]:

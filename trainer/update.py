@@ -15,6 +15,10 @@ from trainer.networks import Networks
 from trainer.parallel import Parallel
 
 
+class NotFinite(AptError):
+    """A loss or gradient that is NaN or infinite: the training is over, and no weight has moved for it."""
+
+
 class Learner:
     """A network under training with its optimizer.
 
@@ -63,7 +67,7 @@ class Learner:
     def step(self) -> dict[str, float]:
         """Look at losses and gradients, then move the weights. Returns the metrics of the whole batch and the gradient's norm.
 
-        Raises AptError when one of them is not finite, on all processes, before any weight has moved; what was in the batch is written down.
+        Raises NotFinite when one of them is not finite, on all processes, before any weight has moved; what was in the batch is written down.
         """
         names = sorted({name for metrics in self._metrics for name in metrics})
         zero = torch.zeros((), device=self.world.device)
@@ -131,7 +135,7 @@ class Learner:
             where = f", all in {path}"
         more = f" and {len(samples) - 3} more" if len(samples) > 3 else ""
         self.optimizer.zero_grad(set_to_none=True)
-        raise AptError(
+        raise NotFinite(
             f"{wrong} of the {self.name} became {row[wrong]} on {', '.join(samples[:3])}{more}{where}; "
             "no weight has moved: lower the learning rate or look for broken samples."
         )

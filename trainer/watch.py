@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from apt_core.flow import sample_noise, sample_uniform, shift
+from apt_core.flow import sample_noise
 from apt_core.generator import one_step
 from apt_core.objectives import verdict
 from trainer.distributed import World
+from trainer.sampling import discriminator_times
 from trainer.shards import ShardDataset
 
 
@@ -18,16 +19,17 @@ class Watch:
     A discriminator that is right in training and at chance here has learned its real samples by heart.
 
     data, held: the real samples, by position, all of one shape (see Batches.held). every: updates between two looks; at_once: samples that a
-    process takes through a network at once. All processes call alike, share the samples, and get the same numbers.
+    process takes through a network at once. shift, time: as of training, see trainer.config.Adversarial
+    (discriminator_time). All processes call alike, share the samples, and get the same numbers.
     """
 
-    def __init__(self, data: ShardDataset, held: Sequence[int], every: int, at_once: int, seed: int, shift: float, world: World) -> None:
+    def __init__(self, data: ShardDataset, held: Sequence[int], every: int, at_once: int, seed: int, shift: float, world: World, time: float | None = None) -> None:
         count = len(held)
         rounds = -(-count // world.dp) * world.dp  # all processes go through a sharded network equally often
         mine = range(world.dp_rank, rounds, world.dp)
         self.parts = [mine[first : first + at_once] for first in range(0, len(mine), at_once)]
         self.data, self.held, self.count, self.every = data, held, count, every
-        self.seed, self.shift, self.world = seed, shift, world
+        self.seed, self.shift, self.time, self.world = seed, shift, time, world
 
     def due(self, update: int) -> bool:
         """Whether to look after this many updates."""
@@ -42,7 +44,7 @@ class Watch:
             x, text, _ = self.data.batch([self.held[number % self.count] for number in part])
             fresh = [update * self.count + number for number in part]
             z = sample_noise(fresh, x.shape[1:], self.seed, "watch/z").to(self.world.device)
-            t = shift(sample_uniform(fresh, self.seed, "watch/t"), self.shift).to(self.world.device)
+            t = discriminator_times(fresh, self.seed, "watch/t", self.shift, self.time).to(self.world.device)
             x, text = x.to(self.world.device), text.to(self.world.device)
             logits.append(torch.stack([discriminator(x, t, text), discriminator(one_step(generator, z, text), t, text)]))
         real, fake = self._gather(torch.cat(logits, dim=1))

@@ -45,6 +45,33 @@ def test_parameters_are_those_of_what_we_build():
     assert account(preset("mini"), "image").parameters["discriminator"] == sum(p.numel() for p in discriminator.backbone.parameters())
 
 
+@pytest.mark.parametrize("taps", [(1.0,), (1 / 4, 1 / 2), (8 / 27, 13 / 27, 2 / 3)])
+def test_a_discriminator_of_less_depth_has_the_parameters_of_what_we_build(taps):
+    import torch
+
+    from apt_core.discriminator import Discriminator
+    from trainer.bench.shapes import build_backbone
+
+    one = preset("mini", f"stage2.paper.image.taps={list(taps)}", "head_width=64")
+    with torch.device("meta"):
+        discriminator = Discriminator(build_backbone(one.model, torch.device("meta"), torch.float32), taps, 2, 64)
+    found = account(one, "image", "paper").parameters
+    assert found["discriminator's heads"] == sum(p.numel() for name, p in discriminator.named_parameters() if not name.startswith("backbone."))
+    assert found["discriminator"] == sum(p.numel() for p in discriminator.backbone.parameters())
+
+
+def test_less_depth_and_a_still_backbone_cost_less():
+    whole, half = (account(preset("wan2.1-1.3b-480p", f"stage2.paper.video.taps={taps}"), "video", "paper") for taps in ("[1.0]", "[0.5]"))
+    still = account(preset("wan2.1-1.3b-480p", "stage2.paper.video.taps=[1.0]", "stage2.paper.video.train_backbone=false"), "video", "paper")
+    n = sum(forward_flops(preset("wan2.1-1.3b-480p").model, tokens(preset("wan2.1-1.3b-480p"), "video")))
+    # Three passes of the discriminator are not run again and not back, which are three forward passes each.
+    assert whole.memory["optimizer"] - still.memory["optimizer"] == 4 * whole.parameters["discriminator"]
+    assert whole.memory["weights (fp32)"] == still.memory["weights (fp32)"]
+    assert half.flops < whole.flops and whole.flops - still.flops == pytest.approx(2048 * 3 * 3 * n, rel=1e-6)
+    model = preset("wan2.1-1.3b-480p").model
+    assert whole.parameters["discriminator"] - half.parameters["discriminator"] == 15 * block_parameters(model)
+
+
 @pytest.mark.parametrize(
     "name, n, teraflop",
     [("wan2.1-1.3b-480p", 20280, 128.6), ("wan2.1-1.3b-720p", 46800, 525), ("wan2.2-5b", 11440, 150), ("wan2.1-14b", 46800, 2935), ("seaweed-8b", 46800, 1059)],

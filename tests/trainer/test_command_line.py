@@ -20,7 +20,7 @@ def command(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
 def test_help_names_the_commands():
     result = command("--help")
     assert result.returncode == 0
-    for name in ("precompute", "distill", "adversarial", "generate", "export", "inspect", "demo", "measure", "pretrain-mini"):
+    for name in ("precompute", "distill", "adversarial", "generate", "export", "inspect", "demo", "measure", "ablate", "pretrain-mini"):
         assert name in result.stdout
 
 
@@ -29,6 +29,7 @@ def test_help_names_the_commands():
     [
         (("demo", "--preset", "wild"), "preset mini has no stage 2 named 'wild'; it has paper, stable."),
         (("demo", "--recipe", "nope"), "there is no preset 'nope'; use one of mini, seaweed-8b, "),
+        (("ablate", "--only", "t0,no_r1"), "there is no variant 'no_r1' (did you mean no_ar1"),
         (("measure", "nowhere"), "nowhere holds no run of the demo"),
         (("pretrain-mini", "everything"), "there is no part 'everything' to train"),
         (("pretrain-mini", "text", "--device", "nope"), "torch cannot use the device 'nope' here"),

@@ -4,11 +4,13 @@ import re
 
 import pytest
 
+from apt_core.wan import PAPER_FRACTIONS
 from trainer.config import PRESETS, load_preset
 
 # arXiv 2501.08316, sections 3.2, 3.3 and 3.5.
 GUIDANCE = 7.5
 BOTH = {"ema_decay": 0.995, "ema_warmup": 0, "warmup": 0, "r1_weight": 100, "r2_weight": 0, "reg_fraction": 1, "centering": 0, "relativistic": False, "lr_heads": None}
+BOTH |= {"taps": PAPER_FRACTIONS, "discriminator_time": None, "discriminator_start": "base", "train_backbone": True}
 PAPER = {
     "image": BOTH | {"updates": 350, "batch": 9062, "lr_generator": 5e-6, "lr_discriminator": 5e-6, "shift": 1, "r1_sigma": 0.01},
     "video": BOTH | {"updates": 300, "batch": 2048, "lr_generator": 3e-6, "lr_discriminator": 3e-6, "shift": 12, "r1_sigma": 0.1},

@@ -45,14 +45,14 @@ class Models:
 class Sampler:
     """Makes every column's latents from the same prompts and the same noise.
 
-    Two steps take the second time of the APT file. text, negative: padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`. fp8: the APT model's blocks in 8 bits.
+    Column apt_N takes N steps, at the times that follow from the second time of the APT file. text, negative: padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`. fp8: the APT model's blocks in 8 bits.
     """
 
     def __init__(self, models: Models, sampling: Sampling, kind: str, text: Tensor, negative: Tensor, shape: tuple, seed: int, device: str = "cpu", batch: int = 128, fp8: bool = False):
         self.sampling, self.kind, self.seed, self.device, self.batch = sampling, kind, seed, device, batch
         self.text, self.negative, self.shape = text, negative.to(device), shape
         self.networks = {name: load_transformer(getattr(models, name), device=device).requires_grad_(False) for name in ("base", "distilled", "apt")}
-        self.times = step_times(2, second_time(models.apt, read_metadata(models.apt)))
+        self.second_time = second_time(models.apt, read_metadata(models.apt))
         if fp8:
             make_fast(self.networks["apt"], torch.device(device), Speed(fp8=True))
 
@@ -70,18 +70,20 @@ class Sampler:
         s = self.sampling
         if column.startswith("base_25_cfg"):
             return euler_cfg(self.networks["base"], z, text, self.negative, s.steps, guidance_of(column, s), s.shift(self.kind))
-        if column == "apt_2":
+        name, _, steps = column.rpartition("_")
+        if int(steps) > 1:
+            times = step_times(int(steps), self.second_time)
             return few_step(
-                self.networks["apt"], z, text, self.times, lambda i: sample_noise(numbers, self.shape, self.seed, f"sample/z{i}")
+                self.networks[name], z, text, times, lambda i: sample_noise(numbers, self.shape, self.seed, f"sample/z{i}")
             )
-        return one_step(self.networks[column.removesuffix("_1")], z, text)
+        return one_step(self.networks[name], z, text)
 
 
 def network_calls(column: str, sampling: Sampling) -> int:
     """How many network calls one sample of a column takes (guidance calls twice a step)."""
     if column.startswith("base_25_cfg"):
         return sampling.steps * (1 if guidance_of(column, sampling) == 1 else 2)
-    return {"real": 0, "real_vae": 0, "apt_2": 2}.get(column, 1)
+    return 0 if column in ("real", "real_vae") else int(column.rpartition("_")[2])
 
 
 def guidance_of(column: str, sampling: Sampling) -> float:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from apt_core.errors import AptError
 from apt_core.text import load_text_encoder
@@ -18,6 +17,7 @@ from . import ASSETS, VAE
 from .evaluate import ALL_COLUMNS, Models, Sampler
 from .features import load_features
 from .report import drawn_prompts, evaluate
+from .verdict import half_width
 
 SAMPLE_SEED = 1_000_000  # no demo judges on these scenes or this noise
 FILES = {"image": "apt-image.safetensors", "video": "apt-mini.safetensors"}
@@ -28,7 +28,7 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: b
 
     fp8: with the APT model's blocks in 8 bits, as `generate --fp8` has them. Raises AptError for a folder that holds no finished run on drawn clips, before anything is measured.
     """
-    presets = [_preset(run) for run in runs]
+    presets = [read_run(run)[0] for run in runs]
     vae, net = load_vae(VAE), load_features(ASSETS / "features.safetensors")
     text = Embedder(load_text_encoder(ASSETS / "text_encoder.safetensors"))
     found: dict[str, list[dict]] = {"image": [], "video": []}
@@ -59,7 +59,11 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: b
     return result
 
 
-def _preset(run: Path) -> Preset:
+def read_run(run: Path) -> tuple[Preset, dict]:
+    """The preset of a finished run of the demo, and its other settings (seed, variant, ...).
+
+    Raises AptError for a folder that holds none, for one on other people's clips, and for one that is not finished.
+    """
     try:
         settings = json.loads((run / "state.json").read_text())["settings"]
         data, preset = settings["data"], Preset.model_validate(settings["preset"])
@@ -70,7 +74,7 @@ def _preset(run: Path) -> Preset:
     for name in ("distilled.safetensors", *FILES.values()):
         if not (run / name).is_file():
             raise AptError(f"{run} has no {name}; let the demo finish there first.")
-    return preset
+    return preset, settings
 
 
 def _mean(rows: list[dict]) -> dict:
@@ -83,10 +87,10 @@ def _mean(rows: list[dict]) -> dict:
 
 def interval(rows: list[dict]) -> dict:
     """Half the width of the 95% confidence interval of the mean over runs (Student's t), for each figure; None for a single run."""
-    out, n = {}, len(rows)
+    out = {}
     for key, value in rows[0].items():
         if key in ("calls", "samples") or value is None:
             continue
-        spread = float(np.std([row[key] for row in rows], ddof=1)) if n > 1 else 0.0
-        out[key] = round(float(stats.t.ppf(0.975, n - 1)) * spread / n**0.5, 4) if n > 1 else None
+        half = half_width([row[key] for row in rows])
+        out[key] = None if half is None else round(half, 4)
     return out

@@ -1,0 +1,251 @@
+"""The ablations of the paper on the miniature: every variant of stage 2 over several seeds, judged alike, with the paper's claim beside it.
+
+A folder of an ablation holds `runs/seed-N` (data and stage 1, where no finished demo was given), `trainings/VARIANT/seed-N` (states, log, weights),
+`results/VARIANT-seed-N.json`, and the tables: ablations.json, ablations.html, ablations.png.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from apt_core.errors import AptError
+from apt_core.text import load_text_encoder
+from apt_core.vae import load_vae
+from trainer.adversarial import adversarial
+from trainer.base import describe_state
+from trainer.batches import Batches
+from trainer.config import Preset, load_preset
+from trainer.demo import Demo, versions
+from trainer.distributed import World
+from trainer.export import export
+from trainer.files import make_folder, write_json
+from trainer.monitor import Monitor
+from trainer.progress import console, stage_bar
+from trainer.state import Keep, Preempted
+from trainer.update import NotFinite
+
+from . import ASSETS, VAE
+from .ablation_page import write_page
+from .ablation_table import FIGURES, table
+from .evaluate import Models, Sampler
+from .features import load_features
+from .measure import FILES, SAMPLE_SEED, read_run
+from .report import Prompts, drawn_prompts, evaluate
+from .variants import REFERENCE, Variant, all_variants, choose
+
+BASE = ASSETS / "transformer.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What all variants of a seed share. start: the generator's first weights, those of the stage before."""
+
+    demo: Demo
+    batches: Batches
+    distilled: Path
+    start: Path
+    prompts: Prompts
+
+    @property
+    def seed(self) -> int:
+        return self.demo.seed
+
+    def fingerprint(self) -> str:
+        """Of its data and weights."""
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in dict.fromkeys((self.distilled, self.start))]
+        return "-".join([self.batches.fingerprint, *digests])
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """phase: "image" or "video"; samples: that each row is judged on, for each seed; runs: finished demos, each for its own seed."""
+
+    out: Path
+    preset: Preset
+    recipe: str
+    phase: str = "image"
+    samples: int = 1024
+    runs: tuple[Path, ...] = ()
+    device: str = "cpu"
+
+    def run(self, seeds: int = 3, only: Sequence[str] = (), command: str = "") -> dict:
+        """Train and judge what is missing, and write the tables after each seed. Returns what ablations.json holds.
+
+        Raises AptError for a variant that there is not, runs of one seed or more of them than seeds, a run with other settings, and an `out` that
+        holds another ablation.
+        """
+        variants = choose(all_variants(self.preset, self.recipe, self.phase), only)
+        given = self._given(seeds)
+        make_folder(self.out)
+        identity = json.loads(json.dumps({"phase": self.phase, "recipe": self.recipe, "samples": self.samples, "preset": self.preset.model_dump()}))
+        self._check(self.out / "identity.json", identity)
+        net, vae = load_features(ASSETS / "features.safetensors"), load_vae(VAE).to(self.device)
+        rest = (seed for seed in range(seeds) if seed not in given)
+        numbers = sorted([*given, *(next(rest) for _ in range(seeds - len(given)))])
+        rows: dict[str, dict[int, dict]] = {name: {} for name in variants}
+        result = {}
+        for seed in numbers:
+            source = self._source(seed, given.get(seed))
+            self._check(self.out / f"identity-seed-{seed}.json", {"source": source.fingerprint()})
+            for variant in variants.values():
+                rows[variant.name][seed] = self._row(variant, source, net, vae)
+            facts = {
+                "command": command, "settings": identity, "seeds": [n for n in numbers if n <= seed], "runs": [str(run) for run in self.runs],
+                "versions": versions(), "machine": {"device": self.device, "system": platform.platform(), "cpus": os.cpu_count()},
+            }  # fmt: skip
+            result = json.loads(json.dumps(facts | table(variants, rows)))
+            write_json(self.out / "ablations.json", result)
+            write_page(self.out, result)
+        console.print(f"{self.out / 'ablations.html'}, ablations.png and ablations.json hold the table.", markup=False, highlight=False, soft_wrap=True)
+        return result
+
+    def _given(self, seeds: int) -> dict[int, Path]:
+        found: dict[int, Path] = {}
+        for run in self.runs:
+            preset, settings = read_run(run)
+            seed = settings["seed"]
+            if seed in found:
+                raise AptError(f"{found[seed]} and {run} are both of seed {seed}: give runs of different seeds.")
+            mine, own = self.preset.model_dump(exclude={"stage2", "train"}), preset.model_dump(exclude={"stage2", "train"})
+            if other := sorted(key for key in mine if mine[key] != own[key]):
+                raise AptError(f"{run} was made with another {other[0]} than recipe {self.recipe} of {self.preset.name} has: give a run of that recipe.")
+            if self.phase == "video" and preset.stage2 != self.preset.stage2:
+                raise AptError(f"{run} was made with another stage2 than {self.preset.name} has, and videos start from its images: give a run of that preset.")
+            found[seed] = run
+        if len(found) > seeds:
+            raise AptError(f"{len(found)} runs are given, but --seeds is {seeds}: give --seeds {len(found)}.")
+        return found
+
+    def _check(self, path: Path, identity: dict) -> None:
+        """Raises AptError when what was made here is of another identity than this."""
+        if not path.exists():
+            write_json(path, identity)
+            return
+        old = _read(path)
+        if changed := sorted(key for key in identity if old.get(key) != identity[key]):
+            key = changed[0]
+            values = f" ({old.get(key)!r}, now {identity[key]!r})" if isinstance(identity[key], (str, int)) else ""
+            raise AptError(f"{self.out} holds an ablation with another {key}{values}: give another --out, or the settings of that one.")
+
+    def _source(self, seed: int, run: Path | None) -> Source:
+        demo = Demo(run or self.out / "runs" / f"seed-{seed}", self.preset, self.recipe, seed=seed, device=self.device)
+        if run:
+            text = load_text_encoder(ASSETS / "text_encoder.safetensors")
+            batches = Batches(run / "latents", text, seed, self.preset.data.held_out)
+            names = {"distilled": run / "distilled.safetensors"} | {kind: run / file for kind, file in FILES.items()}
+        else:
+            _, batches, names = demo.train("distill" if self.phase == "image" else "image")
+        start = names["distilled" if self.phase == "image" else "image"]
+        prompts = drawn_prompts(batches, self.phase, self.samples, SAMPLE_SEED + seed, self.preset.data.frames)
+        return Source(demo, batches, names["distilled"], start, prompts)
+
+    def _row(self, variant: Variant, source: Source, net, vae) -> dict:
+        """The figures of one variant and seed, from its file or made now."""
+        path = self.out / "results" / f"{variant.name}-seed-{source.seed}.json"
+        settings = json.loads(json.dumps(variant.settings and variant.settings.model_dump()))
+        if path.exists():
+            self._check(path, {"settings": settings})
+            return _read(path)
+        started, row = time.perf_counter(), {"variant": variant.name, "seed": source.seed, "settings": settings, "failed": None, "figures": {}}
+        try:
+            weights, figures = self._trained(variant, source) if variant.settings else (source.distilled, {})
+            row["figures"] = self._judged(variant, source, weights, net, vae) | figures
+        except NotFinite as error:
+            row["failed"] = str(error)
+            console.print(f"{variant.name}, seed {source.seed}: {error}", markup=False, highlight=False, soft_wrap=True)
+        write_json(path, row | {"seconds": round(time.perf_counter() - started, 2)})
+        return row
+
+    def _judged(self, variant: Variant, source: Source, weights: Path, net, vae) -> dict:
+        sampling, batches = self.preset.sampling, source.batches
+        shape = tuple(batches.datasets[self.phase].batch([0])[0].shape[1:])
+        negative = batches.embed([sampling.negative_prompt])
+        models = Models(BASE, source.distilled, weights)
+        sampler = Sampler(models, sampling, self.phase, source.prompts.text, negative, shape, SAMPLE_SEED + source.seed, self.device)
+        done = 0
+        with stage_bar(f"Judging {variant.name}, seed {source.seed}") as bar:
+
+            def report(count: int) -> None:
+                nonlocal done
+                done += count
+                bar(done, self.samples)
+
+            rows, _ = evaluate(source.prompts, sampler, vae, net, report, [variant.column])
+        return {name: rows[variant.column][name] for name in FIGURES if name in rows[variant.column]}
+
+    def _trained(self, variant: Variant, source: Source) -> tuple[Path, dict]:
+        """The weights to judge, trained as far as they are not there, and its discriminator's loss over the last tenth."""
+        folder = self.out / "trainings" / variant.course / f"seed-{source.seed}"
+        files = [folder / f"updates-{updates:06d}.safetensors" for updates in variant.points]
+        for updates, file in zip(variant.points, files):
+            if not (file.exists() and file.with_suffix(".json").exists()):
+                self._train(variant, updates, source, folder, file)
+        weights = files[-1]
+        if variant.raw:
+            weights = folder / "raw.safetensors"
+            if not weights.exists() and not _newest(folder):
+                raise AptError(f"{folder} has no training state any more, and raw weights are nowhere else: delete it to train it again.")
+            if not weights.exists():
+                export(_newest(folder), weights, "file", "fp32", ema=0.0)
+        if variant.course not in (REFERENCE, "long"):  # nobody goes on from them
+            shutil.rmtree(folder / "states", ignore_errors=True)
+        return weights, _read(files[-1].with_suffix(".json"))
+
+    def _train(self, variant: Variant, updates: int, source: Source, folder: Path, file: Path) -> None:
+        settings, train, states = variant.settings.model_copy(update={"updates": updates}), self.preset.train, folder / "states"
+        if (newest := _newest(folder)) and newest.name > f"step-{settings.warmup + updates:06d}":
+            raise AptError(f"{file} is gone, and its training went on from there: delete {folder} to train it again.")
+        metadata = source.demo.metadata(source.batches.text_encoder, self.phase)
+        describe_state(states, BASE, metadata, None)
+        title = f"{variant.course}, seed {source.seed}"
+        try:
+            with stage_bar(title) as bar, Monitor(folder / "log" / self.phase, relativistic=settings.relativistic, forward=bar) as report:
+                rows = adversarial(
+                    self.phase, BASE if variant.from_base else source.start, BASE, source.batches, settings, file, seed=source.seed, metadata=metadata,
+                    world=World(torch.device(self.device)), keep=Keep(states, train.save_every or 50, last=1, best=0), watch_every=train.watch_every, report=report,
+                )  # fmt: skip
+        except Preempted as stop:
+            print(stop.message, file=sys.stderr)
+            raise
+        losses = [row["d_adversarial"] for row in rows[-max(1, len(rows) // 10) :]]
+        write_json(file.with_suffix(".json"), {"d_adversarial": round(sum(losses) / len(losses), 6)})
+
+
+def _newest(folder: Path) -> Path | None:
+    return max((path for path in (folder / "states").glob("step-*") if not path.suffix and (path / "run.json").exists()), default=None)
+
+
+def _read(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, Mapping):
+            return found
+    except (OSError, ValueError):
+        pass
+    raise AptError(f"{path} is damaged: delete it, and it is made again.")
+
+
+def ablation(out: Path, preset: str | None, recipe: str | None, phase: str, samples: int, runs: Sequence[Path], device: str) -> Ablation:
+    """With the preset of a name or a file, or by default that of the runs, and its recipe, or by default theirs.
+
+    Raises AptError for what is no finished demo, and as `load_preset` and `Preset.with_recipe`.
+    """
+    if phase not in ("image", "video"):
+        raise AptError(f"--phase {phase} is not known: it is image or video.")
+    found = [read_run(run) for run in runs]
+    if found and preset is None:
+        loaded, settings = found[0]
+        recipe = recipe or settings["variant"]
+    else:
+        loaded = load_preset(preset or "mini")
+        recipe = recipe or loaded.variant
+    return Ablation(out, loaded.with_recipe(recipe), recipe, phase, samples, tuple(runs), device)
