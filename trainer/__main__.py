@@ -244,7 +244,7 @@ def probe(
 def walk(
     checkpoint: Seen = Path("mini"),
     prompt: Annotated[str | None, typer.Argument(help="One prompt; the miniature has one of its own.")] = None,
-    seeds: Annotated[list[int], typer.Option("--seeds", min=0, max=2**64 - 1, help="A seed to walk through; once for each, in order: --seeds 1 --seeds 2.")] = [0, 1, 2],
+    seeds: Annotated[str, typer.Option(help="The seeds to walk through, with commas in between.")] = "0,1,2",
     frames: Annotated[int, typer.Option(min=2, help="Samples on the way from one seed to the next, its own counted once.")] = 12,
     out: Annotated[Path, typer.Option(help="Folder for walk.mp4, walk.png and walk.json.")] = Path("inside"),
     closed: Annotated[bool, typer.Option("--closed", help="Walk on from the last seed to the first.")] = False,
@@ -257,10 +257,10 @@ def walk(
     """One prompt, and noise that goes from seed to seed (the paper's fig. 11): a video, a sheet, and the change from sample to sample."""
     from trainer.base import with_defaults
     from trainer.inside.opening import open_pipeline
-    from trainer.inside.walk import run_walk
+    from trainer.inside.walk import read_seeds, run_walk
 
     pipe = open_pipeline(checkpoint, with_defaults(checkpoint, base, vae, text_encoder, tokenizer), ema, device)
-    for path in run_walk(pipe, prompt, seeds, frames, out, closed=closed, noise=noise, rate=fps, frames=length, height=height, width=width):
+    for path in run_walk(pipe, prompt, read_seeds(seeds), frames, out, closed=closed, noise=noise, rate=fps, frames=length, height=height, width=width):
         print(path)
 
 

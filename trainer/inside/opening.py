@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from apt_core.errors import AptError
 from apt_core.pipeline import OneStepPipeline
 from apt_core.request import Request
-from apt_core.errors import AptError
 from apt_core.sources import MINI
 from trainer.config import Files
 from trainer.files import replacing
@@ -25,7 +25,7 @@ def open_pipeline(checkpoint: Path, files: Files, ema: float | None = None, devi
     return OneStepPipeline.from_checkpoint(source, files.vae, files.text_encoder, files.tokenizer, files.base, device=device, cache=cache)
 
 
-def find_captions(pipe: OneStepPipeline, count: int, moving: bool, given: Sequence[str] = (), shards: Path | None = None) -> list[str]:
+def find_captions(pipe: OneStepPipeline, count: int, moving: bool, given: Sequence[str] = (), shards: Path | None = None, advice: str = "give --data SHARDS or --prompts FILE") -> list[str]:
     """`count` captions: those given, those of shards, or for the miniature drawn ones; too few of them come again from the start.
 
     Raises AptError where there are none.
@@ -38,7 +38,7 @@ def find_captions(pipe: OneStepPipeline, count: int, moving: bool, given: Sequen
     elif not given and pipe.sources.transformer.metadata.get("base") == MINI:
         given = [scene(PROMPT_SEED, index, moving).caption for index in range(count)]
     if not given:
-        raise AptError(f"{pipe.sources.transformer.name} needs captions to sample: give --data SHARDS or --prompts FILE.")
+        raise AptError(f"{pipe.sources.transformer.name} needs captions to sample: {advice}.")
     return [given[number % len(given)] for number in range(count)]
 
 

@@ -58,16 +58,16 @@ def judge(
 ) -> dict[str, list[float]]:
     """Squared error of each probe over the samples, as a share of their variance (1: no better than the samples' mean at each place): over all
     spatial frequencies, in the low and in the high ones (see band_energies)."""
-    read_all = []
+    errors, squares, total = np.zeros((len(probes), 2)), np.zeros(2), 0.0
     for done, number in enumerate(numbers, start=1):
         x, guesses = read(model, probes, *sample(number))
-        read_all.append([part.cpu() for part in (x, *guesses)])
+        errors += [band_energies(guess - x, cut) for guess in guesses]
+        squares += band_energies(x, cut)
+        total = total + x.double()
         report(done, len(numbers))
-    x, *guesses = (torch.cat(parts) for parts in zip(*read_all))
-    variance = band_energies(x - x.mean(0), cut)
-    errors = [band_energies(guess - x, cut) for guess in guesses]
-    low, high = ([error[band] / variance[band] for error in errors] for band in (0, 1))
-    return {"all": [sum(error) / sum(variance) for error in errors], "low": low, "high": high}
+    variance = squares - len(numbers) * np.array(band_energies(total / len(numbers), cut))
+    low, high = (errors / variance).T.tolist()
+    return {"all": (errors.sum(1) / variance.sum()).tolist(), "low": low, "high": high}
 
 
 def run_probe(

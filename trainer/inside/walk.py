@@ -1,5 +1,6 @@
 """The noise walk (5.7, fig. 11): one prompt, noise that goes from seed to seed, and where on the way the structure breaks."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from trainer.pictures import enlarge
 from trainer.plot import BLACK, BLUE, ORANGE
 from trainer.progress import stage_bar
 
-COLUMNS, CELLS = 12, 48
+COLUMNS = 13
 SMALL = 256
 """Videos with shorter sides are enlarged by whole pixels."""
 
@@ -43,12 +44,12 @@ def run_walk(
         raise AptError(f"seeds {list(seeds)} in {count} samples each are no walk: give two or more seeds, neighbours different, and 2 samples or more.")
     moving = pipe.request("", **sizes).frames > 1
     if prompt is None:
-        prompt = find_captions(pipe, 1, moving)[0]
+        prompt = find_captions(pipe, 1, moving, advice="give a prompt")[0]
     request = pipe.request(prompt, **sizes)
     [text] = embed_all(pipe, request)
     stations = [draw(noise, seed, 0, request.latents(pipe.sources)) for seed in seeds]
     items = count * (len(way) - 1) + (not closed)
-    pictures, changes, norms, before, first = [], [], [], None, None
+    pictures, changes, norms, stations_seen, before = [], [], [], [], None
     with stage_bar("Walking") as report:
         for item in range(items):
             z = walk(stations, items, item, closed)
@@ -56,15 +57,19 @@ def run_walk(
             norms.append(float(z.double().square().mean().sqrt()))
             changes += [] if before is None else [_change(before, frames)]
             pictures.append(frames[len(frames) // 2])
-            before, first = frames, frames if first is None else first
+            before = frames
+            if item % count == 0:
+                stations_seen.append(frames)
             report(item + 1, items)
     if closed:
-        changes.append(_change(before, first))
+        changes.append(_change(before, stations_seen[0]))
+        stations_seen.append(stations_seen[0])
     at_seeds = {item: seeds[item // count % len(seeds)] for item in range(0, items, count)}
     result = {
         "checkpoint": pipe.sources.transformer.name, "prompt": prompt, "seeds": list(seeds), "noise": noise, "closed": closed, "samples": items,
         "frames": request.frames, "noise_rms": [round(norm, 6) for norm in norms], "change": [round(change, 4) for change in changes],
-        "change_of_a_leg": _ends(pictures, count, closed), "largest": _largest(changes, count),
+        "per_leg": count,
+        "change_of_a_leg": [round(_change(a, b), 4) for a, b in zip(stations_seen, stations_seen[1:])], "largest": _largest(changes, count),
     }  # fmt: skip
     paths = [out / "walk.mp4", out / "walk.png", out / "walk.json"]
     loop = pictures if closed else [*pictures, *pictures[-2:0:-1]]
@@ -77,12 +82,6 @@ def run_walk(
 
 def _change(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one.astype(np.int16) - other).mean())
-
-
-def _ends(pictures: list[np.ndarray], count: int, closed: bool) -> list[float]:
-    """How far the two seeds of each leg are from one another: what a walk of one single step would change."""
-    stations = pictures[::count] + (pictures[:1] if closed else [])
-    return [round(_change(a, b), 4) for a, b in zip(stations, stations[1:])]
 
 
 def _largest(changes: list[float], count: int) -> list[dict]:
@@ -98,27 +97,27 @@ def _largest(changes: list[float], count: int) -> list[dict]:
 def _draw(path: Path, prompt: str, pictures: list[np.ndarray], at_seeds: dict[int, int], result: dict) -> None:
     from matplotlib.figure import Figure
 
-    shown = sorted({round(place) for place in np.linspace(0, len(pictures) - 1, min(CELLS, len(pictures)))})
-    columns = min(COLUMNS, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(1.05 * columns + 1, 1.3 * rows + 3.8), layout="constrained")
-    figure.suptitle(f"\u201c{prompt}\u201d: one step from noise that goes from seed to seed", fontsize=12)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.3 * rows + 0.3, 3.3))
-    grid = top.subplots(rows, columns, squeeze=False)
-    breaks = {step["after_sample"] + side for step in result["largest"] for side in (0, 1)}
-    for place, axes in enumerate(grid.flat):
-        if place >= len(shown):
-            axes.axis("off")
-            continue
-        item = shown[place]
-        title = f"seed {at_seeds[item]}" if item in at_seeds else f"{item}"
-        show_frame(axes, pictures[item], title)
-        if item in at_seeds:
-            axes.title.set_fontweight("bold")
-        if item in breaks:
-            for side in axes.spines.values():
-                side.set(color=ORANGE, linewidth=3)
-    axes = bottom.subplots()
+    count, legs = result["per_leg"], len(result["largest"])
+    places = sorted({round(place) for place in np.linspace(0, count, min(COLUMNS, count + 1))})
+    figure = Figure(figsize=(1.1 * len(places) + 1, 1.35 * legs + 3.8), layout="constrained")
+    figure.suptitle(textwrap.shorten(f"\u201c{prompt}\u201d: one step from noise that goes from seed to seed", 140), fontsize=12)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.35 * legs + 0.3, 3.3))
+    grid = top.subplots(legs, len(places), squeeze=False)
+    for leg, (line, largest) in enumerate(zip(grid, result["largest"])):
+        for axes, place in zip(line, places):
+            item = leg * count + place
+            seed = at_seeds.get(item % len(pictures))
+            show_frame(axes, pictures[item % len(pictures)], f"{item}" if seed is None else f"seed {seed}")
+            if seed is not None:
+                axes.title.set_fontweight("bold")
+            if item - largest["after_sample"] in (0, 1):
+                for side in axes.spines.values():
+                    side.set(color=ORANGE, linewidth=3)
+    _draw_change(bottom.subplots(), at_seeds, result)
+    save_figure(figure, path)
+
+
+def _draw_change(axes, at_seeds: dict[int, int], result: dict) -> None:
     change = result["change"]
     places = np.arange(len(change)) + 0.5  # between two samples
     axes.plot(places, change, color=BLUE, marker="o", markersize=4, linewidth=1.6, label="change to the next sample")
@@ -134,4 +133,3 @@ def _draw(path: Path, prompt: str, pictures: list[np.ndarray], at_seeds: dict[in
     axes.set_title(f"change from sample to sample; straight from seed to seed it is {ends}", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=9)
-    save_figure(figure, path)
