@@ -43,8 +43,8 @@ class Ridge:
         x, y = self._x / self.rows, self._y / self.rows
         squares = self._xx - self.rows * torch.outer(x, x)
         products = self._xy - self.rows * torch.outer(x, y)
-        mean = squares.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        squares.diagonal().add_(penalty * mean)
+        mean = squares.diagonal().mean()
+        squares.diagonal().add_(penalty * mean if mean > 0 else 1.0)  # inputs that never change tell nothing
         weight = torch.linalg.solve(squares, products)
         return weight, self._near[1] + y - (self._near[0] + x) @ weight
 

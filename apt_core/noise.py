@@ -34,7 +34,7 @@ def draw(rule: str, seed: int, number: int, shape: Sequence[int], step: int = 0)
     return noise
 
 
-def walk(stations: Sequence[Tensor], items: int, item: int, closed: bool = False) -> Tensor:
+def walk(stations: Sequence[Tensor], item: int, items: int, closed: bool = False) -> Tensor:
     """Place `item` of `items` on the way through the stations, noises of one shape, in equal steps (5.7). A station itself comes out as it is.
 
     An open walk begins at the first station and ends at the last; a closed one comes back to the first, which then is not repeated.

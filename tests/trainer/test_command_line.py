@@ -20,7 +20,7 @@ def command(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
 def test_help_names_the_commands():
     result = command("--help")
     assert result.returncode == 0
-    for name in ("precompute", "distill", "adversarial", "generate", "export", "inspect", "demo", "measure", "pretrain-mini"):
+    for name in ("precompute", "distill", "adversarial", "generate", "export", "inspect", "demo", "measure", "probe", "walk", "attention", "pretrain-mini"):
         assert name in result.stdout
 
 
@@ -30,6 +30,9 @@ def test_help_names_the_commands():
         (("demo", "--preset", "wild"), "preset mini has no stage 2 named 'wild'; it has paper, stable."),
         (("demo", "--recipe", "nope"), "there is no preset 'nope'; use one of mini, seaweed-8b, "),
         (("measure", "nowhere"), "nowhere holds no run of the demo"),
+        (("probe", "nowhere"), "nowhere does not exist: give a checkpoint file"),
+        (("walk", "mini", "--seeds", "1"), "--seeds 1 cannot be walked through: give two or more whole numbers"),
+        (("attention", "."), ". holds no training state of stage 2: give states/PHASE/step-..."),
         (("pretrain-mini", "everything"), "there is no part 'everything' to train"),
         (("pretrain-mini", "text", "--device", "nope"), "torch cannot use the device 'nope' here"),
     ],

@@ -52,7 +52,7 @@ def run_walk(
     pictures, changes, norms, stations_seen, before = [], [], [], [], None
     with stage_bar("Walking") as report:
         for item in range(items):
-            z = walk(stations, items, item, closed)
+            z = walk(stations, item, items, closed)
             frames = frames_of(pipe, pipe.latents(request, 0, text, z))
             norms.append(float(z.double().square().mean().sqrt()))
             changes += [] if before is None else [_change(before, frames)]
