@@ -40,7 +40,8 @@ def find_state(path: Path, phase: str | None = None) -> Path:
     for folder in folders:
         if states := sorted(state for state in folder.glob("step-*") if (state / STATE).is_file() and not state.suffix):
             return states[-1]
-    raise AptError(f"{path} holds no training state of stage 2{f', phase {phase}' if phase else ''}: give states/PHASE/step-..., or the folder of a run that saved one.")
+    which = f", phase {phase}" if phase else ""
+    raise AptError(f"{path} holds no training state of stage 2{which}: give states/PHASE/step-..., or the folder of a run that saved one.")
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ class Seen:
     logit: float
 
     def map(self, depth: int, head: int | None = None) -> np.ndarray:
-        """Attention over the frame in the middle, `[h, w]`, as multiples of what each patch of the sample would get from an even look; mean over heads or one head."""
+        """Attention over the frame in the middle, `[h, w]`, of one head or the mean over heads: multiples of what a patch gets from an even look."""
         weights = self.weights[depth] if head is None else self.weights[depth][head : head + 1]
         return (weights.mean(0)[weights.shape[1] // 2] * weights[0].numel()).numpy()
 
@@ -117,7 +118,8 @@ def run_attention(state: Path, pipe: OneStepPipeline, out: Path | None = None, *
     taps = discriminator.taps
     _draw_depths(paths[0], seen, taps)
     _draw_heads(paths[1], seen[:2], taps)
-    write_json(paths[2], {"state": str(state), "phase": kind, "taps": list(taps), "times": TIMES, "shift": identity["shift"], "seed": seed, "samples": [_facts(one, taps) for one in seen]})
+    facts = {"state": str(state), "phase": kind, "taps": list(taps), "times": TIMES, "shift": identity["shift"], "seed": seed}
+    write_json(paths[2], facts | {"samples": [_facts(one, taps) for one in seen]})
     return paths
 
 

@@ -25,7 +25,10 @@ def open_pipeline(checkpoint: Path, files: Files, ema: float | None = None, devi
     return OneStepPipeline.from_checkpoint(source, files.vae, files.text_encoder, files.tokenizer, files.base, device=device, cache=cache)
 
 
-def find_captions(pipe: OneStepPipeline, count: int, moving: bool, given: Sequence[str] = (), shards: Path | None = None, advice: str = "give --data SHARDS or --prompts FILE") -> list[str]:
+def find_captions(
+    pipe: OneStepPipeline, count: int, moving: bool, given: Sequence[str] = (), shards: Path | None = None,
+    advice: str = "give --data SHARDS or --prompts FILE",
+) -> list[str]:  # fmt: skip
     """`count` captions: those given, those of shards, or for the miniature drawn ones; too few of them come again from the start.
 
     Raises AptError where there are none.

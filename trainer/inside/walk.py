@@ -35,8 +35,9 @@ def run_walk(
 ) -> list[Path]:  # fmt: skip
     """`count` samples from each seed to the next, in one step each, written as walk.mp4, walk.png and walk.json into `out`; returns their paths.
 
-    At a seed the sample is that of the seed alone, as `generate` makes it first. Of clips the video shows the frames in the middle, `rate` samples a second, there and
-    unless `closed` back. The change from sample to sample is the mean absolute difference of all their pixels, in levels of 0 to 255.
+    At a seed the sample is that of the seed alone, as `generate` makes it first. Of clips the video shows the frames in the middle, `rate`
+    samples a second, there and unless `closed` back. The change from sample to sample is the mean absolute difference of all their pixels,
+    in levels of 0 to 255.
     sizes: height, width, frames. Raises AptError for seeds that follow themselves, for a prompt that is missing, and as Request does.
     """
     way = [*seeds, seeds[0]] if closed else list(seeds)
