@@ -44,15 +44,29 @@ class CrossAttentionHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: visual tokens [B, S, dim] of one depth, of which a split holds this process's own. Returns one token per sample, [B, dim]."""
-        tokens = self.norm_visual(tokens.to(self.token.dtype))
-        token = self.token.expand(tokens.shape[0], -1, -1)
-        q = self.norm_q(self._split(self.to_q(self.norm_token(token))))  # [B, heads, 1, inner / heads]
-        k = self.norm_k(self._split(self.to_k(tokens)))  # [B, heads, S, inner / heads]
-        v = self._split(self.to_v(tokens))
+        token, q, k, v = self._ask(tokens)
         answer = F.scaled_dot_product_attention(q, k, v) if self.split is None else self.split.merge(q, k, v)
         token = token + self.to_out(answer.transpose(1, 2).flatten(2))
         token = token + self.mlp(self.norm_mlp(token))
         return token[:, 0].clone()  # not a view: FSDP2 hooks what its modules return
+
+    @torch.no_grad()
+    def weights(self, tokens: Tensor) -> Tensor:
+        """Where the token looks: softmax weights over the visual tokens [B, S, dim], [B, heads, S] in fp32, which sum to 1 over S.
+
+        Raises AptError where a split holds the tokens in pieces, over which no one process can sum.
+        """
+        if self.split is not None:
+            raise AptError("a discriminator head under context parallelism sees only its own tokens: ask it for its weights on one process.")
+        _, q, k, _ = self._ask(tokens)
+        return (q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5).softmax(3)[:, :, 0]
+
+    def _ask(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens = self.norm_visual(tokens.to(self.token.dtype))
+        token = self.token.expand(tokens.shape[0], -1, -1)
+        q = self.norm_q(self._split(self.to_q(self.norm_token(token))))  # [B, heads, 1, inner / heads]
+        k = self.norm_k(self._split(self.to_k(tokens)))  # [B, heads, S, inner / heads]
+        return token, q, k, self._split(self.to_v(tokens))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
@@ -102,6 +116,15 @@ class Discriminator(nn.Module):
             norm, logit = self.norm, self.logit
             summary = F.layer_norm(summary.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
             return summary @ logit.weight.float()[0] + logit.bias.float()  # not a view: FSDP2 hooks its outputs
+
+    @torch.no_grad()
+    def weights(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
+        """Where each head looks, `CrossAttentionHead.weights` by depth: [B, heads, S] each, S in the order (frame, row, column) of the patches.
+
+        x, t, text: as for the forward. Raises AptError as the heads do.
+        """
+        features = self.backbone(x, 1000.0 * t.float(), text, taps=self.taps)
+        return [head.weights(f) for head, f in zip(self.heads, features)]
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes each backbone block in the backward pass instead of keeping its activations."""

@@ -167,9 +167,10 @@ class OneStepPipeline:
 
         return TextEncoder.pad(self._text_cache.get(request.texts, encode), length)
 
-    def latents(self, request: Request, number: int, text: Tensor) -> Tensor:
-        """Sample `number` of a request as normalised latents `[1, C, f, h, w]`, fp32. text: what `embed` gave."""
-        shape, z = request.latents(self.sources), self._draw(request, number).result()[None]
+    def latents(self, request: Request, number: int, text: Tensor, z: Tensor | None = None) -> Tensor:
+        """Sample `number` of a request as normalised latents `[1, C, f, h, w]`, fp32. text: what `embed` gave; z: noise `[C, f, h, w]` to start
+        from in the place of the sample's own."""
+        shape, z = request.latents(self.sources), (self._draw(request, number).result() if z is None else z)[None]
         source = self.sources.transformer
 
         def noise(step: int) -> Tensor:

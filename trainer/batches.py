@@ -90,7 +90,7 @@ class Batches(Embedder):
         self.datasets = {kind: ShardDataset(folder, kind) for kind in ("image", "video")}
         self.datasets = {kind: data for kind, data in self.datasets.items() if len(data)}
         self.seed, self.held_out = seed, held_out
-        self.held = {kind: _held_out(data, held_out) for kind, data in self.datasets.items()}
+        self.held = {kind: held_positions(data, held_out) for kind, data in self.datasets.items()}
         self._samplers: dict[tuple, BucketSampler] = {}
         self._reader = ThreadPoolExecutor(1, "reader")
         self._ahead: dict[str, tuple[tuple, Microbatches]] = {}  # of each stream the next update, and what it was asked with
@@ -141,7 +141,7 @@ class Batches(Embedder):
         return Microbatches(data, self._samplers[key].batch(update), update * size, parts, dp, self._reader)
 
 
-def _held_out(data: ShardDataset, count: int) -> list[int]:
+def held_positions(data: ShardDataset, count: int) -> list[int]:
     """Positions of the samples that no update sees. A hash of the name chooses, so that they stay the same when others are added."""
     positions = max(data.buckets.values(), key=len)
     by_hash = sorted(positions, key=lambda i: hashlib.blake2b(data.samples[i].id.encode(), digest_size=8).digest())

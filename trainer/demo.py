@@ -17,6 +17,7 @@ from apt_core.media_write import write_image, write_video
 from apt_core.text import load_text_encoder
 from apt_core.vae import load_vae
 from trainer.adversarial import adversarial
+from trainer.base import describe_state
 from trainer.batches import Batches
 from trainer.config import Data, Preset
 from trainer.distill import distill
@@ -89,18 +90,21 @@ class Demo:
         batches = Batches(latents, text, self.seed, size.held_out)
         common = dict(seed=self.seed, world=World(torch.device(self.device)))
 
-        def keep(stage: str) -> Keep | None:
-            every = self.preset.train.save_every
-            return Keep(self.out / "states" / stage, every, last=1, best=0) if every else None
+        def keep(stage: str, metadata: dict) -> Keep | None:
+            if not (every := self.preset.train.save_every):
+                return None
+            describe_state(self.out / "states" / stage, base, metadata, None)
+            return Keep(self.out / "states" / stage, every, last=1, best=0)
+
         start, metadata = names["distilled"], self.metadata(text, batches.available("video"))
-        state.stage("distill", "Stage 1: distill", lambda report: self._distill(base, batches, start, report, metadata=metadata, keep=keep("distill"), **common), start)
+        state.stage("distill", "Stage 1: distill", lambda report: self._distill(base, batches, start, report, metadata=metadata, keep=keep("distill", metadata), **common), start)
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
         for kind in kinds[: {"distill": 0, "image": 1}.get(last)]:
             out, metadata = names[kind] if kind != kinds[-1] else names["video"], self.metadata(text, kind)
             state.stage(
                 f"adversarial_{kind}",
                 f"Stage 2: {kind}s",
-                lambda report: self._adversarial(kind, start, base, batches, out, report, metadata=metadata, keep=keep(kind), **common),
+                lambda report: self._adversarial(kind, start, base, batches, out, report, metadata=metadata, keep=keep(kind, metadata), **common),
                 out,
             )
             start = out

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from apt_core.errors import AptError
+from apt_core.sources import MINI, SHIPPED
 
 ABOUT = "about.json"  # beside the training states of a stage: what an export of them needs
 DISTILLED, IMAGE = "distilled.safetensors", "apt-image.safetensors"  # what the stages before the last one leave in a run's folder
@@ -10,8 +11,11 @@ STATE = ".metadata"  # what torch.distributed.checkpoint calls its index
 
 
 def resolve(path: Path) -> Path:
-    """The one thing that a folder of a run stands for; other paths as they are. Raises AptError when there is nothing at `path`."""
+    """The one thing that a folder of a run stands for; "mini" is the shipped generator, unless something there is called so; other paths as they
+    are. Raises AptError when there is nothing at `path`."""
     if not path.exists():
+        if str(path) == MINI:
+            return SHIPPED["checkpoint"]
         raise AptError(f"{path} does not exist: give a checkpoint file, a diffusers folder, a training state or the folder of a run.")
     if not path.is_dir() or (path / STATE).is_file():
         return path

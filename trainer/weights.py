@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from apt_core.checkpoint import load_transformer, read_header
+from apt_core.discriminator import Discriminator
 from apt_core.errors import AptError
 from apt_core.lora import add_adapters, load_lora, role
 from apt_core.sources import load_backbone
@@ -63,25 +64,60 @@ def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
     return nn.Module.to(module, device, dtype)
 
 
+def open_discriminator(path: str | Path) -> tuple[Discriminator, dict]:
+    """The discriminator of a training state of stage 2, fp32 on the CPU, and the run's identity (phase, shift, ...).
+
+    Raises AptError for anything but such a state, and for a state of stage 1, which has none.
+    """
+    state = State(resolve(Path(path)))
+    if not state.names("discriminator.weights/"):
+        raise AptError(f"{state.path} has no discriminator: give a training state of stage 2 (states/image/step-... or states/video/step-...).")
+    backbone = load_backbone(state.about["base"])
+    if state.about["lora"]:
+        rank, alpha = state.about["lora"]
+        backbone = role(add_adapters(backbone, ("discriminator",), rank, alpha), "discriminator")
+    width = state.identity["head_width"]
+    model = Discriminator(backbone, num_heads=width and width // backbone.config.attention_head_dim, inner_dim=width)
+    model.load_state_dict(state.tensors("discriminator.weights/"))
+    return model.eval().requires_grad_(False), state.identity
+
+
+class State:
+    """A training state as a reader sees it: `about` of the stage, `facts` of the moment, and tensors by the beginning of their names.
+
+    Raises AptError for a folder that is not a whole state.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.about = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
+            self.facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            self.identity = self.facts["identity"]
+            self._entries = FileSystemReader(path).read_metadata().state_dict_metadata
+        except (OSError, ValueError, KeyError):
+            raise AptError(f"{path} is not a whole training state with its {ABOUT} beside it: give one that the trainer wrote.") from None
+
+    def names(self, prefix: str) -> list[str]:
+        return [name for name in self._entries if name.startswith(prefix)]
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Those whose names begin so, by the rest of their names."""
+        tensors = {name: torch.empty(self._entries[name].size, dtype=self._entries[name].properties.dtype) for name in self.names(prefix)}
+        dcp.load(tensors, checkpoint_id=self.path, no_dist=True)
+        return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
 def _from_state(path: Path, ema: float | None) -> Generator:
-    try:
-        about = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
-        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        entries = FileSystemReader(path).read_metadata().state_dict_metadata
-    except (OSError, ValueError):
-        raise AptError(f"{path} is not a whole training state with its {ABOUT} beside it: give one that the trainer wrote.") from None
-    network = "student" if any(name.startswith("student.") for name in entries) else "generator"
-    decays = sorted({name.split("/")[0].removeprefix("averages.") for name in entries if name.startswith("averages.")}, key=float)
+    state = State(path)
+    about, facts = state.about, state.facts
+    network = "student" if state.names("student.") else "generator"
+    decays = sorted({name.split("/")[0].removeprefix("averages.") for name in state.names("averages.")}, key=float)
     first = f"{facts['identity']['ema_decay']:g}"
     wanted = first if ema is None else f"{ema:g}"
     if ema != 0 and wanted not in decays:
         raise AptError(f"{path} has no average of decay {wanted}: it has {', '.join(decays)}, and 0 for the raw weights.")
-    prefix = f"{network}.weights/" if ema == 0 else f"averages.{wanted}/"
-    tensors: dict[str, Tensor] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items() if name.startswith(prefix)
-    }
-    dcp.load(tensors, checkpoint_id=path, no_dist=True)
-    weights = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    weights = state.tensors(f"{network}.weights/" if ema == 0 else f"averages.{wanted}/")
     metadata = about["metadata"] | {"kind": "generator", "phase": facts["identity"]["phase"], "updates": facts["update"], "ema": float(wanted)}
     if ema != 0:
         metadata["ema_warmup"] = facts["identity"]["ema_warmup"]

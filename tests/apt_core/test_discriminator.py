@@ -40,6 +40,41 @@ def test_head_against_a_hand_written_reference(dim, heads, inner):
     assert torch.allclose(head(tokens), reference_head(head.state_dict(), tokens, heads), atol=1e-10)
 
 
+@pytest.mark.parametrize("dim, heads, inner", [(24, 2, None), (24, 4, 8)])
+def test_weights_sum_to_one_and_give_the_heads_own_output(dim, heads, inner):
+    torch.manual_seed(0)
+    head = CrossAttentionHead(dim, heads, inner).double()
+    with torch.no_grad():
+        for p in head.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    tokens = 3 * torch.randn(3, 7, dim, dtype=torch.float64)
+    weights = head.weights(tokens)
+    assert weights.shape == (3, heads, 7) and weights.dtype == torch.float32 and weights.std() > 0.02
+    torch.testing.assert_close(weights.sum(2), torch.ones(3, heads), rtol=0, atol=1e-6)
+    # The values by hand, weighed, through the rest of the head.
+    p = head.state_dict()
+    values = (rms(tokens, p["norm_visual.weight"]) @ p["to_v.weight"].T + p["to_v.bias"]).unflatten(2, (heads, -1))
+    answer = torch.einsum("bhs,bshc->bhc", weights.double(), values).flatten(1)
+    token = p["token"][0] + answer @ p["to_out.weight"].T + p["to_out.bias"]
+    torch.testing.assert_close(token + head.mlp(head.norm_mlp(token)), head(tokens), rtol=0, atol=1e-5)
+
+
+def test_a_head_in_pieces_is_not_asked():
+    head = CrossAttentionHead(24, 2)
+    head.split = object()
+    with pytest.raises(AptError, match="on one process"):
+        head.weights(torch.randn(1, 7, 24))
+
+
+def test_the_discriminator_asks_each_head_at_its_depth(disc, batch):
+    d = disc(layers=6)
+    x, _, text, t, *_ = batch()
+    found = d.weights(x, t, text)
+    features = d.backbone(x, 1000 * t, text, taps=d.taps)
+    assert [tuple(depth.shape) for depth in found] == [(2, 2, 12)] * 3
+    assert all(torch.equal(depth, head.weights(f)) for depth, head, f in zip(found, d.heads, features))
+
+
 def test_head_token_and_bad_sizes():
     torch.manual_seed(0)
     assert CrossAttentionHead(4096, 1, 8).token.std().item() == pytest.approx(0.02, rel=0.05)

@@ -141,11 +141,16 @@ def test_a_lora_on_a_base_brings_its_second_time(run):
     assert trained == [pytest.approx([1000, 700], abs=1e-3), pytest.approx([1000, 400], abs=1e-3)]
 
 
+def halfway(a, b):
+    """The middle of the arc from a to b."""
+    middle = a / a.norm() + b / b.norm()
+    return middle / middle.norm() * (a.norm() + b.norm()) / 2
+
+
 def test_noise_given_replaces_that_of_the_seed(run, generator, text):
     latents, _ = run
     (z3, fresh3), (z8, fresh8) = noise(3, 2), noise(8, 2)
-    half = 0.5**0.5
-    walk = [(z3, fresh3), (half * (z3 + z8), half * (fresh3 + fresh8)), (z8, fresh8)]
+    walk = [(z3, fresh3), (halfway(z3, z8), halfway(fresh3, fresh8)), (z8, fresh8)]
     for item, (z, fresh) in enumerate(walk):
         close(latents["walk"][item : item + 1], few_step(generator, z, text, (1.0, 0.7), lambda i: fresh))
         close(latents["walk advanced"][item : item + 1], one_step(generator, z, text))

@@ -20,17 +20,20 @@ def command(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
 def test_help_names_the_commands():
     result = command("--help")
     assert result.returncode == 0
-    for name in ("precompute", "distill", "adversarial", "generate", "export", "inspect", "demo", "measure", "ablate", "pretrain-mini"):
+    for name in ("precompute", "distill", "adversarial", "generate", "export", "inspect", "demo", "measure", "ablate", "probe", "walk", "attention", "pretrain-mini"):
         assert name in result.stdout
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (("demo", "--preset", "wild"), "preset mini has no stage 2 named 'wild'; it has paper, stable."),
+        (("demo", "--preset", "wild"), "preset mini has no stage 2 named 'wild'; it has demo, proof, paper, stable."),
         (("demo", "--recipe", "nope"), "there is no preset 'nope'; use one of mini, seaweed-8b, "),
         (("ablate", "--only", "t0,no_r1"), "there is no variant 'no_r1' (did you mean no_ar1"),
         (("measure", "nowhere"), "nowhere holds no run of the demo"),
+        (("probe", "nowhere"), "nowhere does not exist: give a checkpoint file"),
+        (("walk", "mini", "--seeds", "1"), "--seeds 1 cannot be walked through: give two or more whole numbers"),
+        (("attention", "."), ". holds no training state of stage 2: give states/PHASE/step-..."),
         (("pretrain-mini", "everything"), "there is no part 'everything' to train"),
         (("pretrain-mini", "text", "--device", "nope"), "torch cannot use the device 'nope' here"),
     ],

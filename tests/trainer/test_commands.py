@@ -24,8 +24,9 @@ from trainer.export import FP8
 from trainer.generate import find_source
 from trainer.inspect import inspect
 from trainer.mini import ASSETS, GENERATOR
+from trainer.places import resolve
 from trainer.prompts import Prompts
-from trainer.weights import open_generator
+from trainer.weights import State, open_discriminator, open_generator
 
 TINY = str(Path(__file__).parent / "tiny.toml")
 TINY_MMDIT = str(Path(__file__).parent / "tiny_mmdit.toml")
@@ -227,6 +228,16 @@ def test_generate_makes_the_pipelines_latents_for_any_steps_and_noise(tmp_path, 
     assert torch.equal(*made)  # the default
     assert "noise 'gpu' is not known: use apt or comfyui." in refused("generate", GENERATOR, "x", "--noise", "gpu", "--out", tmp_path / "x")
     assert "guidance 7.5 is for base models, but " in refused("generate", GENERATOR, "x", "--guidance", 7.5, "--out", tmp_path / "x")
+
+
+def test_the_discriminator_of_a_state_whole_and_as_a_lora(run):
+    whole, identity = open_discriminator(run / "states" / "image")
+    assert identity["phase"] == "image" and "backbone.blocks.0.attn1.to_q.weight" in whole.state_dict()
+    adapted, _ = open_discriminator(run / "lora" / "states" / "video")
+    state = State(resolve(run / "lora" / "states" / "video")).tensors("discriminator.weights/")
+    assert state.keys() == adapted.state_dict().keys() and all(torch.equal(value, state[name]) for name, value in adapted.state_dict().items())
+    assert state["backbone.blocks.0.attn1.to_q.lora_A.weight"].shape == (3, 128)
+    assert max(value.abs().max() for name, value in state.items() if "lora_B" in name) > 0
 
 
 def test_a_presets_second_time_reaches_what_is_made_from_a_state(run):

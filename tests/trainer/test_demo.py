@@ -16,11 +16,16 @@ from apt_core.errors import AptError
 from apt_core.media_write import write_video
 from apt_core.tensorfile import read_tensors
 from trainer.config import load_preset
+from trainer.base import with_defaults
 from trainer.demo import Demo, RunState
+from trainer.inside.attention import find_state, look, run_attention
+from trainer.inside.opening import open_pipeline
+from trainer.mini import ASSETS
 from trainer.mini.evaluate import ALL_COLUMNS, COLUMNS
 from trainer.mini.measure import measure_runs
 from trainer.mini.report import drawn_prompts
 from trainer.shards import ShardDataset
+from trainer.weights import open_discriminator, open_generator
 
 TINY = load_preset(Path(__file__).parent / "tiny.toml")
 KEYS = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "calls", "samples")
@@ -81,6 +86,47 @@ def test_the_export_is_a_trained_generator_in_official_keys(run):
     final, start = load_transformer(out / "apt-mini.safetensors"), load_transformer(out / "distilled.safetensors")
     moved = [not torch.equal(a, b) for a, b in zip(final.parameters(), start.parameters())]
     assert all(moved)
+
+
+def test_its_states_hold_the_generator_and_the_discriminator(run):
+    out, _ = run
+    for phase, file in (("image", "apt-image.safetensors"), ("video", "apt-mini.safetensors")):
+        state = find_state(out, phase)
+        assert state == out / "states" / phase / "step-000002"
+        found, expected = open_generator(state), load_transformer(out / file)
+        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.model.state_dict().items())
+        assert found.metadata["native"]["frames"] == (1 if phase == "image" else 9) and found.metadata["base"] == "mini"
+        discriminator, identity = open_discriminator(state)
+        assert identity["phase"] == phase and identity["shift"] == {"image": 1, "video": 12}[phase]
+        base = load_transformer(ASSETS / "transformer.safetensors").state_dict()
+        moved = [(value - base[name]).abs().max().item() for name, value in discriminator.backbone.state_dict().items()]
+        assert 0 < max(moved) < 0.01 and discriminator.logit.weight.abs().sum() > 0  # two updates away from the original weights
+    assert find_state(out) == out / "states" / "video" / "step-000002"
+    with pytest.raises(AptError, match="has no discriminator: give a training state of stage 2"):
+        open_discriminator(out / "states" / "distill")
+
+
+def test_attention_over_its_samples(run, tmp_path):
+    out, _ = run
+    state = find_state(out)
+    pipe = open_pipeline(state, with_defaults(state, "", "", "", ""), device="cpu", cache=tmp_path / "cache")
+    paths = run_attention(state, pipe, tmp_path, samples=1)
+    facts = json.loads(paths[2].read_text())
+    real, fake = facts["samples"]
+    assert (real["source"], fake["source"]) == ("real", "generated") and real["caption"] == fake["caption"]
+    # By hand, for the real one: what the discriminator of the state says of the latent in the shards.
+    data = ShardDataset(out / "latents", "video")
+    x, text, [caption] = data.batch([0])
+    assert caption == real["caption"] and facts["taps"] == [3, 4, 6]
+    discriminator, identity = open_discriminator(state)
+    weights, logit = look(discriminator, x, text, identity["shift"])
+    assert real["logit"] == pytest.approx(logit, abs=1e-4)
+    for tap, depth in zip(facts["taps"], weights):
+        shares = real["depths"][f"block {tap}"]["share_by_latent_frame"]
+        assert shares == pytest.approx(depth.mean(0).sum((1, 2)).tolist(), abs=1e-4) and sum(shares) == pytest.approx(1, abs=3e-4)
+    for path in paths[:2]:
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and np.asarray(picture).std() > 10
 
 
 def test_a_finished_run_trains_nothing_again_and_an_interrupted_one_goes_on(run, tmp_path, monkeypatch):

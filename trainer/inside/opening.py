@@ -1,0 +1,74 @@
+"""What the three commands share: a pipeline from whatever `generate` takes, prompts, and the style of their pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from apt_core.errors import AptError
+from apt_core.pipeline import OneStepPipeline
+from apt_core.request import Request
+from apt_core.sources import MINI
+from trainer.config import Files
+from trainer.files import replacing
+from trainer.generate import find_source
+from trainer.mini.clips import scene
+from trainer.shards import ShardDataset
+
+PROMPT_SEED = 60_000  # of drawn captions; no other command's
+
+
+def open_pipeline(checkpoint: Path, files: Files, ema: float | None = None, device="auto", cache: Path | None = None) -> OneStepPipeline:
+    """A pipeline from anything that `generate` takes. Raises AptError as that does."""
+    source = find_source(checkpoint, files.base, ema)
+    return OneStepPipeline.from_checkpoint(source, files.vae, files.text_encoder, files.tokenizer, files.base, device=device, cache=cache)
+
+
+def find_captions(
+    pipe: OneStepPipeline, count: int, moving: bool, given: Sequence[str] = (), shards: Path | None = None,
+    advice: str = "give --data SHARDS or --prompts FILE",
+) -> list[str]:  # fmt: skip
+    """`count` captions: those given, those of shards, or for the miniature drawn ones; too few of them come again from the start.
+
+    Raises AptError where there are none.
+    """
+    if shards:
+        kind = "video" if moving else "image"
+        given = [sample.caption for sample in ShardDataset(shards, kind).samples]
+        if not given:
+            raise AptError(f"{shards} holds no {kind}s: give shards with captions of {kind}s, or --prompts FILE.")
+    elif not given and pipe.sources.transformer.metadata.get("base") == MINI:
+        given = [scene(PROMPT_SEED, index, moving).caption for index in range(count)]
+    if not given:
+        raise AptError(f"{pipe.sources.transformer.name} needs captions to sample: {advice}.")
+    return [given[number % len(given)] for number in range(count)]
+
+
+def embed_all(pipe: OneStepPipeline, request: Request) -> list[Tensor]:
+    """One embedding `[1, L, d]` a prompt; equal ones are encoded once."""
+    unique = list(dict.fromkeys(request.prompts))
+    text = pipe.embed(Request(unique, request.height, request.width, request.frames, request.fps))
+    place = {prompt: number for number, prompt in enumerate(unique)}
+    return [text[place[prompt]][None] for prompt in request.prompts]
+
+
+def frames_of(pipe: OneStepPipeline, latents: Tensor) -> np.ndarray:
+    """Latents `[1, C, f, h, w]` as pixels, uint8 `[F, H, W, 3]`."""
+    return np.concatenate(list(pipe.frames(latents)))
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Write a matplotlib figure as a PNG, whole or not at all. Raises AptError for a place that cannot be written."""
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+    return path
+
+
+def show_frame(axes, frame: np.ndarray, title: str = "", label: str = "") -> None:
+    """A picture without ticks; title above it, label to its left."""
+    axes.imshow(frame, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=9)
+    axes.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", wrap=False)
