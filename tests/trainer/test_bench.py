@@ -55,7 +55,7 @@ def test_inference_in_fp8_says_how_far_it_is_off(tmp_path):
 def test_training_in_miniature(tmp_path):
     shown = bench("train", "mini", "frames=5", "--updates", 2, "--json", tmp_path / "a.json")
     found = json.loads((tmp_path / "a.json").read_text())
-    preset = load_preset("mini", ["frames=5", "stage2.paper.video.batch=1"], ("data",))
+    preset = load_preset("mini", ["frames=5", "stage2.demo.video.batch=1"], ("data",))
     assert found["batch"] == 1 and set(found["modes"]) == {"full", "lora"}
     full, lora = (found["modes"][mode] for mode in ("full", "lora"))
     assert full["flops"] == account(preset, "video").flops > lora["flops"]

@@ -146,7 +146,7 @@ def test_a_lora_is_exported_alone_and_merged(run, tmp_path, monkeypatch):
         merged, adapted, base_alone = (one_step(model, z, text) for model in (whole.double(), opened.model, plain.double()))
         # The merged file's weights are rounded to fp32: moving each of the base's by as much moves its output by 1.2e-6.
         torch.testing.assert_close(merged, adapted, rtol=0, atol=3e-6)
-        assert (adapted - base_alone).abs().max() > 100 * 3e-6
+        assert (adapted - base_alone).abs().max() > 50 * 3e-6  # the average of two updates
         v = stock.double()(hidden_states=z, timestep=torch.tensor([1000.0]).double(), encoder_hidden_states=text, return_dict=False)[0]
         torch.testing.assert_close(z - v, adapted, rtol=0, atol=1e-10)
 
@@ -338,7 +338,7 @@ def test_a_phase_without_the_stage_before_says_where_it_starts(run, tmp_path):
 
 def test_dry_run_touches_no_weight():
     shown = done("adversarial", "wan2.2-5b", "--phase", "video", "mode=lora", "--dry-run", "--gpus", 1, "--gpu-memory", 32, "--out", "nowhere")
-    for part in ("4,999,787,712", "161,218,560", "11,440", "It fits: 25.1 of 30.1 GiB"):
+    for part in ("4,999,787,712", "161,218,560", "11,440", "It fits: 26.1 of 30.1 GiB"):
         assert part in shown
     assert "add train.mode=lora" in refused("adversarial", "wan2.2-5b", "--phase", "video", "--dry-run", "--gpus", 1, "--out", "nowhere")
     assert not Path("nowhere").exists()

@@ -38,7 +38,7 @@ def test_unknown_names_are_refused_with_what_there_is():
     "line, complaint",
     [
         ("updates = 75", "image.updates is -3"),
-        ("lr_generator = 2e-4", "image.lr_generator is -3"),
+        ("lr_generator = 1.5e-5", "image.lr_generator is -3"),
         ('negative_prompt = "blurry, broken, deformed, bad quality"', "negative_prompt is -3"),
     ],
 )
@@ -90,7 +90,7 @@ def test_overrides_change_single_numbers():
     [
         ("updtes=2", "there is no setting 'updtes' (did you mean updates?): see the preset's file for all of them."),
         ("distill.update=3", "there is no setting 'distill.update' (did you mean distill.updates?): see the preset's file for all of them."),
-        ("stage2.wild.image.updates=3", "there is no setting 'stage2.wild.image.updates' (did you mean stage2.stable.image.updates?): see the preset's file for all of them."),
+        ("stage2.wild.image.updates=3", "there is no setting 'stage2.wild.image.updates' (did you mean stage2.demo.image.updates?): see the preset's file for all of them."),
         ("updates", "'updates' is not a setting: write key=value, for example updates=100."),
         ("updates=-3", "preset mini.toml: stage2.paper.image.updates is -3: input should be greater than or equal to 1."),
         ("mode=half", "preset mini.toml: train.mode is 'half': input should be 'full' or 'lora'."),

@@ -192,12 +192,12 @@ def train_distill(files: Files, layout: Layout, out: Path, options: dict | None 
             torch.save(rows, out / "rows.pt")
 
 
-def run_layouts(files: Files, processes: int, jobs: list[tuple]) -> None:
-    """Several runs in fp64, (layout, out, train, options) each, one after the other on the same processes: starting them is what takes time."""
+def run_layouts(files: Files, processes: int, jobs: list[tuple], double: bool = True) -> None:
+    """Several runs, by default in fp64, (layout, out, train, options) each, one after the other on the same processes: starting them is what takes time."""
     ports = [free_port() for _ in jobs]
     for _, out, *_ in jobs:
         out.mkdir(parents=True, exist_ok=True)
-    run_workers(processes, in_double, train_all, files, jobs, ports)
+    run_workers(processes, *([in_double] if double else []), train_all, files, jobs, ports)
 
 
 class Doubled(ModuleType):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from layouts import Layout, assert_close, mmdit, run_workers, train_adversarial, train_distill
+from layouts import Layout, assert_close, in_double, mmdit, run_workers, train_adversarial, train_distill
 
 from apt_core.sources import load_backbone
 from trainer.distributed import World
@@ -76,7 +76,7 @@ def test_nothing_else_is_called(train, kind, checkpointing, cp, files, tmp_path)
         out = tmp_path / wanted
         out.mkdir()
         layout = Layout(cp, Parallel(context_parallel=cp, checkpointing=checkpointing, attention=attention), {"updates": 2})
-        run_workers(cp, train_counted, train, files, layout, out, options)
+        run_workers(cp, in_double, train_counted, train, files, layout, out, options)
         for path in out.glob("calls-*.pt"):
             assert torch.load(path).keys() == {wanted}
     assert_close(tmp_path / WANTED, tmp_path / "native", 2, 1e-5)

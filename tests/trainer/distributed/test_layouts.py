@@ -84,7 +84,8 @@ def test_the_base_under_adapters_stays_as_it_was_to_the_last_bit(name, runs, fil
     (tensors, header), (wanted, _) = (read_tensors(runs / run / "generator.safetensors") for run in (name, "lora"))
     assert '"kind": "lora"' in header.metadata["apt"] and tensors.keys() == wanted.keys()
     assert all(torch.allclose(value, wanted[key], rtol=2**-22, atol=1e-9) for key, value in tensors.items())
-    assert max(value.abs().max() for key, value in tensors.items() if "lora_B" in key) > 2e-5
+    # Five steps of 5e-6 in one direction, averaged with decay 0.9 from zero, are 1.3 of them.
+    assert max(value.abs().max() for key, value in tensors.items() if "lora_B" in key) > 1.3 * 5e-6
 
 
 def test_all_of_the_mmdit_is_trained(runs, files):

@@ -112,7 +112,7 @@ def stop_one_of_two(files, layout, out, options):
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_place(whole, files, tmp_path):
-    layout, options = Layout(2, ACCUMULATED, SLOW), {"keep": Keep(tmp_path / "states", every=5)}
+    layout, options = Layout(2, ACCUMULATED, STABLE), {"keep": Keep(tmp_path / "states", every=5)}
     run_layout(files, layout, tmp_path, stop_one_of_two, options)
     said = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert said[0] == said[1] and "stopped by a signal in update" in said[0]

@@ -100,8 +100,8 @@ def changes(name, preset=MINI, phase="image"):
         ("no_ar1", {"r1_weight": 0.0}), ("t0", {"discriminator_time": 0.0}), ("last_layer", {"taps": (1.0,)}),
         ("half_depth", {"taps": (2 / 9, 13 / 36, 0.5)}), ("two_thirds_depth", {"taps": (8 / 27, 13 / 27, 2 / 3)}),
         ("frozen_backbone", {"train_backbone": False}), ("from_distilled", {"discriminator_start": "start"}), ("no_distillation", {}),
-        ("batch_quarter", {"batch": 16}), ("batch_sixteenth", {"batch": 4}), ("no_ema", {}), ("sigma_0.03", {"r1_sigma": 0.03}),
-        ("sigma_0.09", {"r1_sigma": 0.09}), ("sigma_0.9", {"r1_sigma": 0.9}), ("updates_50", {"updates": 50}), ("updates_350", {"updates": 350}), ("steps_4", {}),
+        ("batch_quarter", {"batch": 16}), ("batch_sixteenth", {"batch": 4}), ("no_ema", {}), ("sigma_0.02", {"r1_sigma": 0.02}),
+        ("sigma_0.06", {"r1_sigma": 0.06}), ("sigma_0.6", {"r1_sigma": 0.6}), ("updates_50", {"updates": 50}), ("updates_350", {"updates": 350}), ("steps_4", {}),
     ],
 )  # fmt: skip
 def test_a_variant_changes_what_it_names_and_nothing_else(name, wanted):
@@ -119,7 +119,7 @@ def test_names_groups_and_what_they_are_compared_with():
     variants = all_variants(MINI, "paper", "image")
     assert list(choose(variants, [])) == list(variants)
     assert list(choose(variants, ["steps_4"])) == ["paper", "base", "steps_1", "steps_2", "steps_4"]
-    assert list(choose(variants, ["sigma"])) == ["paper", "base", "sigma_0.03", "sigma_0.09", "sigma_0.9"]
+    assert list(choose(variants, ["sigma"])) == ["paper", "base", "sigma_0.02", "sigma_0.06", "sigma_0.6"]
     assert list(choose(variants, ["updates_50"])) == ["paper", "base", "distilled", "updates_50"]
     assert list(choose(variants, ["batch", "t0"])) == ["paper", "base", "t0", "batch_quarter", "batch_sixteenth"]
     with pytest.raises(AptError, match=r"there is no variant 'no_r1' \(did you mean no_ar1(, \w+)?( or \w+)?\?\): use paper, base, .* or .*\.") as error:
