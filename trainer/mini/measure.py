@@ -59,7 +59,7 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: b
 
 def _preset(run: Path) -> Preset:
     try:
-        settings = json.loads((run / "state.json").read_text())["settings"]
+        settings = json.loads((run / "state.json").read_text(encoding="utf-8"))["settings"]
         data, preset = settings["data"], Preset.model_validate(settings["preset"])
     except (OSError, ValueError, KeyError, TypeError):
         raise AptError(f"{run} holds no run of the demo; give the folders that `demo --out` made.") from None
