@@ -226,7 +226,7 @@ def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Ma
         write_tensors(new / "transformer" / WEIGHTS, state, {"apt": json.dumps(apt)})
         stock.save_config(new / "transformer")
         FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(new / "scheduler")
-        (new / "apt.json").write_text(json.dumps(apt, indent=2) + "\n")
+        (new / "apt.json").write_text(json.dumps(apt, indent=2) + "\n", encoding="utf-8")
         if path.exists():
             path.rename(old)
         new.rename(path)
@@ -252,11 +252,11 @@ def _apt(path, metadata: Mapping) -> dict:
 def _folder(path: Path) -> tuple[list[Path], dict]:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["_class_name"] not in ("WanTransformer3DModel", "WanBackbone"):
             raise KeyError
         index = folder / f"{WEIGHTS}.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [WEIGHTS]
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.exists() else [WEIGHTS]
         files = [folder / Path(n).name for n in names]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise AptError(f"{folder} is not a diffusers folder of a Wan transformer: give one with its config.json, or a .safetensors file.") from None

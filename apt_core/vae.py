@@ -212,7 +212,7 @@ def _config_from_shapes(shapes: dict, layout: str, version: str) -> dict:
 
 def _folder_config(folder: Path) -> dict:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["_class_name"] == "AutoencoderKLWan":
             return config
     except (OSError, ValueError, TypeError, KeyError):

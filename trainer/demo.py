@@ -176,7 +176,7 @@ def draw_files(folder: Path, data: Data, seed: int, report: Callable) -> None:
             else:
                 write_image(stem.with_suffix(".png"), pixels[0, 0])
             with replacing(stem.with_suffix(".txt")) as part:
-                part.write_text(scenes[0].caption + "\n")
+                part.write_text(scenes[0].caption + "\n", encoding="utf-8")
             report(done + i + 1, total)
 
 
@@ -192,7 +192,7 @@ class RunState:
         self.state = {"settings": identity, "stages": {}}
         if path.exists():
             try:
-                self.state = json.loads(path.read_text())
+                self.state = json.loads(path.read_text(encoding="utf-8"))
                 old = dict(self.state["settings"])
                 self.record()
             except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -157,7 +157,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         states = self._complete()
-        scores = {path: json.loads((path / FACTS).read_text())["score"] for path in states}
+        scores = {path: json.loads((path / FACTS).read_text(encoding="utf-8"))["score"] for path in states}
         judged = sorted((path for path in states if scores[path] is not None), key=scores.__getitem__)
         stay = {*states[-self.keep.last :], *judged[: self.keep.best]}
         for path in states:

@@ -46,7 +46,7 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
         raise AptError(f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema away.")
     if path.is_dir():
         about = path / "apt.json"
-        return Generator(load_transformer(path), None, json.loads(about.read_text()) if about.is_file() else {})
+        return Generator(load_transformer(path), None, json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {})
     header = read_header(path)
     metadata = metadata_json(path, header.metadata, "apt")
     if not any(".lora_A." in key for key in header.shapes):

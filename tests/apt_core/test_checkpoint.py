@@ -178,11 +178,11 @@ def test_diffusers_folder(model, same, tmp_path):
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(1)
     assert scheduler.config.shift == 5.0 and scheduler.timesteps.tolist() == [1000.0]
-    assert json.loads((folder / "apt.json").read_text())["updates"] == 2
+    assert json.loads((folder / "apt.json").read_text(encoding="utf-8"))["updates"] == 2
     model.scale_shift_table.data[0, 0, 0] = float("nan")
     with pytest.raises(AptError, match="scale_shift_table"):
         save_diffusers_folder(folder, model, {"updates": 3})
-    assert json.loads((folder / "apt.json").read_text())["updates"] == 2 and len(list(tmp_path.iterdir())) == 1
+    assert json.loads((folder / "apt.json").read_text(encoding="utf-8"))["updates"] == 2 and len(list(tmp_path.iterdir())) == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(AptError, match="mine"):
@@ -445,7 +445,7 @@ def test_a_failing_folder_export_leaves_the_old_one(model, tmp_path, monkeypatch
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(AptError if isinstance(error, OSError) else KeyboardInterrupt):
         save_diffusers_folder(tmp_path / "e", model, {"updates": 2})
-    assert json.loads((tmp_path / "e" / "apt.json").read_text())["updates"] == 1
+    assert json.loads((tmp_path / "e" / "apt.json").read_text(encoding="utf-8"))["updates"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["e"]
 
 

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -207,8 +208,10 @@ def test_memory_traffic_of_49_frames_of_720p(version, stock_gb, our_gb, monkeypa
     with torch.inference_mode(), MovedBytes() as ours:
         for _ in decoder.stream(z, uint8=True):
             pass
-    assert theirs.total / 1e9 == pytest.approx(stock_gb, rel=0.01)
     assert (ours.total + Kernels.moved) / 1e9 == pytest.approx(our_gb, rel=0.01)
+    assert theirs.total > 3 * (ours.total + Kernels.moved)
+    if diffusers.__version__.startswith("0.42."):  # whose figure it is; 0.36 moves a quarter less
+        assert theirs.total / 1e9 == pytest.approx(stock_gb, rel=0.01)
 
 
 def test_compiled(double):

@@ -50,7 +50,7 @@ BUILD = """async ({nodes, links}) => {
 
 def finish(name: str, graph: dict, core_version: str) -> dict:
     """Node ids in the order of their definition, where each node and each public model file comes from, and no view of the canvas."""
-    pack = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pack = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     graph["nodes"].sort(key=lambda node: node["id"])
     for node in graph["nodes"]:
         ours = node["type"].startswith("APT")

@@ -37,7 +37,7 @@ def _input(name: str, kind: str | list, options: dict | None = None) -> list:
 
 
 def read_snapshot() -> dict:
-    return json.loads(SNAPSHOT.read_text())
+    return json.loads(SNAPSHOT.read_text(encoding="utf-8"))
 
 
 def write_snapshot(object_info: dict, stock: set[str]) -> None:

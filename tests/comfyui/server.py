@@ -124,7 +124,7 @@ class Server:
 
     def memory(self) -> int:
         """Resident bytes of the server's process (Linux)."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text(encoding="utf-8").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def _answer(self, request: urllib.request.Request):

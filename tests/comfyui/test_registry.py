@@ -8,7 +8,7 @@ from PIL import Image
 from server import packed_files
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def test_the_zip_holds_what_the_nodes_need_and_no_more():
@@ -27,7 +27,7 @@ def test_pyproject_has_what_the_registry_asks_for():
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
     # Named here, torch would be replaced by pip in the user's ComfyUI.
     assert project["dependencies"] == []
-    assert all(line.startswith("#") for line in (ROOT / "requirements.txt").read_text().splitlines())
+    assert all(line.startswith("#") for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
     assert project["urls"]["Repository"].startswith("https://github.com/")
     assert comfy.keys() >= {"PublisherId", "DisplayName", "Icon", "Banner", "requires-comfyui"}
     assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])

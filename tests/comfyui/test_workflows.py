@@ -16,7 +16,7 @@ NAMES = sorted(WORKFLOWS)
 
 
 def load(name: str) -> dict:
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def convert(frontend, name: str) -> dict:

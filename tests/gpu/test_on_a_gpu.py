@@ -206,7 +206,7 @@ def test_training_of_one_process_and_torchrun(mode, shards, tmp_path):
     command(*torchrun, "-m", "trainer", *settings, "compute=bf16", "--out", tmp_path / "many")
     losses = []
     for run in ("one", "many"):
-        table = next((tmp_path / run / "log").rglob("history.csv")).read_text().splitlines()
+        table = next((tmp_path / run / "log").rglob("history.csv")).read_text(encoding="utf-8").splitlines()
         losses.append([float(row.split(",")[table[0].split(",").index("d_loss")]) for row in table[1:]])
     assert len(losses[0]) == len(losses[1]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
@@ -216,5 +216,5 @@ def test_training_of_one_process_and_torchrun(mode, shards, tmp_path):
 def test_bench(what, tmp_path):
     place = ("--device", DEVICE) if what[0] == "inference" else ()
     command("trainer", "bench", *what, *place, "--json", tmp_path / "a.json")
-    found = json.loads((tmp_path / "a.json").read_text())
+    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert found.get("velocity_error", 0) < 0.05

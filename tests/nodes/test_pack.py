@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NODES = {name: info for name, info in json.loads((ROOT / "tests/workflows/object_info.json").read_text()).items() if name.startswith("APT")}
+NODES = {name: info for name, info in json.loads((ROOT / "tests/workflows/object_info.json").read_text(encoding="utf-8")).items() if name.startswith("APT")}
 
 AS_COMFYUI_DOES = """
 import importlib.util, inspect, sys
@@ -30,13 +30,13 @@ def test_the_door_opens_without_comfyui():
 
 
 def test_every_node_has_its_help_page_and_no_page_is_left_over():
-    web = re.search(r'^WEB_DIRECTORY = "(.+)"$', (ROOT / "__init__.py").read_text(), re.MULTILINE)[1]
+    web = re.search(r'^WEB_DIRECTORY = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
     assert sorted(page.stem for page in (ROOT / web / "docs").iterdir()) == sorted(NODES)
 
 
 @pytest.mark.parametrize("name", NODES)
 def test_a_help_page_explains_every_input(name):
-    page = (ROOT / "nodes/web/docs" / f"{name}.md").read_text()
+    page = (ROOT / "nodes/web/docs" / f"{name}.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {NODES[name]['display_name']}\n")
     rows = re.findall(r"^\| (\w+) \|", page, re.MULTILINE)
     inputs = [key for section in ("required", "optional") for key in NODES[name]["input"].get(section, {})]

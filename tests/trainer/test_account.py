@@ -167,7 +167,7 @@ def test_what_does_not_divide(overrides, gpus, sentence):
 
 @pytest.mark.parametrize("name", REAL)
 def test_what_is_written_beside_a_preset_is_its_account(name):
-    text = (PRESETS / f"{name}.toml").read_text()
+    text = (PRESETS / f"{name}.toml").read_text(encoding="utf-8")
     for line in summary(preset(name)):
         assert f"# {line}\n" in text
     assert preset(name).phases("paper").image.batch == 9062 and preset(name).phases("paper").video.batch == 2048

@@ -29,7 +29,7 @@ def bench(*arguments) -> str:
 
 def test_inference_in_miniature(tmp_path):
     shown = bench("inference", "--repeats", 2, "--json", tmp_path / "a.json", "--device", "cpu")
-    found = json.loads((tmp_path / "a.json").read_text())
+    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     # Not that the engine takes longer than its floor: on a busy machine the rates that the floor stands on may have been measured in a bad moment.
     for part in ("dit", "vae"):
         work = found["work"][part]
@@ -46,7 +46,7 @@ def test_inference_in_miniature(tmp_path):
 
 def test_inference_in_fp8_says_how_far_it_is_off(tmp_path):
     shown = bench("inference", "--fp8", "--repeats", 1, "--json", tmp_path / "a.json", "--device", "cpu")
-    found = json.loads((tmp_path / "a.json").read_text())
+    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert 0.01 < found["velocity_error"] < 0.08 and f"Velocity in fp8: {found['velocity_error']:.1e} from diffusers in float32" in shown
     dit = found["work"]["dit"]
     assert found["floor"]["dit"] == max(dit["flops"] / found["rates"]["matrix_fp8"], dit["bytes"] / found["rates"]["copy"])
@@ -54,7 +54,7 @@ def test_inference_in_fp8_says_how_far_it_is_off(tmp_path):
 
 def test_training_in_miniature(tmp_path):
     shown = bench("train", "mini", "frames=5", "--updates", 2, "--json", tmp_path / "a.json")
-    found = json.loads((tmp_path / "a.json").read_text())
+    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     preset = load_preset("mini", ["frames=5", "stage2.demo.video.batch=1"], ("data",))
     assert found["batch"] == 1 and set(found["modes"]) == {"full", "lora"}
     full, lora = (found["modes"][mode] for mode in ("full", "lora"))

@@ -92,7 +92,7 @@ def test_a_state_is_what_the_run_wrote(run):
 
 
 def test_states_are_judged_and_the_best_is_told(run):
-    rows = [json.loads((path / "run.json").read_text()) for path in sorted((run / "states" / "image").glob("step-*"))]
+    rows = [json.loads((path / "run.json").read_text(encoding="utf-8")) for path in sorted((run / "states" / "image").glob("step-*"))]
     assert [row["score"] > 0 for row in rows] == [True, True] and rows[-1]["rows"][0]["judged"] == rows[0]["score"]
     shown = " ".join(done("adversarial", TINY, "--phase", "image", *STATES, "--out", run).split())
     first, last = (row["score"] for row in rows)
@@ -311,7 +311,7 @@ def test_mistakes_are_known_before_the_first_step(arguments, sentence, tmp_path)
 
 
 def test_shards_that_do_not_fit_are_refused(run, tmp_path):
-    index = json.loads((run / "latents" / "index.json").read_text())
+    index = json.loads((run / "latents" / "index.json").read_text(encoding="utf-8"))
     for change, sentence in (
         ({"vae": {"stride": [4, 8, 8], "channels": 48}}, "has latent channels 48, but tiny needs 16: precompute the shards for this model."),
         ({"text": {"dim": 96, "length": 512}}, "has text length 512, but tiny needs 32"),

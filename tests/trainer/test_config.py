@@ -43,7 +43,7 @@ def test_unknown_names_are_refused_with_what_there_is():
     ],
 )
 def test_a_bad_value_is_named(tmp_path, line, complaint):
-    text = (PRESETS / "mini.toml").read_text()
+    text = (PRESETS / "mini.toml").read_text(encoding="utf-8")
     assert line in text
     bad = tmp_path / "bad.toml"
     bad.write_text(text.replace(line, line.split("=")[0] + "= -3", 1))
@@ -54,7 +54,7 @@ def test_a_bad_value_is_named(tmp_path, line, complaint):
 
 def test_a_misspelled_setting_is_an_error(tmp_path):
     bad = tmp_path / "bad.toml"
-    bad.write_text((PRESETS / "mini.toml").read_text().replace("[sampling]", "[sampling]\ngiudance = 2", 1))
+    bad.write_text((PRESETS / "mini.toml").read_text(encoding="utf-8").replace("[sampling]", "[sampling]\ngiudance = 2", 1))
     with pytest.raises(AptError, match="giudance"):
         load_preset(bad)
 
@@ -68,7 +68,7 @@ def test_broken_toml_is_named(tmp_path):
 
 def test_a_missing_value_and_a_file_that_is_no_text_are_named(tmp_path):
     bad = tmp_path / "bad.toml"
-    bad.write_text((PRESETS / "mini.toml").read_text().replace("second_time", "# second_time", 1))
+    bad.write_text((PRESETS / "mini.toml").read_text(encoding="utf-8").replace("second_time", "# second_time", 1))
     with pytest.raises(AptError, match=r"^preset bad.toml: sampling.second_time is missing: add it.$"):
         load_preset(bad)
     bad.write_bytes(b"name = '\xff\xfe'")
@@ -104,7 +104,7 @@ def test_a_wrong_override_is_one_sentence(override, sentence):
 
 def test_a_misspelled_setting_in_a_file_names_the_right_one(tmp_path):
     bad = tmp_path / "bad.toml"
-    bad.write_text((PRESETS / "mini.toml").read_text().replace("guidance = 2.0", "giudance = 2.0", 1))
+    bad.write_text((PRESETS / "mini.toml").read_text(encoding="utf-8").replace("guidance = 2.0", "giudance = 2.0", 1))
     with pytest.raises(AptError, match=r"(sampling.guidance is missing|there is no setting sampling.giudance \(did you mean sampling.guidance\?\))"):
         load_preset(bad)
 

@@ -48,7 +48,7 @@ def assert_same_file(one, other):
 
 def test_the_report_has_every_column_and_number(run):
     out, result = run
-    assert json.loads((out / "report.json").read_text()) == result
+    assert json.loads((out / "report.json").read_text(encoding="utf-8")) == result
     for name in ("columns", "image_columns"):
         assert tuple(result[name]) == COLUMNS
         for row in result[name].values():
@@ -132,7 +132,7 @@ def test_attention_over_its_samples(run, tmp_path):
 def test_a_finished_run_trains_nothing_again_and_an_interrupted_one_goes_on(run, tmp_path, monkeypatch):
     out = tmp_path / "again"
     shutil.copytree(run[0], out)
-    state = json.loads((out / "state.json").read_text())
+    state = json.loads((out / "state.json").read_text(encoding="utf-8"))
     del state["stages"]["adversarial_video"]
     (out / "state.json").write_text(json.dumps(state))
     (out / "apt-mini.safetensors").unlink()
@@ -155,7 +155,7 @@ def test_ctrl_c_leaves_finished_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.demo, "distill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Demo(tmp_path, TINY, samples=SAMPLES).run()
-    assert set(json.loads((tmp_path / "state.json").read_text())["stages"]) == {"data", "precompute"}
+    assert set(json.loads((tmp_path / "state.json").read_text(encoding="utf-8"))["stages"]) == {"data", "precompute"}
     assert (tmp_path / "latents" / "index.json").exists()
 
 
@@ -165,7 +165,7 @@ def test_the_stable_preset_runs_on_other_peoples_pictures(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(6):
         Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"Ein Foto Nr. {i}, caf\u00e9 \u732b")
+        (folder / f"{i}.txt").write_text(f"Ein Foto Nr. {i}, caf\u00e9 \u732b", encoding="utf-8")
     large = TINY.model_copy(update={"data": TINY.data.model_copy(update={"image_height": 64, "image_width": 80})})
     result = Demo(tmp_path / "out", large, variant="stable", data=folder, samples=4).run()
     assert set(ShardDataset(tmp_path / "out" / "latents", "image").buckets) == {(16, 1, 8, 10)}
@@ -213,7 +213,7 @@ def test_one_clip_a_few_pictures_and_a_bad_file(tmp_path, capsys):
         for row in result[name].values():
             assert row["samples"] == count and np.isfinite(row["patch_fd"]) and row["sharpness"] > 0
             assert (row["fd"] is None, row["diversity"] is None) == (count == 1, count == 1)
-    assert "NaN" not in (tmp_path / "out [/x]" / "report.json").read_text()
+    assert "NaN" not in (tmp_path / "out [/x]" / "report.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("out", ["file", "file/inside"])
@@ -221,7 +221,7 @@ def test_an_out_that_is_a_file_is_refused_and_stays(tmp_path, out):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(AptError, match="cannot be made, because it or a parent of it is a file: give another folder"):
         Demo(tmp_path / out, TINY).run()
-    assert (tmp_path / "file").read_text() == "precious"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"settings": 3}', '{"settings": {"seed": 0}}', '{"settings": {"seed": 0}, "stages": {"data": 1}}'])
@@ -247,7 +247,7 @@ def test_drawn_clips_have_one_size_and_any_length(run, tmp_path):
 
 def test_measure_gives_the_mean_and_each_run(run, tmp_path):
     result = measure_runs([run[0], run[0]], 4, tmp_path / "new" / "figures.json")
-    assert json.loads((tmp_path / "new" / "figures.json").read_text()) == result
+    assert json.loads((tmp_path / "new" / "figures.json").read_text(encoding="utf-8")) == result
     for name in ("columns", "image_columns"):
         assert tuple(result[name]) == ALL_COLUMNS and len(result[f"{name}_by_run"]) == 2
         for column in ALL_COLUMNS:

@@ -10,7 +10,7 @@ from trainer.files import make_folder, replacing, write_json
 
 def test_json_makes_its_folder_and_leaves_nothing_beside_it(tmp_path):
     write_json(tmp_path / "new" / "a.json", {"a": 1})
-    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
+    assert json.loads((tmp_path / "new" / "a.json").read_text(encoding="utf-8")) == {"a": 1}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
 
 
@@ -21,7 +21,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, error, seen):
     with pytest.raises(seen), replacing(path) as part:
         part.write_text("half")
         raise error
-    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    assert path.read_text(encoding="utf-8") == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_file_in_the_way_is_one_sentence(tmp_path):

@@ -106,7 +106,7 @@ def test_values_arrive_in_order(data, tmp_path):
         assert len(words) == 2 + i % 3 and text[i, :, 0].tolist() == [len(word) for word in words] + [0] * (6 - len(words))
     latents = images.batch([0, 1, 2])[0]
     assert latents.shape == (3, 3, 1, 4, 4) and (latents.mean((1, 2, 3, 4)) - torch.tensor([0, 60, 120]) / 127.5 + 1).abs().max() < 1e-5
-    assert json.loads((tmp_path / "out" / "skipped.json").read_text()) == []
+    assert json.loads((tmp_path / "out" / "skipped.json").read_text(encoding="utf-8")) == []
 
 
 def test_kinds_and_image_frames(data, tmp_path):
@@ -126,7 +126,7 @@ def test_bad_input_is_refused_before_anything_is_encoded(data, tmp_path):
     assert vae.calls == 0 and not out.exists()
 
     report = run(data, out, vae, skip_bad=True)
-    reasons = {entry["file"]: entry["reason"] for entry in json.loads((out / "skipped.json").read_text())}
+    reasons = {entry["file"]: entry["reason"] for entry in json.loads((out / "skipped.json").read_text(encoding="utf-8"))}
     assert report.samples == {"image": 2, "video": 4} and len(report.skipped) == 4
     assert set(reasons) == {"clip1.mp4", "clip3.mp4", "clip5.mp4", "image2.png"}
     assert "clip1.mp4 holds no frame that can be decoded" in reasons["clip1.mp4"] and "clip5.mp4 has 0.37 s, 0.63 s (5 frames at 8 fps)" in reasons["clip5.mp4"]

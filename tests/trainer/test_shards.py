@@ -133,7 +133,7 @@ def test_damaged_shards_are_named_and_made_anew(folder):
 
 def test_damaged_indices_are_named(folder):
     path = folder / "index.json"
-    index = json.loads(path.read_text())
+    index = json.loads(path.read_text(encoding="utf-8"))
     for text in ("{", "", "[]", json.dumps(index | {"version": 99}), json.dumps({k: v for k, v in index.items() if k != "samples"})):
         path.write_text(text)
         with pytest.raises(AptError, match="index.json.* run precompute again"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "workflows"
-NODES = json.loads(Path(__file__).with_name("object_info.json").read_text())
+NODES = json.loads(Path(__file__).with_name("object_info.json").read_text(encoding="utf-8"))
 NAMES = [
     "apt_lora_text_to_video",
     "apt_mini_text_to_video",
@@ -28,7 +28,7 @@ CARD = 16 / 9  # width to height, as the template browser crops pictures
 
 
 def load(name: str) -> dict:
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def inputs_of(node: dict) -> dict[str, tuple[str, dict]]:
@@ -79,7 +79,7 @@ def test_picture(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nodes_exist_and_say_where_they_come_from(name):
-    pack = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
+    pack = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
     nodes = ours_and_stock(name)
     assert any(node["type"].startswith("APT") for node in nodes)
     for node in nodes:

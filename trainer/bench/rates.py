@@ -114,4 +114,4 @@ def peak_memory(device: torch.device, interval: float = 0.001) -> Iterator[Peak]
 def _resident() -> int:
     """Bytes of this process in memory; where the system does not tell, none."""
     path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
+    return int(path.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0

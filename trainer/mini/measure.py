@@ -65,7 +65,7 @@ def read_run(run: Path) -> tuple[Preset, dict]:
     Raises AptError for a folder that holds none, for one on other people's clips, and for one that is not finished.
     """
     try:
-        settings = json.loads((run / "state.json").read_text())["settings"]
+        settings = json.loads((run / "state.json").read_text(encoding="utf-8"))["settings"]
         data, preset = settings["data"], Preset.model_validate(settings["preset"])
     except (OSError, ValueError, KeyError, TypeError):
         raise AptError(f"{run} holds no run of the demo; give the folders that `demo --out` made.") from None

@@ -121,7 +121,7 @@ def test_a_broken_sample_stops_the_run_and_is_written_down(files, tmp_path):
     with pytest.raises(AptError, match=said) as error:
         train_adversarial(broken, layout, tmp_path)
     assert "\n" not in str(error.value)
-    assert json.loads((tmp_path / "states" / "not-finite-discriminator.json").read_text())["samples"] == ["video-4.mp4"]
+    assert json.loads((tmp_path / "states" / "not-finite-discriminator.json").read_text(encoding="utf-8"))["samples"] == ["video-4.mp4"]
 
 
 def test_an_infinite_gradient_stops_before_the_step(tmp_path):
