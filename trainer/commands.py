@@ -31,7 +31,7 @@ from trainer.mini.clips import SIZE
 from trainer.monitor import Monitor, Work
 from trainer.networks import Lora
 from trainer.parallel import parallel_of
-from trainer.places import DISTILLED, IMAGE
+from trainer.places import DISTILLED, IMAGE, whole_states
 from trainer.precompute import SKIPPED, Report, fingerprint, precompute
 from trainer.progress import console, stage_bar
 from trainer.prompts import PROMPTS, Prompts
@@ -268,7 +268,7 @@ def _say(line: str) -> None:
 
 
 def _tell_result(path: Path, states: Path) -> None:
-    newest, best = max(states.glob("step-*"), default=None), best_state(states)
+    newest, best = max(whole_states(states), default=None), best_state(states)
     if best is None:
         _say(f"{path} is the result.")
     elif best[0] == newest:

@@ -85,6 +85,16 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def share(self, count: int) -> range:
+        """Numbers 0, 1, ... of samples that this process takes of `count`. All take equally many, so that a sharded network is gone through equally
+        often: the last ones may be `count` and above, which stand for those from 0 on."""
+        return range(self.dp_rank, -(-count // self.dp) * self.dp, self.dp)
+
+    def gather_rows(self, mine: Tensor, count: int) -> Tensor:
+        """Everybody's rows `[n, ...]` of `share(count)` in the order of their numbers, `[count, ...]`, in all processes."""
+        by_row = self.gather(mine.cpu())[:: self.cp]  # partners in context parallelism have the same
+        return torch.stack(by_row, dim=1).flatten(0, 1)[:count]
+
     def barrier(self) -> None:
         """Wait until all processes are here."""
         if self.size > 1:

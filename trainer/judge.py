@@ -24,8 +24,7 @@ class LatentJudge:
         data = batches.datasets[kind]
         count = min(count, len(data))
         order = EpochSampler(len(data), count, seed, "judge").batch(0)
-        rounds = -(-count // world.dp) * world.dp  # all processes go through a sharded network equally often
-        self.numbers = range(world.dp_rank, rounds, world.dp)
+        self.numbers = world.share(count)
         self.samples = [order[number % count] for number in self.numbers]
         self.data, self.count, self.seed, self.world = data, count, seed, world
         self.real = self._gather([statistics(self.data.get(i)[0]) for i in self.samples])
@@ -40,9 +39,7 @@ class LatentJudge:
         return distance(self._gather(made), self.real)
 
     def _gather(self, mine: Sequence[Tensor]) -> Tensor:
-        """Everybody's rows in the order of their numbers, `[count, features]`."""
-        by_row = self.world.gather(torch.stack(list(mine)))[:: self.world.cp]  # partners in context parallelism have the same
-        return torch.stack(by_row, dim=1).flatten(0, 1)[: self.count]
+        return self.world.gather_rows(torch.stack(list(mine)), self.count)
 
 
 def statistics(x: Tensor) -> Tensor:

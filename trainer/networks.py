@@ -82,15 +82,11 @@ def adversarial_networks(
     """
     first = start if discriminator_start == "start" else base
 
-    def make_discriminator(backbone: nn.Module) -> Discriminator:
-        heads = head_width and head_width // backbone.config.attention_head_dim
-        return Discriminator(backbone, taps, num_heads=heads, inner_dim=head_width)
-
     def load_discriminator(device: torch.device) -> Discriminator:
         backbone = load(first, device=device)
         if not train_backbone:
             backbone.requires_grad_(False)
-        return make_discriminator(backbone).to(device)
+        return make_discriminator(backbone, taps, head_width).to(device)
 
     if lora is None:
         generator = place(lambda device: load(start, device=device), world, parallel, parallel.generator_zero)
@@ -98,9 +94,15 @@ def adversarial_networks(
         return Networks(generator, discriminator)
     starts = {"generator": start, "discriminator": first}
     shared = _shared_base(base, starts, load, world, parallel, lora, () if train_backbone else ("discriminator",))
-    discriminator = make_discriminator(role(shared, "discriminator")).to(world.device)
+    discriminator = make_discriminator(role(shared, "discriminator"), taps, head_width).to(world.device)
     shard_heads(discriminator, world, parallel)
     return Networks(role(shared, "generator"), discriminator, base=shared)
+
+
+def make_discriminator(backbone: nn.Module, taps: Sequence[float], head_width: int | None) -> Discriminator:
+    """The discriminator of a run's settings over a backbone; see `adversarial_networks`."""
+    heads = head_width and head_width // backbone.config.attention_head_dim
+    return Discriminator(backbone, taps, num_heads=heads, inner_dim=head_width)
 
 
 def distillation_networks(base: Path, load: Load, world: World, parallel: Parallel, lora: Lora | None, target: bool) -> Networks:

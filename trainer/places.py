@@ -8,6 +8,12 @@ from apt_core.sources import MINI, SHIPPED
 ABOUT = "about.json"  # beside the training states of a stage: what an export of them needs
 DISTILLED, IMAGE = "distilled.safetensors", "apt-image.safetensors"  # what the stages before the last one leave in a run's folder
 STATE = ".metadata"  # what torch.distributed.checkpoint calls its index
+FACTS = "run.json"  # in each training state, written last
+
+
+def whole_states(folder: Path) -> list[Path]:
+    """The complete training states in the folder of a stage, the oldest first."""
+    return sorted(path for path in folder.glob("step-*") if not path.suffix and (path / FACTS).is_file())
 
 
 def resolve(path: Path) -> Path:
@@ -19,7 +25,7 @@ def resolve(path: Path) -> Path:
         raise AptError(f"{path} does not exist: give a checkpoint file, a diffusers folder, a training state or the folder of a run.")
     if not path.is_dir() or (path / STATE).is_file():
         return path
-    if states := sorted(state for state in path.glob("step-*") if (state / STATE).is_file() and not state.suffix):
+    if states := whole_states(path):
         return states[-1]
     last = [file for file in path.glob("apt-*.safetensors") if "-ema" not in file.stem and file.name != IMAGE]
     earlier = [file for file in (path / IMAGE, path / DISTILLED) if file.is_file()]

@@ -113,6 +113,11 @@ def plot(history: dict[str, tuple[list[int], list[float]]], stage: str, path: Pa
         axes.set_xlabel("update")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=9)
+    return save_figure(figure, path)
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Write a matplotlib figure as a PNG, whole or not at all. Raises AptError for a place that cannot be written."""
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=110)
     return path

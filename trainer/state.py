@@ -19,9 +19,9 @@ from torch.distributed.checkpoint import CheckpointException
 from apt_core.errors import AptError
 from trainer.distributed import World
 from trainer.files import make_folder, write_json
+from trainer.places import FACTS, whole_states
 from trainer.sampling import ORDER
 
-FACTS = "run.json"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # a run alone is no mistake
 
@@ -166,7 +166,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def _complete(self) -> list[Path]:
-        return sorted(path for path in self.keep.folder.glob("step-*") if not path.suffix and (path / FACTS).exists())
+        return whole_states(self.keep.folder)
 
 
 def best_state(folder: Path) -> tuple[Path, float] | None:

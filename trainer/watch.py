@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from apt_core.flow import sample_noise
 from apt_core.generator import one_step
@@ -24,9 +24,7 @@ class Watch:
     """
 
     def __init__(self, data: ShardDataset, held: Sequence[int], every: int, at_once: int, seed: int, shift: float, world: World, time: float | None = None) -> None:
-        count = len(held)
-        rounds = -(-count // world.dp) * world.dp  # all processes go through a sharded network equally often
-        mine = range(world.dp_rank, rounds, world.dp)
+        count, mine = len(held), world.share(len(held))
         self.parts = [mine[first : first + at_once] for first in range(0, len(mine), at_once)]
         self.data, self.held, self.count, self.every = data, held, count, every
         self.seed, self.shift, self.time, self.world = seed, shift, time, world
@@ -46,12 +44,7 @@ class Watch:
             z = sample_noise(fresh, x.shape[1:], self.seed, "watch/z").to(self.world.device)
             t = discriminator_times(fresh, self.seed, "watch/t", self.shift, self.time).to(self.world.device)
             x, text = x.to(self.world.device), text.to(self.world.device)
-            logits.append(torch.stack([discriminator(x, t, text), discriminator(one_step(generator, z, text), t, text)]))
-        real, fake = self._gather(torch.cat(logits, dim=1))
+            logits.append(torch.stack([discriminator(x, t, text), discriminator(one_step(generator, z, text), t, text)], dim=1))
+        real, fake = self.world.gather_rows(torch.cat(logits), self.count).unbind(1)
         found = verdict(real, fake) | {"gap": real.mean() - fake.mean()}
         return {f"held_{name}": float(value) for name, value in found.items()}
-
-    def _gather(self, mine: Tensor) -> Tensor:
-        """Everybody's logits in the order of their numbers, `[2, count]`."""
-        parts = self.world.gather(mine.cpu())[:: self.world.cp]  # partners in context parallelism have the same
-        return torch.stack(parts, dim=2).flatten(1)[:, : self.count]

@@ -15,9 +15,11 @@ from apt_core.errors import AptError
 from apt_core.lora import add_adapters, load_lora, role
 from apt_core.sources import load_backbone
 from apt_core.tensorfile import metadata_json
+from apt_core.wan import PAPER_FRACTIONS
 from trainer.base import locate
 from trainer.config import Files
-from trainer.places import ABOUT, STATE, resolve
+from trainer.networks import make_discriminator
+from trainer.places import ABOUT, FACTS, STATE, resolve
 
 ROLE = "generator"
 
@@ -76,8 +78,7 @@ def open_discriminator(path: str | Path) -> tuple[Discriminator, dict]:
     if state.about["lora"]:
         rank, alpha = state.about["lora"]
         backbone = role(add_adapters(backbone, ("discriminator",), rank, alpha), "discriminator")
-    width = state.identity["head_width"]
-    model = Discriminator(backbone, num_heads=width and width // backbone.config.attention_head_dim, inner_dim=width)
+    model = make_discriminator(backbone, state.identity.get("taps", PAPER_FRACTIONS), state.identity["head_width"])
     model.load_state_dict(state.tensors("discriminator.weights/"))
     return model.eval().requires_grad_(False), state.identity
 
@@ -92,7 +93,7 @@ class State:
         self.path = path
         try:
             self.about = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
-            self.facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            self.facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
             self.identity = self.facts["identity"]
             self._entries = FileSystemReader(path).read_metadata().state_dict_metadata
         except (OSError, ValueError, KeyError):
@@ -120,7 +121,7 @@ def _from_state(path: Path, ema: float | None) -> Generator:
     weights = state.tensors(f"{network}.weights/" if ema == 0 else f"averages.{wanted}/")
     metadata = about["metadata"] | {"kind": "generator", "phase": facts["identity"]["phase"], "updates": facts["update"], "ema": float(wanted)}
     if ema != 0:
-        metadata["ema_warmup"] = facts["identity"]["ema_warmup"]
+        metadata["ema_warmup"] = facts["identity"].get("ema_warmup", 10)  # what it was before it was a setting
 
     base = load_backbone(about["base"])
     if about["lora"] is None:

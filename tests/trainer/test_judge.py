@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trainer.distributed import World
 from trainer.judge import LatentJudge, distance, statistics
 
 SHAPES = [(3, 2, 8, 6), (3, 3, 4, 8)]
@@ -34,9 +35,13 @@ class Data:
         return torch.stack([self.get(i)[0] for i in indices]), torch.ones(len(indices), 2, 5), ["a caption"] * len(indices)
 
 
+def one_of(dp, dp_rank, cp, gather) -> World:
+    """A World that believes to be one process of several, and gathers as it is told."""
+    return type("One", (World,), {"dp": dp, "dp_rank": dp_rank, "cp": cp, "gather": staticmethod(gather)})()
+
+
 def judge(count=40, world=None):
-    world = world or SimpleNamespace(dp=1, dp_rank=0, cp=1, gather=lambda value: [value], device=torch.device("cpu"))
-    return LatentJudge(SimpleNamespace(datasets={"video": Data()}), "video", count, 0, world)
+    return LatentJudge(SimpleNamespace(datasets={"video": Data()}), "video", count, 0, world or World())
 
 
 def test_statistics_by_hand():
@@ -70,13 +75,10 @@ def test_processes_share_the_samples_and_agree():
             parts[rank].append(value)
             return [value, value]
 
-        world = SimpleNamespace(dp=2, dp_rank=rank, cp=1, gather=gather, device=torch.device("cpu"))
-        judge(5, world)(Velocity(0.9))
+        judge(5, one_of(2, rank, 1, gather))(Velocity(0.9))
     for rank in (0, 1):
         rounds = iter(zip(*parts))
-        world = SimpleNamespace(
-            dp=2, dp_rank=rank, cp=2, device=torch.device("cpu"), gather=lambda value: [part for part in next(rounds) for _ in range(2)]
-        )
+        world = one_of(2, rank, 2, lambda value: [part for part in next(rounds) for _ in range(2)])
         gathered[rank] = judge(5, world)(Velocity(0.9))
     assert {part.shape[0] for part in (*parts[0], *parts[1])} == {3}
     assert gathered == {0: alone, 1: alone}

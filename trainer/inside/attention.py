@@ -16,9 +16,9 @@ from apt_core.pipeline import OneStepPipeline
 from trainer.batches import held_positions
 from trainer.commands import LATENTS
 from trainer.files import write_json
-from trainer.inside.opening import embed_all, frames_of, save_figure, show_frame
-from trainer.places import STATE
-from trainer.plot import BLACK, BLUE, GREEN, ORANGE, RED
+from trainer.inside.opening import embed_all, frames_of, show_frame
+from trainer.places import STATE, whole_states
+from trainer.plot import BLACK, BLUE, GREEN, ORANGE, RED, save_figure
 from trainer.shards import ShardDataset
 from trainer.weights import open_discriminator
 
@@ -38,19 +38,22 @@ def find_state(path: Path, phase: str | None = None) -> Path:
         return path
     folders = [path, *(path / "states" / name for name in ([phase] if phase else ["video", "image"]))]
     for folder in folders:
-        if states := sorted(state for state in folder.glob("step-*") if (state / STATE).is_file() and not state.suffix):
+        if states := whole_states(folder):
             return states[-1]
     which = f", phase {phase}" if phase else ""
     raise AptError(f"{path} holds no training state of stage 2{which}: give states/PHASE/step-..., or the folder of a run that saved one.")
 
 
 @torch.no_grad()
-def look(discriminator: Discriminator, x: Tensor, text: Tensor, s: float) -> tuple[list[Tensor], float]:
+def look(discriminator: Discriminator, x: Tensor, text: Tensor, s: float, fixed: float | None = None) -> tuple[list[Tensor], float]:
     """Means over t of the heads' weights by depth, `[heads, f, h, w]` each (patches), and of the logit, for one sample `[1, C, f, h, w]`.
 
-    t goes through the middles of TIMES equal shares of `shift(U(0, 1), s)` (eq. 6, 7). The weights of a head sum to 1.
+    t goes through the middles of TIMES equal shares of `shift(U(0, 1), s)` (eq. 6, 7), or is the fixed one that it was trained with. The
+    weights of a head sum to 1.
     """
     t = shift((torch.arange(TIMES, dtype=torch.float64) + 0.5) / TIMES, s).float().to(x.device)
+    if fixed is not None:
+        t = torch.full_like(t, fixed)
     grid = [n // p for n, p in zip(x.shape[2:], discriminator.backbone.config.patch_size)]
     weights, logit = None, 0.0
     for time in t:
@@ -112,7 +115,7 @@ def run_attention(state: Path, pipe: OneStepPipeline, out: Path | None = None, *
     discriminator.to(pipe.device)
     seen = []
     for (source, caption, latent, text), frame in zip(cases, frames):
-        weights, logit = look(discriminator, latent.to(pipe.device), text.to(pipe.device), identity["shift"])
+        weights, logit = look(discriminator, latent.to(pipe.device), text.to(pipe.device), identity["shift"], identity.get("discriminator_time"))
         seen.append(Seen(source, caption, frame, weights, logit))
     paths = [out / "attention.png", out / "attention-heads.png", out / "attention.json"]
     taps = discriminator.taps

@@ -11,7 +11,6 @@ from apt_core.pipeline import OneStepPipeline
 from apt_core.request import Request
 from apt_core.sources import MINI
 from trainer.config import Files
-from trainer.files import replacing
 from trainer.generate import find_source
 from trainer.mini.clips import scene
 from trainer.shards import ShardDataset
@@ -56,13 +55,6 @@ def embed_all(pipe: OneStepPipeline, request: Request) -> list[Tensor]:
 def frames_of(pipe: OneStepPipeline, latents: Tensor) -> np.ndarray:
     """Latents `[1, C, f, h, w]` as pixels, uint8 `[F, H, W, 3]`."""
     return np.concatenate(list(pipe.frames(latents)))
-
-
-def save_figure(figure, path: Path) -> Path:
-    """Write a matplotlib figure as a PNG, whole or not at all. Raises AptError for a place that cannot be written."""
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=110)
-    return path
 
 
 def show_frame(axes, frame: np.ndarray, title: str = "", label: str = "") -> None:

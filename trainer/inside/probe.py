@@ -13,8 +13,8 @@ from apt_core.linear_probe import Ridge, band_energies, from_patches, to_patches
 from apt_core.noise import draw
 from apt_core.pipeline import OneStepPipeline
 from trainer.files import write_json
-from trainer.inside.opening import embed_all, find_captions, frames_of, save_figure, show_frame
-from trainer.plot import BLACK, BLUE, ORANGE
+from trainer.inside.opening import embed_all, find_captions, frames_of, show_frame
+from trainer.plot import BLACK, BLUE, ORANGE, save_figure
 from trainer.progress import stage_bar
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]

@@ -11,9 +11,9 @@ from apt_core.media_write import write_video
 from apt_core.noise import draw, walk
 from apt_core.pipeline import OneStepPipeline
 from trainer.files import write_json
-from trainer.inside.opening import embed_all, find_captions, frames_of, save_figure, show_frame
+from trainer.inside.opening import embed_all, find_captions, frames_of, show_frame
 from trainer.pictures import enlarge
-from trainer.plot import BLACK, BLUE, ORANGE
+from trainer.plot import BLACK, BLUE, ORANGE, save_figure
 from trainer.progress import stage_bar
 
 COLUMNS = 13

@@ -29,6 +29,7 @@ from trainer.distributed import World
 from trainer.export import export
 from trainer.files import make_folder, write_json
 from trainer.monitor import Monitor
+from trainer.places import whole_states
 from trainer.progress import console, stage_bar
 from trainer.state import Keep, Preempted
 from trainer.update import NotFinite
@@ -221,7 +222,7 @@ class Ablation:
 
 
 def _newest(folder: Path) -> Path | None:
-    return max((path for path in (folder / "states").glob("step-*") if not path.suffix and (path / "run.json").exists()), default=None)
+    return max(whole_states(folder / "states"), default=None)
 
 
 def _read(path: Path) -> dict:

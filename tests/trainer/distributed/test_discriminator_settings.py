@@ -1,8 +1,10 @@
 """What the paper tried on the discriminator and decided against: each setting changes what it names, whole and as a LoRA, alone and sharded."""
 
+import json
+
 import pytest
 import torch
-from layouts import Layout, assert_close, mmdit, run_layouts, state_of, train_adversarial
+from layouts import Layout, assert_close, mmdit, run_layout, run_layouts, state_of, train_adversarial
 
 from apt_core.checkpoint import load_transformer
 from apt_core.discriminator import Discriminator
@@ -10,9 +12,11 @@ from apt_core.errors import AptError
 from apt_core.lora import LORA_PREFIX
 from apt_core.sources import load_backbone
 from apt_core.tensorfile import read_tensors
+from trainer.base import describe_state
 from trainer.distributed import World
 from trainer.networks import Lora, adversarial_networks
 from trainer.parallel import Parallel
+from trainer.weights import open_discriminator, open_generator
 
 LORA = Lora(4, 8.0)
 CHANGED = {"train_backbone": False, "taps": [0.5, 0.75], "discriminator_start": "start", "discriminator_time": 0.25, "lr_generator": 1e-3, "lr_discriminator": 1e-3}
@@ -106,3 +110,25 @@ def test_every_pass_of_the_discriminator_sees_the_fixed_time(fixed, files, tmp_p
     times = torch.cat(seen)
     assert len(times) > 2 * (3 * 4 + 4)  # three passes of the discriminator's step and one of the generator's, twice, and the floor of aR1
     assert times.unique().tolist() == [fixed] if fixed is not None else len(times.unique()) > 10
+
+
+def test_a_state_is_opened_with_the_discriminator_that_it_was_trained_with(files, tmp_path):
+    run_layout(files, Layout(settings={"updates": 1, "taps": [0.5, 0.75]}), tmp_path)
+    describe_state(tmp_path / "states", files.base, {}, None)
+    discriminator, _ = open_discriminator(tmp_path / "states")
+    assert discriminator.taps == (2, 3) and len(discriminator.backbone.blocks) == 3
+    trained = state_of(tmp_path, 1)
+    assert all(torch.equal(value, trained[f"discriminator/weights/{name}"]) for name, value in discriminator.state_dict().items())
+
+
+def test_a_state_from_before_the_settings_can_still_be_opened(files, tmp_path):
+    """It had the paper's taps, and averages with a warm-up of 10."""
+    run_layout(files, Layout(settings={"updates": 1}), tmp_path)
+    describe_state(tmp_path / "states", files.base, {}, None)
+    path = tmp_path / "states" / "step-000001" / "run.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("taps", "ema_warmup", "discriminator_time"):
+        del facts["identity"][name]
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    assert open_discriminator(tmp_path / "states")[0].taps == (2, 3, 4)
+    assert open_generator(tmp_path / "states").metadata["ema_warmup"] == 10
