@@ -78,6 +78,17 @@ def columns_table(title: str, columns: dict[str, dict]) -> Table:
     return table
 
 
+def criteria_table(rows: list[dict]) -> Table:
+    """What was asked of a measurement and in how many runs it holds; see trainer.mini.criteria."""
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for name in ("asked", "ratio by run", "holds in"):
+        table.add_column(name, justify="left")
+    for row in rows:
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in row["ratios"])
+        table.add_row(f"{row['name']}\n  {row['asked']}", ratios, f"{row['holds']} of {row['runs']}")
+    return table
+
+
 def _cell(value) -> str:
     if value is None:
         return "-"

@@ -245,16 +245,28 @@ def test_drawn_clips_have_one_size_and_any_length(run, tmp_path):
     assert [drawn_prompts(Batches(), kind, 2, 0, frames=5).real.shape[1] for kind in ("image", "video")] == [1, 5]
 
 
-def test_measure_gives_the_mean_and_each_run(run, tmp_path):
-    result = measure_runs([run[0], run[0]], 4, tmp_path / "new" / "figures.json")
+def test_measure_gives_the_mean_and_each_run(run, tmp_path, monkeypatch):
+    other = tmp_path / "other"  # of another seed, so that it is judged on other scenes and noise
+    shutil.copytree(run[0], other, ignore=shutil.ignore_patterns("data", "latents", "states", "measured-*"))
+    state = json.loads((other / "state.json").read_text(encoding="utf-8"))
+    state["settings"]["seed"] += 1
+    (other / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    result = measure_runs([run[0], other], 4, tmp_path / "new" / "figures.json")
     assert json.loads((tmp_path / "new" / "figures.json").read_text(encoding="utf-8")) == result
     for name in ("columns", "image_columns"):
         assert tuple(result[name]) == ALL_COLUMNS and len(result[f"{name}_by_run"]) == 2
         for column in ALL_COLUMNS:
             each = [rows[column]["fd"] for rows in result[f"{name}_by_run"]]
             assert result[name][column]["fd"] == pytest.approx(np.mean(each), abs=1e-4) and result[name][column]["samples"] == 4
-        # The second run is judged on scenes and noise of its own.
         assert result[f"{name}_by_run"][0]["apt_1"]["fd"] != result[f"{name}_by_run"][1]["apt_1"]["fd"]
+        first = result[f"{name}_criteria"][0]
+        assert first["runs"] == 2 and first["ratios"] == pytest.approx([rows["apt_1"]["fd"] / rows["distilled_1"]["fd"] for rows in result[f"{name}_by_run"]], abs=1e-4)
+
+    monkeypatch.setattr("trainer.mini.measure.evaluate", None)  # what has been measured is not measured again
+    assert measure_runs([run[0], other], 4) == result
+    (other / "apt-mini.safetensors").write_bytes((other / "apt-image.safetensors").read_bytes())
+    with pytest.raises(TypeError):  # but a file that has changed is
+        measure_runs([other], 4)
 
 
 def test_measure_in_8_bits_changes_the_apt_model_alone(run):

@@ -1,5 +1,6 @@
 """Judges finished demo runs on many fresh samples: the README's table."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from apt_core.vae import load_vae
 from trainer.batches import Embedder
 from trainer.config import Preset
 from trainer.files import write_json
-from trainer.progress import columns_table, console, stage_bar
+from trainer.progress import columns_table, console, criteria_table, stage_bar
 
 from . import ASSETS, VAE
+from .criteria import check
 from .evaluate import ALL_COLUMNS, Models, Sampler
 from .features import load_features
 from .report import drawn_prompts, evaluate
@@ -24,39 +26,71 @@ FILES = {"image": "apt-image.safetensors", "video": "apt-mini.safetensors"}
 
 
 def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: bool = False) -> dict:
-    """Measure each run on `samples` images and clips of its own; print the means over the runs, return them and each run's own.
+    """Measure each run on `samples` images and clips of its own; print the means over the runs and what the criteria say, return them and each
+    run's own figures.
 
-    fp8: with the APT model's blocks in 8 bits, as `generate --fp8` has them. Raises AptError for a folder that holds no finished run on drawn clips, before anything is measured.
+    What has been measured stays in the run's folder and is not measured again. fp8: with the APT model's blocks in 8 bits, as `generate --fp8` has
+    them. Raises AptError for a folder that holds no finished run on drawn clips, before anything is measured.
     """
-    presets = [read_run(run)[0] for run in runs]
-    vae, net = load_vae(VAE), load_features(ASSETS / "features.safetensors")
-    text = Embedder(load_text_encoder(ASSETS / "text_encoder.safetensors"))
-    found: dict[str, list[dict]] = {"image": [], "video": []}
-    for number, (run, preset) in enumerate(zip(runs, presets)):
-        negative = text.embed([preset.sampling.negative_prompt])
-        for kind, file in FILES.items():
-            prompts = drawn_prompts(text, kind, samples, SAMPLE_SEED + number, preset.data.frames)
-            models = Models(ASSETS / "transformer.safetensors", run / "distilled.safetensors", run / file)
-            shape = (16, (prompts.real.shape[1] - 1) // 4 + 1, preset.data.height // 8, preset.data.width // 8)
-            sampler = Sampler(models, preset.sampling, kind, prompts.text, negative, shape, SAMPLE_SEED + number, fp8=fp8)
-            with stage_bar(f"{run.name}: {kind}s") as bar:
-                done = 0
-
-                def report(n: int) -> None:
-                    nonlocal done
-                    done += n
-                    bar(done, samples * (len(ALL_COLUMNS) - 2))
-
-                found[kind].append(evaluate(prompts, sampler, vae, net, report, ALL_COLUMNS)[0])
+    found = [read_run(run) for run in runs]
+    by_run = [_measure(run, preset, settings["seed"], samples, fp8) for run, (preset, settings) in zip(runs, found)]
     result = {"runs": [str(run) for run in runs], "samples": samples, "fp8": fp8}
     for kind, name, title in (("image", "image_columns", "Images"), ("video", "columns", "Video")):
-        result[name] = {column: _mean([rows[column] for rows in found[kind]]) for column in ALL_COLUMNS}
-        result[f"{name}_interval"] = {column: interval([rows[column] for rows in found[kind]]) for column in ALL_COLUMNS}
-        result[f"{name}_by_run"] = found[kind]
+        rows = [figures[kind] for figures in by_run]
+        result[name] = {column: _mean([row[column] for row in rows]) for column in ALL_COLUMNS}
+        result[f"{name}_interval"] = {column: interval([row[column] for row in rows]) for column in ALL_COLUMNS}
+        result[f"{name}_by_run"] = rows
+        result[f"{name}_criteria"] = check(rows)
         console.print(columns_table(f"{title}: mean of {len(runs)} runs, {samples} samples each", result[name]))
+        console.print(criteria_table(result[f"{name}_criteria"]))
     if out:
         write_json(out, result)
     return result
+
+
+def _measure(run: Path, preset: Preset, seed: int, samples: int, fp8: bool) -> dict[str, dict]:
+    """Figures of one run by kind and column, on scenes and noise that follow from its seed."""
+    files = [ASSETS / "transformer.safetensors", VAE, ASSETS / "features.safetensors", run / "distilled.safetensors", *(run / file for file in FILES.values())]
+    identity = {"samples": samples, "fp8": fp8, "columns": list(ALL_COLUMNS), "files": {path.name: _digest(path) for path in files}}
+    kept = run / f"measured-{samples}{'-fp8' if fp8 else ''}.json"
+    figures = _kept(kept, identity)
+    if len(figures) == len(FILES):
+        return figures
+    vae, net = load_vae(VAE), load_features(ASSETS / "features.safetensors")
+    text = Embedder(load_text_encoder(ASSETS / "text_encoder.safetensors"))
+    negative = text.embed([preset.sampling.negative_prompt])
+    for kind, file in FILES.items():
+        if kind in figures:
+            continue
+        prompts = drawn_prompts(text, kind, samples, SAMPLE_SEED + seed, preset.data.frames)
+        models = Models(ASSETS / "transformer.safetensors", run / "distilled.safetensors", run / file)
+        shape = (16, (prompts.real.shape[1] - 1) // 4 + 1, preset.data.height // 8, preset.data.width // 8)
+        sampler = Sampler(models, preset.sampling, kind, prompts.text, negative, shape, SAMPLE_SEED + seed, fp8=fp8)
+        with stage_bar(f"{run.name}: {kind}s") as bar:
+            done = 0
+
+            def report(n: int) -> None:
+                nonlocal done
+                done += n
+                bar(done, samples * (len(ALL_COLUMNS) - 2))
+
+            figures[kind] = evaluate(prompts, sampler, vae, net, report, ALL_COLUMNS)[0]
+        write_json(kept, {"identity": identity, "figures": figures})
+    return figures
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _kept(path: Path, identity: dict) -> dict[str, dict]:
+    """What was measured before of the same files in the same way."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return dict(kept["figures"]) if kept["identity"] == identity else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def read_run(run: Path) -> tuple[Preset, dict]:
