@@ -15,7 +15,7 @@ from apt_core.sources import TransformerSource, load_backbone
 from trainer.config import Files
 from trainer.distributed import World
 from trainer.files import make_folder
-from trainer.places import ABOUT, STATE, resolve
+from trainer.places import ABOUT, is_state, resolve
 from trainer.progress import console, stage_bar
 from trainer.weights import ROLE, open_generator
 
@@ -68,7 +68,7 @@ def generate(
 def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> TransformerSource | Path:
     """What a pipeline starts from: a path as it is, a training state as a source of its own. Raises AptError as `open_generator` does."""
     path = resolve(checkpoint)
-    if not (path.is_dir() and (path / STATE).is_file()):
+    if not is_state(path):
         if ema is not None:
             open_generator(path, base or None, ema)  # says why not
         return path

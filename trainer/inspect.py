@@ -4,16 +4,15 @@ import json
 import math
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
-
 from apt_core.checkpoint import comfy_config, load_transformer, read_config
 from apt_core.errors import AptError
 from apt_core.keys import detect_layout, detect_vae_layout
 from apt_core.tensorfile import Header, check_finite, metadata_json, read_header, read_tensors
 from apt_core.text import TOKENIZER_KEY
 from apt_core.vae import load_vae
-from trainer.places import STATE, resolve
+from trainer.places import FACTS, is_state, resolve
 from trainer.shards import INDEX, ShardDataset
+from trainer.state_files import StateReader, check_digests
 
 SCALES = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant")
 
@@ -26,8 +25,8 @@ def inspect(path: Path, deep: bool = False) -> dict[str, str]:
     if path.is_dir() and (path / INDEX).is_file():
         return _shards(path)
     path = resolve(path)
-    if path.is_dir() and (path / STATE).is_file():
-        return _state(path)
+    if is_state(path):
+        return _state(path, deep)
     if path.is_dir():
         return {"what": "diffusers folder of a Wan transformer", **_numbers(read_config(path)), "loads": _loads(path, deep)}
     header = read_header(path)
@@ -120,16 +119,23 @@ def _shards(path: Path) -> dict[str, str]:
     return facts | {"vae": json.dumps(data.vae), "text": f"width {data.text_dim}, length {data.text_length}", "fps": f"{data.fps:g}", "loads": "yes"}
 
 
-def _state(path: Path) -> dict[str, str]:
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+def _state(path: Path, deep: bool) -> dict[str, str]:
+    what = {"what": "training state"}
+    try:
+        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        update, score, identity, digests = facts["update"], facts["score"], facts["identity"], dict(facts.get("files", {}))
+        judged = {} if score is None else {"judged": f"{score:.4g} (the lower the better, within this run)"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return what | {"loads": f"no: {path / FACTS} is damaged"}
+    facts = what | {"update": str(update), **judged, "of": json.dumps(identity)}
+    try:
+        entries = StateReader(path).read_metadata().state_dict_metadata
+        if deep:
+            check_digests(path, digests, sorted(digests))
+    except AptError as error:
+        return facts | {"loads": f"no: {error}"}
     parts: dict[str, int] = {}
     for name, entry in entries.items():
         part = name.partition("/")[0]
-        parts[part] = parts.get(part, 0) + math.prod(getattr(entry, "size", ()))
-    try:
-        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {"what": "training state", "loads": f"no: {path / 'run.json'} is missing or damaged"}
-    numbers = {f"numbers in {part}": f"{count:,}" for part, count in sorted(parts.items())}
-    judged = {} if facts["score"] is None else {"judged": f"{facts['score']:.4g} (the lower the better, within this run)"}
-    return {"what": "training state", "update": str(facts["update"]), **judged, "of": json.dumps(facts["identity"]), **numbers, "loads": "yes"}
+        parts[part] = parts.get(part, 0) + math.prod(entry.size)
+    return facts | {f"numbers in {part}": f"{count:,}" for part, count in sorted(parts.items())} | {"loads": "yes"}

@@ -19,8 +19,10 @@ from torch.distributed.checkpoint import CheckpointException
 from apt_core.errors import AptError
 from trainer.distributed import World
 from trainer.files import make_folder, write_json
-from trainer.places import FACTS, whole_states
+from trainer.lock import Lock
+from trainer.places import FACTS, UNFINISHED, unfinished_states, whole_states
 from trainer.sampling import ORDER
+from trainer.state_files import StateReader, StateWriter, check_digests, gather_digests
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # a run alone is no mistake
@@ -74,12 +76,24 @@ class Checkpoints:
         self.identity = json.loads(json.dumps(identity))
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._writing: tuple[Path, dict, object] | None = None
+        self._lock = Lock(keep.folder)
+        problem = None
         if world.main:
-            make_folder(keep.folder)
-            for rest in keep.folder.glob("step-*"):
-                if not (rest / FACTS).exists() or rest.suffix:
-                    shutil.rmtree(rest)
+            try:
+                make_folder(keep.folder)
+                self._lock.take()
+            except AptError as error:
+                problem = error
+        if found := [sentence for sentence in world.gather(problem and str(problem)) if sentence]:
+            raise AptError(found[0]) from None
+        if world.main:
+            for rest in unfinished_states(keep.folder):
+                shutil.rmtree(rest)
         world.barrier()
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        self._lock.release()
 
     def newest(self) -> Path | None:
         """The state that a resumed run goes on from."""
@@ -107,22 +121,30 @@ class Checkpoints:
             )
         return facts
 
-    def load(self, path: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+    def load(self, path: Path, tensors: dict[str, dict[str, Tensor]], facts: Mapping) -> None:
         """Write a state's tensors into `tensors`, whatever number of processes saved it. Raises AptError for one that does not fit or is damaged."""
+        digests = facts.get("files", {})
+        problem = None
         try:
-            dcp.load(tensors, checkpoint_id=path, process_group=self._group, no_dist=self._group is None)
+            check_digests(path, digests, sorted(digests)[self.world.rank :: self.world.size])
+        except AptError as error:
+            problem = str(error)
+        if found := [problem for problem in self.world.gather(problem) if problem]:
+            raise AptError(found[0])
+        try:
+            dcp.load(tensors, storage_reader=StateReader(path), process_group=self._group, no_dist=self._group is None)
         except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
             raise AptError(f"{path} cannot be loaded ({_reason(error)}): delete it, and the run goes on from the state before it.") from error
 
     def save(self, name: str, tensors: dict[str, dict[str, Tensor]], facts: Mapping) -> None:
         """Copy the tensors now and write them while training goes on. Raises AptError when the state before this one could not be written."""
         self.wait()
-        part = self.keep.folder / f"{name}.part"
+        part = self.keep.folder / f"{name}{UNFINISHED}"
         if self.world.main:
             shutil.rmtree(part, ignore_errors=True)
         self.world.barrier()
         facts = {"identity": self.identity, **facts}
-        future = dcp.async_save(tensors, checkpoint_id=part, process_group=self._group, no_dist=self._group is None)
+        future = dcp.async_save(tensors, storage_writer=StateWriter(part), process_group=self._group, no_dist=self._group is None)
         self._writing = part, facts, future
 
     def poll(self) -> None:
@@ -151,7 +173,7 @@ class Checkpoints:
         part, facts, _ = self._writing
         if not part.exists():  # published before
             return
-        write_json(part / FACTS, facts)
+        write_json(part / FACTS, facts | {"files": gather_digests(part)})
         os.replace(part, part.with_suffix(""))
         self._prune()
 
@@ -171,7 +193,7 @@ class Checkpoints:
 
 def best_state(folder: Path) -> tuple[Path, float] | None:
     """Of the kept states that were judged, the best with its score."""
-    scores = {path.parent: json.loads(path.read_text(encoding="utf-8"))["score"] for path in folder.glob(f"step-*/{FACTS}")}
+    scores = {path: json.loads((path / FACTS).read_text(encoding="utf-8"))["score"] for path in whole_states(folder)}
     return min(((path, score) for path, score in scores.items() if score is not None), key=lambda pair: pair[1], default=None)
 
 
@@ -230,9 +252,13 @@ class Run:
         self._vote = Vote(world)
         self._checkpoints = Checkpoints(keep, world, {**identity, "order": ORDER}) if keep else None
         if keep and (newest := self._checkpoints.newest()):
-            if not resume:
-                raise AptError(f"{keep.folder} holds the states of a run ({newest.name} is the newest): resume it, or give another --out.")
-            self._restore(newest)
+            try:
+                if not resume:
+                    raise AptError(f"{keep.folder} holds the states of a run ({newest.name} is the newest): resume it, or give another --out.")
+                self._restore(newest)
+            except BaseException:
+                self._checkpoints.release()
+                raise
 
     def __enter__(self) -> "Run":
         if self.keep:
@@ -242,12 +268,16 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self.keep and kind in (None, _Stop):
-            self._save(judged=kind is None)
-            self._checkpoints.wait()
-            self.world.barrier()
-        elif self.keep:  # some processes may be gone: nothing that needs them all
-            self._checkpoints.poll()
+        try:
+            if self.keep and kind in (None, _Stop):
+                self._save(judged=kind is None)
+                self._checkpoints.wait()
+                self.world.barrier()
+            elif self.keep:  # some processes may be gone: nothing that needs them all
+                self._checkpoints.poll()
+        finally:
+            if self.keep:
+                self._checkpoints.release()
         if kind is _Stop:
             where = f"in update {self.update + 1}; all is saved in {self.keep.folder}"
             raise Preempted(f"stopped by a signal {where}, and the same command goes on from there.") from None
@@ -281,7 +311,7 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         facts = self._checkpoints.facts(path)
-        self._checkpoints.load(path, {name: part.tensors() for name, part in self.parts.items()})
+        self._checkpoints.load(path, {name: part.tensors() for name, part in self.parts.items()}, facts)
         for name, part in self.parts.items():
             part.loaded(facts["steps"][name])
         self.update, self.rows = facts["update"], facts["rows"]

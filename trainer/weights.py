@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 
 from apt_core.checkpoint import load_transformer, read_header
 from apt_core.discriminator import Discriminator
@@ -19,7 +18,8 @@ from apt_core.wan import PAPER_FRACTIONS
 from trainer.base import locate
 from trainer.config import Files
 from trainer.networks import make_discriminator
-from trainer.places import ABOUT, FACTS, STATE, resolve
+from trainer.places import ABOUT, FACTS, is_state, resolve
+from trainer.state_files import StateReader, check_digests
 
 ROLE = "generator"
 
@@ -42,7 +42,7 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
     Raises AptError for anything that cannot be used: see `load_transformer`; a LoRA without its base; an average that was not kept.
     """
     path = resolve(Path(path))
-    if path.is_dir() and (path / STATE).is_file():
+    if is_state(path):
         return _from_state(path, ema)
     if ema is not None:
         raise AptError(f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema away.")
@@ -95,9 +95,11 @@ class State:
             self.about = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
             self.facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
             self.identity = self.facts["identity"]
-            self._entries = FileSystemReader(path).read_metadata().state_dict_metadata
-        except (OSError, ValueError, KeyError):
+            self._digests = dict(self.facts.get("files", {}))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise AptError(f"{path} is not a whole training state with its {ABOUT} beside it: give one that the trainer wrote.") from None
+        check_digests(path, self._digests, sorted(self._digests))
+        self._entries = StateReader(path).read_metadata().state_dict_metadata
 
     def names(self, prefix: str) -> list[str]:
         return [name for name in self._entries if name.startswith(prefix)]
@@ -105,7 +107,7 @@ class State:
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Those whose names begin so, by the rest of their names."""
         tensors = {name: torch.empty(self._entries[name].size, dtype=self._entries[name].properties.dtype) for name in self.names(prefix)}
-        dcp.load(tensors, checkpoint_id=self.path, no_dist=True)
+        dcp.load(tensors, storage_reader=StateReader(self.path), no_dist=True)
         return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 

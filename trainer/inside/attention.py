@@ -17,7 +17,7 @@ from trainer.batches import held_positions
 from trainer.commands import LATENTS
 from trainer.files import write_json
 from trainer.inside.opening import embed_all, frames_of, show_frame
-from trainer.places import STATE, whole_states
+from trainer.places import is_state, whole_states
 from trainer.plot import BLACK, BLUE, GREEN, ORANGE, RED, save_figure
 from trainer.shards import ShardDataset
 from trainer.weights import open_discriminator
@@ -34,7 +34,7 @@ def find_state(path: Path, phase: str | None = None) -> Path:
     """
     if phase not in (None, "image", "video"):
         raise AptError(f"--phase {phase} is not known: it is image or video.")
-    if (path / STATE).is_file():
+    if is_state(path):
         return path
     folders = [path, *(path / "states" / name for name in ([phase] if phase else ["video", "image"]))]
     for folder in folders:
