@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from . import keys
 from .errors import AptError
+from .jsonfile import read_object
 from .precision import cast, weight_dtype
 from .steps import second_time
-from .tensorfile import Header, check_finite, check_floats, check_shapes, metadata_json, read_tensors, write_tensors
+from .tensorfile import Header, check_count, check_finite, check_floats, check_shapes, metadata_json, read_tensors, write_tensors
 from .tensorfile import read_header as read_any_header
 
 FORMAT = 1
@@ -99,6 +101,14 @@ def read_metadata(path: str | Path) -> dict:
     return metadata_json(path, read_header(path).metadata, "apt")
 
 
+def read_folder_metadata(path: Path) -> dict:
+    """The `apt` object beside a diffusers folder, {} where there is none. Raises AptError as `read_header` does."""
+    about = path / "apt.json"
+    apt = read_object(about, "export it again, or delete that file") if about.is_file() else {}
+    check_apt(about, apt)
+    return apt
+
+
 def check_apt(path: str | Path, apt: Mapping) -> None:
     """Raises AptError for an `apt` object of a newer format or an unknown kind, or with no second time. An empty one, of a foreign file, is fine."""
     if not apt:
@@ -140,7 +150,9 @@ def transformer_config_from(shapes: Mapping[str, tuple], metadata: Mapping[str, 
         raise AptError(f"{path}: its metadata entry `config` has eps {eps!r}: it must be a small positive number.")
     image, position = shape("img_emb.proj.0.weight", 1, optional=True), shape("img_emb.emb_pos", 3, optional=True)
     added = shape("blocks.0.cross_attn.k_img.weight", 2, optional=True)
-    blocks = {key.removeprefix(prefix).split(".")[1] for key in shapes if key.removeprefix(prefix).startswith("blocks.")}
+    blocks = Counter(key.removeprefix(prefix).split(".")[1] for key in shapes if key.removeprefix(prefix).startswith("blocks."))
+    if len(blocks) * blocks["0"] > 2 * len(shapes):
+        raise AptError(f"{path} names {len(blocks)} blocks, but only the first ones have tensors: export or download it again.")
     return {
         "patch_size": tuple(patch),
         "num_attention_heads": heads,
@@ -187,6 +199,7 @@ def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dty
         check_floats(file, header)
     layout, prefix = _layout(path, shapes)
     config = config or transformer_config_from(shapes, headers[0].metadata, path)
+    check_count(path, "num_layers", config.get("num_layers", 1), shapes)
     model = _meta_transformer(path, cls, config)
     official = layout == "official"
     name_in_file = {key: prefix + keys.transformer_to_official(key) if official else key for key in model.state_dict()}

@@ -1,8 +1,21 @@
 """The one exception that a user's own input may raise."""
 
+LONGEST = 1000
+
 
 class AptError(ValueError):
     """Something the user gave cannot be used.
 
-    The message is one sentence: what is wrong, with the name and value, and what would do.
+    The message is one sentence: what is wrong, with the name and value, and what would do. Values come from files and people: control characters in them
+    are shown as escapes, and what is too long to read is cut in the middle.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(readable(message))
+
+
+def readable(text: str, longest: int = LONGEST) -> str:
+    """Text that a terminal can show, on one line."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} [...] {text[-half:]}"

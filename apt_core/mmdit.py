@@ -23,7 +23,7 @@ from .attention import attend
 from .checkpoint import metadata_strings, read_header
 from .errors import AptError
 from .precision import cast, weight_dtype
-from .tensorfile import check_shapes, metadata_json, read_tensors, write_tensors
+from .tensorfile import check_count, check_shapes, metadata_json, read_tensors, write_tensors
 from .wan import check_taps
 
 EPS = 1e-6
@@ -290,6 +290,7 @@ def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     arguments = metadata_json(path, header.metadata, "mmdit")
     if not arguments:
         raise AptError(f"{path} is not an MMDiT of this project (no metadata entry `mmdit`): give a file that the trainer wrote for one.")
+    check_count(path, "num_layers", arguments.get("num_layers"), header.shapes)
     model = _on_meta(path, arguments)
     check_shapes(path, header.shapes, _shapes(model.state_dict()), "MMDiT of its config")
     if torch.device(device).type == "meta":

@@ -1,6 +1,5 @@
 """What a pipeline is made of, as far as headers and configs tell; weights are read when they are asked for, and not before."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import load_transformer, read_header
+from .checkpoint import load_transformer, read_folder_metadata, read_header
 from .errors import AptError
 from .lora import add_adapters, fold, load_lora
 from .mmdit import load_mmdit
@@ -102,8 +101,7 @@ def read_transformer(path: Path, base: str | Path | None = None) -> TransformerS
     Raises AptError for a file that is none of that, for a LoRA without its base, and as `checkpoint.read_header` does.
     """
     if path.is_dir():
-        about = path / "apt.json"
-        metadata = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        metadata = read_folder_metadata(path)
     else:
         header = read_header(path)
         metadata = metadata_json(path, header.metadata, "apt")

@@ -1,11 +1,14 @@
 """One safetensors file, read with suspicion and written atomically. Everything that this project stores goes through here."""
 
 import json
+import math
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +16,11 @@ from torch import Tensor
 from .errors import AptError
 
 FLOATS = {"F32", "F16", "BF16"}
+BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16), **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64), "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
 MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -32,7 +40,10 @@ def read_header(path: str | Path) -> Header:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe would be waited for
+            raise AptError(f"{path} is not a file: give the path of a .safetensors file.")
+        size = status.st_size
         with path.open("rb") as file:
             start = file.read(16)
             length = int.from_bytes(start[:8], "little")
@@ -48,20 +59,67 @@ def read_header(path: str | Path) -> Header:
     if len(text) < length:
         raise AptError(f"{path} is truncated (its header wants {length} bytes, {len(text)} are there): copy or download it again.")
     try:
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=_once)
         metadata = entries.pop("__metadata__", {})
-        shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
-        dtypes = {key: entry["dtype"] for key, entry in entries.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if not all(isinstance(n, int) for shape in shapes.values() for n in shape) or not all(isinstance(v, str) for v in metadata.values()):
-            raise ValueError
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise AptError(f"{path} has a broken safetensors header: copy or download it again.") from None
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not all text")
+        parts = {key: _part(key, entry) for key, entry in entries.items()}
+        end = 8 + length + max((part.end for part in parts.values()), default=0)
+        problem = _gap(parts)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        reason = f" ({error})" if type(error) is ValueError else ""
+        raise AptError(f"{path} has a broken safetensors header{reason}: copy or download it again.") from None
     if size < end:
         raise AptError(f"{path} is truncated ({size} bytes of {end}): copy or download it again.")
+    if problem:
+        raise AptError(f"{path} has a broken safetensors header ({problem}): copy or download it again.")
     if size > end:
         raise AptError(f"{path} has {size - end} bytes too many after its last tensor: copy or download it again.")
-    return Header(metadata, shapes, dtypes)
+    return Header(metadata, {key: part.shape for key, part in parts.items()}, {key: part.dtype for key, part in parts.items()})
+
+
+class _Part(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+    begin: int
+    end: int
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return out
+
+
+def _part(key: str, entry: Mapping) -> _Part:
+    """One tensor's entry. Raises ValueError or KeyError for one that is no tensor's."""
+    shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
+    if not key.isprintable():
+        raise ValueError("a name has control characters")
+    if type(shape) is not list or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{key} has no shape")
+    if type(dtype) is not str or dtype not in BITS:
+        raise ValueError(f"{key} is of an unknown kind")
+    if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
+        raise ValueError(f"{key} has another size than its shape")
+    return _Part(tuple(shape), dtype, begin, end)
+
+
+def _gap(parts: Mapping[str, _Part]) -> str:
+    """What is wrong with the places of the tensors, which must fill the file one after another; "" for nothing."""
+    place = 0
+    for key, part in sorted(parts.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if part.begin != place:
+            return f"{key} {'overlaps another tensor' if part.begin < place else 'leaves a gap before it'}"
+        place = part.end
+    return ""
+
+
+def check_count(path: str | Path, name: str, value: object, shapes: Mapping) -> None:
+    """Raises AptError for a number of layers, of a config or of names, that a file of these tensors cannot have: such a model is not to be built."""
+    if type(value) is not int or not 1 <= value <= len(shapes):
+        raise AptError(f"{path}: its config has {name} {value!r}, but the file holds {len(shapes)} tensors: export or download it again.")
 
 
 def _refuse_foreign(path: Path, start: bytes, length: int) -> None:
@@ -151,6 +209,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         partial.touch()
         mode = partial.stat().st_mode
         save_file(ready, partial, metadata={"format": "pt", **metadata})
+        _sort_metadata(partial)
         partial.chmod(mode)  # safetensors leaves a file that only its owner can read
         _sync(partial)
         os.replace(partial, path)
@@ -161,6 +220,18 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
             partial.unlink(missing_ok=True)
     with suppress(OSError):  # the rename itself: not every system lets a folder be synced
         _sync(path.parent)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in a fixed order, in place: safetensors draws one anew each time, and equal weights would give unequal files."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _sync(path: Path) -> None:

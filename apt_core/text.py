@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import AptError
-from .tensorfile import check_shapes, metadata_json, read_tensors, write_tensors
+from .tensorfile import check_count, check_shapes, metadata_json, read_tensors, write_tensors
 
 PAD, EOS, UNK = 0, 1, 2
 TOKENIZER_KEY = "spiece_model"
@@ -119,6 +119,10 @@ def load_text_encoder(path: str | Path) -> TextEncoder:
     if absent := [name for name in CONFIG_FIELDS if name not in fields]:
         raise AptError(f"{path}: its metadata entry `config` lacks {absent[0]}: write the file again with save_text_encoder.")
 
+    if wrong := next((key for key, tensor in tensors.items() if not tensor.is_floating_point()), None):
+        raise AptError(f"{path}: {wrong} is stored as {header.dtypes[wrong]}, which no weight is: write the file again with save_text_encoder.")
+    if isinstance(fields["num_layers"], int):
+        check_count(path, "num_layers", fields["num_layers"], header.shapes)
     model = _meta_model(path, {name: fields[name] for name in CONFIG_FIELDS})
     expected = {key: value.shape for key, value in model.state_dict().items() if key != TIED_KEY}
     check_shapes(path, {key: tensor.shape for key, tensor in tensors.items()}, expected, "UMT5 text encoder of its `config`")

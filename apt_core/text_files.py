@@ -111,6 +111,8 @@ def _from_file(path: Path):
     tensors = load_file(path)
     spiece = bytes(tensors.pop(TOKENIZER_KEY).tolist()) if TOKENIZER_KEY in tensors else None
     tensors = {key: value for key, value in unpack_fp8(tensors).items() if key != TIED_KEY}
+    if wrong := next((key for key, value in tensors.items() if not value.is_floating_point()), None):
+        raise AptError(f"text_encoder {path}: {wrong} is stored as {tensors[wrong].dtype}, which this cannot read: give a file in fp16, bf16 or scaled fp8.")
     check_finite(path, tensors)
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     with torch.device("meta"):

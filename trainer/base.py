@@ -1,12 +1,12 @@
 """The models that a run starts from, from where people have them: a diffusers folder, or the single files of ComfyUI. Never a download."""
 
-import json
 from pathlib import Path
 
 import torch
 
 from apt_core.checkpoint import read_config
 from apt_core.errors import AptError
+from apt_core.jsonfile import read_object
 from apt_core.mmdit import MMDiTBackbone, load_mmdit, save_mmdit
 from apt_core.sources import MINI, WHAT, is_mmdit
 from apt_core.sources import locate as find_part
@@ -32,7 +32,7 @@ def with_defaults(checkpoint: Path, base: str, vae: str, text_encoder: str, toke
     if checkpoint.is_file():
         metadata = metadata_json(checkpoint, read_header(checkpoint).metadata, "apt")
     elif (checkpoint.parent / ABOUT).is_file():
-        metadata = json.loads((checkpoint.parent / ABOUT).read_text(encoding="utf-8"))["metadata"]
+        metadata = read_about(checkpoint.parent)["metadata"]
     shipped = MINI if metadata.get("base") == MINI or MINI in (base, vae, text_encoder) else ""
     return Files(base=base or shipped, vae=vae or shipped, text_encoder=text_encoder or shipped, tokenizer=tokenizer)
 
@@ -85,6 +85,16 @@ def write_random_base(path: Path, preset: Preset) -> None:
 def describe_state(folder: Path, base: Path, metadata: dict, lora: tuple[int, float | None] | None) -> None:
     """Write beside the training states of a stage what an export of them needs: the base, the metadata, and (rank, alpha) of a LoRA."""
     write_json(folder / ABOUT, {"base": str(base.resolve()), "metadata": metadata, "lora": lora})
+
+
+def read_about(folder: Path) -> dict:
+    """What `describe_state` wrote there. Raises AptError when it is missing or damaged."""
+    remedy = f"give a whole training state that the trainer wrote, with its {ABOUT} beside it"
+    about = read_object(folder / ABOUT, remedy)
+    lora = about.get("lora")
+    if not isinstance(about.get("base"), str) or not isinstance(about.get("metadata"), dict) or not (lora is None or (isinstance(lora, list) and len(lora) == 2)):
+        raise AptError(f"{folder / ABOUT} is damaged: {remedy}.")
+    return about
 
 
 def open_vae(files: Files):

@@ -1,6 +1,5 @@
 """`generate`: prompts to videos or pictures, from any checkpoint of this project or a base model, on one process or many."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,10 +11,11 @@ from apt_core.pipeline import OneStepPipeline
 from apt_core.precision import cast
 from apt_core.request import Request
 from apt_core.sources import TransformerSource, load_backbone
+from trainer.base import read_about
 from trainer.config import Files
 from trainer.distributed import World
 from trainer.files import make_folder
-from trainer.places import ABOUT, is_state, resolve
+from trainer.places import is_state, resolve
 from trainer.progress import console, stage_bar
 from trainer.weights import ROLE, open_generator
 
@@ -72,12 +72,8 @@ def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> T
         if ema is not None:
             open_generator(path, base or None, ema)  # says why not
         return path
-    try:
-        about = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
-        start = Path(about["base"])
-    except (OSError, ValueError, KeyError):
-        raise AptError(f"{path} is not a whole training state with its {ABOUT} beside it: give one that the trainer wrote.") from None
-    shape = load_backbone(start, device="meta")
+    about = read_about(path.parent)
+    shape = load_backbone(Path(about["base"]), device="meta")
 
     def load(dtype: torch.dtype, device: torch.device):
         found = open_generator(path, ema=ema)

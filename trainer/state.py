@@ -1,6 +1,7 @@
 """Training states on disk (torch.distributed.checkpoint): saved beside the training, whole or not at all, resumed on any number of processes."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from apt_core.errors import AptError
+from apt_core.jsonfile import read_object
 from trainer.distributed import World
 from trainer.files import make_folder, write_json
 from trainer.lock import Lock
@@ -101,12 +103,13 @@ class Checkpoints:
 
     def facts(self, path: Path) -> dict:
         """What a state's run.json says. Raises AptError when it is damaged, or of a run with another identity."""
-        try:
-            facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-            old = facts["identity"]
-            changed = sorted(key for key in self.identity.keys() | old.keys() if self.identity.get(key) != old.get(key))
-        except (OSError, ValueError, KeyError, AttributeError):
-            raise AptError(f"{path / FACTS} is damaged: delete the folder {path.name}, and the run goes on from the state before it.") from None
+        remedy = f"delete the folder {path.name}, and the run goes on from the state before it"
+        facts = read_object(path / FACTS, remedy)
+        kinds = {"identity": dict, "update": int, "steps": dict, "rows": list}
+        if not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()) or not isinstance(facts.get("files", {}), dict):
+            raise AptError(f"{path / FACTS} is damaged: {remedy}.")
+        old = facts["identity"]
+        changed = sorted(key for key in self.identity.keys() | old.keys() if self.identity.get(key) != old.get(key))
         if new := sorted(self.identity.keys() ^ old.keys()):
             raise AptError(
                 f"{self.keep.folder} holds a run of another version of this program, which {'had no' if new[0] in self.identity else 'had a'} {new[0]!r}: "
@@ -179,7 +182,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         states = self._complete()
-        scores = {path: json.loads((path / FACTS).read_text(encoding="utf-8"))["score"] for path in states}
+        scores = {path: score_of(path) for path in states}
         judged = sorted((path for path in states if scores[path] is not None), key=scores.__getitem__)
         stay = {*states[-self.keep.last :], *judged[: self.keep.best]}
         for path in states:
@@ -191,9 +194,18 @@ class Checkpoints:
         return whole_states(self.keep.folder)
 
 
+def score_of(path: Path) -> float | None:
+    """What a state was judged to be; None for one that was not, or whose run.json cannot tell."""
+    try:
+        found = read_object(path / FACTS, "").get("score")
+    except AptError:
+        return None
+    return found if isinstance(found, float | int) and math.isfinite(found) else None
+
+
 def best_state(folder: Path) -> tuple[Path, float] | None:
     """Of the kept states that were judged, the best with its score."""
-    scores = {path: json.loads((path / FACTS).read_text(encoding="utf-8"))["score"] for path in whole_states(folder)}
+    scores = {path: score_of(path) for path in whole_states(folder)}
     return min(((path, score) for path, score in scores.items() if score is not None), key=lambda pair: pair[1], default=None)
 
 

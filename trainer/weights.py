@@ -1,6 +1,5 @@
 """A generator from whatever a run leaves: a checkpoint file, a LoRA file, a diffusers folder, a training state, or the run's folder itself."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,14 +7,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from apt_core.checkpoint import load_transformer, read_header
+from apt_core.checkpoint import load_transformer, read_folder_metadata, read_header
 from apt_core.discriminator import Discriminator
 from apt_core.errors import AptError
+from apt_core.jsonfile import read_object
 from apt_core.lora import add_adapters, load_lora, role
 from apt_core.sources import load_backbone
 from apt_core.tensorfile import metadata_json
 from apt_core.wan import PAPER_FRACTIONS
-from trainer.base import locate
+from trainer.base import locate, read_about
 from trainer.config import Files
 from trainer.networks import make_discriminator
 from trainer.places import ABOUT, FACTS, is_state, resolve
@@ -47,8 +47,8 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
     if ema is not None:
         raise AptError(f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema away.")
     if path.is_dir():
-        about = path / "apt.json"
-        return Generator(load_transformer(path), None, json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {})
+        metadata = read_folder_metadata(path)
+        return Generator(load_transformer(path), None, metadata)
     header = read_header(path)
     metadata = metadata_json(path, header.metadata, "apt")
     if not any(".lora_A." in key for key in header.shapes):
@@ -91,13 +91,11 @@ class State:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.about = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
-            self.facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-            self.identity = self.facts["identity"]
-            self._digests = dict(self.facts.get("files", {}))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise AptError(f"{path} is not a whole training state with its {ABOUT} beside it: give one that the trainer wrote.") from None
+        remedy = f"give a whole training state that the trainer wrote, with its {ABOUT} beside it"
+        self.about, self.facts = read_about(path.parent), read_object(path / FACTS, remedy)
+        self.identity, self._digests = self.facts.get("identity"), self.facts.get("files", {})
+        if not isinstance(self.identity, dict) or not isinstance(self._digests, dict):
+            raise AptError(f"{path / FACTS} is damaged: {remedy}.")
         check_digests(path, self._digests, sorted(self._digests))
         self._entries = StateReader(path).read_metadata().state_dict_metadata
 
