@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,11 +26,13 @@ MAX_HEADER = 100_000_000  # safetensors' own limit
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself: string metadata, and shape and safetensors dtype name ("F32", "BF16", ...) by key."""
+    """What a file says about itself: string metadata, and by key shape, safetensors dtype name ("F32", "BF16", ...) and place: its first byte in
+    the file, and the one after its last."""
 
     metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def read_header(path: str | Path) -> Header:
@@ -75,7 +77,8 @@ def read_header(path: str | Path) -> Header:
         raise AptError(f"{path} has a broken safetensors header ({problem}): copy or download it again.")
     if size > end:
         raise AptError(f"{path} has {size - end} bytes too many after its last tensor: copy or download it again.")
-    return Header(metadata, {key: part.shape for key, part in parts.items()}, {key: part.dtype for key, part in parts.items()})
+    shapes, dtypes = ({key: part[i] for key, part in parts.items()} for i in (0, 1))
+    return Header(metadata, shapes, dtypes, {key: (8 + length + part.begin, 8 + length + part.end) for key, part in parts.items()})
 
 
 class _Part(NamedTuple):

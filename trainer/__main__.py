@@ -78,7 +78,7 @@ def ablate(
     only: Annotated[list[str] | None, typer.Option(help="These variants (or groups: sigma, updates, steps, batch) and what they are compared with; commas or several times. By default all.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many; intervals and verdicts need two or more.")] = 3,
     out: Out = Path("runs/ablations"),
-    run: Annotated[list[Path] | None, typer.Option(help="Folder of a finished demo whose data and stage 1 are used for its seed; several times. For other seeds they are made.")] = None,
+    run: Annotated[list[Path] | None, typer.Option("--run", "--with-run", help="Folder of a finished demo whose data and stage 1 are used for its seed; several times. For other seeds they are made.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Samples that each row is judged on, for each seed.")] = 1024,
     recipe: Annotated[str | None, typer.Option(help="Recipe of the reference row; by default the runs', or the preset's first.")] = None,
     preset: Annotated[str | None, typer.Option(help="Preset with the numbers: a name, or a .toml file; by default the runs', or mini.")] = None,
@@ -159,7 +159,7 @@ def adversarial_command(
     phase: Annotated[str, typer.Option(help="image or video.")] = ...,
     out: Run = None,
     recipe: Recipe = None,
-    start: Annotated[Path | None, typer.Option(help="The generator's first weights; by default what the stage before left in --out.")] = None,
+    start: Annotated[Path | None, typer.Option("--start-from", "--start", help="The generator's first weights; by default what the stage before left in --out. (torchrun takes --start for its own.)")] = None,
     seed: Seed = 0, shards: Shards = None, dry_run: DryRun = False, gpus: Gpus = None, gpu_memory: Memory = 80, gpu_tflops: Tflops = 800,
 ) -> None:  # fmt: skip
     """Stage 2: one phase of adversarial post-training. The same command goes on where it was stopped."""

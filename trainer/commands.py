@@ -126,7 +126,7 @@ def find_start(preset: Preset, phase: str, out: Path, base: Path, world: World) 
     if found := next((path for path in before if path.exists()), None):
         return found
     if preset.files.base != MINI:
-        raise AptError(f"{out} holds no {before[-1].name}: run `distill {preset.name} --out {out}` first, or add --start FILE.")
+        raise AptError(f"{out} holds no {before[-1].name}: run `distill {preset.name} --out {out}` first, or add --start-from FILE.")
     if world.main:
         _say(f"{before[-1].name} is not there: the generator starts from the base itself, which is worse; run distill first.")
     return base

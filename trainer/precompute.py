@@ -109,10 +109,11 @@ def precompute(
         seconds = time.perf_counter() - started
 
         encoded = len(todo) - len(failed)
-        present = [sample for sample in clips.values() if sample.key in writer.done]
+        present = [(item_id(root, clip.item.path), clip.number, sample) for clip, sample in clips.items() if sample.key in writer.done]
         everyone = world.gather((present, bad + failed, encoded, seconds))
 
-    present = sorted((sample for part in everyone for sample in part[0]), key=_place)
+    placed = sorted((entry for part in everyone for entry in part[0]), key=lambda entry: entry[:2])
+    present = [sample for _, _, sample in placed]
     bad = [entry for part in everyone for entry in part[1]]
     _refuse_nothing(folder, len(present), bad, kinds)
     if world.main:
@@ -152,11 +153,6 @@ def _sample(root: Path, clip: Clip) -> Sample:
     stat = clip.item.path.stat()
     name = item_id(root, clip.item.path) + (f"{PART}{clip.number}" if clip.number else "")
     return Sample(name, clip.item.kind, clip.item.caption, f"{stat.st_size}-{stat.st_mtime_ns}")
-
-
-def _place(sample: Sample) -> tuple[str, int]:
-    name, _, number = sample.id.partition(PART)
-    return name, int(number or 0)
 
 
 def _check_captions(items: list[Item], text_encoder, truncate: bool) -> tuple[list[Item], list[Bad]]:

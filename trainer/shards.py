@@ -2,12 +2,14 @@
 
 A shard holds samples of one kind and one latent shape: `latents` [N, C, F, h, w], `text` [sum of L, d] (each embedding at its true
 length, one after the other) and `offsets` [N + 1] into its rows. Its metadata repeats what the index says of its samples, so
-that a run which was stopped before its index was written can go on from its shards.
+that a run which was stopped before its index was written can go on from its shards, and has a digest of all of it, which is
+compared before the first of its rows is used.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +19,14 @@ import torch
 from torch import Tensor
 
 from apt_core.errors import AptError
-from apt_core.tensorfile import metadata_json, read_header, write_tensors
+from apt_core.tensorfile import Header, metadata_json, read_header, write_tensors
 from trainer.files import write_json
 
 FORMAT, VERSION = "apt-shards", 1
 INDEX = "index.json"
+TENSORS = ("latents", "offsets", "text")
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+SHARD = re.compile(r"shard-[\d-]+\.safetensors")
 SHARD_SAMPLES, SHARD_BYTES = 512, 64 * 2**20
 AGAIN = "run precompute again"
 
@@ -87,8 +92,7 @@ class ShardWriter:
         """Flush, then write the index of the samples with these keys, in their order; returns its path. facts: vae, text, fps, ..."""
         self.flush()
         samples = [self.done[key] for key in keys]
-        digest = hashlib.blake2b(json.dumps([self.settings, [sample.key for sample in samples]]).encode(), digest_size=16)
-        index = {"format": FORMAT, "version": VERSION, **facts, "settings": self.settings, "fingerprint": digest.hexdigest()}
+        index = {"format": FORMAT, "version": VERSION, **facts, "settings": self.settings, "fingerprint": _fingerprint(self.settings, samples)}
         path = self.folder / INDEX
         write_json(path, index | {"samples": [asdict(sample) for sample in samples]})
         return path
@@ -98,7 +102,9 @@ class ShardWriter:
             metadata = read_header(path).metadata
             settings, described = metadata_json(path, metadata, "settings"), metadata_json(path, metadata, "samples")
             samples = [_sample(entry) for entry in described["list"]]
-        except (AptError, KeyError, TypeError):
+            if not _is_whole(path):
+                return
+        except (AptError, KeyError, TypeError, OSError):
             return  # damaged: its samples are encoded again, into a shard of this name
         if changed := sorted(k for k in settings.keys() | self.settings.keys() if settings.get(k) != self.settings.get(k)):
             names = ", ".join(f"{k} {_short(settings.get(k))} instead of {_short(self.settings.get(k))}" for k in changed)
@@ -122,8 +128,9 @@ class ShardWriter:
             "text": torch.cat([text for _, _, text in batch]),
             "offsets": lengths.cumsum(0),
         }
-        described = {"list": [asdict(sample) for sample in samples]}
-        write_tensors(self.folder / name, tensors, {"settings": json.dumps(self.settings), "samples": json.dumps(described)})
+        strings = {"settings": json.dumps(self.settings), "samples": json.dumps({"list": [asdict(sample) for sample in samples]})}
+        digest = _digest(strings, (tensors[key].contiguous().view(-1).view(torch.uint8).numpy() for key in TENSORS))
+        write_tensors(self.folder / name, tensors, strings | {"digest": digest})
         self._taken.add(name)
         self.done.update((sample.key, sample) for sample in samples)
 
@@ -141,17 +148,20 @@ class ShardDataset:
             index = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise AptError(f"{path} does not exist: run precompute on a folder of captioned clips first.") from None
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise AptError(f"{path} is damaged: {AGAIN}.") from None
         if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
             raise AptError(f"{path} is not an index of {FORMAT} version {VERSION}: {AGAIN} into another folder.")
         try:
             self.vae, self.fps, self.settings = index["vae"], index["fps"], index["settings"]
             self.text_dim, self.text_length, self.fingerprint = index["text"]["dim"], index["text"]["length"], index["fingerprint"]
-            self.samples = [_sample(entry) for entry in index["samples"] if entry["kind"] == kind]
-        except (KeyError, TypeError):
+            everything = [_sample(entry) for entry in index["samples"]]
+            if self.fingerprint != _fingerprint(self.settings, everything) or not all(map(_sound, everything)):
+                raise KeyError
+            self.samples = [sample for sample in everything if sample.kind == kind]
+        except (KeyError, TypeError, ValueError):
             raise AptError(f"{path} is damaged: {AGAIN}.") from None
-        self._shards: dict[str, tuple[Tensor, Tensor, list[int]]] = {}
+        self._shards: dict[str, tuple[Header, list[int]]] = {}
         self._listed: dict[str, list[Sample]] = {}
         for sample in self.samples:
             self._listed.setdefault(sample.shard, []).append(sample)
@@ -191,39 +201,99 @@ class ShardDataset:
         return torch.from_numpy(latents), torch.from_numpy(text), [self.samples[i].caption for i in indices]
 
     def _stored(self, i: int) -> tuple[Tensor, Tensor]:
-        """Latent and text embedding as they lie in the file: views of it."""
+        """Latent and text embedding as they are stored. They are read, not mapped: a page of a mapped file that is gone ends the process."""
         sample = self.samples[i]
-        latents, text, offsets = self._shard(sample.shard)
-        return latents[sample.row], text[offsets[sample.row] : offsets[sample.row + 1]]
+        header, offsets = self._shard(sample.shard)
+        path = self.folder / sample.shard
+        try:
+            with path.open("rb", buffering=0) as file:
+                return _rows(file, header, "latents", sample.row, sample.row + 1)[0], _rows(file, header, "text", *offsets[sample.row : sample.row + 2])
+        except (OSError, EOFError) as error:
+            raise AptError(f"{path} cannot be read ({error}): {AGAIN}.") from None
 
     def _check(self) -> None:
         for name, samples in self._listed.items():
             path = self.folder / name
             try:
-                shapes = read_header(path).shapes
+                header = read_header(path)
             except AptError as error:
                 raise AptError(f"{str(error).rpartition(': ')[0]}: {AGAIN}.") from None
+            shapes = header.shapes
+            if header.dtypes.keys() != set(TENSORS) or not set(header.dtypes.values()) <= DTYPES.keys():
+                raise AptError(f"{path} is not a shard of latents: {AGAIN}.")
             latents, text = shapes.get("latents", ()), shapes.get("text", ())
             fits = all(latents[1:] == s.bucket and 0 <= s.row < latents[0] and s.tokens <= self.text_length for s in samples)
             if not fits or text[1:] != (self.text_dim,) or shapes.get("offsets") != (latents[0] + 1,):
                 raise AptError(f"{path} does not hold what {INDEX} says: {AGAIN}.")
 
-    def _shard(self, name: str) -> tuple[Tensor, Tensor, list[int]]:
+    def _shard(self, name: str) -> tuple[Header, list[int]]:
+        """Where a shard's rows are. All of it is read the first time, to compare its digest; a shard from before digests has none."""
         if name not in self._shards:
-            from safetensors import SafetensorError, safe_open
-
             path = self.folder / name
             try:
-                # The tensors are views of the mapped file: only the rows that are used are read.
-                with safe_open(path, framework="pt") as file:
-                    latents, text, offsets = (file.get_tensor(key) for key in ("latents", "text", "offsets"))
-            except (SafetensorError, OSError) as error:
+                header = read_header(path)
+                if not _is_whole(path):
+                    raise AptError(f"{path} is not what was written there, so it is damaged: {AGAIN}.")
+                with path.open("rb") as file:
+                    offsets = _rows(file, header, "offsets", 0, header.shapes["offsets"][0]).tolist()
+            except (OSError, EOFError) as error:
                 raise AptError(f"{path} cannot be read ({error}): {AGAIN}.") from None
-            offsets = offsets.tolist()
-            if any(offsets[s.row + 1] - offsets[s.row] != s.tokens for s in self._listed[name]) or offsets[-1] != len(text):
+            if any(offsets[s.row + 1] - offsets[s.row] != s.tokens for s in self._listed[name]) or offsets[-1] != header.shapes["text"][0]:
                 raise AptError(f"{path} does not hold what {INDEX} says: {AGAIN}.")
-            self._shards[name] = latents, text, offsets
+            self._shards[name] = header, offsets
         return self._shards[name]
+
+
+def _rows(file, header: Header, key: str, first: int, last: int) -> Tensor:
+    """Rows first to last - 1 of a tensor in an open file. Raises EOFError where they are not there."""
+    begin, end = header.places[key]
+    count, *shape = header.shapes[key]
+    size = (end - begin) // max(count, 1)
+    raw = bytearray((last - first) * size)
+    file.seek(begin + first * size)
+    view = memoryview(raw)
+    while view:
+        if not (read := file.readinto(view)):
+            raise EOFError("it ends too soon")
+        view = view[read:]
+    dtype = DTYPES[header.dtypes[key]]
+    return torch.frombuffer(raw, dtype=dtype).view(last - first, *shape) if raw else torch.empty((last - first, *shape), dtype=dtype)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a shard has the digest that it was written with, or none. Raises AptError and OSError."""
+    header = read_header(path)
+    if "digest" not in header.metadata:
+        return True
+
+    def parts() -> Iterator[bytes]:
+        with path.open("rb") as file:
+            for key in TENSORS:
+                begin, end = header.places[key]
+                file.seek(begin)
+                while begin < end and (part := file.read(min(end - begin, 1 << 20))):
+                    begin += len(part)
+                    yield part
+
+    return _digest(header.metadata, parts()) == header.metadata["digest"]
+
+
+def _digest(strings: Mapping[str, str], parts: Iterable) -> str:
+    """Of a shard: what it says of its samples, then the bytes of its tensors in the order of their names."""
+    digest = hashlib.blake2b(json.dumps([strings["settings"], strings["samples"]]).encode(), digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _fingerprint(settings: Mapping, samples: Sequence[Sample]) -> str:
+    return hashlib.blake2b(json.dumps([settings, [sample.key for sample in samples]]).encode(), digest_size=16).hexdigest()
+
+
+def _sound(sample: Sample) -> bool:
+    """Whether its place can be one: a shard of this folder, and numbers."""
+    numbers = (*sample.bucket, sample.tokens, sample.row)
+    return isinstance(sample.shard, str) and SHARD.fullmatch(sample.shard) is not None and all(type(n) is int and n >= 0 for n in numbers)
 
 
 def _copy(stored: Tensor, out: np.ndarray) -> None:

@@ -8,6 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+from torch.distributed.run import get_args_parser
+
+from trainer.__main__ import app
 
 # The package may be imported from the checkout, without being installed.
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))}
@@ -74,3 +78,27 @@ def test_ctrl_c_says_what_is_kept(tmp_path):
         process.kill()
     assert process.returncode == 130
     assert complaint == "stopped; what is finished is kept, and the same command goes on from there.\n"
+
+
+def leaves(command, path=()):
+    for name, below in getattr(command, "commands", {}).items():
+        yield from leaves(below, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+OPTIONS = [(path, parameter.opts) for path, command in leaves(typer.main.get_command(app)) for parameter in command.params if parameter.opts[0].startswith("--")]
+
+
+@pytest.mark.parametrize("path, spellings", OPTIONS, ids=[f"{' '.join(path)} {spellings[0]}" for path, spellings in OPTIONS])
+def test_torchrun_lets_every_option_through(path, spellings, capsys):
+    """It looks for beginnings of its own options even behind the module's name, and refuses what could be two of them."""
+
+    def through(option: str) -> bool:
+        given = [*path, option, "value"]
+        try:
+            return get_args_parser().parse_args(["--nproc-per-node", "2", "-m", "trainer", *given]).training_script_args == given
+        except SystemExit:
+            return False
+
+    assert any(map(through, spellings)) and (through("--start") is False)

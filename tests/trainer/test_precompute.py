@@ -321,3 +321,65 @@ def test_prompts_are_stored_beside_the_shards(data, tmp_path):
     assert [row[:, 0].tolist() for row in stored.encode(["a b", "bad quality"])] == [[1, 1], [3, 7]]
     with pytest.raises(AptError, match='the prompt "new" was not encoded'):
         stored.encode(["new"])
+
+
+def test_any_name_that_the_file_system_takes(tmp_path):
+    """Also as several clips of one file, twice, and in the order of names and numbers."""
+    folder = tmp_path / "data"
+    names = ["a#1.mp4", "a#b.mp4", "a.mp4#2.mp4", "a.mp4", "#.mp4", "100% of é ü.mp4", "a\nb.mp4", " a .mp4", "-x.mp4", "a#10.mp4"]
+    for number, name in enumerate(names):
+        write_video(folder / name, clip(number, 10), 8, crf=4, pixel_format="yuv444p")
+        (folder / name).with_suffix(".txt").write_text(f"number {number}")
+    for repeat in range(2):
+        report = run(folder, tmp_path / "out", clips_per_file=2)
+        assert report.samples["video"] == 2 * len(names) and report.encoded == (0 if repeat else 2 * len(names))
+    data = ShardDataset(tmp_path / "out", "video")
+    captions = [sample.caption for sample in data.samples]
+    assert captions == [f"number {names.index(name)}" for name in sorted(names) for _ in range(2)]
+
+
+def test_a_spoilt_shard_is_noticed_and_mended(data, tmp_path):
+    """Zeros, a flipped bit in numbers and in a caption, a file cut off: the training stops before it uses a row, and precompute does what the sentence says."""
+    out = tmp_path / "out"
+    run(data, out)
+    shard = next(path for path in sorted(out.glob("shard-*.safetensors")) if b"clip0" in path.read_bytes())
+    good, whole = shard.read_bytes(), [ShardDataset(out, "video").get(i)[0] for i in range(7)]
+    header = int.from_bytes(good[:8], "little") + 8
+    harms = {
+        "zeros": good[:header] + bytes(len(good) - header), "bit": good[:-5] + bytes([good[-5] ^ 4]) + good[-4:],
+        "caption": good.replace(b"a b", b"a c", 1), "cut": good[:-100], "empty": b"",
+    }  # fmt: skip
+    for name, harm in harms.items():
+        shard.write_bytes(harm)
+        with pytest.raises(AptError, match="run precompute again"):
+            ShardDataset(out, "video").batch(list(range(7)))
+        report = run(data, out)
+        assert report.encoded == 7, name
+        assert all(torch.equal(ShardDataset(out, "video").get(i)[0], x) for i, x in enumerate(whole)), name
+
+
+def test_an_index_that_says_other_things_than_were_written_is_damaged(data, tmp_path):
+    out = tmp_path / "out"
+    run(data, out)
+    index = (out / "index.json").read_text(encoding="utf-8")
+    for old, new in (('"a b"', '"a c"'), ("shard-00000", "../shard-0"), ('"row": 0', '"row": -1'), ('"kind": "video"', '"kind": "vidEo"'), ("[", "[" * 100_000)):
+        assert old in index
+        (out / "index.json").write_text(index.replace(old, new, 1), encoding="utf-8")
+        with pytest.raises(AptError, match="damaged: run precompute again"):
+            ShardDataset(out, "video")
+    (out / "index.json").write_text(index, encoding="utf-8")
+    assert len(ShardDataset(out, "video")) == 7
+
+
+def test_shards_from_before_digests_open(data, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from apt_core.tensorfile import read_header
+
+    out = tmp_path / "out"
+    run(data, out)
+    before = [ShardDataset(out, "video").get(i)[0] for i in range(7)]
+    for path in out.glob("shard-*.safetensors"):
+        strings = {name: value for name, value in read_header(path).metadata.items() if name != "digest"}
+        save_file(load_file(path), path, metadata=strings)
+    assert all(torch.equal(ShardDataset(out, "video").get(i)[0], x) for i, x in enumerate(before)) and run(data, out).encoded == 0
