@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from apt_core.consistency import ConsistencySettings
 from apt_core.errors import AptError
@@ -17,7 +17,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Settings):
@@ -65,7 +65,7 @@ class Data(Settings):
     height: int = Field(ge=16)
     width: int = Field(ge=16)
     frames: int = Field(ge=1)
-    fps: float = Field(gt=0)
+    fps: float = Field(ge=1, le=240)
     image_height: int | None = Field(None, ge=16)
     image_width: int | None = Field(None, ge=16)
     aspects: tuple[str, ...] = ()
@@ -74,6 +74,11 @@ class Data(Settings):
     images: int = Field(0, ge=0)
     clips: int = Field(0, ge=0)
     held_out: int = Field(64, ge=0)
+
+    @field_validator("aspects", "shorter", mode="before")
+    @classmethod
+    def _one_of_its_own(cls, value):
+        return (value,) if isinstance(value, str | int) and value != "" else value
 
     def size(self, kind: str) -> tuple[int, int]:
         """(height, width) of "image" or "video"."""

@@ -34,8 +34,19 @@ class Machine:
 
 
 def pick_device(name: str) -> str:
-    """ "auto" becomes "cuda" where there is a GPU, else "cpu"; other names stay."""
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """ "auto" becomes "cuda" where there is a GPU, else "cpu"; other names stay. Raises AptError for one that torch cannot use here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(name)
+    return name
+
+
+def check_device(name: str) -> None:
+    """Raises AptError for a device that torch does not know or cannot use here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError):  # AssertionError: torch without CUDA
+        raise AptError(f"torch cannot use the device {name!r} here; use cpu, or install a torch for that device.") from None
 
 
 def this_machine(device: str, compute: str) -> Machine:

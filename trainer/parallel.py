@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from apt_core.attention import Backend, choose_backend
 from apt_core.context_parallel import enable
 from apt_core.discriminator import Discriminator
-from apt_core.fast import keep_compiled
+from apt_core.errors import AptError
+from apt_core.fast import check_compile, keep_compiled
 from apt_core.precision import stays_fp32
 from apt_core.text_cache import cache_folder
 from trainer.checkpointing import offloaded
@@ -65,7 +66,11 @@ def parallel_of(preset: Preset, device: str) -> tuple[Parallel, Backend]:
 
 
 def attention_of(preset: Preset, device: str) -> Backend:
-    """The attention backend of a training on `device`. Raises AptError as `choose_backend` does."""
+    """The attention backend of a training on `device`. Raises AptError as `choose_backend` does, and for a compiler that cannot be used."""
+    if preset.train.compile:
+        if preset.train.compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
+            raise AptError(f"compile={preset.train.compile} is no compiler of torch's: use {', '.join(known)}.")
+        check_compile(torch.device(device))
     dtype = torch.bfloat16 if preset.train.compute == "bf16" else torch.float32
     return choose_backend(preset.train.attention, device, dtype, preset.model.head_dim, training=True)
 

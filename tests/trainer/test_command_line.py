@@ -40,6 +40,10 @@ def test_help_names_the_commands():
         (("attention", "."), ". holds no training state of stage 2: give states/PHASE/step-..."),
         (("pretrain-mini", "everything"), "there is no part 'everything' to train"),
         (("pretrain-mini", "text", "--device", "nope"), "torch cannot use the device 'nope' here"),
+        (("adversarial", "mini", "--phase", "image", "device=nope", "--dry-run"), "torch cannot use the device 'nope' here"),
+        (("adversarial", "mini", "--phase", "image", "compile=foo", "--dry-run"), "compile=foo is no compiler of torch's: use "),
+        (("distill", "mini", "compile=foo"), "compile=foo is no compiler of torch's: use "),
+        (("bench", "inference", "--device", "nope"), "torch cannot use the device 'nope' here"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, sentence, tmp_path):

@@ -116,3 +116,21 @@ def test_the_rate_of_stage_1_rises_and_falls():
     assert settings.rate(50) == pytest.approx(0.006)
     assert settings.rate(99) == pytest.approx(0.01 - 0.008 * 0.99)
     assert settings.model_copy(update=dict(lr_end=None, lr_warmup=0)).rate(77) == 0.01
+
+
+@pytest.mark.parametrize("name", ["data.fps", "sampling.guidance", "distill.lr", "distill.guidance", "sampling.shift_video", "stage2.demo.image.lr_generator", "stage2.demo.image.r1_sigma", "train.lora_alpha"])
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999"])
+def test_no_setting_takes_what_is_no_number(name, value):
+    with pytest.raises(AptError, match=name.rpartition(".")[2]):
+        load_preset("mini", [f"{name}={value}"])
+
+
+@pytest.mark.parametrize("value", ["0.0001", "1e-9", "1000"])
+def test_frame_rates_are_those_of_videos(value):
+    with pytest.raises(AptError, match="fps"):
+        load_preset("mini", [f"fps={value}"])
+
+
+def test_a_list_of_one_may_be_written_as_itself():
+    assert load_preset("wan2.2-5b", ["data.aspects=16:9", "data.shorter=5"]).data.aspects == ("16:9",)
+    assert load_preset("wan2.2-5b", ["data.shorter=[5,9]"]).data.shorter == (5, 9)

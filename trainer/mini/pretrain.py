@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import torch
-
 from apt_core.errors import AptError
 from trainer.files import make_folder
+from trainer.machine import check_device
 from trainer.progress import console
 
 from . import ASSETS
@@ -28,10 +27,7 @@ def pretrain(part: str, out: Path, *, seed: int, device: str, amp: bool, compile
     """
     if part not in (*PARTS, "all"):
         raise AptError(f"there is no part {part!r} to train; use all, {', '.join(PARTS)}.")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):  # AssertionError: torch without CUDA
-        raise AptError(f"torch cannot use the device {device!r} here; use cpu, or install a torch for that device.") from None
+    check_device(device)
     make_folder(out)
     for name in PARTS if part == "all" else (part,):
         target = out / FILES[name]
