@@ -54,8 +54,8 @@ class Request:
         if sources.transformer.few_step:
             self._check_unguided(sources.transformer.name)
         sizes = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in sources.transformer.native.items() if name in SIZES}
-        if sizes["fps"] <= 0:
-            raise AptError(f"fps {sizes['fps']:g} cannot be: it must be above 0.")
+        if not SLOWEST <= sizes["fps"] <= FASTEST:
+            raise AptError(f"fps {sizes['fps']:g} cannot be: a video has {SLOWEST:g} to {FASTEST:g} frames a second.")
         patch = sources.transformer.patch
         check_size(sizes["height"], sizes["width"], sizes["frames"], sources.vae.stride, patch, what="a sample")
         return replace(self, **sizes)
@@ -88,5 +88,6 @@ class Request:
         return sources.vae.channels, (self.frames - 1) // t + 1, self.height // down, self.width // across
 
 
+SLOWEST, FASTEST = 0.1, 240.0
 SIZES = ("height", "width", "frames", "fps")
 OF_BASES = ("guidance", "shift", "negative")

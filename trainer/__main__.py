@@ -308,7 +308,7 @@ def attention(
 
     path = find_state(state, phase)
     pipe = open_pipeline(path, with_defaults(path, base, vae, text_encoder, tokenizer), ema, device)
-    for picture in run_attention(path, pipe, out, samples=samples, shards=data, seed=seed):
+    for picture in run_attention(path, pipe, out, samples=samples, shards=data, seed=seed, base=base):
         print(picture)
 
 

@@ -13,6 +13,7 @@ from apt_core.lora import merged_state, save_lora
 from apt_core.mmdit import MMDiTBackbone
 from apt_core.tensorfile import write_tensors
 from apt_core.wan import WanBackbone
+from trainer.places import resolve
 from trainer.weights import ROLE, Generator, cast, open_generator
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,6 +34,10 @@ def export(source: Path, out: Path, form: str = "file", dtype: str = "bf16", bas
         raise AptError(f"--form {form} --dtype {dtype} cannot be: forms are {', '.join(FORMS)}, dtypes {', '.join(DTYPES)} and fp8.")
     if dtype == "fp8" and form != "file":
         raise AptError(f"fp8 is for single files: use --form file, or --dtype bf16 with --form {form}.")
+    if form != "diffusers" and out.suffix != ".safetensors":
+        out = out.with_name(out.name + ".safetensors")  # ComfyUI lists no other names
+    if out.exists() and out.resolve() == resolve(source).resolve():
+        raise AptError(f"{out} is what is to be exported: give another --out.")
     generator = open_generator(source, base, ema)
     if isinstance(generator.base or generator.model, MMDiTBackbone):
         raise AptError(f"{source} is an MMDiT, which neither ComfyUI nor diffusers know: use the file as it is, with this trainer.")

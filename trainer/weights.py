@@ -1,5 +1,6 @@
 """A generator from whatever a run leaves: a checkpoint file, a LoRA file, a diffusers folder, a training state, or the run's folder itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,13 +38,13 @@ class Generator:
 def open_generator(path: str | Path, base: str | Path | None = None, ema: float | None = None) -> Generator:
     """The generator at `path`.
 
-    base: the transformer that a LoRA file belongs to. ema: of a training state, which average; by default the first, 0 is the raw weights.
+    base: the transformer that a LoRA file belongs to, or where that of a training state is now. ema: of a training state, which average; by default the first, 0 is the raw weights.
     Of a run's folder the last finished stage is taken, of a folder of states the newest.
     Raises AptError for anything that cannot be used: see `load_transformer`; a LoRA without its base; an average that was not kept.
     """
     path = resolve(Path(path))
     if is_state(path):
-        return _from_state(path, ema)
+        return _from_state(path, ema, base)
     if ema is not None:
         raise AptError(f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema away.")
     if path.is_dir():
@@ -66,7 +67,15 @@ def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
     return nn.Module.to(module, device, dtype)
 
 
-def open_discriminator(path: str | Path) -> tuple[Discriminator, dict]:
+def base_of(state: Path, about: Mapping, given: str | Path | None = None) -> Path:
+    """The transformer that a training state began from: the one that is given, else where it lay then. Raises AptError when it is not there."""
+    path = locate(Files(base=str(given)), "base") if given else Path(about["base"])
+    if not path.exists():
+        raise AptError(f"{state} was trained from {path}, which is not there any more: add --base PATH of where it is now.")
+    return path
+
+
+def open_discriminator(path: str | Path, base: str | Path | None = None) -> tuple[Discriminator, dict]:
     """The discriminator of a training state of stage 2, fp32 on the CPU, and the run's identity (phase, shift, ...).
 
     Raises AptError for anything but such a state, and for a state of stage 1, which has none.
@@ -74,7 +83,7 @@ def open_discriminator(path: str | Path) -> tuple[Discriminator, dict]:
     state = State(resolve(Path(path)))
     if not state.names("discriminator.weights/"):
         raise AptError(f"{state.path} has no discriminator: give a training state of stage 2 (states/image/step-... or states/video/step-...).")
-    backbone = load_backbone(state.about["base"])
+    backbone = load_backbone(base_of(state.path, state.about, base))
     if state.about["lora"]:
         rank, alpha = state.about["lora"]
         backbone = role(add_adapters(backbone, ("discriminator",), rank, alpha), "discriminator")
@@ -109,7 +118,7 @@ class State:
         return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
-def _from_state(path: Path, ema: float | None) -> Generator:
+def _from_state(path: Path, ema: float | None, given: str | Path | None) -> Generator:
     state = State(path)
     about, facts = state.about, state.facts
     network = "student" if state.names("student.") else "generator"
@@ -123,7 +132,7 @@ def _from_state(path: Path, ema: float | None) -> Generator:
     if ema != 0:
         metadata["ema_warmup"] = facts["identity"].get("ema_warmup", 10)  # what it was before it was a setting
 
-    base = load_backbone(about["base"])
+    base = load_backbone(base_of(path, about, given))
     if about["lora"] is None:
         base.load_state_dict(weights)
         return Generator(base, None, metadata)

@@ -1,6 +1,7 @@
 """Every command on the miniature: the files it leaves, and its mistakes as one sentence before the first step."""
 
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from apt_core.checkpoint import load_transformer, read_header, read_metadata, save_generator
+from apt_core.errors import AptError
 from apt_core.flow import sample_noise
 from apt_core.generator import one_step
 from apt_core.mmdit import MMDiTBackbone
@@ -163,7 +165,8 @@ def test_the_mmdit_goes_the_whole_way(run, tmp_path):
     facts = inspect(tmp_path / "apt-tiny-mmdit.safetensors")
     assert facts["what"] == "MMDiT of this trainer" and facts["phase"] == "video"
     done("generate", tmp_path, "a red circle", "--vae", "mini", "--text-encoder", "mini", "--out", tmp_path / "clips")
-    with av.open(tmp_path / "clips" / "0000-a-red-circle.mp4") as container:
+    (clip,) = (tmp_path / "clips").glob("0000-a-red-circle-seed0-*.mp4")
+    with av.open(clip) as container:
         assert sum(1 for _ in container.decode(video=0)) == 9
     raw = open_generator(tmp_path / "states" / "video", ema=0).model.state_dict()
     assert any(not torch.equal(raw[key], value) for key, value in video.state_dict().items())
@@ -182,16 +185,58 @@ def test_generate_writes_what_the_checkpoint_is_for(run, tmp_path):
     files = ["--vae", "mini", "--text-encoder", "mini"]
     (tmp_path / "p.txt").write_text("a red circle\n\na blue square moving left\n")
     done("generate", run, "--prompts", tmp_path / "p.txt", "--count", 2, "--out", tmp_path / "v", *files)
-    names = ["0000-a-red-circle.mp4", "0001-a-red-circle.mp4", "0002-a-blue-square-moving-left.mp4", "0003-a-blue-square-moving-left.mp4"]
-    assert sorted(path.name for path in (tmp_path / "v").iterdir()) == names
+    words = ["0000-a-red-circle-seed0", "0001-a-red-circle-seed0", "0002-a-blue-square-moving-left-seed0", "0003-a-blue-square-moving-left-seed0"]
+    names = sorted(path.name for path in (tmp_path / "v").iterdir())
+    assert [name.rpartition("-")[0] for name in names] == words and all(name.endswith(".mp4") for name in names)
     with av.open(tmp_path / "v" / names[0]) as container:
         stream = container.streams.video[0]
         assert (stream.width, stream.height, float(stream.average_rate), sum(1 for _ in container.decode(stream))) == (48, 48, 8.0, 9)
     done("generate", run / "apt-image.safetensors", "a red circle", "--steps", 2, "--out", tmp_path / "i", *files)
-    with Image.open(tmp_path / "i" / "0000-a-red-circle.png") as image:
+    (picture,) = (tmp_path / "i").glob("0000-a-red-circle-seed0-*.png")
+    with Image.open(picture) as image:
         assert image.size == (48, 48)
     done("generate", run / "lora" / "apt-tiny.safetensors", "x", "--frames", 1, "--base", "mini", "--out", tmp_path / "l")
     assert len(list((tmp_path / "l").iterdir())) == 1
+
+
+def test_generate_replaces_nothing_and_goes_on(run, tmp_path, monkeypatch):
+    """Another seed, size or number of steps is another file; what is there is not made again, so that a stopped command goes on."""
+    out, common = tmp_path / "out", ("generate", run, "a red circle", "--count", 2, "--vae", "mini", "--text-encoder", "mini", "--out", tmp_path / "out")
+    done(*common)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    for other in (("--seed", 1), ("--steps", 2), ("--frames", 5), ("--fps", 4), ("--noise", "comfyui")):
+        done(*common, *other)
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert len(after) == 12 and all(after[name] == value for name, value in first.items())
+    lost = sorted(first)[1]
+    (out / lost).unlink()
+    made = []
+    monkeypatch.setattr(OneStepPipeline, "write_sample", lambda self, request, number, text, path: made.append(Path(path).name))
+    done(*common)
+    assert made == [lost]
+
+
+def test_a_base_that_has_moved(run, tmp_path):
+    """A state knows where its base was; --base says where it is, and without that the sentence says what was looked for."""
+    states = tmp_path / "states" / "image"
+    shutil.copytree(max((run / "states" / "image").glob("step-*")), states / "step-000001")
+    about = json.loads((run / "states" / "image" / "about.json").read_text(encoding="utf-8"))
+    base, gone = about["base"], str(tmp_path / "old" / "base.safetensors")
+    (states / "about.json").write_text(json.dumps(about | {"base": gone}), encoding="utf-8")
+    said = refused("export", states, "--out", tmp_path / "out.safetensors")
+    assert f"was trained from {gone}, which is not there any more: add --base PATH" in said
+    done("export", states, "--base", base, "--out", tmp_path / "out.safetensors")
+    with pytest.raises(AptError, match="which is not there any more: add --base PATH"):
+        find_source(states)
+    assert find_source(states, base).config["num_layers"] == 6
+
+
+def test_export_names_its_file_so_that_comfyui_lists_it_and_does_not_replace_its_source(run, tmp_path):
+    done("export", run, "--out", tmp_path / "my-model")
+    assert load_transformer(tmp_path / "my-model.safetensors")
+    before = (tmp_path / "my-model.safetensors").read_bytes()
+    assert "is what is to be exported: give another --out" in refused("export", tmp_path / "my-model.safetensors", "--out", tmp_path / "my-model.safetensors", "--dtype", "fp16")
+    assert (tmp_path / "my-model.safetensors").read_bytes() == before
 
 
 @pytest.fixture

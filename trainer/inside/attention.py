@@ -88,13 +88,13 @@ class Seen:
         return (-(weights * weights.clamp_min(1e-300).log()).sum(1)).exp().div(weights.shape[1]).tolist()
 
 
-def run_attention(state: Path, pipe: OneStepPipeline, out: Path | None = None, *, samples: int = 3, shards: Path | None = None, seed: int = 0) -> list[Path]:
+def run_attention(state: Path, pipe: OneStepPipeline, out: Path | None = None, *, samples: int = 3, shards: Path | None = None, seed: int = 0, base: str = "") -> list[Path]:
     """Write attention.png (mean over attention heads), attention-heads.png (each of them) and attention.json into `out`; returns their paths.
 
     state: see find_state; pipe: with its generator. The real samples are ones that no update saw, where the run held some out. shards: where
-    they lie, by default in the run's folder. Raises AptError for a state without a discriminator, and where there are no real samples.
+    they lie, by default in the run's folder. base: the transformer that the state began from, where it has moved. Raises AptError for a state without a discriminator, and where there are no real samples.
     """
-    discriminator, identity = open_discriminator(state)
+    discriminator, identity = open_discriminator(state, base or None)
     run = state.parent.parent.parent
     kind, out = identity["phase"], out or run
     data = ShardDataset(shards or run / LATENTS, kind)
