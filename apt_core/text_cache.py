@@ -1,6 +1,7 @@
 """Text embeddings on disk, by encoder and prompt: a prompt that was seen before needs no text encoder."""
 
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -26,7 +27,17 @@ def cache_folder() -> Path:
     try:
         return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comfyui-apt").expanduser()
     except RuntimeError:  # a container's user without a home
-        return Path(tempfile.gettempdir()) / f"comfyui-apt-{os.getuid()}"
+        return _private(Path(tempfile.gettempdir()) / f"comfyui-apt-{os.getuid() if hasattr(os, 'getuid') else 'user'}")
+
+
+def _private(folder: Path) -> Path:
+    """The folder, if it is this user's alone, else a new one: what is compiled lies there too, and whoever could write to it could run code here."""
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if not hasattr(os, "getuid") or (stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="comfyui-apt-"))
 
 
 class TextCache:

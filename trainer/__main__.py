@@ -26,6 +26,9 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(130) from None
 
 
+for stream in (sys.stdout, sys.stderr):  # a letter that the terminal does not know is shown as an escape, and ends nothing
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 app = typer.Typer(cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Train, sample and measure APT models.")
 Out = Annotated[Path, typer.Option(help="Folder for everything that the run makes.")]
 MAX_SEED = 2**32 - 1

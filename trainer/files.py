@@ -28,6 +28,8 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(path.name + ".part")
     make_folder(path.parent)
     try:
+        part.unlink(missing_ok=True)
+        part.touch(exist_ok=False)  # a link that somebody left there would be written through
         yield part
         os.replace(part, path)
     except OSError as error:

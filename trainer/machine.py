@@ -54,13 +54,22 @@ def this_machine(device: str, compute: str) -> Machine:
     processes = int(os.environ.get("WORLD_SIZE", 0))
     dtype = torch.bfloat16 if compute == "bf16" else torch.float32
     if not device.startswith("cuda"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = memory_of_machine()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return Machine(f"CPU, {torch.get_num_threads()} threads", processes or 1, memory / local, matrix_peak("cpu", dtype, 512))
     properties = torch.cuda.get_device_properties(device)
     gpus = processes or (1 if ":" in device else torch.cuda.device_count())
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device  # not all processes on the first
     return Machine(properties.name, gpus, properties.total_memory, matrix_peak(device, dtype, 8192))
+
+
+def memory_of_machine() -> int:
+    """Bytes."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil  # Windows; accelerate brings it
+
+    return psutil.virtual_memory().total
 
 
 def imagined(gpus: int, memory_gib: float, tflops: float) -> Machine:

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -13,8 +12,14 @@ from pathlib import Path
 
 import torch
 
+from trainer.aside import Aside, warn
 from trainer.files import replacing
 from trainer.progress import console
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 GIB = 2**30
 WON = 0.1  # of the loss that cannot tell real from fake
@@ -54,29 +59,31 @@ class Monitor(AbstractContextManager):
     ) -> None:
         self.path, self.work, self.device, self.forward = folder / "history.csv", work, device, forward
         self.warnings = (CollapseWarning(EQUAL[relativistic]), ChanceWarning(), FloorWarning())
+        self._csv, self._tensorboard, self._online = Aside(f"the log {self.path}"), Aside("TensorBoard's log"), Aside("Weights & Biases")
+        self._screen = Aside("the display")
         self._rows = _read(self.path)
         self._columns: list[str] = []
         self._clock: float | None = None
-        self._board = _board(folder)
-        self._wandb = _wandb(wandb, folder, settings)
+        self._board = self._tensorboard(_board, folder)
+        self._wandb = self._online(_wandb, wandb, folder, settings)
 
     def __call__(self, done: int, total: int, row: dict[str, float]) -> None:
         row = row | self._speed()
-        self._write(done, row)
+        self._csv(self._write, done, row)
         if self._board:
             for name, value in row.items():
-                self._board.add_scalar(name, value, done)
+                self._tensorboard(self._board.add_scalar, name, value, done)
         if self._wandb:
-            self._wandb.log(row, step=done)
+            self._online(self._wandb.log, row, step=done)
         for message in filter(None, (warning.see(done, row) for warning in self.warnings)):
-            console.print(f"[bold yellow]{message}[/]", soft_wrap=True)
-        self.forward(done, total, row)
+            self._screen(console.print, f"[bold yellow]{message}[/]", soft_wrap=True)
+        self._screen(self.forward, done, total, row)
 
     def __exit__(self, *_) -> None:
         if self._board:
-            self._board.close()
+            self._tensorboard(self._board.close)
         if self._wandb:
-            self._wandb.finish()
+            self._online(self._wandb.finish)
 
     def _speed(self) -> dict[str, float]:
         now, before = time.perf_counter(), self._clock
@@ -84,7 +91,7 @@ class Monitor(AbstractContextManager):
         if self.device.type == "cuda":
             out = {"memory_gib": torch.cuda.max_memory_allocated(self.device) / GIB}
         else:
-            out = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB}
+            out = {} if resource is None else {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB}
         if before is None:  # the first update also loads, allocates and compiles
             return out
         out["seconds"] = now - before
@@ -100,11 +107,11 @@ class Monitor(AbstractContextManager):
         again = bool(self._rows) and int(self._rows[-1]["update"]) >= done
         self._rows = [old for old in self._rows if int(old["update"]) < done] + [row]
         if not fresh and not again:
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
             return
         self._columns = list(dict.fromkeys([*self._columns, *(name for old in self._rows for name in old)]))
-        with replacing(self.path) as part, part.open("w", newline="") as file:
+        with replacing(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(self._rows)
@@ -175,10 +182,23 @@ class FloorWarning:
 
 
 def _read(path: Path) -> list[dict]:
+    """The rows that are there. A file that somebody's hand or a crash has spoilt is put aside and said, and a new one begun."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = [{name: value for name, value in row.items() if value != ""} for row in reader]
+        for row in rows:
+            [float(value) for value in row.values()]
+        if "update" not in (reader.fieldnames or ("update",)) or [int(row["update"]) for row in rows] != sorted({int(row["update"]) for row in rows}):
+            raise ValueError
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        kept = path.with_name(f"{path.stem}-damaged{path.suffix}")
+        warn(f"{path} is damaged: it is kept as {kept.name}, and a new one is begun.")
+        Aside(f"{path}")(path.replace, kept)
+        return []
 
 
 def _board(folder: Path):

@@ -1,7 +1,7 @@
 """Pictures while a network trains: fixed noise and prompts, the weights of the moment beside their average."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from apt_core.flow import sample_noise
 from apt_core.generator import one_step
 from apt_core.media_write import write_image, write_video
+from trainer.aside import Aside
 from trainer.averages import Averages
 from trainer.distributed import World
 
@@ -30,6 +31,7 @@ class Samples:
     to_video: Callable[[Tensor], np.ndarray]
     fps: float
     seed: int = 0
+    aside: Aside = field(default_factory=lambda: Aside("the samples"))
 
     def show(self, update: int, generator: nn.Module, averages: Averages, world: World) -> None:
         """Make the files of this update, if it is one of them. All processes must call."""
@@ -40,6 +42,9 @@ class Samples:
             mean = self._latents(generator, world)
         if not world.main:
             return
+        self.aside(self._write, update, raw, mean)
+
+    def _write(self, update: int, raw: list[Tensor], mean: list[Tensor]) -> None:
         for number, pair in enumerate(zip(raw, mean)):
             pixels = np.concatenate([self.to_video(latent)[0] for latent in pair], axis=2)
             stem = self.folder / f"{update:06d}-{number:02d}"

@@ -26,7 +26,7 @@ from trainer.places import FACTS, UNFINISHED, unfinished_states, whole_states
 from trainer.sampling import ORDER
 from trainer.state_files import StateReader, StateWriter, check_digests, gather_digests
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # a run alone is no mistake
 
 

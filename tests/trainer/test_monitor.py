@@ -70,3 +70,37 @@ def test_tensorboard_where_it_is_installed(tmp_path):
         monitor(7, 9, {"d_loss": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("d_loss")] == [(7, 0.5)]
+
+
+ROW = {"d_loss": 1.0, "g_loss": 2.0}
+
+
+@pytest.mark.parametrize("text", ["update,d_loss\n1,\x00\n2,x\x00", "update,d_loss\nfirst,1\n", "d_loss\n1\n", "update,d_loss\n1,2,3,4\n", "update,d_loss\n5,1\n2,1\n", "\ufeff\xff"])
+def test_a_log_of_somebody_elses_hand_is_put_aside(text, tmp_path, capsys):
+    (tmp_path / "history.csv").write_text(text, encoding="utf-8")
+    with Monitor(tmp_path) as monitor:
+        monitor(6, 10, ROW)
+    assert (tmp_path / "history-damaged.csv").read_text(encoding="utf-8") == text and "history-damaged.csv" in capsys.readouterr().err
+    assert [row["update"] for row in csv.DictReader((tmp_path / "history.csv").open(encoding="utf-8"))] == ["6"]
+
+
+@pytest.mark.parametrize("broken", ["csv", "board", "display"])
+def test_what_stands_beside_a_training_does_not_end_it(broken, tmp_path, capsys, monkeypatch):
+    """It is said once, and the others go on."""
+
+    def fail(*args, **kwargs):
+        raise {"csv": OSError(28, "No space left on device"), "board": RuntimeError("a queue is full"), "display": UnicodeEncodeError("ascii", "λ", 0, 1, "no")}[broken]
+
+    seen = []
+    with Monitor(tmp_path, forward=fail if broken == "display" else lambda *args: seen.append(args)) as monitor:
+        monitor(1, 3, ROW)
+        if broken == "csv":
+            monkeypatch.setattr(monitor, "_write", fail)
+        elif broken == "board":
+            monkeypatch.setattr(monitor._board, "add_scalar", fail)
+        monitor(2, 3, ROW)
+        monitor(3, 3, ROW)
+    said = capsys.readouterr().err
+    assert said.count("the training goes on without") == 1 and said.count("warning") == 1
+    rows = list(csv.DictReader((tmp_path / "history.csv").open(encoding="utf-8")))
+    assert len(rows) == (1 if broken == "csv" else 3) and len(seen) == (0 if broken == "display" else 3)

@@ -57,6 +57,8 @@ BASE = (
     Stage(1200, 0.0, 0.02, 0.0004),
     Stage(10900, 0.6, 0.02, 0.02),
     Stage(10900, 0.6, 0.02, 0.0001),
+    Stage(6400, 0.85, 0.01, 0.01),  # clips were still behind
+    Stage(9600, 0.85, 0.01, 0.00005),
 )
 WEIGHT_DECAY = 0.1
 EMA_WARMUP = 10

@@ -139,6 +139,7 @@ def test_every_variant_asks_the_same_function_for_what_it_names(tmp_path, monkey
         state = keep.folder / f"step-{settings.warmup + settings.updates:06d}"
         state.mkdir(parents=True, exist_ok=True)
         (state / "run.json").write_text("{}")
+        (state / ".metadata").touch()
         asked.append((out.relative_to(tmp_path).as_posix(), start, base, settings))
         return [{"d_adversarial": 100 - update} for update in range(1, settings.warmup + settings.updates + 1)]
 
