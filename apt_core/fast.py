@@ -63,6 +63,14 @@ def fuse_projections(model: nn.Module) -> None:
                 attention.to_q = None
 
 
+def check_device(name: str | torch.device) -> None:
+    """Raises AptError for a device that torch does not know or cannot use here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, TypeError):  # AssertionError: torch without CUDA
+        raise AptError(f"torch cannot use the device {str(name)!r} here; use cpu, or install a torch for that device.") from None
+
+
 def check_compile(device: torch.device) -> None:
     """Raises AptError where torch has nothing to compile with: on a CPU a C++ compiler, elsewhere Triton."""
     if device.type == "cpu":

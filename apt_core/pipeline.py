@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from .attention import choose_backend
 from .decoder import Decoder
 from .errors import AptError
-from .fast import Speed, check_compile, keep_compiled, make_fast
+from .fast import Speed, check_compile, check_device, keep_compiled, make_fast
 from .fp8 import check_fp8
 from .generator import euler_cfg, few_step
 from .media_write import check_name, video_writer, write_image, write_video
@@ -35,6 +35,7 @@ from .text_cache import TextCache, cache_folder, encoder_fingerprint
 from .tiny_decoder import TinyDecoder
 
 GIB = 2**30
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class OneStepPipeline:
         group: ProcessGroup | None = None, report: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         self.sources, self.group = sources, group
+        if device != "auto":
+            check_device(device)
+        if dtype is not None and dtype not in DTYPES:
+            raise AptError(f"dtype {dtype!r} cannot be: give one of {', '.join(map(str, DTYPES))}.")
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         head_dim = sources.transformer.config["attention_head_dim"]

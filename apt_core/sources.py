@@ -42,6 +42,8 @@ def locate(part: str, given: str | Path | None) -> Path:
     """Where a part of a pipeline lies; "mini" is the shipped one. Raises AptError when it is not given or not there."""
     if not given:
         raise AptError(f"{part} is not given: add {part}=PATH of {WHAT[part]}.")
+    if str(given) == MINI and part not in SHIPPED:
+        raise AptError(f"{part} mini does not exist, the miniature has none: give the path of {WHAT.get(part, part)}.")
     path = SHIPPED[part] if str(given) == MINI else Path(given).expanduser()
     if not path.exists():
         raise AptError(f"{part} {given} does not exist: give the path of {WHAT[part]}.")

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from apt_core.errors import AptError
+from apt_core.fast import check_device
 
 GIB = 2**30
 SPARE = 0.94  # of a device's memory: the rest goes to the CUDA context and to fragments
@@ -39,14 +40,6 @@ def pick_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     check_device(name)
     return name
-
-
-def check_device(name: str) -> None:
-    """Raises AptError for a device that torch does not know or cannot use here."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError):  # AssertionError: torch without CUDA
-        raise AptError(f"torch cannot use the device {name!r} here; use cpu, or install a torch for that device.") from None
 
 
 def this_machine(device: str, compute: str) -> Machine:

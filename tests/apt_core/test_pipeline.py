@@ -336,3 +336,25 @@ def test_many_processes_make_one_clip(double, size, tmp_path):
         exactly(latents, expected)
         exactly(pixels, whole.clamp(-1, 1))
         assert close(frames.numpy(), as_bytes(expected))
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"device": "nope"}, "torch cannot use the device 'nope' here"),
+        ({"dtype": "bf16"}, "dtype 'bf16' cannot be: give one of torch.float32"),
+        ({"dtype": torch.int8}, "dtype torch.int8 cannot be"),
+        ({"tiny_decoder": "mini"}, "tiny_decoder mini does not exist"),
+        ({"backend": "nosuch"}, "there is no attention backend 'nosuch'"),
+        ({"memory": "much"}, "memory 'much' cannot be"),
+    ],
+)
+def test_options_that_cannot_be_are_one_sentence(options, word):
+    with pytest.raises(AptError, match=word):
+        OneStepPipeline.from_checkpoint("mini", **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(AptError, match="torch cannot use the device 'cuda' here"):
+        OneStepPipeline.from_checkpoint("mini", device="cuda")

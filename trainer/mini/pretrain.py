@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from apt_core.errors import AptError
+from apt_core.fast import check_device
 from trainer.files import make_folder
-from trainer.machine import check_device
 from trainer.progress import console
 
 from . import ASSETS
