@@ -7,6 +7,7 @@ from nodes import MAX_RESOLUTION
 
 from ..apt_core.errors import AptError
 from .wan_model import WanModel, read_model
+from .warn import warn
 
 NAME = "Empty APT Latent"
 NATIVE, IMAGE, VIDEO, CUSTOM = "native", "image 1024", "video 1280x720, 2 s", "custom"
@@ -41,6 +42,7 @@ class APTEmptyLatent(io.ComfyNode):
                 io.Latent.Output(tooltip="Zeros, [batch, channels, latent frames, height, width]."),
                 io.Float.Output("fps", display_name="fps", tooltip="The frame rate that the model was trained for, for the node that makes the video."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -56,7 +58,10 @@ class APTEmptyLatent(io.ComfyNode):
             "downscale_ratio_spacial": wan.spatial,
             "downscale_ratio_temporal": wan.temporal,
         }
-        return io.NodeOutput(latent, float(wan.native["fps"]))
+        warnings = []
+        if wan.guessed and size["size"] == NATIVE:
+            warnings = [f"The model does not say which size it was trained for: {width}x{height} with {frames} frames is a guess. Choose custom."]
+        return io.NodeOutput(latent, float(wan.native["fps"]), ui=warn(NAME, cls.hidden.unique_id, warnings) if warnings else None)
 
 
 def _pixels(wan: WanModel, size: dict) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,35 @@ def test_the_door_opens_without_comfyui():
     for script in (AS_COMFYUI_DOES, "import runpy; assert 'comfy_entrypoint' not in runpy.run_path('__init__.py')"):
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+IN_AN_OLD_COMFYUI = """
+import asyncio, sys, types
+# What ComfyUI 0.3.64 has of what the door asks for: no folder `apt`, and an extension whose on_load nobody calls.
+folder_paths = sys.modules["folder_paths"] = types.ModuleType("folder_paths")
+folder_paths.folder_names_and_paths = {}
+if sys.argv[1:]:
+    version = sys.modules["comfyui_version"] = types.ModuleType("comfyui_version")
+    version.__version__ = sys.argv[1]
+try:
+    asyncio.run(pack.comfy_entrypoint())
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+assert "pack.nodes.folders" not in sys.modules
+"""
+
+
+def test_an_old_comfyui_is_told_which_one_is_needed():
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
+    opened = AS_COMFYUI_DOES.partition("assert")[0]
+    for version in ("0.3.64", "0.32.9", ""):
+        command = [sys.executable, "-c", opened + IN_AN_OLD_COMFYUI, *([version] if version else [])]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        this = version or "an older one"
+        assert said.stdout == f"AptError: ComfyUI-APT needs ComfyUI {needed} or newer and this is {this}: update ComfyUI.\n", said.stderr
+    for version in (needed, "0.33.1", "0.100.0", "1.0.0"):  # go on to what a stand-in has not
+        said = subprocess.run([sys.executable, "-c", opened + IN_AN_OLD_COMFYUI, version], cwd=ROOT, capture_output=True, text=True)
+        assert said.stdout == "ModuleNotFoundError: No module named 'comfy_api'\n", said.stderr
 
 
 def test_every_node_has_its_help_page_and_no_page_is_left_over():
