@@ -68,7 +68,17 @@ def test_every_node_has_its_help_page_and_no_page_is_left_over():
 def test_a_help_page_explains_every_input(name):
     page = (ROOT / "nodes/web/docs" / f"{name}.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {NODES[name]['display_name']}\n")
-    rows = re.findall(r"^\| (\w+) \|", page, re.MULTILINE)
+    items = re.findall(r"^- \*\*(\w+)\*\*: ", page.partition("\n## Inputs\n")[2].partition("\n## Outputs\n")[0], re.MULTILINE)
     inputs = [key for section in ("required", "optional") for key in NODES[name]["input"].get(section, {})]
-    assert [row for row in rows if row in inputs] == inputs
-    assert page.count("```") == 2, "a small graph"
+    assert [item for item in items if item in inputs] == inputs
+    outputs = page.partition("\n## Outputs\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^- \*\*(\w+)\*\*: ", outputs, re.MULTILINE) == NODES[name]["output_name"]
+    assert f"**{NODES[name]['display_name']}** \u2192" in page, "its place in a graph"
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_help_page_fits_the_narrow_panel(name):
+    """About 350 pixels: what cannot be wrapped is cut off."""
+    page = (ROOT / "nodes/web/docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert "```" not in page and not re.search(r"^\|", page, re.MULTILINE), "diagrams and tables do not wrap"
+    assert max(map(len, re.sub(r"[*`]", "", page).split())) <= 32
