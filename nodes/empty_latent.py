@@ -18,9 +18,9 @@ class APTEmptyLatent(io.ComfyNode):
     def define_schema(cls):
         sides = dict(min=16, max=MAX_RESOLUTION, step=16)
         custom = [
-            io.Int.Input("width", default=832, **sides, tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Default 832."),
-            io.Int.Input("height", default=480, **sides, tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Default 480."),
-            io.Int.Input("frames", default=49, min=1, max=MAX_RESOLUTION, step=4, tooltip="4n + 1: 1 for an image, 49 for 2 s at 24 fps. Default 49."),
+            io.Int.Input("width", default=832, **sides, tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Starts at the model's own."),
+            io.Int.Input("height", default=480, **sides, tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Starts at the model's own."),
+            io.Int.Input("frames", default=49, min=1, max=MAX_RESOLUTION, step=4, tooltip="4n + 1: 1 for an image, 49 for 2 s at 24 fps. Starts at the model's own."),
         ]
         return io.Schema(
             node_id="APTEmptyLatent",
@@ -34,7 +34,7 @@ class APTEmptyLatent(io.ComfyNode):
                     "size",
                     options=[io.DynamicCombo.Option(key, []) for key in (NATIVE, IMAGE, VIDEO)] + [io.DynamicCombo.Option(CUSTOM, custom)],
                     tooltip="Default native, the size that the model was trained for. image 1024: one frame of 1024x1024. video 1280x720, 2 s: "
-                    "1280x704 on Wan 2.2 5B, 49 frames at 24 fps. custom: width, height and frames.",
+                    "1280x704 on Wan 2.2 5B, 49 frames at 24 fps. custom: width, height and frames, which start at the native ones.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many clips or images to make at once. Default 1."),
             ],

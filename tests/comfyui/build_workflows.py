@@ -1,5 +1,5 @@
 """Writes workflows/ (graphs and pictures) and the tests' snapshot of /object_info: builds each graph of graphs.py in ComfyUI's own
-frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else the graph itself.
+frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else it says what is needed.
 
 COMFYUI_DIR=... COMFYUI_PYTHON=... CHROMIUM=... python tests/comfyui/build_workflows.py [--screenshots FOLDER] [NAME ...]
 """
@@ -13,8 +13,8 @@ import uuid
 from pathlib import Path
 
 from browser import Frontend
-from cards import card_of_picture, card_of_videos
-from graphs import GROUPS, PUBLIC, RUNNABLE, WIDTH, WORKFLOWS, Graph
+from cards import card_of_videos, card_of_words
+from graphs import CARDS, GROUPS, PUBLIC, RUNNABLE, WIDTH, WORKFLOWS, Graph
 from interface import write_snapshot
 from server import ROOT, Server
 from stand_ins import make_stand_ins
@@ -118,7 +118,7 @@ def main() -> None:
                 if name in RUNNABLE:
                     card_of_videos([file for (file,) in server.run(frontend.prompt()).values()], FOLDER / f"{name}.jpg")
                 else:
-                    card_of_picture(screenshots / f"{name}.png", FOLDER / f"{name}.jpg")
+                    card_of_words(CARDS[name], FOLDER / f"{name}.jpg")
                 print(f"{name}: {len(graph['nodes'])} nodes", flush=True)
             frontend.close()
 

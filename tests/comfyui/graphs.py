@@ -271,15 +271,22 @@ def stock_nodes() -> Graph:
     return g
 
 
-# The order in which the templates are shown: first what needs nothing but the miniature.
+# By name, as the template browser shows them: first what needs nothing but the miniature.
 WORKFLOWS = {
     "apt_mini_text_to_video": mini_text_to_video,
     "apt_noise_walk": noise_walk,
     "apt_stock_nodes": stock_nodes,
+    "apt_text_to_image": text_to_image,
+    "apt_wan21_lora_text_to_video": lora_text_to_video,
     "apt_wan21_text_to_video": wan21_text_to_video,
     "apt_wan22_5b_text_to_video": wan22_text_to_video,
-    "apt_text_to_image": text_to_image,
-    "apt_lora_text_to_video": lora_text_to_video,
 }
 # These need nothing but the miniature.
 RUNNABLE = {"apt_mini_text_to_video", "apt_noise_walk", "apt_stock_nodes"}
+# What the pictures of the others say: as long as nobody has such weights, there is no output to show.
+CARDS = {
+    "apt_text_to_image": ("Wan 2.1: text to image", "four pictures of 1024 x 1024", "Needs your own APT checkpoint of Wan 2.1"),
+    "apt_wan21_lora_text_to_video": ("Wan 2.1: APT as a LoRA", "the released model and stock loaders", "Needs your own APT LoRA of Wan 2.1"),
+    "apt_wan21_text_to_video": ("Wan 2.1: text to video", "832 x 480, one step", "Needs your own APT checkpoint of Wan 2.1"),
+    "apt_wan22_5b_text_to_video": ("Wan 2.2 5B: text to video", "1280 x 704, 24 fps, one step", "Needs your own APT checkpoint of Wan 2.2 5B"),
+}
