@@ -1,10 +1,18 @@
 """ComfyUI nodes over apt_core, on stock types: MODEL, CLIP, LATENT, NOISE, IMAGE and VIDEO go to and come from any other node."""
 
+NEEDED = "0.33.0"
+"""The oldest ComfyUI that the nodes are tested with; pyproject.toml tells it to the registry."""
+
 
 async def comfy_entrypoint():
-    """What ComfyUI calls when it loads the pack: the list of our nodes. Only here is anything of ComfyUI imported."""
+    """What ComfyUI calls when it loads the pack: the list of our nodes. Only here is anything of ComfyUI imported.
+
+    Raises AptError, which ComfyUI writes to its log, in a ComfyUI that is too old.
+    """
+    _check_version()
     from comfy_api.latest import ComfyExtension
 
+    from ..apt_core.errors import AptError
     from . import folders
     from .decode import APTVAEDecode
     from .decode_to_video import APTVAEDecodeToVideo
@@ -13,6 +21,9 @@ async def comfy_entrypoint():
     from .load_text_encoder import APTLoadTextEncoder
     from .noise_walk import APTNoiseWalk
     from .sampler import APTSampler
+
+    # ComfyUI shows the full name of an exception's type, and a pack's modules are named by the path of its folder.
+    AptError.__module__ = "apt"
 
     class AptExtension(ComfyExtension):
         async def on_load(self):
@@ -30,3 +41,16 @@ async def comfy_entrypoint():
             ]
 
     return AptExtension()
+
+
+def _check_version() -> None:
+    """Old versions take the pack, and fail later with words that tell nothing: they never call `on_load`."""
+    from ..apt_core.errors import AptError
+
+    try:
+        from comfyui_version import __version__ as version
+    except ImportError:  # of before the file
+        version = "an older one"
+    numbers = [int(number) for number in version.split(".") if number.isdecimal()]
+    if numbers < [int(number) for number in NEEDED.split(".")]:
+        raise AptError(f"ComfyUI-APT needs ComfyUI {NEEDED} or newer and this is {version}: update ComfyUI.")

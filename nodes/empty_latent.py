@@ -7,6 +7,7 @@ from nodes import MAX_RESOLUTION
 
 from ..apt_core.errors import AptError
 from .wan_model import WanModel, read_model
+from .warn import warn
 
 NAME = "Empty APT Latent"
 NATIVE, IMAGE, VIDEO, CUSTOM = "native", "image 1024", "video 1280x720, 2 s", "custom"
@@ -17,9 +18,9 @@ class APTEmptyLatent(io.ComfyNode):
     def define_schema(cls):
         sides = dict(min=16, max=MAX_RESOLUTION, step=16)
         custom = [
-            io.Int.Input("width", default=832, **sides, tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Default 832."),
-            io.Int.Input("height", default=480, **sides, tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Default 480."),
-            io.Int.Input("frames", default=49, min=1, max=MAX_RESOLUTION, step=4, tooltip="4n + 1: 1 for an image, 49 for 2 s at 24 fps. Default 49."),
+            io.Int.Input("width", default=832, **sides, tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Starts at the model's own."),
+            io.Int.Input("height", default=480, **sides, tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Starts at the model's own."),
+            io.Int.Input("frames", default=49, min=1, max=MAX_RESOLUTION, step=4, tooltip="4n + 1: 1 for an image, 49 for 2 s at 24 fps. Starts at the model's own."),
         ]
         return io.Schema(
             node_id="APTEmptyLatent",
@@ -33,7 +34,7 @@ class APTEmptyLatent(io.ComfyNode):
                     "size",
                     options=[io.DynamicCombo.Option(key, []) for key in (NATIVE, IMAGE, VIDEO)] + [io.DynamicCombo.Option(CUSTOM, custom)],
                     tooltip="Default native, the size that the model was trained for. image 1024: one frame of 1024x1024. video 1280x720, 2 s: "
-                    "1280x704 on Wan 2.2 5B, 49 frames at 24 fps. custom: width, height and frames.",
+                    "1280x704 on Wan 2.2 5B, 49 frames at 24 fps. custom: width, height and frames, which start at the native ones.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many clips or images to make at once. Default 1."),
             ],
@@ -41,6 +42,7 @@ class APTEmptyLatent(io.ComfyNode):
                 io.Latent.Output(tooltip="Zeros, [batch, channels, latent frames, height, width]."),
                 io.Float.Output("fps", display_name="fps", tooltip="The frame rate that the model was trained for, for the node that makes the video."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -56,7 +58,10 @@ class APTEmptyLatent(io.ComfyNode):
             "downscale_ratio_spacial": wan.spatial,
             "downscale_ratio_temporal": wan.temporal,
         }
-        return io.NodeOutput(latent, float(wan.native["fps"]))
+        warnings = []
+        if wan.guessed and size["size"] == NATIVE:
+            warnings = [f"The model does not say which size it was trained for: {width}x{height} with {frames} frames is a guess. Choose custom."]
+        return io.NodeOutput(latent, float(wan.native["fps"]), ui=warn(NAME, cls.hidden.unique_id, warnings) if warnings else None)
 
 
 def _pixels(wan: WanModel, size: dict) -> tuple[int, int, int]:

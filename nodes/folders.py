@@ -25,10 +25,24 @@ def names(*kinds: str) -> list[str]:
     return sorted({name for kind in kinds for name in folder_paths.get_filename_list(kind)})
 
 
+def fingerprint(file: str | None) -> str:
+    """Size and time of a file, "" where it is not: a loader that returns it loads anew what was written under the same name."""
+    try:
+        of_file = os.stat(file or "")
+    except OSError:
+        return ""
+    return f"{of_file.st_size} {of_file.st_mtime_ns}"
+
+
+def path(name: str | None, *kinds: str) -> str | None:
+    """The path of a file by its name in the list, None where there is none."""
+    paths = (folder_paths.get_full_path(kind, name) for kind in kinds if name)
+    return next(filter(None, paths), None)
+
+
 def find(name: str, *kinds: str) -> str:
     """The path of a file by its name in the list. Raises AptError when none of these kinds of folders has it."""
-    for kind in kinds:
-        if path := folder_paths.get_full_path(kind, name):
-            return path
+    if found := path(name, *kinds):
+        return found
     places = " or ".join(f"models/{kind}" for kind in kinds)
     raise AptError(f"{name} is not in {places}: put the file there, or choose another one.")

@@ -1,6 +1,5 @@
 """Load APT Checkpoint: a stock MODEL from one safetensors file, with what its metadata says."""
 
-import logging
 from textwrap import shorten
 
 import comfy.sd
@@ -8,14 +7,14 @@ import comfy.utils
 import torch
 from comfy import model_management
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io, ui
-from server import PromptServer
+from comfy_api.latest import io
 
 from ..apt_core import checkpoint as contract, keys
 from ..apt_core.errors import AptError
 from ..apt_core.tensorfile import FLOATS, Header, metadata_json
 from . import folders
 from .wan_model import ATTACHMENT, check_native
+from .warn import warn
 
 NAME = "Load APT Checkpoint"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}
@@ -57,13 +56,12 @@ class APTLoadCheckpoint(io.ComfyNode):
             model = load(folders.find(checkpoint, *folders.CHECKPOINTS), weight_dtype)
         except AptError as error:
             raise AptError(f"{NAME}: {error}") from None
-        warning = _untrained(checkpoint, model.get_attachment(ATTACHMENT))
-        if warning:
-            logging.warning(f"{NAME}: {warning}")
-            # On the node itself; what is in `ui` goes to the history only.
-            PromptServer.instance.send_progress_text(warning, cls.hidden.unique_id)
-            return io.NodeOutput(model, ui=ui.PreviewText(warning))
-        return io.NodeOutput(model)
+        warnings = _untrained(checkpoint, model.get_attachment(ATTACHMENT))
+        return io.NodeOutput(model, ui=warn(NAME, cls.hidden.unique_id, warnings) if warnings else None)
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str | None, weight_dtype: str | None) -> str:
+        return folders.fingerprint(folders.path(checkpoint, *folders.CHECKPOINTS))
 
 
 def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False) -> ModelPatcher:
@@ -132,11 +130,11 @@ def _own_dtype(state: dict) -> torch.dtype | None:
     )
 
 
-def _untrained(checkpoint: str, apt: dict) -> str:
-    """A warning in words for a model that gives bad pictures in one step, "" for a good one."""
+def _untrained(checkpoint: str, apt: dict) -> list[str]:
+    """A warning in words for a model that gives bad pictures in one step, none for a good one."""
     if apt.get("kind") == "generator" and apt.get("phase") != "distilled":
-        return ""
+        return []
     what = "was distilled but not adversarially trained" if apt.get("phase") == "distilled" else "is a base model, not adversarially trained"
     if not apt:
         what = "has no metadata that tells of adversarial training"
-    return f"{checkpoint} {what}: one step of such a model is blurred. Choose an APT checkpoint, or add the APT LoRA of this model."
+    return [f"{checkpoint} {what}: one step of such a model is blurred. Choose an APT checkpoint, or add the APT LoRA of this model."]

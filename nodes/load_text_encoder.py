@@ -15,6 +15,7 @@ from . import folders
 
 NAME = "Load APT Text Encoder"
 BUILT_IN = "apt_mini_text_encoder"
+BUILT_IN_FILE = str(folders.MINI / "text_encoder.safetensors")
 # What ComfyUI's UMT5 takes for granted.
 FIXED = {
     "relative_attention_num_buckets": 32,
@@ -49,10 +50,13 @@ class APTLoadTextEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, text_encoder: str) -> io.NodeOutput:
         try:
-            path = str(folders.MINI / "text_encoder.safetensors") if text_encoder == BUILT_IN else folders.find(text_encoder, "text_encoders")
-            return io.NodeOutput(_load(path))
+            return io.NodeOutput(_load(BUILT_IN_FILE if text_encoder == BUILT_IN else folders.find(text_encoder, "text_encoders")))
         except AptError as error:
             raise AptError(f"{NAME}: {error}") from None
+
+    @classmethod
+    def fingerprint_inputs(cls, text_encoder: str | None) -> str:
+        return folders.fingerprint(BUILT_IN_FILE if text_encoder == BUILT_IN else folders.path(text_encoder, "text_encoders"))
 
 
 def _load(path: str) -> comfy.sd.CLIP:

@@ -7,6 +7,7 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy import model_management
+from comfy.ldm.wan.model import WanModel as Network
 from comfy.model_sampling import CONST
 from comfy.samplers import KSAMPLER, CFGGuider
 from comfy_api.latest import io
@@ -19,6 +20,7 @@ from ..apt_core.noise import APT, COMFYUI
 from ..apt_core.steps import step_times
 from .noise import SeedNoise, WalkNoise
 from .wan_model import WanModel, read_model
+from .warn import warn
 
 NAME = "APT One-Step Sampler"
 
@@ -73,6 +75,7 @@ class APTSampler(io.ComfyNode):
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The samples, for APT VAE Decode or any other.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -84,6 +87,7 @@ class APTSampler(io.ComfyNode):
         times = step_times(steps, wan.second_time) if sigmas is None else _times(sigmas)
         latent = _read_latent(wan, model, latent)
         _check_text(wan, positive)
+        warnings = [*_too_long(wan, positive), *_ignored(model.model.diffusion_model, wan, positive, latent)]
 
         of_seed = SeedNoise(seed, seed_noise)
         first = noise or of_seed
@@ -102,7 +106,8 @@ class APTSampler(io.ComfyNode):
             seed=seed,
         )
         _check_finite(samples)
-        return io.NodeOutput({**latent, "samples": samples.to(model_management.intermediate_device())})
+        latent = {**latent, "samples": samples.to(model_management.intermediate_device())}
+        return io.NodeOutput(latent, ui=warn(NAME, cls.hidden.unique_id, warnings) if warnings else None)
 
 
 def few_step(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, fresh_noise) -> Tensor:
@@ -178,3 +183,31 @@ def _check_text(wan: WanModel, positive: list) -> None:
                 f"{NAME}: the prompt has embeddings of {text.shape[-1]} channels, but this model reads {wan.text_dim}: use its own text encoder, "
                 "UMT5-XXL for Wan, apt_mini_text_encoder for the miniature."
             )
+
+
+def _too_long(wan: WanModel, positive: list) -> list[str]:
+    rows = max((text.shape[1] for text, _ in positive), default=0)
+    if wan.text_length is None or rows <= wan.text_length:
+        return []
+    return [
+        f"The prompt has {rows} tokens, but this model was trained with at most {wan.text_length}: the result can be noise. Shorten the prompt "
+        "(a word has one to three tokens)."
+    ]
+
+
+def _ignored(network, wan: WanModel, positive: list, latent: dict) -> list[str]:
+    """What a user connected, and what this model has no inputs for."""
+    sentences = []
+    if type(network) is Network:  # its relatives have inputs of their own
+        given = {key for _, values in positive for key, value in values.items() if value is not None}
+        images = (
+            ("start image", "concat_latent_image", network.patch_embedding.in_channels != wan.channels),
+            ("CLIP vision image", "clip_vision_output", network.img_emb is not None),
+            ("reference image", "reference_latents", network.ref_conv is not None),
+        )
+        for name, key, taken in images:
+            if key in given and not taken:
+                sentences.append(f"The prompt comes with a {name}, but this model has no input for one: it is ignored.")
+    if "noise_mask" not in latent and latent["samples"].count_nonzero():
+        sentences.append("The latent has a picture in it, which is ignored: this method starts from noise alone. Take Empty APT Latent.")
+    return sentences

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import comfy.sd
 from comfy.model_base import WAN21
 from comfy.model_patcher import ModelPatcher
 
+from ..apt_core.checkpoint import ASSUMED, read_metadata
 from ..apt_core.errors import AptError
 from ..apt_core.steps import is_few_step, second_time
 from ..apt_core.tensorfile import metadata_json
@@ -19,13 +21,17 @@ RELEASED = {
 }
 
 
+TEXT_LENGTH = 512
+"""Rows of text that every released Wan was trained with."""
+
 MAX_FPS = 1000
 
 
 @dataclass(frozen=True)
 class WanModel:
     """Sizes of a Wan MODEL. `spatial` and `temporal`: pixels and frames to a latent; `patch`: latents to a token's side;
-    `native`: {width, height, frames, fps} that it was trained for, in pixels and frames; `second_time`: see apt_core.steps."""
+    `native`: {width, height, frames, fps} that it was trained for, in pixels and frames; `second_time`: see apt_core.steps; `text_length`:
+    the most rows that a prompt had in training, None where nobody knows; `guessed`: whether `native` is that of a Wan of another build."""
 
     channels: int
     spatial: int
@@ -34,6 +40,8 @@ class WanModel:
     text_dim: int
     native: dict
     second_time: float
+    text_length: int | None
+    guessed: bool
 
     @property
     def multiple(self) -> int:
@@ -47,6 +55,10 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
         kind = type(model.model).__name__
         raise AptError(f"{node}: the model is {kind}, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.")
     format, network, apt = model.model.latent_format, model.model.diffusion_model, _apt(node, model)
+    released = network.text_dim == ASSUMED["text_dim"]
+    text_length = apt.get("text_length")
+    if not isinstance(text_length, int):
+        text_length = TEXT_LENGTH if released else None
     return WanModel(
         channels=format.latent_channels,
         spatial=format.spacial_downscale_ratio,
@@ -55,6 +67,8 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
         text_dim=network.text_dim,
         native=apt.get("native") or RELEASED[format.latent_channels],
         second_time=second_time(node, apt),
+        text_length=text_length,
+        guessed=not apt.get("native") and not released,
     )
 
 
@@ -70,12 +84,28 @@ def check_native(what: str, apt: dict) -> None:
 
 
 def _apt(node: str, model: ModelPatcher) -> dict:
-    file = model.get_attachment(ATTACHMENT) or {}
+    file = model.get_attachment(ATTACHMENT)
+    if file is None:
+        file = _of_stock_loader(model)
     if is_few_step(file):
         return file
-    # Of a base the LoRA tells what became of it. Stock loaders drop the metadata of a model, but keep a LoRA's.
+    # Of a base the LoRA tells what became of it.
     what = f"{node}: the LoRA"
     lora = metadata_json(what, model.get_attachment("lora_metadata") or {}, "apt")
     check_native(what, lora)
     second_time(what, lora)
     return {**file, **lora}
+
+
+def _of_stock_loader(model: ModelPatcher) -> dict:
+    """What the file of Load Diffusion Model says: that node drops the metadata, but the MODEL remembers how it can be made again."""
+    match model.cached_patcher_init:
+        case (comfy.sd.load_diffusion_model, (path, *_)):
+            try:
+                apt = read_metadata(path)
+                check_native(path, apt)
+                second_time(path, apt)
+            except AptError:  # replaced or taken away since, or no safetensors: as if it said nothing
+                return {}
+            return apt
+    return {}

@@ -1,5 +1,5 @@
 """Writes workflows/ (graphs and pictures) and the tests' snapshot of /object_info: builds each graph of graphs.py in ComfyUI's own
-frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else the graph itself.
+frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else it says what is needed.
 
 COMFYUI_DIR=... COMFYUI_PYTHON=... CHROMIUM=... python tests/comfyui/build_workflows.py [--screenshots FOLDER] [NAME ...]
 """
@@ -13,8 +13,8 @@ import uuid
 from pathlib import Path
 
 from browser import Frontend
-from cards import card_of_picture, card_of_videos
-from graphs import PUBLIC, RUNNABLE, WORKFLOWS
+from cards import card_of_videos, card_of_words
+from graphs import CARDS, GROUPS, PUBLIC, RUNNABLE, WIDTH, WORKFLOWS, Graph
 from interface import write_snapshot
 from server import ROOT, Server
 from stand_ins import make_stand_ins
@@ -48,7 +48,35 @@ BUILD = """async ({nodes, links}) => {
 }"""
 
 
-def finish(name: str, graph: dict, core_version: str) -> dict:
+def add_groups(graph: dict, made: Graph) -> None:
+    """Three groups of one height around the nodes by column, and the note above them."""
+    *nodes, note = graph["nodes"]
+    top = min(node["pos"][1] for node in nodes) - 30 - 10 - 40  # titles of nodes, edge, title of the group
+    # A saved clip or picture makes its node taller than ComfyUI stores it.
+    bottom = max(node["pos"][1] + max(node["size"][1], mine.tall) for node, mine in zip(nodes, made.nodes)) + 10
+    graph["groups"] = []
+    for i, (title, color) in enumerate(GROUPS.items()):
+        last = i if i < 2 else len(made.columns.widths) - 1
+        left, right = made.columns[i] - 10, made.columns[last] + made.columns.widths[last] + 10
+        assert right <= WIDTH
+        bounding = [left, top, right - left, bottom - top]
+        graph["groups"].append({"id": i + 1, "title": title, "bounding": bounding, "color": color, "font_size": 24, "flags": {}})
+    note["pos"] = [0, top - 15 - note["size"][1]]
+
+
+def detours(graph: dict, made: Graph) -> dict:
+    """Reroute points of links, as the frontend stores them."""
+    links = {(link[1], link[3]): link[0] for link in graph["links"]}
+    reroutes, extensions = [], []
+    for ends, points in made.detours.items():
+        for i, point in enumerate(points):
+            before = {"parentId": len(reroutes)} if i else {}
+            reroutes.append({"id": len(reroutes) + 1, **before, "pos": list(point), "linkIds": [links[ends]]})
+        extensions.append({"id": links[ends], "parentId": len(reroutes)})
+    return {"reroutes": reroutes, "linkExtensions": extensions} if reroutes else {}
+
+
+def finish(name: str, graph: dict, made: Graph, core_version: str) -> dict:
     """Node ids in the order of their definition, where each node and each public model file comes from, and no view of the canvas."""
     pack = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     graph["nodes"].sort(key=lambda node: node["id"])
@@ -63,7 +91,8 @@ def finish(name: str, graph: dict, core_version: str) -> dict:
         files = [value for value in node.get("widgets_values", []) if value in PUBLIC]
         if files:
             node["properties"]["models"] = [{"name": file, "url": PUBLIC[file][0], "directory": PUBLIC[file][1]} for file in files]
-    graph["extra"] = {}
+    add_groups(graph, made)
+    graph["extra"] = detours(graph, made)
     graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-apt/workflows/{name}"))
     return graph
 
@@ -79,17 +108,17 @@ def main() -> None:
         with Server(Path(os.environ["COMFYUI_DIR"]).resolve(), Path(scratch)) as server:
             frontend = Frontend(server.url, os.environ["CHROMIUM"], 2200, 1200)
             version = server.get("/system_stats")["system"]["comfyui_version"]
-            stock = {node.type for make in WORKFLOWS.values() for node in make().nodes}
-            write_snapshot(server.get("/object_info"), stock - {"MarkdownNote"})
+            write_snapshot(server.get("/object_info"), {node.type for make in WORKFLOWS.values() for node in make().nodes})
             for name in arguments.names:
-                graph = finish(name, json.loads(frontend.page.evaluate(BUILD, WORKFLOWS[name]().description())), version)
-                (FOLDER / f"{name}.json").write_text(json.dumps(graph, indent=2, ensure_ascii=False) + "\n")
+                made = WORKFLOWS[name]()
+                graph = finish(name, json.loads(frontend.page.evaluate(BUILD, made.description())), made, version)
+                (FOLDER / f"{name}.json").write_text(json.dumps(graph, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
                 frontend.open(graph)
                 frontend.picture(screenshots / f"{name}.png")
                 if name in RUNNABLE:
                     card_of_videos([file for (file,) in server.run(frontend.prompt()).values()], FOLDER / f"{name}.jpg")
                 else:
-                    card_of_picture(screenshots / f"{name}.png", FOLDER / f"{name}.jpg")
+                    card_of_words(CARDS[name], FOLDER / f"{name}.jpg")
                 print(f"{name}: {len(graph['nodes'])} nodes", flush=True)
             frontend.close()
 

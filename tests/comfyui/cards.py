@@ -4,7 +4,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 1024, 576
 BACKGROUND = (24, 24, 24)
@@ -33,11 +33,15 @@ def card_of_videos(videos: list[Path], out: Path) -> None:
     card.save(out, quality=88)
 
 
-def card_of_picture(picture: Path, out: Path) -> None:
-    """The whole picture in the middle of the card."""
-    with Image.open(picture) as image:
-        image = image.convert("RGB")
-        image.thumbnail((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+def card_of_words(words: tuple[str, str, str], out: Path) -> None:
+    """What a graph makes, how, and what it needs, large enough for the template browser's 300 pixels."""
     card = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
-    card.paste(image, ((WIDTH - image.width) // 2, (HEIGHT - image.height) // 2))
+    draw = ImageDraw.Draw(card)
+    title, how, needs = words
+    made_by = "python -m trainer makes it from your clips"
+    lines = ((title, 68, 90, "white"), (how, 44, 196, "#a8c0d8"), (needs, 44, 350, "#e8c060"), (made_by, 40, 430, "#9a9a9a"))
+    for text, size, top, color in lines:
+        font = ImageFont.load_default(size)
+        draw.text(((WIDTH - draw.textlength(text, font)) / 2, top), text, color, font)
+    draw.line((WIDTH * 0.3, 296, WIDTH * 0.7, 296), "#505050", 3)
     card.save(out, quality=88)

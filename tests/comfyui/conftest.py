@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from browser import Frontend, chromium
-from server import Server
+from server import Server, one_thread
 from stand_ins import make_stand_ins
 
 HELPERS = Path(__file__).parent / "helpers"
@@ -37,7 +37,7 @@ def comfyui(comfyui_dir, tmp_path_factory):
         folder = tmp_path_factory.mktemp("comfyui")
         job = json.dumps({key: str(value) for key, value in paths.items()})
         command = [python, str(HELPERS / f"{helper}.py"), str(comfyui_dir), str(folder / "base"), job]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=1200)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=1200, env=one_thread())
         assert done.returncode == 0, f"ComfyUI failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
         return json.loads(done.stdout.strip().splitlines()[-1])
 

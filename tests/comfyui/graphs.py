@@ -1,6 +1,7 @@
 """The graphs of workflows/, in code: `build_workflows.py` has ComfyUI's frontend turn them into files.
 
-Positions and sizes are pixels of the canvas; columns go from left (notes, loaders) to right (what is saved).
+Positions and sizes are pixels of the canvas. ComfyUI opens a graph at 3/4 of the window and leaves text away below 8 pixels, so at 1366x768 a
+graph has room for 1,790 x 1,000. Every link goes to a column further right, and a lane is left free for one that skips a column.
 """
 
 from dataclasses import dataclass, field
@@ -20,8 +21,26 @@ MINI, MINI_VAE, MINI_TEXT = "apt_mini.safetensors", "apt_mini_vae.safetensors", 
 
 IMAGE_PRESET, VIDEO_PRESET = "image 1024", "video 1280x720, 2 s"
 
-NOTES, LOAD, PROMPT, SAMPLE, SAVE = -460, 0, 400, 860, 1260
-DECODE = 280
+WIDTH = 1650
+"""Of a graph with its groups and its note."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Left edges and widths of what goes from left to right: two columns of groups, then those of the result."""
+
+    widths: tuple[int, ...]
+    GROUPS, RESULT, EDGE = 60, 40, 10  # between groups, within the last one, around all
+
+    def __getitem__(self, column: int) -> int:
+        return self.EDGE + sum(self.widths[:column]) + sum([self.GROUPS, self.GROUPS, *[self.RESULT] * len(self.widths)][:column])
+
+
+FIVE, SIX = Columns((290, 310, 270, 270, 290)), Columns((250, 260, 245, 180, 200, 255))
+GROUPS = {"1 Model": "#3f789e", "2 Prompt": "#b58b2a", "3 Result": "#88aa88"}
+# Of columns: a lane for MODEL above the prompt, and one for fps between sampler and VAE.
+TEXT, LATENT, VAE, DECODE = 80, 260, 360, 240
+SECOND = 150  # the second loader
 
 
 @dataclass
@@ -30,10 +49,12 @@ class Node:
 
     id: int
     type: str
-    at: tuple[int, int]
-    size: tuple[int, int]
+    column: int
+    y: int
+    tall: int
     title: str | None
     inputs: dict
+    span: int = 1
 
     def __getitem__(self, slot: int) -> tuple["Node", int]:
         return self, slot
@@ -41,16 +62,31 @@ class Node:
 
 @dataclass
 class Graph:
+    columns: Columns = FIVE
     nodes: list[Node] = field(default_factory=list)
+    detours: dict[tuple[int, int], list] = field(default_factory=dict)
+    about: str = ""
+    about_height: int = 0
 
-    def add(self, type: str, at: tuple[int, int], size: tuple[int, int] = (0, 0), title: str | None = None, /, **inputs) -> Node:
-        """`inputs` are values of widgets, in the order in which a user would set them, or nodes to link from."""
-        node = Node(len(self.nodes) + 1, type, at, size, title, inputs)
+    def add(self, type: str, column: int, y: int, title: str | None = None, /, *, tall: int = 0, span: int = 1, **inputs) -> Node:
+        """`inputs` are values of widgets, in the order in which a user would set them, or nodes to link from. `tall`: pixels, where the node's
+        own height will not do; `span`: over how many columns."""
+        node = Node(len(self.nodes) + 1, type, column, y, tall, title, inputs, span)
         self.nodes.append(node)
         return node
 
-    def note(self, text: str, size: tuple[int, int] = (420, 300)) -> None:
-        self.add("MarkdownNote", (NOTES, 0), size, "About this workflow", text=text)
+    def detour(self, source: Node, target: Node, *points: tuple[int, int]) -> None:
+        """The link between the two goes through these points."""
+        self.detours[source.id, target.id] = list(points)
+
+    def note(self, title: str, *lines: str) -> None:
+        """Above everything, as wide as the graph. All in headings, for these alone are large enough where the graph just fits the window."""
+        self.about = "\n\n".join([f"# {title}", *(f"## {line}" for line in lines)])
+        self.about_height = 60 + 34 * len(lines)
+
+    def width(self, node: Node) -> int:
+        last = node.column + node.span - 1
+        return self.columns[last] + self.columns.widths[last] - self.columns[node.column]
 
     def description(self) -> dict:
         """Plain JSON for the browser: nodes with the values of their widgets, and links by the names of inputs."""
@@ -63,46 +99,47 @@ class Graph:
                     links.append({"from": source.id, "slot": slot, "to": node.id, "input": name})
                 else:
                     widgets.append([name, value])
-            nodes.append({"id": node.id, "type": node.type, "at": node.at, "size": node.size, "title": node.title, "widgets": widgets})
+            place = {"at": (self.columns[node.column], node.y), "size": (self.width(node), node.tall)}
+            nodes.append({"id": node.id, "type": node.type, "title": node.title, "widgets": widgets} | place)
+        note = {"id": len(nodes) + 1, "type": "MarkdownNote", "title": "About this workflow", "widgets": [["text", self.about]]}
+        nodes.append(note | {"at": (0, 0), "size": (WIDTH, self.about_height)})
         return {"nodes": nodes, "links": links}
 
 
 def mini_front(g: Graph, prompt: str, size: dict):
     """The miniature's loaders, prompt and latent: (model, conditioning, latent, vae)."""
-    model = g.add("APTLoadCheckpoint", (LOAD, 0), (340, 0), checkpoint=MINI)
-    clip = g.add("APTLoadTextEncoder", (LOAD, 140), (340, 0), text_encoder=MINI_TEXT)
-    vae = g.add("VAELoader", (LOAD, 250), (340, 0), vae_name=MINI_VAE)
-    text = g.add("CLIPTextEncode", (PROMPT, 0), (400, 150), "Prompt", text=prompt, clip=clip)
-    latent = g.add("APTEmptyLatent", (PROMPT, 220), (400, 0), model=model, **size)
+    model = g.add("APTLoadCheckpoint", 0, 0, checkpoint=MINI)
+    clip = g.add("APTLoadTextEncoder", 0, SECOND, text_encoder=MINI_TEXT)
+    text = g.add("CLIPTextEncode", 1, TEXT, "Prompt", tall=120, text=prompt, clip=clip)
+    latent = g.add("APTEmptyLatent", 1, LATENT, model=model, **size)
+    vae = g.add("VAELoader", 2, VAE, vae_name=MINI_VAE)
     return model, text, latent, vae
 
 
-def wan_front(g: Graph, model: Node, vae_name: str, prompt: str, size: dict, top: int = 140):
-    """The same for a released Wan: the stock loaders of its text encoder and, below, its VAE."""
-    clip = g.add("CLIPLoader", (LOAD, top), (340, 0), clip_name=UMT5, type="wan")
-    vae = g.add("VAELoader", (LOAD, top + 160), (340, 0), vae_name=vae_name)
-    text = g.add("CLIPTextEncode", (PROMPT, 0), (400, 170), "Prompt", text=prompt, clip=clip)
-    latent = g.add("APTEmptyLatent", (PROMPT, 240), (400, 0), model=model, **size)
+def wan_front(g: Graph, model: Node, vae_name: str, prompt: str, size: dict, second: int = SECOND):
+    """The same for a released Wan: the stock loaders of its text encoder and, beside the decode, its VAE."""
+    clip = g.add("CLIPLoader", 0, second, clip_name=UMT5, type="wan")
+    text = g.add("CLIPTextEncode", 1, TEXT, "Prompt", tall=120, text=prompt, clip=clip)
+    latent = g.add("APTEmptyLatent", 1, LATENT, model=model, **size)
+    vae = g.add("VAELoader", 2, VAE, vae_name=vae_name)
     return text, latent, vae
 
 
-def video_out(g: Graph, vae: Node, samples: Node, fps, prefix: str, title: str | None = None) -> None:
-    video = g.add("APTVAEDecodeToVideo", (SAMPLE, DECODE), (340, 0), vae=vae, samples=samples, fps=fps)
-    g.add("SaveVideo", (SAVE, 0), (420, 420), title, video=video, filename_prefix=prefix)
+def video_out(g: Graph, vae: Node, samples: Node, fps, prefix: str, title: str | None = None, tall: int = 420, span: int = 1) -> None:
+    video = g.add("APTVAEDecodeToVideo", 3, DECODE, span=span, vae=vae, samples=samples, fps=fps)
+    g.add("SaveVideo", 3 + span, 0, title, tall=tall, video=video, filename_prefix=prefix)
 
 
 def mini_text_to_video() -> Graph:
     g = Graph()
     model, text, latent, vae = mini_front(g, "a red circle moving left on a green background", {"size": "native"})
-    samples = g.add("APTSampler", (SAMPLE, 0), (340, 0), model=model, positive=text, latent=latent, seed=5)
+    samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=5)
     video_out(g, vae, samples, latent[1], "video/apt_mini")
     g.note(
-        "The miniature comes with the pack: **press Run**, nothing has to be downloaded, and a CPU will do.\n\n"
-        "It is a complete Wan in small. One call of the network makes the clip: 9 frames of 48x48 pixels.\n\n"
-        "It knows sentences of this form:\n\n> a **red** **circle** moving **left** on a **green** background\n\n"
-        "- colours: red, green, blue, yellow, purple\n- shapes: circle, square, triangle\n- directions: left, right, up, down\n\n"
-        "Every seed gives another clip. Two steps instead of one are slower and a little steadier.",
-        size=(420, 400),
+        "Press **Run**: nothing has to be downloaded, and a CPU will do",
+        "The miniature is a complete Wan in small: one call of its network makes a clip of 9 frames of 48x48 pixels. Every seed gives another one.",
+        "It knows sentences like: *a **red** **circle** moving **left** on a **green** background*",
+        "Colours: red, green, blue, yellow, purple. Shapes: circle, square, triangle. Directions: left, right, up, down.",
     )
     return g
 
@@ -113,138 +150,143 @@ STREET = (
 )
 
 
+def public(name: str) -> str:
+    url, folder = PUBLIC[name]
+    return f"[{name}]({url}) → models/{folder}"
+
+
+def trained(name: str, folder: str = "diffusion_models") -> str:
+    return f"{name} → models/{folder}: the trainer of ComfyUI-APT makes it from your clips (README, *Train*); choose yours in the loader"
+
+
 def wan21_text_to_video() -> Graph:
     g = Graph()
-    model = g.add("APTLoadCheckpoint", (LOAD, 0), (340, 0), checkpoint="wan2.1_1.3B_apt.safetensors")
+    model = g.add("APTLoadCheckpoint", 0, 0, checkpoint="wan2.1_1.3B_apt.safetensors")
     text, latent, vae = wan_front(g, model, "wan_2.1_vae.safetensors", STREET, {"size": "native"})
-    samples = g.add("APTSampler", (SAMPLE, 0), (340, 0), model=model, positive=text, latent=latent, seed=1)
+    samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=1)
     video_out(g, vae, samples, latent[1], "video/apt_wan21")
     g.note(
-        "Text to video with an APT checkpoint of **Wan 2.1**, in one step.\n\n"
-        "Put the files here:\n\n```\nmodels/\n  diffusion_models/wan2.1_1.3B_apt.safetensors\n"
-        f"  text_encoders/{UMT5}\n  vae/wan_2.1_vae.safetensors\n```\n\n"
-        f"- [text encoder]({PUBLIC[UMT5][0]})\n- [VAE]({PUBLIC['wan_2.1_vae.safetensors'][0]})\n"
-        "- the checkpoint is what the trainer of ComfyUI-APT writes; choose yours in *Load APT Checkpoint*\n\n"
+        "Text to video with an APT checkpoint of **Wan 2.1**, in one step",
+        "Needs " + trained("wan2.1_1.3B_apt.safetensors"),
+        f"and {public(UMT5)}, {public('wan_2.1_vae.safetensors')}",
         "There is no CFG, no scheduler and no negative prompt to set: they would only make it worse.",
-        size=(420, 400),
     )
     return g
 
 
 def wan22_text_to_video() -> Graph:
     g = Graph()
-    model = g.add("APTLoadCheckpoint", (LOAD, 0), (340, 0), checkpoint="wan2.2_5B_apt.safetensors")
+    model = g.add("APTLoadCheckpoint", 0, 0, checkpoint="wan2.2_5B_apt.safetensors")
     text, latent, vae = wan_front(g, model, "wan2.2_vae.safetensors", STREET, {"size": VIDEO_PRESET})
-    samples = g.add("APTSampler", (SAMPLE, 0), (340, 0), model=model, positive=text, latent=latent, seed=1)
+    samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=1)
     video_out(g, vae, samples, latent[1], "video/apt_wan22_5b")
     g.note(
-        "Text to video with an APT checkpoint of **Wan 2.2 5B**: 1280x704, 24 frames a second, 2 seconds, one step.\n\n"
-        "Put the files here:\n\n```\nmodels/\n  diffusion_models/wan2.2_5B_apt.safetensors\n"
-        f"  text_encoders/{UMT5}\n  vae/wan2.2_vae.safetensors\n```\n\n"
-        f"- [text encoder]({PUBLIC[UMT5][0]})\n- [VAE]({PUBLIC['wan2.2_vae.safetensors'][0]})\n"
-        "- the checkpoint is what the trainer of ComfyUI-APT writes; choose yours in *Load APT Checkpoint*\n\n"
+        "Text to video with an APT checkpoint of **Wan 2.2 5B**: 1280x704, 24 fps, 2 seconds, one step",
+        "Needs " + trained("wan2.2_5B_apt.safetensors"),
+        f"and {public(UMT5)}, {public('wan2.2_vae.safetensors')}",
         "*APT VAE Decode to Video* writes the file while it decodes: the clip is never held in memory, and a cancel acts at once.",
-        size=(420, 440),
     )
     return g
 
 
 def text_to_image() -> Graph:
     g = Graph()
-    model = g.add("APTLoadCheckpoint", (LOAD, 0), (340, 0), checkpoint="wan2.1_1.3B_apt.safetensors")
+    model = g.add("APTLoadCheckpoint", 0, 0, checkpoint="wan2.1_1.3B_apt.safetensors")
     prompt = "A portrait of an old fisherman in a yellow raincoat, grey beard, soft morning light, the harbour behind him out of focus."
     text, latent, vae = wan_front(g, model, "wan_2.1_vae.safetensors", prompt, {"size": IMAGE_PRESET, "batch_size": 4})
-    samples = g.add("APTSampler", (SAMPLE, 0), (340, 0), model=model, positive=text, latent=latent, seed=1)
-    images = g.add("APTVAEDecode", (SAMPLE, DECODE), (340, 0), vae=vae, samples=samples)
-    g.add("SaveImage", (SAVE, 0), (420, 460), images=images, filename_prefix="apt_image")
+    samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=1)
+    images = g.add("APTVAEDecode", 3, DECODE, vae=vae, samples=samples)
+    g.add("SaveImage", 4, 0, tall=420, images=images, filename_prefix="apt_image")
     g.note(
-        "Text to image at **1024x1024**: a clip of one frame, four different ones at once.\n\n"
-        "Best with a checkpoint of the image phase. Put the files here:\n\n```\nmodels/\n  diffusion_models/wan2.1_1.3B_apt.safetensors\n"
-        f"  text_encoders/{UMT5}\n  vae/wan_2.1_vae.safetensors\n```\n\n"
-        f"- [text encoder]({PUBLIC[UMT5][0]})\n- [VAE]({PUBLIC['wan_2.1_vae.safetensors'][0]})\n\n"
+        "Four pictures of **1024x1024** at once, in one step: each is a clip of one frame",
+        "Needs " + trained("wan2.1_1.3B_apt.safetensors") + ", best one of the image phase",
+        f"and {public(UMT5)}, {public('wan_2.1_vae.safetensors')}",
         "Picture i of the batch has the seed + i: to see one of them again, set that seed and a batch of 1.",
-        size=(420, 440),
     )
     return g
 
 
 def lora_text_to_video() -> Graph:
     g = Graph()
-    base = g.add("UNETLoader", (LOAD, 0), (340, 0), unet_name="wan2.1_t2v_1.3B_fp16.safetensors")
+    base = g.add("UNETLoader", 0, 0, unet_name="wan2.1_t2v_1.3B_fp16.safetensors")
     lora = "wan2.1_1.3B_apt_lora.safetensors"
-    model = g.add("LoraLoaderModelOnly", (LOAD, 140), (340, 0), model=base, lora_name=lora, strength_model=1.0)
-    text, latent, vae = wan_front(g, model, "wan_2.1_vae.safetensors", STREET, {"size": "native"}, top=300)
-    samples = g.add("APTSampler", (SAMPLE, 0), (340, 0), model=model, positive=text, latent=latent, seed=1)
+    model = g.add("LoraLoaderModelOnly", 0, 170, model=base, lora_name=lora, strength_model=1.0)
+    left, right = FIVE[0], FIVE[0] + FIVE.widths[0]
+    g.detour(base, model, (right - 10, 112), (left + 10, 112))
+    text, latent, vae = wan_front(g, model, "wan_2.1_vae.safetensors", STREET, {"size": "native"}, second=330)
+    samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=1)
+    g.detour(model, samples, (right + 45, 14))
     video_out(g, vae, samples, latent[1], "video/apt_lora")
     g.note(
-        "The base model as released, and APT as a **LoRA** on top: the stock loaders do.\n\n"
-        "Put the files here:\n\n```\nmodels/\n  diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors\n  loras/wan2.1_1.3B_apt_lora.safetensors\n"
-        f"  text_encoders/{UMT5}\n  vae/wan_2.1_vae.safetensors\n```\n\n"
-        f"- [base model]({PUBLIC['wan2.1_t2v_1.3B_fp16.safetensors'][0]})\n- [text encoder]({PUBLIC[UMT5][0]})\n"
-        f"- [VAE]({PUBLIC['wan_2.1_vae.safetensors'][0]})\n- the LoRA is what the trainer of ComfyUI-APT writes\n\n"
-        "Keep its strength at 1: the scale is inside the file. LoRAs of a style go before it: ComfyUI remembers what the last LoRA says of sizes and times.",
-        size=(420, 440),
+        "The base model as released, and APT as a **LoRA** on top: the stock loaders do",
+        "Needs " + trained("wan2.1_1.3B_apt_lora.safetensors", "loras"),
+        f"and {public('wan2.1_t2v_1.3B_fp16.safetensors')}, {public(UMT5)}, {public('wan_2.1_vae.safetensors')}",
+        "Keep its strength at 1: the scale is inside the file. LoRAs of a style go before it, for the last LoRA tells sizes and times.",
     )
     return g
 
 
 def noise_walk() -> Graph:
-    g = Graph()
+    g = Graph(SIX)
     model, text, latent, vae = mini_front(
         g, "a blue circle on a yellow background", {"size": "custom", "size.width": 48, "size.height": 48, "size.frames": 1, "batch_size": 48}
     )
-    noise = g.add("APTNoiseWalk", (PROMPT, 470), (400, 0), seeds="1, 2, 3", closed=True)
+    noise = g.add("APTNoiseWalk", 1, 500, seeds="1, 2, 3", closed=True)
     seed = {"seed": 0, "control_after_generate": "fixed"}
-    samples = g.add("APTSampler", (SAMPLE, 0), (340, 0), model=model, positive=text, latent=latent, noise=noise, **seed)
-    images = g.add("APTVAEDecode", (SAMPLE, DECODE), (340, 0), vae=vae, samples=samples)
-    video = g.add("CreateVideo", (SAMPLE, DECODE + 110), (340, 0), images=images, fps=24.0)
-    g.add("SaveVideo", (SAVE, 0), (420, 420), video=video, filename_prefix="video/apt_noise_walk")
+    samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, noise=noise, **seed)
+    images = g.add("APTVAEDecode", 3, DECODE, vae=vae, samples=samples)
+    video = g.add("CreateVideo", 4, DECODE, images=images, fps=24.0)
+    g.add("SaveVideo", 5, 0, tall=420, video=video, filename_prefix="video/apt_noise_walk")
     g.note(
-        "One prompt, and the noise **walks** from seed to seed: 48 pictures, one network call for each, played as a video.\n\n"
-        "A one-step generator maps noise to pictures, so a smooth way through the noise is a smooth way through the pictures.\n\n"
-        "The batch size of the latent is the number of pictures on the way. With a checkpoint of Wan the same works for images and for clips.",
-        size=(420, 260),
+        "Press **Run**: the noise walks from seed to seed, and one picture becomes another",
+        "48 pictures of one prompt, one network call for each, played as a video. The batch size of the latent is the number of pictures.",
+        "A one-step generator maps noise to pictures, so a smooth way through the noise is a smooth way through the pictures.",
+        "With a checkpoint of Wan the same works for images and for clips.",
     )
     return g
 
 
 def stock_nodes() -> Graph:
-    g = Graph()
+    g = Graph(SIX)
     model, text, latent, vae = mini_front(g, "a purple square moving down on a yellow background", {"size": "native"})
     seed = {"seed": 5, "control_after_generate": "fixed"}
-    samples = g.add("APTSampler", (SAMPLE, 0), (340, 0), model=model, positive=text, latent=latent, **seed)
-    video_out(g, vae, samples, latent[1], "video/apt_ours","Save Video (APT nodes)")
-    down = 560
-    stock = g.add("UNETLoader", (LOAD, down), (340, 0), unet_name=MINI)
-    empty = g.add("EmptyHunyuanLatentVideo", (PROMPT, down + 120), (400, 0), width=48, height=48, length=9, batch_size=1)
-    negative = g.add("ConditioningZeroOut", (PROMPT, down), (400, 0), conditioning=text)
+    samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, **seed)
+    video_out(g, vae, samples, latent[1], "video/apt_ours", "Save Video (APT nodes)", tall=330, span=2)
+    down = 470
+    stock = g.add("UNETLoader", 0, down, unet_name=MINI)
+    empty = g.add("EmptyHunyuanLatentVideo", 1, down + 60, width=48, height=48, length=9, batch_size=1)
     stock_samples = g.add(
-        "KSampler", (SAMPLE, down), (340, 0), model=stock, positive=text, negative=negative, latent_image=empty,
+        "KSampler", 2, down, model=stock, positive=text, negative=text, latent_image=empty,
         **seed, steps=1, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
     )  # fmt: skip
-    images = g.add("VAEDecode", (SAMPLE, down + 330), (340, 0), samples=stock_samples, vae=vae)
-    video = g.add("CreateVideo", (SAMPLE, down + 440), (340, 0), images=images, fps=8.0)
-    g.add("SaveVideo", (SAVE, down), (420, 420), "Save Video (stock nodes)", video=video, filename_prefix="video/apt_stock")
+    images = g.add("VAEDecode", 3, down, samples=stock_samples, vae=vae)
+    video = g.add("CreateVideo", 4, down, images=images, fps=8.0)
+    g.add("SaveVideo", 5, down, "Save Video (stock nodes)", tall=270, video=video, filename_prefix="video/apt_stock")
     g.note(
-        "Above: the APT nodes. Below: **stock nodes only**, the same clip from the same seed.\n\n"
-        "An APT checkpoint needs no node of ours to be right, only these settings of *KSampler*:\n\n"
-        "- steps **1**, cfg **1**, denoise **1**\n- sampler **euler**, scheduler **simple**\n\n"
-        "The negative input must be connected but is not used. Wrong are: any other cfg, `uni_pc`, `ddim_uniform`, `kl_optimal`, "
-        "a denoise below 1.\n\n"
+        "Press **Run**: above the APT nodes, below **stock nodes only**, and the same clip from the same seed",
+        "*KSampler* needs steps **1**, cfg **1**, denoise **1**, **euler**, **simple**. Negative must be connected but is not used. "
+        "Wrong: `uni_pc`, `ddim_uniform`, `kl_optimal`.",
         "The APT nodes take these choices away, check the sizes, decode in slices and stop at once when you cancel.",
-        size=(420, 400),
     )
     return g
 
 
+# By name, as the template browser shows them: first what needs nothing but the miniature.
 WORKFLOWS = {
     "apt_mini_text_to_video": mini_text_to_video,
-    "apt_wan21_text_to_video": wan21_text_to_video,
-    "apt_wan22_5b_text_to_video": wan22_text_to_video,
-    "apt_text_to_image": text_to_image,
-    "apt_lora_text_to_video": lora_text_to_video,
     "apt_noise_walk": noise_walk,
     "apt_stock_nodes": stock_nodes,
+    "apt_text_to_image": text_to_image,
+    "apt_wan21_lora_text_to_video": lora_text_to_video,
+    "apt_wan21_text_to_video": wan21_text_to_video,
+    "apt_wan22_5b_text_to_video": wan22_text_to_video,
 }
 # These need nothing but the miniature.
 RUNNABLE = {"apt_mini_text_to_video", "apt_noise_walk", "apt_stock_nodes"}
+# What the pictures of the others say: as long as nobody has such weights, there is no output to show.
+CARDS = {
+    "apt_text_to_image": ("Wan 2.1: text to image", "four pictures of 1024 x 1024", "Needs your own APT checkpoint of Wan 2.1"),
+    "apt_wan21_lora_text_to_video": ("Wan 2.1: APT as a LoRA", "the released model and stock loaders", "Needs your own APT LoRA of Wan 2.1"),
+    "apt_wan21_text_to_video": ("Wan 2.1: text to video", "832 x 480, one step", "Needs your own APT checkpoint of Wan 2.1"),
+    "apt_wan22_5b_text_to_video": ("Wan 2.2 5B: text to video", "1280 x 704, 24 fps, one step", "Needs your own APT checkpoint of Wan 2.2 5B"),
+}

@@ -58,7 +58,7 @@ class Server:
         command += ["--disable-auto-launch", "--disable-api-nodes", *self.arguments]
         with self.log_file.open("w") as log:
             # Not in the checkout: ComfyUI writes beside its working directory, and `nodes` must be ComfyUI's own.
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base)
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base, env=one_thread())
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log()[-6000:]}"
@@ -131,6 +131,11 @@ class Server:
         with urllib.request.urlopen(request, timeout=600) as response:
             body = response.read()
         return json.loads(body) if body else None
+
+
+def one_thread() -> dict[str, str]:
+    """The environment of a process of ComfyUI: beside other load, threads that wait for one another in every operation stall it."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def failure(entry: dict) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from apt_core.checkpoint import load_transformer, read_metadata, save_generator
@@ -54,5 +55,7 @@ def make_stand_ins(models: Path) -> None:
 
 
 def save_plain(path: Path, source: Path) -> None:
-    """A file as Wan itself is released: the tensors of `source` without any metadata."""
-    save_file(load_file(source), path)
+    """A file as Wan itself is released: the tensors of `source` without any metadata, but for that which ComfyUI needs for odd shapes."""
+    with safe_open(source, "pt") as file:
+        config = {key: value for key, value in file.metadata().items() if key == "config"}
+    save_file(load_file(source), path, config)

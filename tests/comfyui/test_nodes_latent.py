@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from stand_ins import save_plain
 
 from apt_core.checkpoint import save_generator
 from apt_core.wan import WanBackbone
@@ -25,6 +26,12 @@ def result(comfyui, tmp_path_factory):
     ):
         model = WanBackbone(in_channels=channels, out_channels=channels, **small)
         save_generator(files / f"{name}.safetensors", model, model.config, native)
+        if not native:
+            save_plain(files / f"{name}.safetensors", files / f"{name}.safetensors")
+    # The shape by which one knows Wan's own.
+    model = WanBackbone(**small | {"text_dim": 4096, "freq_dim": 256})
+    save_generator(files / "released.safetensors", model, model.config, {})
+    save_plain(files / "released.safetensors", files / "released.safetensors")
     apt = {"format": 1, "kind": "lora", "native": {"width": 320, "height": 192, "frames": 49, "fps": 24}}
     lora = {f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": torch.zeros(shape) for side, shape in (("A", (2, 128)), ("B", (128, 2)))}
     save_file(lora, files / "lora.safetensors", {"apt": json.dumps(apt)})
@@ -38,10 +45,19 @@ def test_sizes_come_from_the_model(result):
         "wan 2.2": ([[1, 48, 31, 44, 80], [1, 48, 1, 64, 64], [1, 48, 13, 44, 80]], 24.0, 16),
         "trained": ([[1, 48, 7, 22, 40], [1, 48, 1, 64, 64], [1, 48, 7, 44, 80]], 12.0, 16),
         "mini": ([[1, 16, 3, 6, 6], [1, 16, 1, 128, 128], [1, 16, 5, 90, 160]], 8.0, 8),
+        "released": ([[1, 16, 21, 60, 104], [1, 16, 1, 128, 128], [1, 16, 9, 90, 160]], 16.0, 8),
         "wan 2.1 with LoRA": ([[1, 16, 13, 24, 40], [1, 16, 1, 128, 128], [1, 16, 13, 90, 160]], 24.0, 8),
     }
-    expected["mini with LoRA"] = expected["mini"]
+    # Stock loaders drop the metadata, but their files have it.
+    expected["mini with LoRA"] = expected["mini by the stock loader"] = expected["mini"]
+    expected["trained by the stock loader"] = expected["trained"]
     assert result["sizes"] == {name: [[shape, fps, stride, 4] for shape in shapes] for name, (shapes, fps, stride) in expected.items()}
+
+
+def test_a_size_that_is_a_guess_is_told(result):
+    said = "The model does not say which size it was trained for: {} is a guess. Choose custom."
+    shown = {"wan 2.1": said.format("832x480 with 81 frames"), "wan 2.2": said.format("1280x704 with 121 frames")}
+    assert result["shown"] == {name: [[text, "APTEmptyLatent"]] for name, text in shown.items()}
 
 
 def test_sizes_of_ones_own(result):

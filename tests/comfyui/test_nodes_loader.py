@@ -158,7 +158,7 @@ def test_a_model_without_adversarial_training_gets_a_warning(run):
     expected = {name: f"{name} has no metadata that tells of adversarial training: {end}" for name in foreign}
     expected["base.safetensors"] = f"base.safetensors is a base model, not adversarially trained: {end}"
     expected["distilled.safetensors"] = f"distilled.safetensors was distilled but not adversarially trained: {end}"
-    assert {name: text for name, text in shown.items() if text} == {name: [text, [text, "7"]] for name, text in expected.items()}
+    assert {name: text for name, text in shown.items() if text} == {name: [text, [text, "APTLoadCheckpoint"]] for name, text in expected.items()}
     assert {name: lines for name, lines in logged.items() if lines} == {name: [f"Load APT Checkpoint: {text}"] for name, text in expected.items()}
     assert {"fp32.safetensors", "fp8.safetensors", "scaled.safetensors"} < shown.keys()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stand_ins import save_plain
 from torch.testing import assert_close
 
 from apt_core.checkpoint import save_generator
@@ -51,6 +52,11 @@ def run(comfyui, generator, text, files):
     folder = files.parent
     for name, about in (("model", {}), ("early", {"second_time": 0.4}), ("base", {"kind": "base", "second_time": 0.5})):
         save_generator(files / f"{name}.safetensors", generator, generator.config, {"base": "test"} | about)
+
+    save_plain(files / "plain.safetensors", files / "model.safetensors")
+    lengths = {"base": "test", "text_length": 7}, {"base": "test", "text_length": 6}
+    for name, about in zip(("long enough", "too short"), lengths):
+        save_generator(files / f"{name}.safetensors", generator, generator.config, about)
 
     key, down, up = "blocks.1.self_attn.q", torch.randn(4, 48) / 7, torch.randn(48, 4) / 2
     lora = {f"diffusion_model.{key}.lora_A.weight": down, f"diffusion_model.{key}.lora_B.weight": up}
@@ -138,7 +144,21 @@ def test_settings_change_what_they_name(run):
 def test_a_lora_on_a_base_brings_its_second_time(run):
     stock, base, *trained = run[1]["LoRA's timesteps"]
     assert stock == base == pytest.approx([1000, 300], abs=1e-3)
-    assert trained == [pytest.approx([1000, 700], abs=1e-3), pytest.approx([1000, 400], abs=1e-3)]
+    model, early = pytest.approx([1000, 700], abs=1e-3), pytest.approx([1000, 400], abs=1e-3)
+    assert trained == [model, early, early], "the last by the stock loader, whose file has the metadata"
+
+
+def test_what_does_not_reach_the_model_is_told(run):
+    no_input = "The prompt comes with a {}, but this model has no input for one: it is ignored."
+    expected = {
+        "a text that fits": [],
+        "a text too long": ["The prompt has 7 tokens, but this model was trained with at most 6: the result can be noise. "
+        "Shorten the prompt (a word has one to three tokens)."],
+        "images": [no_input.format("start image") + "\n" + no_input.format("CLIP vision image")],
+        "an encoded picture": ["The latent has a picture in it, which is ignored: this method starts from noise alone. Take Empty APT Latent."],
+        "a picture to go on with": [],
+    }  # fmt: skip
+    assert run[1]["shown"] == {name: [[text, "APTSampler"] for text in texts] for name, texts in expected.items()}
 
 
 def halfway(a, b):

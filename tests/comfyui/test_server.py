@@ -6,13 +6,15 @@ import shutil
 import time
 import urllib.request
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from cards import read_video
 from interface import interface, is_ours, read_snapshot
-from prompts import NATIVE, custom, mini_image, mini_latents, mini_video, node, saving_latents, stock_latents
-from safetensors.torch import load_file
+from prompts import MINI, NATIVE, custom, mini_image, mini_latents, mini_video, node, saving_latents, stock_latents
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from server import Rejected, failure
 
 from apt_core.checkpoint import load_transformer
@@ -175,6 +177,52 @@ def test_a_model_that_was_never_adversarially_trained_is_named(server):
     (text,) = entry["outputs"]["model"]["text"]
     assert text.startswith("wan2.1_t2v_1.3B_fp16.safetensors has no metadata that tells of adversarial training")
     assert text in server.log()
+
+
+def changed(source: Path, target: Path, name: str) -> None:
+    """`source` under `target`, one of its weights doubled: as large, and of another time."""
+    with safe_open(source, "pt") as file:
+        weights = {key: file.get_tensor(key) for key in file.keys()}
+        weights[name] = 2 * weights[name]
+        save_file(weights, target, file.metadata())
+
+
+@pytest.mark.parametrize("node_id, folder, source, weight", [
+    ("model", "diffusion_models", GENERATOR, "head.head.weight"),
+    ("clip", "text_encoders", ASSETS / "text_encoder.safetensors", "shared.weight"),
+])  # fmt: skip
+def test_a_file_that_is_replaced_under_its_name_is_loaded_again(server, node_id, folder, source, weight):
+    target = server.models / folder / "changing.safetensors"
+    shutil.copy(source, target)
+    prompt = mini_latents(CAPTION, 3, custom(48, 48, 1), checkpoint=MINI)
+    prompt[node_id]["inputs"]["checkpoint" if node_id == "model" else "text_encoder"] = target.name
+    runs = []
+    for _ in range(2):
+        entry = server.wait(server.queue(saving_latents(prompt, "changing")))
+        (path,) = server.files(entry["outputs"]["save"])
+        (_, cached), *_ = (message for message in entry["status"]["messages"] if message[0] == "execution_cached")
+        runs.append((load_file(path)["latent_tensor"], node_id in cached["nodes"]))
+        entry = server.wait(server.queue(saving_latents(prompt, "the same again")))
+        (_, cached), *_ = (message for message in entry["status"]["messages"] if message[0] == "execution_cached")
+        assert node_id in cached["nodes"], "what has not changed is not read again"
+        changed(source, target, weight)
+    (before, first), (after, second) = runs
+    assert not first and not second
+    assert (before - after).abs().max() > 0.1
+
+
+def test_what_the_user_sees_of_an_exception_is_its_sentence(server):
+    entry = server.wait(server.queue(mini_image(CAPTION, 0, custom(50, 48, 9))))
+    ((_, error),) = (message for message in entry["status"]["messages"] if message[0] == "execution_error")
+    assert error["exception_type"] == "apt.AptError"
+
+
+def test_a_prompt_that_is_too_long_is_told_on_the_node(server):
+    long = saving_latents(mini_latents(" and ".join([CAPTION] * 8), 0, custom(48, 48, 1)), "long")
+    entry = server.wait(server.queue(long))
+    (text,) = entry["outputs"]["samples"]["text"]
+    assert re.match(r"The prompt has \d+ tokens, but this model was trained with at most 32: ", text)
+    assert f"APT One-Step Sampler: {text}" in server.log()
 
 
 def test_a_cancel_ends_the_prompt_and_not_the_server(server):

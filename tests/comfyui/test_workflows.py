@@ -26,6 +26,95 @@ def convert(frontend, name: str) -> dict:
     return frontend.prompt()
 
 
+# Of every link: from and to which node, and the points of its way.
+WAYS = """() => [...window.app.graph.links.values()].map(link => {
+    const graph = window.app.graph, from = graph.getNodeById(link.origin_id), to = graph.getNodeById(link.target_id)
+    const between = []
+    for (let id = link.parentId; id !== undefined; id = graph.reroutes.get(id).parentId) between.unshift([...graph.reroutes.get(id).pos])
+    return [from.id, to.id, [[...from.getOutputPos(link.origin_slot)], ...between, [...to.getInputPos(link.target_slot)]]]
+})"""
+BOXES = "() => window.app.graph.nodes.map(n => [n.id, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"
+
+
+def curve(points: list) -> np.ndarray:
+    """Points on a link as the canvas draws it: from each point to the next one a spline that leaves and arrives level."""
+    t = np.linspace(0, 1, 200)[:, None]
+    pieces = []
+    for a, b in zip(np.array(points), np.array(points[1:])):
+        reach = np.array([np.hypot(*(b - a)) / 4, 0])
+        pieces.append((1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * (a + reach) + 3 * (1 - t) * t**2 * (b - reach) + t**3 * b)
+    return np.concatenate(pieces)
+
+
+@pytest.fixture
+def small_window(frontend):
+    """The page in a window of 1366 x 768."""
+    before = frontend.page.viewport_size
+    frontend.page.set_viewport_size({"width": 1366, "height": 768})
+    frontend.page.wait_for_timeout(500)
+    yield frontend
+    frontend.page.set_viewport_size(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_opens_with_its_text_and_wires_in_sight(small_window, name):
+    small_window.open(load(name))
+    small_window.page.wait_for_timeout(1000)
+    scale = small_window.page.evaluate("() => window.app.canvas.ds.scale")
+    assert scale * 14 >= 8, "ComfyUI leaves out text below 8 pixels"
+    note = "() => [...document.querySelectorAll('.comfy-markdown h1, .comfy-markdown h2')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+    sizes = small_window.page.evaluate(note)
+    assert len(sizes) >= 3 and min(sizes) * scale >= 8
+    boxes = small_window.page.evaluate(BOXES)
+    ways = small_window.page.evaluate(WAYS)
+    assert len(ways) == len(load(name)["links"])
+    for source, target, points in ways:
+        if len(points) == 2:
+            assert points[0][0] < points[1][0], "goes back"
+        way = curve(points)
+        for node, left, top, right, bottom in boxes:
+            # Its own two nodes it may touch at their edges.
+            margin = 15 if node in (source, target) else 0
+            inside = (way[:, 0] > left + margin) & (way[:, 0] < right - margin) & (way[:, 1] > top) & (way[:, 1] < bottom)
+            assert not inside.any(), (source, target, "runs behind", node)
+
+
+def test_templates_are_listed_by_name_with_those_that_need_nothing_first(frontend):
+    names = frontend.page.evaluate("async () => (await window.app.api.getWorkflowTemplates())['ComfyUI-APT']")
+    assert names == NAMES
+    assert set(names[: len(RUNNABLE)]) == RUNNABLE
+
+
+def custom_size(frontend, **at_once: int) -> list[int]:
+    """What a user finds who chooses custom in the open graph's Empty APT Latent, and sets some values before the file has been asked."""
+    return frontend.page.evaluate("""async values => {
+        const latent = window.app.graph.nodes.find(n => n.type === "APTEmptyLatent"), size = latent.widgets.find(w => w.name === "size")
+        size.value = "custom"
+        size.callback("custom", window.app.canvas, latent)
+        for (const [name, value] of Object.entries(values)) latent.widgets.find(w => w.name === `size.${name}`).value = value
+        await new Promise(done => setTimeout(done, 3000))
+        return ["width", "height", "frames"].map(name => latent.widgets.find(w => w.name === `size.${name}`).value)
+    }""", at_once)
+
+
+@pytest.mark.parametrize(
+    "name, size", [("apt_mini_text_to_video", [48, 48, 9]), ("apt_wan22_5b_text_to_video", [1280, 704, 49]), ("apt_wan21_lora_text_to_video", [832, 480, 49])]
+)
+def test_a_custom_size_starts_at_the_models_own(frontend, name, size):
+    frontend.open(load(name))
+    assert custom_size(frontend) == size
+
+
+def test_a_custom_size_starts_at_that_of_a_stock_loaders_model_and_keeps_what_was_set(frontend):
+    workflow = load("apt_wan21_lora_text_to_video")
+    (loader,) = (node for node in workflow["nodes"] if node["type"] == "UNETLoader")
+    loader["widgets_values"][0] = loader["widgets_values_named"]["unet_name"] = "apt_mini.safetensors"
+    frontend.open(workflow)
+    assert custom_size(frontend) == [48, 48, 9]
+    frontend.open(workflow)
+    assert custom_size(frontend, frames=1) == [48, 48, 1]
+
+
 def outputs(server, prompt: dict) -> dict[str, Path]:
     """The one file of each output node, by the node's title."""
     return {prompt[node]["_meta"]["title"]: file for node, (file,) in server.run(prompt).items()}

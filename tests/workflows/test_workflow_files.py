@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "workflows"
 NODES = json.loads(Path(__file__).with_name("object_info.json").read_text(encoding="utf-8"))
 NAMES = [
-    "apt_lora_text_to_video",
     "apt_mini_text_to_video",
     "apt_noise_walk",
     "apt_stock_nodes",
     "apt_text_to_image",
+    "apt_wan21_lora_text_to_video",
     "apt_wan21_text_to_video",
     "apt_wan22_5b_text_to_video",
 ]
@@ -56,6 +56,19 @@ def widgets_of(node: dict) -> list[str]:
         if kind in WIDGETS and not options.get("forceInput"):
             names += [name] + [CONTROL] * bool(options.get("control_after_generate"))
     return names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_fits_a_small_window_in_three_groups(name):
+    graph = load(name)
+    boxes = [(*node["pos"], *node["size"]) for node in graph["nodes"]] + [group["bounding"] for group in graph["groups"]]
+    assert max(x + width for x, _, width, _ in boxes) - min(x for x, *_ in boxes) <= 1650
+    assert [group["title"] for group in graph["groups"]] == ["1 Model", "2 Prompt", "3 Result"]
+    assert len({group["color"] for group in graph["groups"]}) == 3
+    for node in ours_and_stock(name):
+        (x, y), (width, height) = node["pos"], node["size"]
+        around = [g for g in graph["groups"] for a, b, w, h in [g["bounding"]] if a < x and x + width < a + w and b < y - 30 and y + height < b + h]
+        assert len(around) == 1, node["type"]
 
 
 def ours_and_stock(name: str) -> list[dict]:

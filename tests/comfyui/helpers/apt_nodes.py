@@ -5,12 +5,22 @@ from types import SimpleNamespace
 
 import folder_paths
 import nodes
+import server
 
 
 def load_nodes(pack: str) -> SimpleNamespace:
     """The pack's node classes by name, all registered in ComfyUI."""
     assert asyncio.run(nodes.load_custom_node(pack))
     return SimpleNamespace(**{name: node for name, node in nodes.NODE_CLASS_MAPPINGS.items() if name.startswith("APT")})
+
+
+def show_on_nodes(apt: SimpleNamespace) -> list:
+    """Stands in for the server, which shows such text on the node: it goes to the list, as [text, node's name]."""
+    shown = []
+    server.PromptServer.instance = SimpleNamespace(send_progress_text=lambda text, node_id: shown.append([text, node_id]))
+    for name, node in vars(apt).items():
+        node.hidden = SimpleNamespace(unique_id=name)
+    return shown
 
 
 def offer(folder: str, *kinds: str) -> None:

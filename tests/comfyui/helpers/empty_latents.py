@@ -10,9 +10,10 @@ paths, _ = start()
 import execution
 import nodes
 import torch
-from apt_nodes import load_nodes, offer, sentence
+from apt_nodes import load_nodes, offer, sentence, show_on_nodes
 
 apt = load_nodes(paths["pack"])
+on_node = show_on_nodes(apt)
 offer(paths["files"], "diffusion_models", "loras")
 
 
@@ -45,7 +46,9 @@ def validated(**inputs) -> list[str]:
 
 
 with torch.inference_mode():
-    models = {name: nodes.UNETLoader().load_unet(f"{name}.safetensors", "default")[0] for name in ("wan 2.1", "wan 2.2")}
+    models = {name: nodes.UNETLoader().load_unet(f"{name}.safetensors", "default")[0] for name in ("wan 2.1", "wan 2.2", "released")}
+    models["mini by the stock loader"] = nodes.UNETLoader().load_unet("apt_mini.safetensors", "default")[0]
+    models["trained by the stock loader"] = nodes.UNETLoader().load_unet("trained.safetensors", "default")[0]
     models["trained"] = apt.APTLoadCheckpoint.execute("trained.safetensors", "default").args[0]
     models["mini"] = apt.APTLoadCheckpoint.execute("apt_mini.safetensors", "default").args[0]
     models["wan 2.1 with LoRA"] = nodes.LoraLoaderModelOnly().load_lora_model_only(models["wan 2.1"], "lora.safetensors", 1.0)[0]
@@ -54,8 +57,16 @@ with torch.inference_mode():
     broken = models["wan 2.1"].clone()
     broken.set_attachments("lora_metadata", {"apt": '{"native": 5}'})
 
+    sizes, shown = {}, {}
+    for name, model in models.items():
+        on_node.clear()
+        sizes[name] = [make(model, {"size": preset}) for preset in presets]
+        if on_node:
+            shown[name] = list(on_node)
+
     result = {
-        "sizes": {name: [make(model, {"size": preset}) for preset in presets] for name, model in models.items()},
+        "sizes": sizes,
+        "shown": shown,
         "custom": {
             "smallest": make(models["wan 2.1"], custom(16, 16, 1)),
             "batch": make(models["mini"], custom(64, 32, 13), 4),

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from types import SimpleNamespace
 
 from comfyui import start
 
@@ -11,9 +10,8 @@ paths, _ = start()
 
 import comfy.model_management
 import comfy.sd
-import server
 import torch
-from apt_nodes import load_nodes, offer, sentence
+from apt_nodes import load_nodes, offer, sentence, show_on_nodes
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from safetensors.torch import load_file, save_file
 
@@ -32,10 +30,7 @@ class Warnings(logging.Handler):
 
 
 logging.getLogger().addHandler(Warnings())
-# Stands in for the server, which shows such text on the node.
-on_node = []
-server.PromptServer.instance = SimpleNamespace(send_progress_text=lambda text, node_id: on_node.append([text, node_id]))
-apt.APTLoadCheckpoint.hidden = SimpleNamespace(unique_id="7")
+on_node = show_on_nodes(apt)
 
 
 def sample(model) -> torch.Tensor:
@@ -53,7 +48,8 @@ def load(name: str, weight_dtype: str = "default"):
 with torch.inference_mode():
     sentences, shown, logged, latents = {}, {}, {}, {}
     for name in names:
-        Warnings.lines, on_node = [], []
+        Warnings.lines = []
+        on_node.clear()
         said = sentence(lambda: latents.update({name: apt.APTLoadCheckpoint.execute(name, "default")}))
         if name not in latents:
             sentences[name] = said.replace(paths["files"] + os.sep, "")

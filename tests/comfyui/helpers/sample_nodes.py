@@ -9,9 +9,8 @@ paths, _ = start()
 
 import comfy.samplers
 import nodes
-import server
 import torch
-from apt_nodes import load_nodes, offer, sentence
+from apt_nodes import load_nodes, offer, sentence, show_on_nodes
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicGuider, DisableNoise, RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_hunyuan import EmptyHunyuanLatentVideo
@@ -21,9 +20,7 @@ from safetensors.torch import load_file, save_file
 
 apt = load_nodes(paths["pack"])
 offer(paths["files"], "diffusion_models", "loras")
-# Stands in for the server, which would show the warning of a base model on the node.
-server.PromptServer.instance = SimpleNamespace(send_progress_text=lambda text, node_id: None)
-apt.APTLoadCheckpoint.hidden = SimpleNamespace(unique_id="7")
+on_node = show_on_nodes(apt)
 WIDTH, HEIGHT, FRAMES, SEED = 32, 48, 5, 40
 
 
@@ -96,15 +93,31 @@ with torch.inference_mode():
             out[f"early {rule} {steps}"] = sample(load("early.safetensors"), empty(2), steps=steps, seed_noise=rule)
     out["cut apt"] = sample(model, nodes.LatentFromBatch().frombatch(empty(2), 1, 1)[0], seed_noise="apt")
     out["stock noise apt"] = sample(model, empty(2), 77, 2, noise=RandomNoise.execute(SEED).args[0], seed_noise="apt")
-    late = nodes.UNETLoader().load_unet("model.safetensors", "default")[0], load("base.safetensors"), model, load("early.safetensors")
+    stock_loader = nodes.UNETLoader().load_unet
+    late = stock_loader("plain.safetensors", "default")[0], load("base.safetensors"), model, load("early.safetensors")
+    late += stock_loader("early.safetensors", "default")
     broken = late[0].clone()
     broken.set_attachments("lora_metadata", {"apt": '{"second_time": 700}'})
     save_file({name: value.contiguous() for name, value in out.items()}, paths["out"])
 
+    def shown(model, latent=None, positive=cond) -> list:
+        on_node.clear()
+        output = apt.APTSampler.execute(model, positive, latent or empty(1), SEED, 1)
+        assert list(output.ui.as_dict()["text"] if output.ui else []) == [text for text, _ in on_node]
+        return list(on_node)
+
     def says(latent=None, text=None, model=model, **more) -> str:
         return sentence(apt.APTSampler.execute, model, text or cond, latent or empty(1), 0, 1, **more)
 
+    images = {"concat_latent_image": torch.zeros(1, 16, 2, 6, 4), "clip_vision_output": SimpleNamespace(penultimate_hidden_states=torch.zeros(1, 257, 1280))}
     result = {
+        "shown": {
+            "a text that fits": shown(load("long enough.safetensors")),
+            "a text too long": shown(load("too short.safetensors")),
+            "images": shown(model, positive=[[cond[0][0], images]]),
+            "an encoded picture": shown(model, {"samples": filled["samples"]}),
+            "a picture to go on with": shown(model, filled),
+        },
         "timesteps": [timesteps(steps, model) for steps in (1, 2, 4)],
         "LoRA's timesteps": [timesteps(2, with_lora(under)) for under in late],
         "sentences": {
