@@ -92,7 +92,7 @@ class ShardWriter:
         """Flush, then write the index of the samples with these keys, in their order; returns its path. facts: vae, text, fps, ..."""
         self.flush()
         samples = [self.done[key] for key in keys]
-        index = {"format": FORMAT, "version": VERSION, **facts, "settings": self.settings, "fingerprint": _fingerprint(self.settings, samples)}
+        index = {"format": FORMAT, "version": VERSION, **facts, "settings": self.settings, "fingerprint": fingerprint_of(self.settings, samples)}
         path = self.folder / INDEX
         write_json(path, index | {"samples": [asdict(sample) for sample in samples]})
         return path
@@ -101,7 +101,7 @@ class ShardWriter:
         try:
             metadata = read_header(path).metadata
             settings, described = metadata_json(path, metadata, "settings"), metadata_json(path, metadata, "samples")
-            samples = [_sample(entry) for entry in described["list"]]
+            samples = [read_sample(entry) for entry in described["list"]]
             if not _is_whole(path):
                 return
         except (AptError, KeyError, TypeError, OSError):
@@ -155,8 +155,8 @@ class ShardDataset:
         try:
             self.vae, self.fps, self.settings = index["vae"], index["fps"], index["settings"]
             self.text_dim, self.text_length, self.fingerprint = index["text"]["dim"], index["text"]["length"], index["fingerprint"]
-            everything = [_sample(entry) for entry in index["samples"]]
-            if self.fingerprint != _fingerprint(self.settings, everything) or not all(map(_sound, everything)):
+            everything = [read_sample(entry) for entry in index["samples"]]
+            if self.fingerprint != fingerprint_of(self.settings, everything) or not all(map(_sound, everything)):
                 raise KeyError
             self.samples = [sample for sample in everything if sample.kind == kind]
         except (KeyError, TypeError, ValueError):
@@ -286,7 +286,8 @@ def _digest(strings: Mapping[str, str], parts: Iterable) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(settings: Mapping, samples: Sequence[Sample]) -> str:
+def fingerprint_of(settings: Mapping, samples: Sequence[Sample]) -> str:
+    """What an index is known by: the settings, and what each sample was made from."""
     return hashlib.blake2b(json.dumps([settings, [sample.key for sample in samples]]).encode(), digest_size=16).hexdigest()
 
 
@@ -304,7 +305,8 @@ def _copy(stored: Tensor, out: np.ndarray) -> None:
         np.copyto(out, stored.numpy(), casting="same_kind")
 
 
-def _sample(entry: Mapping) -> Sample:
+def read_sample(entry: Mapping) -> Sample:
+    """A line of an index, or of a shard's metadata."""
     return Sample(**{**entry, "bucket": tuple(entry["bucket"])})
 
 

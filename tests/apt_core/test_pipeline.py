@@ -182,7 +182,7 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
         ({"frames": 6}, "a sample of 48x48 and 6 frames does not fit: frames 6 must be 4 n + 1 (5 or 9)."),
         ({"height": 0}, "height 0 must be a multiple of 16 (16)"),
         ({"steps": 0}, "1 samples in 0 steps cannot be made: both must be 1 or more."),
-        ({"fps": 0}, "fps 0 cannot be: it must be above 0."),
+        ({"fps": 0}, "fps 0 cannot be: a video has 0.1 to 240 frames a second."),
         ({"fps": float("nan")}, "fps nan cannot be: it must be a finite number."),
         ({"frames": 9.0}, "frames 9.0 cannot be: it must be a whole number."),
         ({"seed": "x"}, "seed 'x' cannot be: it must be a whole number."),

@@ -22,6 +22,7 @@ from apt_core.sources import load_backbone
 from apt_core.tensorfile import read_tensors, write_tensors
 from apt_core.tiny_decoder import TinyDecoder
 from trainer.__main__ import app
+from trainer import shards
 from trainer.export import FP8
 from trainer.generate import find_source
 from trainer.inspect import inspect
@@ -368,7 +369,9 @@ def test_shards_that_do_not_fit_are_refused(run, tmp_path):
         folder.mkdir(exist_ok=True)
         for path in (run / "latents").iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
-        (folder / "index.json").write_text(json.dumps(index | change))
+        changed = index | change
+        changed["fingerprint"] = shards.fingerprint_of(changed["settings"], [shards.read_sample(entry) for entry in index["samples"]])
+        (folder / "index.json").write_text(json.dumps(changed))
         assert sentence in refused("distill", TINY, "--shards", folder, "--out", tmp_path / "out")
 
 

@@ -38,7 +38,7 @@ def test_unknown_names_are_refused_with_what_there_is():
     "line, complaint",
     [
         ("updates = 75", "image.updates is -3"),
-        ("lr_generator = 1.5e-5", "image.lr_generator is -3"),
+        ("lr_generator = 1e-5", "image.lr_generator is -3"),
         ('negative_prompt = "blurry, broken, deformed, bad quality"', "negative_prompt is -3"),
     ],
 )
