@@ -43,8 +43,7 @@ def video_writer(
     with _replacing(path) as partial, av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=rational(fps))
         stream.width, stream.height, stream.pix_fmt, stream.options = width, height, pixel_format, {"crf": str(crf)}
-        if pixel_format == "yuv420p":
-            stream.options |= {"x264-params": "no-mbtree=1"}  # with it the same frames give other files from run to run
+        stream.options |= {"x264-params": "no-mbtree=1"}  # with it the same frames give other files from run to run
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
         codec.color_range = 1  # limited

@@ -144,5 +144,5 @@ class Batches(Embedder):
 def held_positions(data: ShardDataset, count: int) -> list[int]:
     """Positions of the samples that no update sees. A hash of the name chooses, so that they stay the same when others are added."""
     positions = max(data.buckets.values(), key=len)
-    by_hash = sorted(positions, key=lambda i: hashlib.blake2b(data.samples[i].id.encode(), digest_size=8).digest())
+    by_hash = sorted(positions, key=lambda i: hashlib.blake2b(data.samples[i].id.encode(errors="surrogatepass"), digest_size=8).digest())
     return sorted(by_hash[: min(count, len(positions) // 10)])

@@ -152,7 +152,7 @@ def _video(path: str | Path) -> Iterator[tuple]:
     kind_of(path)
     _refuse_empty(path)
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}") as container:  # else a colon in a name makes it a protocol
             stream = next(iter(container.streams.video), None)
             if stream is None:
                 raise AptError(f"{path} has no video stream: give a file with pictures, or remove it.")

@@ -102,3 +102,49 @@ def test_all_bad_items_are_found_before_one_is_named(tmp_path):
     refuse_bad([])
     with pytest.raises(AptError, match="^x is bad; --skip-bad"):
         refuse_bad([Bad(tmp_path, "x is bad.")])
+
+
+def captions_of(folder) -> dict[str, str]:
+    return ids(folder, find_items(folder)[0])
+
+
+def test_a_csv_loses_nothing(tmp_path):
+    media = {"a.mp4": "x", "b.mp4": "x"}
+    fill(tmp_path / "lines", {**media, "metadata.csv": "file_name,text\na.mp4,one\u2028two\u0085three\nb.mp4,\"x, y\nz\"\n"})
+    assert captions_of(tmp_path / "lines") == {"a.mp4": "one two three", "b.mp4": "x, y z"}
+    fill(tmp_path / "commas", {**media, "metadata.csv": "file_name,text\na.mp4,a dog, running\nb.mp4,fine\n"})
+    refused(tmp_path / "commas", "metadata.csv, line 2, has more fields than the header: put a caption with commas in quotation marks")
+    assert ids(tmp_path / "commas", find_items(tmp_path / "commas", skip_bad=True)[0]) == {"b.mp4": "fine"}
+    fill(tmp_path / "open", {**media, "metadata.csv": 'file_name,text\na.mp4,"a dog\nb.mp4,fine\n'})
+    refused(tmp_path / "open", "is not valid CSV (unexpected end of data)")
+    fill(tmp_path / "twice", {**media, "metadata.csv": "file_name,text,text\na.mp4,x,y\n"})
+    refused(tmp_path / "twice", "has the column text twice")
+
+
+def test_linked_folders_are_gone_into_once(tmp_path):
+    fill(tmp_path / "far", {"a.mp4": "x", "a.txt": "far"})
+    fill(tmp_path / "data", {"z/b.mp4": "x", "z/b.txt": "near"})
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "far", target_is_directory=True)
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "z", target_is_directory=True)
+    (tmp_path / "far" / "loop").symlink_to(tmp_path / "data", target_is_directory=True)
+    assert captions_of(tmp_path / "data") == {"link/a.mp4": "far", "z/b.mp4": "near"}
+    (tmp_path / "data" / "lost").symlink_to(tmp_path / "unmounted", target_is_directory=True)
+    refused(tmp_path / "data", "lost is a link to", "unmounted, which does not exist: mend or remove it")
+
+
+def test_a_link_to_no_file_is_called_so(tmp_path):
+    fill(tmp_path, {"a.mp4": "x", "a.txt": "a", "b.txt": "b"})
+    (tmp_path / "b.mp4").symlink_to(tmp_path / "gone.mp4")
+    refused(tmp_path, "b.mp4 is a link to", "gone.mp4, which does not exist")
+
+
+def test_names_of_other_trainers_cameras_and_nas(tmp_path):
+    fill(tmp_path / "upper", {"A.MP4": "x", "A.TXT": "upper", "@eaDir/A.MP4/thumb.jpg": "x", "__MACOSX/b.mp4": "x"})
+    assert captions_of(tmp_path / "upper") == {"A.MP4": "upper"}
+    for name in ("a.caption", "a.mp4.txt"):
+        fill(tmp_path / name, {"a.mp4": "x", name: "word"})
+        refused(tmp_path / name, "has no captions", f"{name} beside it is not read: rename it to a.txt")
+        fill(tmp_path / name, {"c.mp4": "x", "c.txt": "word"})
+        refused(tmp_path / name, f"a.mp4 has no caption; {name} beside it is not read: rename it to a.txt")
+    fill(tmp_path / "list", {"clips/a.mp4": "x", "metadata.jsonl": json.dumps({"file_name": "clips\\a.mp4", "text": "word"})})
+    assert captions_of(tmp_path / "list") == {"clips/a.mp4": "word"}

@@ -17,7 +17,7 @@ from apt_core.media_write import write_video
 from apt_core.tensorfile import read_tensors
 from trainer.config import load_preset
 from trainer.base import with_defaults
-from trainer.demo import Demo, RunState
+from trainer.demo import Demo, RunState, draw_files
 from trainer.inside.attention import find_state, look, run_attention
 from trainer.inside.opening import open_pipeline
 from trainer.mini import ASSETS
@@ -284,3 +284,17 @@ def test_measure_names_an_unfinished_run_before_it_measures_any(run, tmp_path, m
     (out / "state.json").write_text('{"settings": {"data": null, "preset": {}}}')
     with pytest.raises(AptError, match="holds no run of the demo"):
         measure_runs([out], 4)
+
+
+def test_drawing_again_changes_nothing(tmp_path):
+    """The same seed gives the same files to the byte, and a file that is there keeps its age, by which its latents are known."""
+    data = load_preset("mini", ["images=3", "clips=2"], ("data",)).data
+    for name in ("one", "other"):
+        draw_files(tmp_path / name, data, 5, lambda *_: None)
+    one, other = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "other"))
+    assert one == other and len(one) == 10
+    ages = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
+    (tmp_path / "one" / "clip-00001.mp4").write_bytes(b"half")
+    draw_files(tmp_path / "one", data, 5, lambda *_: None)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == one
+    assert [path.name for path in (tmp_path / "one").iterdir() if path.stat().st_mtime_ns != ages[path.name]] == ["clip-00001.mp4"]
