@@ -1,6 +1,7 @@
 """A transformer made fast for inference: attention backend, fused projections, fp8, compiled blocks with a cache that outlives the process."""
 
 import os
+import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,8 +89,14 @@ def check_compile(device: torch.device) -> None:
 def keep_compiled(folder: Path) -> None:
     """From now on this process keeps in `folder` whatever torch compiles, where a second start finds it.
 
-    A TORCHINDUCTOR_CACHE_DIR of the user's stands. Without one torch takes a folder of temporary files, and sets the variable to it.
+    Raises AptError for a folder that cannot be written to. A TORCHINDUCTOR_CACHE_DIR of the user's stands. Without one torch takes a folder of temporary files, and sets the variable to it.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise AptError(f"{folder} cannot keep what is compiled ({error.strerror or error}): set APT_CACHE to a folder that can be written to.") from None
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, os.path.abspath(default_cache_dir())):

@@ -280,7 +280,7 @@ def walk(
     closed: Annotated[bool, typer.Option("--closed", help="Walk on from the last seed to the first.")] = False,
     noise: Annotated[str, typer.Option(help="What a seed means: apt, as in generate, or comfyui.")] = "apt",
     length: Annotated[int | None, typer.Option(help="Frames of each sample; by default what the checkpoint was trained for.")] = None,
-    fps: Annotated[float, typer.Option(min=0.1, help="Of the video: samples a second.")] = 12,
+    fps: Annotated[float, typer.Option(min=0.1, max=240, help="Of the video: samples a second.")] = 12,
     vae: File = "", text_encoder: File = "", tokenizer: File = "", base: File = "",
     height: int | None = None, width: int | None = None, ema: Ema = None, device: str = "auto",
 ) -> None:  # fmt: skip

@@ -36,8 +36,8 @@ def export(source: Path, out: Path, form: str = "file", dtype: str = "bf16", bas
         raise AptError(f"fp8 is for single files: use --form file, or --dtype bf16 with --form {form}.")
     if form != "diffusers" and out.suffix != ".safetensors":
         out = out.with_name(out.name + ".safetensors")  # ComfyUI lists no other names
-    if out.exists() and out.resolve() == resolve(source).resolve():
-        raise AptError(f"{out} is what is to be exported: give another --out.")
+    if out.exists() and out.resolve() in (resolve(source).resolve(), base and Path(base).resolve()):
+        raise AptError(f"{out} is what is to be exported, or what it was trained from: give another --out.")
     generator = open_generator(source, base, ema)
     if isinstance(generator.base or generator.model, MMDiTBackbone):
         raise AptError(f"{source} is an MMDiT, which neither ComfyUI nor diffusers know: use the file as it is, with this trainer.")

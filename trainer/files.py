@@ -1,6 +1,7 @@
 """Writing small files whole or not at all, and making the folders that they go to."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,8 +40,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value) -> None:
-    """Write JSON to `path`, so that a crash leaves the old file or the new one. Raises AptError as `replacing` does."""
+    """Write JSON to `path`, so that a crash leaves the old file or the new one. What is not finite becomes null, which JSON has. Raises AptError as
+    `replacing` does."""
     with replacing(path) as part, part.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
+        json.dump(_finite(value), file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _finite(value):
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,5 +1,6 @@
 """The machine that a run is on: how many GPUs, what each of them holds, and how fast its matrix products are."""
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -67,8 +68,8 @@ def memory_of_machine() -> int:
 
 def imagined(gpus: int, memory_gib: float, tflops: float) -> Machine:
     """A machine that is not here. Raises AptError for numbers that are not above 0."""
-    if min(gpus, memory_gib, tflops) <= 0:
-        raise AptError(f"{gpus} GPUs of {memory_gib:g} GiB and {tflops:g} TFLOP/s cannot be: all three must be above 0.")
+    if not all(math.isfinite(value) and value > 0 for value in (gpus, memory_gib, tflops)):
+        raise AptError(f"{gpus} GPUs of {memory_gib:g} GiB and {tflops:g} TFLOP/s cannot be: all three must be numbers above 0.")
     return Machine("GPU as given", gpus, memory_gib * GIB, tflops * 1e12)
 
 

@@ -68,7 +68,7 @@ def parallel_of(preset: Preset, device: str) -> tuple[Parallel, Backend]:
 def attention_of(preset: Preset, device: str) -> Backend:
     """The attention backend of a training on `device`. Raises AptError as `choose_backend` does, and for a compiler that cannot be used."""
     if preset.train.compile:
-        if preset.train.compile not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        if preset.train.compile not in (known := torch._dynamo.list_backends()):
             raise AptError(f"compile={preset.train.compile} is no compiler of torch's: use {', '.join(known)}.")
         check_compile(torch.device(device))
     dtype = torch.bfloat16 if preset.train.compute == "bf16" else torch.float32

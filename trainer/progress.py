@@ -1,5 +1,6 @@
 """Progress bars with the losses beside them, and tables, in the terminal (rich)."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-console = Console()
+from trainer.aside import Aside
+
+
+
+class _Screen:
+    """stdout, which may be full or closed: then it is said once on stderr, and the work goes on unseen."""
+
+    def __init__(self) -> None:
+        self._aside = Aside("what is shown")
+
+    def write(self, text: str) -> int:
+        self._aside(sys.stdout.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._aside(sys.stdout.flush)
+
+    def isatty(self) -> bool:
+        return not self._aside.off and sys.stdout.isatty()
+
+    def fileno(self) -> int:
+        return sys.stdout.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return sys.stdout.encoding
+
+
+console = Console(file=_Screen())
 SHOWN = {
     "cd_loss_image": "cd_loss_image", "cd_loss_video": "cd_loss_video", "d_loss": "d_loss", "g_loss": "g_loss", "logit_real": "real", "logit_fake": "fake",
     "right_pairs": "right", "held_right_pairs": "right (held out)", "r1_loss": "\u03bbr1",

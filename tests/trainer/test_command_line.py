@@ -106,3 +106,20 @@ def test_torchrun_lets_every_option_through(path, spellings, capsys):
             return False
 
     assert any(map(through, spellings)) and (through("--start") is False)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full disk")
+def test_a_full_disk_under_the_display_ends_nothing(tmp_path):
+    """The log of a batch system, say. It is said where it still can be, and the file is there."""
+    arguments = ["adversarial", "mini", "--phase", "image", "data.images=4", "data.clips=0", "held_out=0", "updates=1", "batch=2", "warmup=0", "save_every=0", "--out", "run"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "trainer", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT)
+    assert done.returncode in (0, 120), done.stderr  # 120: Python could not flush stdout at its end
+    assert (tmp_path / "run" / "apt-image.safetensors").is_file() and done.stderr.count("the training goes on without") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option, value", [("--gpu-tflops", "nan"), ("--gpu-tflops", "inf"), ("--gpu-memory", "inf"), ("--gpu-memory", "nan"), ("--gpus", "0")])
+def test_a_machine_of_no_numbers_is_refused(option, value, tmp_path):
+    given = {"--gpus": "2", "--gpu-memory": "80", "--gpu-tflops": "800"} | {option: value}
+    result = command("distill", "mini", "--dry-run", *(word for pair in given.items() for word in pair), cwd=tmp_path)
+    assert result.returncode == 2 and "all three must be numbers above 0" in result.stderr

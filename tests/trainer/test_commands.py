@@ -236,8 +236,12 @@ def test_export_names_its_file_so_that_comfyui_lists_it_and_does_not_replace_its
     done("export", run, "--out", tmp_path / "my-model")
     assert load_transformer(tmp_path / "my-model.safetensors")
     before = (tmp_path / "my-model.safetensors").read_bytes()
-    assert "is what is to be exported: give another --out" in refused("export", tmp_path / "my-model.safetensors", "--out", tmp_path / "my-model.safetensors", "--dtype", "fp16")
+    assert "is what is to be exported, or what it was trained from: give another --out" in refused("export", tmp_path / "my-model.safetensors", "--out", tmp_path / "my-model.safetensors", "--dtype", "fp16")
     assert (tmp_path / "my-model.safetensors").read_bytes() == before
+    shutil.copy(ASSETS / "transformer.safetensors", tmp_path / "base.safetensors")
+    lora, base = run / "lora" / "apt-tiny.safetensors", tmp_path / "base.safetensors"
+    assert "or what it was trained from: give another --out" in refused("export", lora, "--base", base, "--out", base)
+    assert base.read_bytes() == (ASSETS / "transformer.safetensors").read_bytes()
 
 
 @pytest.fixture
