@@ -92,9 +92,13 @@ def read_about(folder: Path) -> dict:
     remedy = f"give a whole training state that the trainer wrote, with its {ABOUT} beside it"
     about = read_object(folder / ABOUT, remedy)
     lora = about.get("lora")
-    if not isinstance(about.get("base"), str) or not isinstance(about.get("metadata"), dict) or not (lora is None or (isinstance(lora, list) and len(lora) == 2)):
+    if not isinstance(about.get("base"), str) or not isinstance(about.get("metadata"), dict) or not (lora is None or _is_lora(lora)):
         raise AptError(f"{folder / ABOUT} is damaged: {remedy}.")
     return about
+
+
+def _is_lora(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int) and isinstance(value[1], float | int | None)
 
 
 def open_vae(files: Files):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -155,14 +156,14 @@ def _ready(preset: Preset, stage: str, variant: str | None, out: Path, seed: int
             _say(f"attention: {attention}")
         about = _metadata(preset, stage, batches.available("video" if stage == "distill" else stage), variant or preset.variant, seed)
         states = out / "states" / stage
-        if train.save_every and world.main:
-            describe_state(states, base, about, (train.lora_rank, train.lora_alpha) if train.mode == "lora" else None)
+        lora = (train.lora_rank, train.lora_alpha) if train.mode == "lora" else None
+        describe = partial(describe_state, states, base, about, lora)  # not before the folder is known to be this run's
         common = {
             "metadata": about,
             "parallel": parallel,
             "lora": Lora(train.lora_rank, train.lora_alpha) if train.mode == "lora" else None,
             "ema_decays": [decay for decay in train.ema_decays if decay != _first_decay(preset, stage, variant)],
-            "keep": _keep(preset, stage, batches, states, seed, world) if train.save_every else None,
+            "keep": _keep(preset, stage, batches, states, seed, world, describe) if train.save_every else None,
             "samples": _samples(preset, stage, batches, out, world, seed) if train.sample_every else None,
             "load": load_backbone,
         }
@@ -176,10 +177,10 @@ def _ready(preset: Preset, stage: str, variant: str | None, out: Path, seed: int
             _tell_result(final_file(out, preset, stage), states)
 
 
-def _keep(preset: Preset, stage: str, batches: Batches, states: Path, seed: int, world: World) -> Keep:
+def _keep(preset: Preset, stage: str, batches: Batches, states: Path, seed: int, world: World, describe: Callable[[], None]) -> Keep:
     train, kind = preset.train, batches.available("video" if stage == "distill" else stage)
     judge = LatentJudge(batches, kind, train.judge_samples, seed, world) if train.keep_best and train.judge_samples else None
-    return Keep(states, train.save_every, train.keep_last, train.keep_best, judge)
+    return Keep(states, train.save_every, train.keep_last, train.keep_best, judge, describe)
 
 
 def check_shards(batches: Batches, preset: Preset, folder: Path, world: World) -> None:

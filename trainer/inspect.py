@@ -10,9 +10,10 @@ from apt_core.keys import detect_layout, detect_vae_layout
 from apt_core.tensorfile import Header, check_finite, metadata_json, read_header, read_tensors
 from apt_core.text import TOKENIZER_KEY
 from apt_core.vae import load_vae
-from trainer.places import FACTS, is_state, resolve
+from trainer.places import is_state, resolve
 from trainer.shards import INDEX, ShardDataset
-from trainer.state_files import StateReader, check_digests
+from trainer.state import score_of
+from trainer.weights import State, base_of
 
 SCALES = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant")
 
@@ -122,20 +123,14 @@ def _shards(path: Path) -> dict[str, str]:
 def _state(path: Path, deep: bool) -> dict[str, str]:
     what = {"what": "training state"}
     try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        update, score, identity, digests = facts["update"], facts["score"], facts["identity"], dict(facts.get("files", {}))
-        judged = {} if score is None else {"judged": f"{score:.4g} (the lower the better, within this run)"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return what | {"loads": f"no: {path / FACTS} is damaged"}
-    facts = what | {"update": str(update), **judged, "of": json.dumps(identity)}
-    try:
-        entries = StateReader(path).read_metadata().state_dict_metadata
-        if deep:
-            check_digests(path, digests, sorted(digests))
+        state = State(path, check=deep)
+        base_of(path, state.about)
     except AptError as error:
-        return facts | {"loads": f"no: {error}"}
+        return what | {"loads": f"no: {error}"}
+    judged = {} if (score := score_of(path)) is None else {"judged": f"{score:.4g} (the lower the better, within this run)"}
     parts: dict[str, int] = {}
-    for name, entry in entries.items():
+    for name in state.names(""):
         part = name.partition("/")[0]
-        parts[part] = parts.get(part, 0) + math.prod(entry.size)
-    return facts | {f"numbers in {part}": f"{count:,}" for part, count in sorted(parts.items())} | {"loads": "yes"}
+        parts[part] = parts.get(part, 0) + state.numel(name)
+    numbers = {f"numbers in {part}": f"{count:,}" for part, count in sorted(parts.items())}
+    return what | {"update": str(state.facts["update"]), **judged, "of": json.dumps(state.identity), **numbers, "loads": "yes"}

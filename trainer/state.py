@@ -35,7 +35,8 @@ class Keep:
     """Where training states go and which of them stay.
 
     every: updates between two; last: how many of the newest stay; best: how many of the best by `judge` stay besides, which is called by
-    all processes when a state is due, with the averaged network, and returns a number, the lower the better.
+    all processes when a state is due, with the averaged network, and returns a number, the lower the better. describe: writes what belongs beside
+    the states; called by the main process once the folder is this run's own.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Keep:
     last: int = 2
     best: int = 1
     judge: Callable[[nn.Module], float] | None = None
+    describe: Callable[[], None] | None = None
 
 
 class Preempted(SystemExit):
@@ -271,6 +273,9 @@ class Run:
             except BaseException:
                 self._checkpoints.release()
                 raise
+
+        if keep and keep.describe and world.main:
+            keep.describe()
 
     def __enter__(self) -> "Run":
         if self.keep:

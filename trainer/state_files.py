@@ -55,8 +55,33 @@ def _path(*parts) -> str:
 
 
 class _Slow(pickle._Unpickler):
+    """Also refuses what would run no code and yet do harm: attributes set on a class, and tuples within tuples, whose hash takes for ever."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str):
         return _known(module, name)
+
+    def _build(self) -> None:
+        if callable(self.stack[-2]):
+            raise pickle.UnpicklingError("it changes a class")
+        pickle._Unpickler.load_build(self)
+
+    def _tuple(self, load) -> None:
+        load(self)
+        _check_depth(self.stack[-1])
+
+    dispatch[pickle.BUILD[0]] = _build
+    for _code, _load in ((pickle.TUPLE, "load_tuple"), (pickle.TUPLE1, "load_tuple1"), (pickle.TUPLE2, "load_tuple2"), (pickle.TUPLE3, "load_tuple3")):
+        dispatch[_code[0]] = lambda self, _load=getattr(pickle._Unpickler, _load): self._tuple(_load)
+
+
+def _check_depth(value: tuple, left: int = 4) -> None:
+    if not left:
+        raise pickle.UnpicklingError("it has tuples within tuples")
+    for item in value:
+        if type(item) is tuple:
+            _check_depth(item, left - 1)
 
 
 class _Fast(pickle.Unpickler):
@@ -114,12 +139,22 @@ def gather_digests(folder: Path) -> dict[str, str]:
 def check_digests(folder: Path, digests: dict, names: Iterable[str]) -> None:
     """Raises DamagedState for the first of these files that is gone or has changed since it was written. A state from before digests has none."""
     for name in names:
+        path = folder / name
+        if not (name == STATE or DATA.fullmatch(name)) or path.is_symlink() or not path.is_file():
+            raise DamagedState(f"{folder} is to have a file {_short(name)}, and has not: {REMEDY}.")
         try:
-            same = file_digest(folder / name) == digests[name]
+            same = file_digest(path) == digests[name]
         except OSError as error:
             raise DamagedState(f"{folder / name} cannot be read ({error.strerror or error}): {REMEDY}.") from None
         if not same:
             raise DamagedState(f"{folder / name} is not what was written there: {REMEDY}.")
+
+
+def check_listed(metadata: Metadata, digests: dict) -> None:
+    """Raises DamagedState when an index names a file of which there is no digest, though there are digests."""
+    named = {info.relative_path for info in metadata.storage_data.values()}
+    if digests and not named | {STATE} <= digests.keys():
+        raise DamagedState(f"the index names {min(named - digests.keys(), default=STATE)}, of which run.json has no digest: {REMEDY}.")
 
 
 def file_digest(path: Path) -> str:
@@ -163,4 +198,4 @@ def _problem(metadata, folder: Path) -> str:
 
 
 def _short(value: object) -> str:
-    return " ".join(str(value).split())[:120]
+    return " ".join(str(value).split())[:120] if isinstance(value, str | int | BaseException) else f"of type {type(value).__name__}"

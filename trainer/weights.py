@@ -1,5 +1,6 @@
 """A generator from whatever a run leaves: a checkpoint file, a LoRA file, a diffusers folder, a training state, or the run's folder itself."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 
 from apt_core.checkpoint import load_transformer, read_folder_metadata, read_header
 from apt_core.discriminator import Discriminator
@@ -20,7 +22,7 @@ from trainer.base import locate, read_about
 from trainer.config import Files
 from trainer.networks import make_discriminator
 from trainer.places import ABOUT, FACTS, is_state, resolve
-from trainer.state_files import StateReader, check_digests
+from trainer.state_files import REMEDY, StateReader, check_digests, check_listed
 
 ROLE = "generator"
 
@@ -75,6 +77,14 @@ def base_of(state: Path, about: Mapping, given: str | Path | None = None) -> Pat
     return path
 
 
+def fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Put a state's weights into a network. Raises AptError for ones that are not its own."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise AptError(f"{path} does not hold the weights of its network ({' '.join(str(error).split())[:200]}): {REMEDY}.") from None
+
+
 def open_discriminator(path: str | Path, base: str | Path | None = None) -> tuple[Discriminator, dict]:
     """The discriminator of a training state of stage 2, fp32 on the CPU, and the run's identity (phase, shift, ...).
 
@@ -87,8 +97,8 @@ def open_discriminator(path: str | Path, base: str | Path | None = None) -> tupl
     if state.about["lora"]:
         rank, alpha = state.about["lora"]
         backbone = role(add_adapters(backbone, ("discriminator",), rank, alpha), "discriminator")
-    model = make_discriminator(backbone, state.identity.get("taps", PAPER_FRACTIONS), state.identity["head_width"])
-    model.load_state_dict(state.tensors("discriminator.weights/"))
+    model = make_discriminator(backbone, state.identity.get("taps", PAPER_FRACTIONS), state.identity.get("head_width"))
+    fill(model, state.tensors("discriminator.weights/"), state.path)
     return model.eval().requires_grad_(False), state.identity
 
 
@@ -98,23 +108,37 @@ class State:
     Raises AptError for a folder that is not a whole state.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: bool = True) -> None:
+        """check: read all of its files, to compare their digests."""
         self.path = path
         remedy = f"give a whole training state that the trainer wrote, with its {ABOUT} beside it"
         self.about, self.facts = read_about(path.parent), read_object(path / FACTS, remedy)
         self.identity, self._digests = self.facts.get("identity"), self.facts.get("files", {})
-        if not isinstance(self.identity, dict) or not isinstance(self._digests, dict):
+        wanted = {"ema_decay": float | int, "phase": str}
+        if (
+            not isinstance(self.identity, dict) or not isinstance(self._digests, dict) or not isinstance(self.facts.get("update"), int)
+            or not all(isinstance(self.identity.get(name), kind) for name, kind in wanted.items())
+        ):  # fmt: skip
             raise AptError(f"{path / FACTS} is damaged: {remedy}.")
-        check_digests(path, self._digests, sorted(self._digests))
-        self._entries = StateReader(path).read_metadata().state_dict_metadata
+        if check:
+            check_digests(path, self._digests, sorted(self._digests))
+        index = StateReader(path).read_metadata()
+        check_listed(index, self._digests)
+        self._entries = index.state_dict_metadata
 
     def names(self, prefix: str) -> list[str]:
         return [name for name in self._entries if name.startswith(prefix)]
 
+    def numel(self, name: str) -> int:
+        return math.prod(self._entries[name].size)
+
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Those whose names begin so, by the rest of their names."""
         tensors = {name: torch.empty(self._entries[name].size, dtype=self._entries[name].properties.dtype) for name in self.names(prefix)}
-        dcp.load(tensors, storage_reader=StateReader(self.path), no_dist=True)
+        try:
+            dcp.load(tensors, storage_reader=StateReader(self.path), no_dist=True)
+        except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
+            raise AptError(f"{self.path} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}.") from None
         return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
@@ -134,10 +158,10 @@ def _from_state(path: Path, ema: float | None, given: str | Path | None) -> Gene
 
     base = load_backbone(base_of(path, about, given))
     if about["lora"] is None:
-        base.load_state_dict(weights)
+        fill(base, weights, path)
         return Generator(base, None, metadata)
     rank, alpha = about["lora"]
     model = add_adapters(base, (ROLE,), rank, alpha)
     adapters = role(model, ROLE)
-    adapters.load_state_dict(weights)
+    fill(adapters, weights, path)
     return Generator(adapters, model, metadata | {"kind": "lora"})

@@ -17,9 +17,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from layouts import Layout, run_layout, start_workers, state_of, train_adversarial
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageMeta
 
 from apt_core.errors import AptError
+from trainer.base import describe_state
 from trainer.distributed import World
 from trainer.inspect import inspect
 from trainer.places import resolve, unfinished_states, whole_states
@@ -283,3 +284,67 @@ def test_dcp_still_reads_our_states(trained):
     value = {name: torch.zeros(entry.size)}
     dcp.load(value, checkpoint_id=state(trained), no_dist=True)
     assert torch.equal(value[name], state_of(trained, 1)[name.replace(".", "/", 1)]) or value[name].abs().sum() > 0
+
+
+def test_what_runs_no_code_may_do_harm_too(run):
+    """Attributes set on a class for the whole process, and tuples within tuples, of which one small file has more than anybody can hash."""
+    forget_digests(run)
+    index = state(run) / ".metadata"
+    poison = b"\x80\x04ctorch.distributed.checkpoint.metadata\nStorageMeta\nN}X\x08\x00\x00\x00__init__X\x01\x00\x00\x00xs\x86b."
+    index.write_bytes(poison)
+    with pytest.raises(AptError, match="it changes a class"):
+        StateReader(state(run)).read_metadata()
+    assert callable(StorageMeta.__init__) and StorageMeta.__init__ != "x"
+    index.write_bytes(b"\x80\x04)" + b"2\x86" * 200 + b"}\x8c\x01x0.")
+    with pytest.raises(AptError, match="tuples within tuples"):
+        StateReader(state(run)).read_metadata()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../run.json", "pipe", "__7_0.distcp"])
+def test_digests_are_of_the_states_own_files(name, run):
+    path = state(run) / "run.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if name == "pipe":
+        os.mkfifo(state(run) / "pipe")
+    path.write_text(json.dumps(facts | {"files": facts["files"] | {name: "00"}}), encoding="utf-8")
+    with pytest.raises(AptError, match="is to have a file"):
+        open_generator(state(run))
+    del facts["files"]["__0_0.distcp"]
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(AptError, match="of which run.json has no digest"):
+        open_generator(state(run))
+
+
+def change(path: Path, **changes) -> None:
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        inner, _, leaf = name.rpartition("__")
+        (facts[inner] if inner else facts)[leaf] = value
+    path.write_text(json.dumps(facts), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "file, changes",
+    [
+        ("run.json", {"update": None}), ("run.json", {"identity__ema_decay": "much"}), ("run.json", {"identity__phase": None}), ("run.json", {"identity": []}),
+        ("about.json", {"lora": ["a", {}]}), ("about.json", {"base": 3}), ("about.json", {"base": "/nowhere.safetensors"}),
+    ],
+)  # fmt: skip
+def test_facts_that_cannot_be_are_said_alike_by_all(file, changes, run):
+    change((state(run) if file == "run.json" else run / "states") / file, **changes)
+    for read in (open_generator, open_discriminator):
+        with pytest.raises(AptError):
+            read(state(run))
+    assert inspect(state(run))["loads"].startswith("no: ")
+
+
+def test_a_refused_run_leaves_what_belongs_to_the_other(run, files):
+    """The facts beside the states are written once the folder is known to be this run's."""
+    about = (run / "states" / "about.json").read_bytes()
+    (worker,) = start_workers(1, train_adversarial, files, Layout(settings={"updates": 2, "batch": 2}), run, {"keep": Keep(run / "states", every=2, describe=spoil_about(run))})
+    worker.join()
+    assert worker.exitcode != 0 and (run / "states" / "about.json").read_bytes() == about
+
+
+def spoil_about(run: Path):
+    return functools.partial(describe_state, run / "states", Path("/another/base.safetensors"), {}, (3, None))
