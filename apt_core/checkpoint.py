@@ -271,7 +271,7 @@ def _folder(path: Path) -> tuple[list[Path], dict]:
         index = folder / f"{WEIGHTS}.index.json"
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.exists() else [WEIGHTS]
         files = [folder / Path(n).name for n in names]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise AptError(f"{folder} is not a diffusers folder of a Wan transformer: give one with its config.json, or a .safetensors file.") from None
     return files, _known_arguments(config)
 

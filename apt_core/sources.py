@@ -158,6 +158,9 @@ def read_vae_source(path: Path) -> VaeSource:
     if path.is_file() and path.suffix == ".safetensors" and is_tiny_decoder(read_header(path)):
         raise AptError(f"vae {path} is a tiny decoder, whose pictures are only near the VAE's: give the VAE, or this as tiny_decoder.")
     vae = read_vae(path)
+    made = vae.config.out_channels // (vae.config.patch_size or 1) ** 2
+    if made != 3:
+        raise AptError(f"vae {path} makes {made} channels a pixel and not red, green and blue: give the VAE of the video model.")
     return VaeSource(str(path), vae.config.z_dim, stride(vae), _count(vae), lambda dtype, device: load_vae(path, dtype).to(device))
 
 
@@ -193,6 +196,12 @@ class Sources:
 
     def __post_init__(self) -> None:
         config = self.transformer.config
+        made = config.get("out_channels") or config["in_channels"]
+        if made != config["in_channels"] or config.get("image_dim"):
+            raise AptError(
+                f"{self.transformer.name} takes {config['in_channels']} channels and makes {made}: it wants an image or a control video beside the noise, which "
+                "is not given here; give a text-to-video model."
+            )
         if self.vae.channels != config["in_channels"]:
             raise AptError(
                 f"vae {self.vae.name} has {self.vae.channels} channels, but {self.transformer.name} makes latents of {config['in_channels']}: "

@@ -21,6 +21,7 @@ BITS = {
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16), **dict.fromkeys(("I32", "U32", "F32"), 32),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 64), "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+MAX_RANK = 16
 MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -56,8 +57,8 @@ def read_header(path: str | Path) -> Header:
         raise AptError(f"{path} does not exist: give the path of a .safetensors file.") from None
     except IsADirectoryError:
         raise AptError(f"{path} is a folder: give the path of a .safetensors file.") from None
-    except OSError as error:
-        raise AptError(f"{path} cannot be read ({error.strerror}): give the path of a readable .safetensors file.") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise AptError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): give the path of a readable .safetensors file.") from None
     if len(text) < length:
         raise AptError(f"{path} is truncated (its header wants {length} bytes, {len(text)} are there): copy or download it again.")
     try:
@@ -100,7 +101,7 @@ def _part(key: str, entry: Mapping) -> _Part:
     shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
     if not key.isprintable():
         raise ValueError("a name has control characters")
-    if type(shape) is not list or not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+    if type(shape) is not list or len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise ValueError(f"{key} has no shape")
     if type(dtype) is not str or dtype not in BITS:
         raise ValueError(f"{key} is of an unknown kind")
@@ -249,7 +250,7 @@ def metadata_json(path: str | Path, metadata: Mapping[str, str], name: str) -> d
     """The JSON object under metadata key `name`, {} when there is none. Raises AptError when it is not a JSON object."""
     try:
         value = json.loads(metadata.get(name, "{}"))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise AptError(f"{path}: its metadata entry `{name}` is not a JSON object: export the file again.")

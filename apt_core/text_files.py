@@ -34,7 +34,7 @@ def read_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> 
         weights = tuple(sorted(folder.glob("*.safetensors")))
         try:
             width = json.loads((folder / "config.json").read_text(encoding="utf-8"))["d_model"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             weights = ()
         if not weights:
             raise AptError(f"text_encoder {folder} is not a folder of a UMT5 encoder (config.json and .safetensors): download it again.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import keys
 from .errors import AptError
-from .tensorfile import check_floats, check_shapes, read_header, read_tensors, write_tensors
+from .tensorfile import check_count, check_floats, check_shapes, read_header, read_tensors, write_tensors
 
 # Of the released models; ComfyUI's latent formats Wan21 and Wan22 and diffusers' configs hold the same.
 LATENTS_MEAN = {
@@ -74,6 +74,10 @@ def _checked_meta_vae(path: Path):
     except AptError as error:
         raise AptError(f"{path}: {error}") from None
     check_floats(path, header)
+    depth = config.get("dim_mult", ())
+    check_count(path, "num_res_blocks", config.get("num_res_blocks", 1), header.shapes)
+    if not isinstance(depth, list | tuple) or len(depth) > len(header.shapes):
+        raise AptError(f"{path}: its config has a dim_mult that its {len(header.shapes)} tensors cannot fill: download it again.")
     vae = _meta_vae(path, config)
     rename = (lambda key: keys.vae_to_official(key, version)) if layout == "official" else str
     expected = {rename(key): value.shape for key, value in vae.state_dict().items()}
@@ -215,7 +219,7 @@ def _folder_config(folder: Path) -> dict:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["_class_name"] == "AutoencoderKLWan":
             return config
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
     raise AptError(f"{folder} has no config.json of an AutoencoderKLWan: give a diffusers folder of a Wan VAE, or its .safetensors file.")
 

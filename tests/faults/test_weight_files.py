@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from safetensors.torch import save_file
 
 from apt_core.checkpoint import load_transformer, save_generator
 from apt_core.errors import AptError, readable
+from apt_core.sources import read_sources
 from apt_core.tensorfile import read_header, read_tensors, write_tensors
+from apt_core.vae import load_vae
 from trainer.inspect import inspect
+from trainer.mini import VAE
 from trainer.weights import open_generator
 
 GOOD = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16), "c": torch.zeros(2)}
@@ -187,3 +191,34 @@ def test_messages_can_be_shown():
     message = str(AptError(f"the key {'k' * 10_000}\x1b[2J\n\x00é is not known"))
     assert message.isprintable() and len(message) < 1100 and message.endswith("is not known") and "é" in message
     assert readable("a\tb") == "a\\tb"
+
+
+def test_a_shape_of_huge_numbers_is_not_multiplied(file):
+    header = header_of(file)
+    for shape in ([10**4000] * 1500, [1] * 17, [2**63, 0]):
+        header["a"]["shape"] = shape
+        with pytest.raises(AptError, match="no shape"):
+            read_header(with_header(file, json.dumps(header)))
+
+
+def test_a_path_with_a_nul_is_one_sentence():
+    with pytest.raises(AptError, match="cannot be read"):
+        read_header("a\0b.safetensors")
+
+
+@pytest.mark.parametrize("change", [{"num_res_blocks": 10**7}, {"num_res_blocks": "2"}, {"dim_mult": [1] * 10**5}, {"dim_mult": 3}])
+def test_a_vae_that_its_file_cannot_fill_is_not_built(change, tmp_path):
+    vae = load_vae(VAE)
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")} | {"_class_name": "AutoencoderKLWan"}
+    (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+    save_file(vae.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(AptError):
+        load_vae(tmp_path)
+
+
+def test_what_makes_other_channels_is_refused_before_a_weight_is_read():
+    """A model for images or control videos beside the noise, and VAEs whose pixels are not red, green and blue."""
+    whole = read_sources("mini")
+    other = replace(whole.transformer, config=dict(whole.transformer.config) | {"in_channels": 36, "out_channels": 16})
+    with pytest.raises(AptError, match="takes 36 channels and makes 16: it wants an image or a control video"):
+        replace(whole, transformer=other)
