@@ -60,8 +60,8 @@ class APTEmptyLatent(io.ComfyNode):
         }
         warnings = []
         if wan.guessed and size["size"] == NATIVE:
-            warnings = [f"The model does not say which size it was trained for: {width}x{height} with {frames} frames is a guess. Choose custom."]
-        return io.NodeOutput(latent, float(wan.native["fps"]), ui=warn(NAME, cls.hidden.unique_id, warnings) if warnings else None)
+            warnings = [f"The native size is a guess, {width}x{height} with {frames} frames: the model's file does not say. Choose custom for another."]
+        return io.NodeOutput(latent, float(wan.native["fps"]), ui=warn(NAME, cls.hidden, warnings))
 
 
 def _pixels(wan: WanModel, size: dict) -> tuple[int, int, int]:

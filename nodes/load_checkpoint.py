@@ -57,7 +57,7 @@ class APTLoadCheckpoint(io.ComfyNode):
         except AptError as error:
             raise AptError(f"{NAME}: {error}") from None
         warnings = _untrained(checkpoint, model.get_attachment(ATTACHMENT))
-        return io.NodeOutput(model, ui=warn(NAME, cls.hidden.unique_id, warnings) if warnings else None)
+        return io.NodeOutput(model, ui=warn(NAME, cls.hidden, warnings))
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str | None, weight_dtype: str | None) -> str:

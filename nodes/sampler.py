@@ -107,7 +107,7 @@ class APTSampler(io.ComfyNode):
         )
         _check_finite(samples)
         latent = {**latent, "samples": samples.to(model_management.intermediate_device())}
-        return io.NodeOutput(latent, ui=warn(NAME, cls.hidden.unique_id, warnings) if warnings else None)
+        return io.NodeOutput(latent, ui=warn(NAME, cls.hidden, warnings))
 
 
 def few_step(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, fresh_noise) -> Tensor:
@@ -190,8 +190,8 @@ def _too_long(wan: WanModel, positive: list) -> list[str]:
     if wan.text_length is None or rows <= wan.text_length:
         return []
     return [
-        f"The prompt has {rows} tokens, but this model was trained with at most {wan.text_length}: the result can be noise. Shorten the prompt "
-        "(a word has one to three tokens)."
+        f"The prompt is too long: {rows} tokens, {wan.text_length} at most in this model's training. The result can be noise, so shorten the "
+        "prompt (a word has one to three tokens)."
     ]
 
 
@@ -207,7 +207,7 @@ def _ignored(network, wan: WanModel, positive: list, latent: dict) -> list[str]:
         )
         for name, key, taken in images:
             if key in given and not taken:
-                sentences.append(f"The prompt comes with a {name}, but this model has no input for one: it is ignored.")
+                sentences.append(f"The {name} is ignored: this model has no input for one.")
     if "noise_mask" not in latent and latent["samples"].count_nonzero():
-        sentences.append("The latent has a picture in it, which is ignored: this method starts from noise alone. Take Empty APT Latent.")
+        sentences.append("The picture in the latent is ignored: this method starts from noise alone. Take Empty APT Latent.")
     return sentences

@@ -6,13 +6,20 @@ from comfy_api.latest import ui
 from server import PromptServer
 
 
-def warn(node: str, unique_id: str, sentences: list[str]) -> ui.PreviewText | None:
-    """The `ui` of a node's output, None without sentences; `node` is its display name."""
-    if not sentences:
-        return None
+_warned: set[str] = set()
+"""Ids of nodes that show a warning: it is taken away when there is nothing to say any more."""
+
+
+def warn(node: str, hidden, sentences: list[str]) -> ui.PreviewText | None:
+    """The `ui` of a node's output, None without sentences; `node` is its display name, `hidden` the hidden inputs of its class.
+
+    A node shows two lines of about 35 letters before one has to scroll: a sentence begins with what is wrong.
+    """
     for sentence in sentences:
         logging.warning(f"{node}: {sentence}")
-    text = "\n".join(sentences)
-    # On the node itself; what is in `ui` goes to the history only.
-    PromptServer.instance.send_progress_text(text, unique_id)
-    return ui.PreviewText(text)
+    text, unique_id = "\n".join(sentences), hidden and hidden.unique_id
+    if text or unique_id in _warned:
+        # On the node itself; what is in `ui` goes to the history only. ComfyUI's frontend passes over an empty text.
+        PromptServer.instance.send_progress_text(text or " ", unique_id)
+        (_warned.add if text else _warned.discard)(unique_id)
+    return ui.PreviewText(text) if text else None

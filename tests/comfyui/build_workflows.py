@@ -14,7 +14,7 @@ from pathlib import Path
 
 from browser import Frontend
 from cards import card_of_videos, card_of_words
-from graphs import CARDS, GROUPS, PUBLIC, RUNNABLE, WIDTH, WORKFLOWS, Graph
+from graphs import CARDS, GROUPS, PUBLIC, ROOM, RUNNABLE, WIDTH, WORKFLOWS, Graph
 from interface import write_snapshot
 from server import ROOT, Server
 from stand_ins import make_stand_ins
@@ -52,8 +52,8 @@ def add_groups(graph: dict, made: Graph) -> None:
     """Three groups of one height around the nodes by column, and the note above them."""
     *nodes, note = graph["nodes"]
     top = min(node["pos"][1] for node in nodes) - 30 - 10 - 40  # titles of nodes, edge, title of the group
-    # A saved clip or picture makes its node taller than ComfyUI stores it.
-    bottom = max(node["pos"][1] + max(node["size"][1], mine.tall) for node, mine in zip(nodes, made.nodes)) + 10
+    # What is decoded and saved makes its node taller than ComfyUI stores it.
+    bottom = max(node["pos"][1] + max(node["size"][1], mine.tall, ROOM * mine.type.startswith("APTVAE")) for node, mine in zip(nodes, made.nodes)) + 10
     graph["groups"] = []
     for i, (title, color) in enumerate(GROUPS.items()):
         last = i if i < 2 else len(made.columns.widths) - 1

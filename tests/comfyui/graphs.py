@@ -41,6 +41,7 @@ GROUPS = {"1 Model": "#3f789e", "2 Prompt": "#b58b2a", "3 Result": "#88aa88"}
 # Of columns: a lane for MODEL above the prompt, and one for fps between sampler and VAE.
 TEXT, LATENT, VAE, DECODE = 80, 260, 360, 240
 SECOND = 150  # the second loader
+ROOM = 310  # that a decode takes with its preview
 
 
 @dataclass
@@ -259,8 +260,8 @@ def stock_nodes() -> Graph:
         "KSampler", 2, down, model=stock, positive=text, negative=text, latent_image=empty,
         **seed, steps=1, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
     )  # fmt: skip
-    images = g.add("VAEDecode", 3, down, samples=stock_samples, vae=vae)
-    video = g.add("CreateVideo", 4, down, images=images, fps=8.0)
+    images = g.add("VAEDecode", 3, down + 130, samples=stock_samples, vae=vae)
+    video = g.add("CreateVideo", 4, down + 130, images=images, fps=8.0)
     g.add("SaveVideo", 5, down, "Save Video (stock nodes)", tall=270, video=video, filename_prefix="video/apt_stock")
     g.note(
         "Press **Run**: above the APT nodes, below **stock nodes only**, and the same clip from the same seed",

@@ -55,9 +55,10 @@ def test_sizes_come_from_the_model(result):
 
 
 def test_a_size_that_is_a_guess_is_told(result):
-    said = "The model does not say which size it was trained for: {} is a guess. Choose custom."
+    said = "The native size is a guess, {}: the model's file does not say. Choose custom for another."
     shown = {"wan 2.1": said.format("832x480 with 81 frames"), "wan 2.2": said.format("1280x704 with 121 frames")}
-    assert result["shown"] == {name: [[text, "APTEmptyLatent"]] for name, text in shown.items()}
+    # And taken away at the next size, which is none.
+    assert result["shown"] == {name: [[text, "APTEmptyLatent"], [" ", "APTEmptyLatent"]] for name, text in shown.items()}
 
 
 def test_sizes_of_ones_own(result):

@@ -149,16 +149,17 @@ def test_a_lora_on_a_base_brings_its_second_time(run):
 
 
 def test_what_does_not_reach_the_model_is_told(run):
-    no_input = "The prompt comes with a {}, but this model has no input for one: it is ignored."
+    no_input = "The {} is ignored: this model has no input for one."
     expected = {
         "a text that fits": [],
-        "a text too long": ["The prompt has 7 tokens, but this model was trained with at most 6: the result can be noise. "
-        "Shorten the prompt (a word has one to three tokens)."],
+        "a text too long": ["The prompt is too long: 7 tokens, 6 at most in this model's training. The result can be noise, "
+        "so shorten the prompt (a word has one to three tokens)."],
         "images": [no_input.format("start image") + "\n" + no_input.format("CLIP vision image")],
-        "an encoded picture": ["The latent has a picture in it, which is ignored: this method starts from noise alone. Take Empty APT Latent."],
+        "an encoded picture": ["The picture in the latent is ignored: this method starts from noise alone. Take Empty APT Latent."],
         "a picture to go on with": [],
     }  # fmt: skip
     assert run[1]["shown"] == {name: [[text, "APTSampler"] for text in texts] for name, texts in expected.items()}
+    assert run[1]["taken away"] == [[" ", "APTSampler"]]
 
 
 def halfway(a, b):

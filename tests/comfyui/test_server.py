@@ -221,7 +221,7 @@ def test_a_prompt_that_is_too_long_is_told_on_the_node(server):
     long = saving_latents(mini_latents(" and ".join([CAPTION] * 8), 0, custom(48, 48, 1)), "long")
     entry = server.wait(server.queue(long))
     (text,) = entry["outputs"]["samples"]["text"]
-    assert re.match(r"The prompt has \d+ tokens, but this model was trained with at most 32: ", text)
+    assert re.match(r"The prompt is too long: \d+ tokens, 32 at most in this model's training\. ", text)
     assert f"APT One-Step Sampler: {text}" in server.log()
 
 
