@@ -35,7 +35,7 @@ from .text_cache import TextCache, cache_folder, encoder_fingerprint
 from .tiny_decoder import TinyDecoder
 
 GIB = 2**30
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)

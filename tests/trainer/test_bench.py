@@ -38,7 +38,7 @@ def test_inference_in_miniature(tmp_path):
     assert set(found["stock"]) == set(PARTS) and found["paper"]["total"] == 6.03
     # a decode that keeps less than one frame more than it gives out would be a broken ruler
     assert all(size > 48 * 48 * 3 for size in found["decode_peak_bytes"].values())
-    assert found["velocity_error"] < 1e-5 and found["decode_psnr"]["engine"] > 100 and found["decode_psnr"]["stock"] > 100
+    assert found["velocity_error"] < 1e-5 and found["decode_psnr"]["engine"] > 100 and (found["decode_psnr"]["stock"] or float("inf")) > 100  # null: equal to the last digit
     assert found["uncompiled_decode_seconds"] is None and all(found["first_seconds"][part] > 0 for part in ("dit", "vae"))
     assert "A MODEL of several such GPUs" in shown and "not a measurement" in shown and "table 7" in shown
     assert set(found["modelled_seconds_on_gpus"]) == {"1", "2", "4"}  # 4 heads
