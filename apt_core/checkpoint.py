@@ -265,13 +265,13 @@ def _apt(path, metadata: Mapping) -> dict:
 def _folder(path: Path) -> tuple[list[Path], dict]:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "config.json", "")
         if config["_class_name"] not in ("WanTransformer3DModel", "WanBackbone"):
             raise KeyError
         index = folder / f"{WEIGHTS}.index.json"
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.exists() else [WEIGHTS]
+        names = sorted(set(read_object(index, "")["weight_map"].values())) if index.exists() else [WEIGHTS]
         files = [folder / Path(n).name for n in names]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise AptError(f"{folder} is not a diffusers folder of a Wan transformer: give one with its config.json, or a .safetensors file.") from None
     return files, _known_arguments(config)
 

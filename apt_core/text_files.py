@@ -1,6 +1,5 @@
 """Text encoders from where people have them: the file of ComfyUI, a folder of transformers or diffusers, or this project's own file."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import AptError
+from .jsonfile import read_object
 from .tensorfile import check_finite, check_shapes, read_header
 from .text import TIED_KEY, TOKENIZER_KEY, TextEncoder, load_text_encoder
 
@@ -33,8 +33,8 @@ def read_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> 
         folder, spiece = _folder(path)
         weights = tuple(sorted(folder.glob("*.safetensors")))
         try:
-            width = json.loads((folder / "config.json").read_text(encoding="utf-8"))["d_model"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            width = read_object(folder / "config.json", "")["d_model"]
+        except (OSError, ValueError, KeyError, TypeError):
             weights = ()
         if not weights:
             raise AptError(f"text_encoder {folder} is not a folder of a UMT5 encoder (config.json and .safetensors): download it again.")

@@ -4,7 +4,6 @@ The transformer sees `(latent - mean) / std` with the fixed statistics of the Wa
 so a VAE of one's own must have latents of exactly those statistics (`fold_statistics`).
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from . import keys
 from .errors import AptError
+from .jsonfile import read_object
 from .tensorfile import check_count, check_floats, check_shapes, read_header, read_tensors, write_tensors
 
 # Of the released models; ComfyUI's latent formats Wan21 and Wan22 and diffusers' configs hold the same.
@@ -216,10 +216,10 @@ def _config_from_shapes(shapes: dict, layout: str, version: str) -> dict:
 
 def _folder_config(folder: Path) -> dict:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_object(folder / "config.json", "")
         if config["_class_name"] == "AutoencoderKLWan":
             return config
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         pass
     raise AptError(f"{folder} has no config.json of an AutoencoderKLWan: give a diffusers folder of a Wan VAE, or its .safetensors file.")
 

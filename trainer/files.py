@@ -1,5 +1,6 @@
 """Writing small files whole or not at all, and making the folders that they go to."""
 
+import hashlib
 import json
 import math
 import os
@@ -46,6 +47,12 @@ def write_json(path: Path, value) -> None:
         json.dump(_finite(value), file, indent=1, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _finite(value):

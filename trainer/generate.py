@@ -58,7 +58,8 @@ def generate(
     text = pipe.embed(request)
     mine = range(world.dp_rank, request.samples, world.dp)
     make_folder(out)
-    paths = [out / _name(checkpoint, files, request, number, ema, options) for number in range(request.samples)]
+    common = _common(checkpoint, files, ema, options)
+    paths = [out / _name(common, request, number) for number in range(request.samples)]
     there = world.gather({number for number, path in enumerate(paths) if path.exists()})[0]  # as the first process sees it: partners must agree
     if there and world.main:
         console.print(f"{len(there)} of {len(paths)} samples are in {out} already.", markup=False, highlight=False, soft_wrap=True)
@@ -92,18 +93,22 @@ def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> T
     return TransformerSource(str(path), dict(shape.config), about["metadata"] | {"kind": "generator"}, sum(p.numel() for p in shape.parameters()), load)
 
 
-def _name(checkpoint: Path, files: Files, request: Request, number: int, ema: float | None, options: Mapping) -> str:
-    """Of the file of a sample."""
+def _common(checkpoint: Path, files: Files, ema: float | None, options: Mapping) -> list:
+    """What all samples of a call depend on, in JSON's terms."""
 
     def file(given: str | Path) -> list:
         path = Path(given)
         path = path / FACTS if is_state(path) else path
         return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if given and path.exists() else [str(given)]
 
-    wishes = asdict(request) | {"prompts": request.prompt(number), "count": 1, "number": number}
     looks = {name: str(value) for name, value in options.items() if name in ("fp8", "dtype", "tiny_decoder")}
-    told = [file(resolve(checkpoint)), *(file(getattr(files, part)) for part in ("base", "vae", "text_encoder", "tokenizer")), ema, looks, wishes]
-    mark = hashlib.blake2b(json.dumps(told).encode(), digest_size=3).hexdigest()
+    return [file(resolve(checkpoint)), *(file(getattr(files, part)) for part in ("base", "vae", "text_encoder", "tokenizer")), ema, looks]
+
+
+def _name(common: list, request: Request, number: int) -> str:
+    """Of the file of a sample."""
+    wishes = asdict(request) | {"prompts": request.prompt(number), "count": 1, "number": number}
+    mark = hashlib.blake2b(json.dumps([*common, wishes]).encode(), digest_size=3).hexdigest()
     return f"{number:04d}-{_words(request.prompt(number))}-seed{request.seed}-{mark}.{'png' if request.frames == 1 else 'mp4'}"
 
 

@@ -99,10 +99,11 @@ class ShardWriter:
 
     def _resume(self, path: Path) -> None:
         try:
-            metadata = read_header(path).metadata
+            header = read_header(path)
+            metadata = header.metadata
             settings, described = metadata_json(path, metadata, "settings"), metadata_json(path, metadata, "samples")
             samples = [read_sample(entry) for entry in described["list"]]
-            if not _is_whole(path):
+            if not _is_whole(path, header):
                 return
         except (AptError, KeyError, TypeError, OSError):
             return  # damaged: its samples are encoded again, into a shard of this name
@@ -232,7 +233,7 @@ class ShardDataset:
             path = self.folder / name
             try:
                 header = read_header(path)
-                if not _is_whole(path):
+                if not _is_whole(path, header):
                     raise AptError(f"{path} is not what was written there, so it is damaged: {AGAIN}.")
                 with path.open("rb") as file:
                     offsets = _rows(file, header, "offsets", 0, header.shapes["offsets"][0]).tolist()
@@ -260,9 +261,8 @@ def _rows(file, header: Header, key: str, first: int, last: int) -> Tensor:
     return torch.frombuffer(raw, dtype=dtype).view(last - first, *shape) if raw else torch.empty((last - first, *shape), dtype=dtype)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a shard has the digest that it was written with, or none. Raises AptError and OSError."""
-    header = read_header(path)
+def _is_whole(path: Path, header: Header) -> bool:
+    """Whether a shard has the digest that it was written with, or none. Raises OSError."""
     if "digest" not in header.metadata:
         return True
 

@@ -4,7 +4,6 @@ torch.distributed.checkpoint keeps its index as a pickle, and what it calls byte
 index is read by an unpickler that knows the index's own classes alone, and a state with anything but tensors in it is refused.
 """
 
-import hashlib
 import io
 import json
 import math
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from apt_core.errors import AptError
+from trainer.files import file_digest
 from trainer.places import STATE
 
 DIGESTS = "__{}.sha256"  # one of each process, until they are gathered in run.json
@@ -155,12 +155,6 @@ def check_listed(metadata: Metadata, digests: dict) -> None:
     named = {info.relative_path for info in metadata.storage_data.values()}
     if digests and not named | {STATE} <= digests.keys():
         raise DamagedState(f"the index names {min(named - digests.keys(), default=STATE)}, of which run.json has no digest: {REMEDY}.")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _problem(metadata, folder: Path) -> str:

@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageM
 from apt_core.errors import AptError
 from trainer.base import describe_state
 from trainer.distributed import World
+from trainer.files import file_digest
 from trainer.inspect import inspect
 from trainer.places import resolve, unfinished_states, whole_states
 from trainer.state import Checkpoints, Keep
-from trainer.state_files import StateReader, check_digests, file_digest
+from trainer.state_files import StateReader, check_digests
 from trainer.weights import open_discriminator, open_generator
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,5 @@
 """Judges finished demo runs on many fresh samples: the README's table."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from apt_core.text import load_text_encoder
 from apt_core.vae import load_vae
 from trainer.batches import Embedder
 from trainer.config import Preset
-from trainer.files import write_json
+from trainer.files import file_digest, write_json
 from trainer.progress import columns_table, console, criteria_table, stage_bar
 
 from . import ASSETS, VAE
@@ -51,7 +50,7 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: b
 def _measure(run: Path, preset: Preset, seed: int, samples: int, fp8: bool) -> dict[str, dict]:
     """Figures of one run by kind and column, on scenes and noise that follow from its seed."""
     files = [ASSETS / "transformer.safetensors", VAE, ASSETS / "features.safetensors", run / "distilled.safetensors", *(run / file for file in FILES.values())]
-    identity = {"samples": samples, "fp8": fp8, "columns": list(ALL_COLUMNS), "files": {path.name: _digest(path) for path in files}}
+    identity = {"samples": samples, "fp8": fp8, "columns": list(ALL_COLUMNS), "files": {path.name: file_digest(path) for path in files}}
     kept = run / f"measured-{samples}{'-fp8' if fp8 else ''}.json"
     figures = _kept(kept, identity)
     if len(figures) == len(FILES):
@@ -77,11 +76,6 @@ def _measure(run: Path, preset: Preset, seed: int, samples: int, fp8: bool) -> d
             figures[kind] = evaluate(prompts, sampler, vae, net, report, ALL_COLUMNS)[0]
         write_json(kept, {"identity": identity, "figures": figures})
     return figures
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _kept(path: Path, identity: dict) -> dict[str, dict]:
