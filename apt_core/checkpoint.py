@@ -20,6 +20,7 @@ from torch import Tensor
 from . import keys
 from .errors import AptError
 from .jsonfile import read_object
+from .lora_keys import is_lora
 from .precision import cast, weight_dtype
 from .steps import second_time
 from .tensorfile import Header, check_count, check_finite, check_floats, check_shapes, metadata_json, read_tensors, write_tensors
@@ -194,8 +195,11 @@ def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dty
     headers = [read_header(file) for file in files]
     shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
     for file, header in zip(files, headers):
-        if metadata_json(file, header.metadata, "apt").get("kind") == "lora":
-            raise AptError(f"{file} is a LoRA, not a whole Wan transformer: give the model that the LoRA belongs to.")
+        if metadata_json(file, header.metadata, "apt").get("kind") == "lora" or is_lora(header.shapes):
+            raise AptError(
+                f"{file} is a LoRA, not a whole Wan transformer: give a whole model here; "
+                "`python -m trainer export LORA --base MODEL` makes one of both."
+            )
         check_floats(file, header)
     layout, prefix = _layout(path, shapes)
     config = config or transformer_config_from(shapes, headers[0].metadata, path)

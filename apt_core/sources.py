@@ -11,7 +11,8 @@ from torch import nn
 
 from .checkpoint import load_transformer, read_folder_metadata, read_header
 from .errors import AptError
-from .lora import add_adapters, fold, load_lora
+from .lora_files import merge, read_lora, read_lora_for
+from .lora_keys import is_lora
 from .mmdit import load_mmdit
 from .steps import is_few_step, second_time
 from .tensorfile import metadata_json
@@ -53,13 +54,15 @@ def locate(part: str, given: str | Path | None) -> Path:
 @dataclass(frozen=True)
 class TransformerSource:
     """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file; parameters: how many;
-    load(dtype, device): the model, whole and without adapters. Raises AptError for metadata with sizes, lengths or a second time that are none."""
+    load(dtype, device): the model, whole and without adapters; assumed: a sentence on what its file does not say, if there is one.
+    Raises AptError for metadata with sizes, lengths or a second time that are none."""
 
     name: str
     config: Mapping
     metadata: Mapping
     parameters: int
     load: Callable[[torch.dtype, torch.device], nn.Module]
+    assumed: str = ""
 
     def __post_init__(self) -> None:
         native = self.metadata.get("native", {})
@@ -107,25 +110,35 @@ def read_transformer(path: Path, base: str | Path | None = None) -> TransformerS
     else:
         header = read_header(path)
         metadata = metadata_json(path, header.metadata, "apt")
-        if any(".lora_A." in key for key in header.shapes):
-            return _read_lora(path, header.shapes, metadata, base)
+        if metadata.get("kind") == "lora" or is_lora(header.shapes):
+            return _read_lora(path, metadata, base)
     model = load_backbone(path, device="meta")
     return TransformerSource(str(path), dict(model.config), metadata, _count(model), lambda dtype, device: load_backbone(path, dtype, device))
 
 
-def _read_lora(path: Path, shapes: Mapping, metadata: Mapping, base: str | Path | None) -> TransformerSource:
+def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> TransformerSource:
     if not base:
+        if not metadata:
+            read_lora(path)  # which may say why no base would do
         raise AptError(f"{path} is a LoRA: add base=PATH of the transformer that it belongs to.")
     below = locate("base", base)
     model = load_backbone(below, device="meta")
-    rank = next(shape[0] for key, shape in shapes.items() if ".lora_A." in key)
+    lora = read_lora_for(path, model, below)
 
     def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
-        adapted = add_adapters(load_backbone(below, dtype, device), ("generator",), rank)
-        load_lora(path, adapted, "generator")
-        return fold(adapted, "generator")
+        return merge(load_backbone(below, dtype, device), lora.load())
 
-    return TransformerSource(str(path), dict(model.config), metadata, _count(model), load)
+    about = base_metadata(below) | metadata
+    assumed = "" if metadata else (
+        f"{path} has no metadata of this project: it is added to {below} at strength 1 (alpha {lora.alpha}) and sampled as that is, "
+        f"{'in one step' if is_few_step(about) else 'by Euler steps; a LoRA for few steps wants its own steps and guidance'}."
+    )  # fmt: skip
+    return TransformerSource(str(path), dict(model.config), about, _count(model), load, assumed)
+
+
+def base_metadata(path: Path) -> dict:
+    """The `apt` object of a transformer's file or folder, {} where there is none. A LoRA on it has the last word on what it says itself."""
+    return read_folder_metadata(path) if path.is_dir() else metadata_json(path, read_header(path).metadata, "apt")
 
 
 def load_backbone(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..apt_core import checkpoint as contract, keys
 from ..apt_core.errors import AptError
+from ..apt_core.lora_keys import is_lora
 from ..apt_core.tensorfile import FLOATS, Header, metadata_json
 from . import folders
 from .wan_model import ATTACHMENT, check_native
@@ -98,7 +99,7 @@ def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False
 
 def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
     """The prefix of the keys, and whether they are diffusers' names. Raises AptError for a file that would load wrong."""
-    if apt.get("kind") == "lora" or any(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in header.shapes):
+    if apt.get("kind") == "lora" or is_lora(header.shapes):
         raise AptError(f"{path} is a LoRA, not a whole model: load the model that it belongs to, and the LoRA with Load LoRA (Model Only).")
     try:
         layout, prefix = keys.detect_layout(header.shapes)

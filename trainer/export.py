@@ -10,8 +10,9 @@ from apt_core import keys
 from apt_core.checkpoint import comfy_config, metadata_strings, save_diffusers_folder, save_generator
 from apt_core.errors import AptError
 from apt_core.lora import merged_state, save_lora
+from apt_core.lora_keys import is_lora
 from apt_core.mmdit import MMDiTBackbone
-from apt_core.tensorfile import write_tensors
+from apt_core.tensorfile import read_header, write_tensors
 from apt_core.wan import WanBackbone
 from trainer.places import resolve
 from trainer.weights import ROLE, Generator, cast, open_generator
@@ -44,6 +45,8 @@ def export(source: Path, out: Path, form: str = "file", dtype: str = "bf16", bas
     metadata = generator.metadata | {"kind": "generator"}
     if form == "lora":
         if generator.base is None:
+            if resolve(source).is_file() and is_lora(read_header(resolve(source)).shapes):
+                raise AptError(f"{source} is a LoRA already, of another form than this trainer's: use it as it is, or --form file.")
             raise AptError(f"{source} was trained whole, not as a LoRA: use --form file or diffusers.")
         save_lora(out, generator.base, ROLE, {**metadata, "kind": "lora"}, DTYPES[dtype])
     elif form == "diffusers":

@@ -15,7 +15,9 @@ from apt_core.discriminator import Discriminator
 from apt_core.errors import AptError
 from apt_core.jsonfile import read_object
 from apt_core.lora import add_adapters, load_lora, role
-from apt_core.sources import load_backbone
+from apt_core.lora_files import LoraFile, merge, read_lora, read_lora_for
+from apt_core.lora_keys import is_lora
+from apt_core.sources import base_metadata, load_backbone
 from apt_core.tensorfile import metadata_json
 from apt_core.wan import PAPER_FRACTIONS
 from trainer.base import locate, read_about
@@ -30,7 +32,7 @@ ROLE = "generator"
 @dataclass
 class Generator:
     """model: callable as a backbone, fp32, on the CPU, with its whole weights; base: what its adapters lie on, for one trained as a LoRA;
-    metadata: the `apt` object."""
+    metadata: the `apt` object. A LoRA of another shape than our trainer's is added into the weights, without a base."""
 
     model: nn.Module
     base: nn.Module | None
@@ -54,14 +56,28 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
         return Generator(load_transformer(path), None, metadata)
     header = read_header(path)
     metadata = metadata_json(path, header.metadata, "apt")
-    if not any(".lora_A." in key for key in header.shapes):
+    if metadata.get("kind") != "lora" and not is_lora(header.shapes):
         return Generator(load_backbone(path), None, metadata)
-    if base is None:
+    if not base:
+        if not metadata:
+            read_lora(path)  # which may say why no base would do
         raise AptError(f"{path} is a LoRA: add --base PATH of the transformer that it belongs to.")
-    rank = next(shape[0] for key, shape in header.shapes.items() if ".lora_A." in key)
-    model = add_adapters(load_backbone(locate(Files(base=str(base)), "base")), (ROLE,), rank)
+    below = locate(Files(base=str(base)), "base")
+    lora = read_lora_for(path, load_backbone(below, device="meta"), below)
+    metadata = base_metadata(below) | metadata
+    if not _like_ours(lora, below):
+        return Generator(merge(load_backbone(below), lora.load()), None, metadata)
+    model = add_adapters(load_backbone(below), (ROLE,), next(iter(lora.ranks.values())))
     load_lora(path, model, ROLE)
     return Generator(role(model, ROLE), model, metadata)
+
+
+def _like_ours(lora: LoraFile, base: Path) -> bool:
+    """Whether the LoRA fits into the trainer's adapters: factors of one rank, on all linear layers of the blocks."""
+    if not lora.only_factors or len(set(lora.ranks.values())) != 1:
+        return False
+    model = add_adapters(load_backbone(base, device="meta"), (ROLE,), 1)
+    return {model.official_name(layer) for layer in role(model, ROLE).adapters()} == set(lora.ranks)
 
 
 def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
