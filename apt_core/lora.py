@@ -258,17 +258,19 @@ def save_lora(path: str | Path, model: nn.Module, name: str, metadata: Mapping, 
 
 @torch.no_grad()
 def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
-    """Reads a LoRA file, in any form of `lora_files`, into the role: exactly, up to the file's dtype and the scale's rounding.
+    """Reads a LoRA file, of any form of `lora_files`, into the role: exactly, up to the scale's rounding.
 
     Raises AptError for a damaged file, one that is not a LoRA, and other layers or ranks than the role has; it then changes nothing.
     """
     header = read_header(path)
-    if metadata_json(path, header.metadata, "apt").get("kind", "lora") != "lora" or not is_lora(header.shapes):
+    kind = metadata_json(path, header.metadata, "apt").get("kind", "lora")
+    if kind != "lora" or not is_lora(header.shapes):
         raise AptError(f"{path} is a whole transformer, not a LoRA: load it as the base.")
-    adapters = {model.official_name(layer): adapter for layer, adapter in role(model, name).adapters().items()}
+    found_by_layer = role(model, name).adapters()
+    adapters = {model.official_name(layer): adapter for layer, adapter in found_by_layer.items()}
     lora = read_lora(path, own_names(model))
-    parts = [(f"{layer}.{part}", key) for layer, keys in lora.parts.items() for part, key in keys.items() if part != "alpha"]
-    found = {part: header.shapes[key] for part, key in parts}
+    parts = {f"{layer}.{part}": key for layer, keys in lora.parts.items() for part, key in keys.items()}
+    found = {part: header.shapes[key] for part, key in parts.items() if not part.endswith(".alpha")}
     expected = {f"{layer}.down": adapter.lora_A.weight.shape for layer, adapter in adapters.items()}
     expected |= {f"{layer}.up": adapter.lora_B.weight.shape for layer, adapter in adapters.items()}
     check_shapes(path, found, expected, "LoRA of this rank and these layers")

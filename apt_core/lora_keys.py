@@ -1,9 +1,10 @@
-"""What the names in a LoRA file say: of which program's form they are, and which weight of Wan each belongs to.
+"""What the names in a LoRA file say: of which program's form they are, and which weight of Wan each belongs
+to.
 
-    diffusion_model.blocks.0.self_attn.q.lora_A.weight      ComfyUI, this project, most trainers; also lora_down, and no or another prefix
-    lora_unet_blocks_0_self_attn_q.lora_down.weight         kohya's musubi-tuner; VideoX-Fun with two underscores, LyCORIS with lycoris_
-    base_model.model.blocks.0.self_attn.q.lora_A.weight     PEFT
-    transformer.blocks.0.attn1.to_q.lora_A.weight           diffusers
+    diffusion_model.blocks.0.self_attn.q.lora_A.weight   ComfyUI, this project, most trainers
+    lora_unet_blocks_0_self_attn_q.lora_down.weight      kohya's musubi-tuner; others: lora_unet__, lycoris_
+    base_model.model.blocks.0.self_attn.q.lora_A.weight  PEFT
+    transformer.blocks.0.attn1.to_q.lora_A.weight        diffusers
 
 A layer is looked up in the tables of `keys`, never guessed from its underscores.
 """
@@ -32,14 +33,21 @@ UNDERSCORED = ("lora_unet__", "lora_unet_", "lycoris_")
 BARE = ("modulation", "head.modulation", "img_emb.emb_pos")
 """Weights that are no layer's: their names end without `.weight`."""
 
-SIDES = {"lora_down": "down", "lora_A": "down", "lora.down": "down", "lora_up": "up", "lora_B": "up", "lora.up": "up"}
-PLAIN = {"alpha": "alpha", "diff": "diff", "w_norm": "diff", "diff_m": "diff", "diff_b": "diff_b", "b_norm": "diff_b"}
+DOWN, UP = ("lora_down", "lora_A", "lora.down"), ("lora_up", "lora_B", "lora.up")
+SIDES = {**dict.fromkeys(DOWN, "down"), **dict.fromkeys(UP, "up")}
+PLAIN = {
+    "alpha": "alpha",
+    **dict.fromkeys(("diff", "w_norm", "diff_m"), "diff"),
+    **dict.fromkeys(("diff_b", "b_norm"), "diff_b"),
+}
 PART = re.compile(
     r"(?P<layer>.+?)\.(?:(?P<side>lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up)"
-    r"(?:\.(?!(?:weight|bias)$)(?P<adapter>\w+))?(?:\.(?P<leaf>weight|bias))?|(?P<plain>alpha|diff|w_norm|diff_m|diff_b|b_norm))"
+    r"(?:\.(?!(?:weight|bias)$)(?P<adapter>\w+))?(?:\.(?P<leaf>weight|bias))?"
+    r"|(?P<plain>alpha|diff|w_norm|diff_m|diff_b|b_norm))"
 )
 MARK = re.compile(
-    r"(?:^|[._])(?:lora_|lora\.(?:down|up)|lokr_|hada_|b?oft_|dora_scale|vera_lambda|ia3_l)|\.(?:diff|diff_b|diff_m|w_norm|b_norm)$"
+    r"(?:^|[._])(?:lora_|lora\.(?:down|up)|lokr_|hada_|b?oft_|dora_scale|vera_lambda|ia3_l)"
+    r"|\.(?:diff|diff_b|diff_m|w_norm|b_norm)$"
 )
 
 KINDS = (
@@ -60,17 +68,24 @@ KINDS = (
 """What cannot be read as a sum, by the names that give it away."""
 
 MODELS = (
-    (r"^lora_te\d*_|^lora_prior_te|^text_encoder\w*\.|^te\d?\.|^cond_stage_model|^conditioner\.", "a text encoder"),
+    (
+        r"^lora_te\d*_|^lora_prior_te|^text_encoder\w*\.|^te\d?\.|^cond_stage_model|^conditioner\.",
+        "a text encoder",
+    ),
     (r"^transformer_2\.", "the second expert of Wan 2.2 A14B, in one file with the first"),
     (r"(?:^|[._])vace_(?:blocks|patch)", "Wan VACE"),
-    (r"(?:^|[._])(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]", "Stable Diffusion or SDXL"),
+    (
+        r"(?:^|[._])(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]",
+        "Stable Diffusion or SDXL",
+    ),
     (
         r"double_blocks\.\d+\.(?:img|txt)_attn_|_blocks[._]\d+[._](?:img|txt)_(?:mlp[._]fc|mod[._]linear)"
         r"|modulation[._]linear|token_refiner",
         "HunyuanVideo",
     ),
     (
-        r"double_blocks[._]\d+[._](?:img|txt)_(?:attn\.|mlp[._][02]|mod[._]lin)|single_blocks[._]\d+[._]modulation[._]lin\b",
+        r"double_blocks[._]\d+[._](?:img|txt)_(?:attn\.|mlp[._][02]|mod[._]lin)"
+        r"|single_blocks[._]\d+[._]modulation[._]lin\b",
         "Flux",
     ),
     (r"(?:double_blocks|single_blocks|single_transformer_blocks)[._]", "Flux or HunyuanVideo"),
@@ -82,8 +97,8 @@ MODELS = (
 
 
 class Place(NamedTuple):
-    """form: whose names; layer: its official name; part: down, up, up_bias, alpha, diff or diff_b; name: the layer's in the file,
-    without the prefix."""
+    """form: whose names; layer: its official name; part: down, up, up_bias, alpha, diff or diff_b; name: the
+    layer's in the file, without the prefix."""
 
     form: str
     layer: str
@@ -97,7 +112,8 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 
 def find_place(key: str, own: Sequence[str] = ()) -> Place | None:
-    """What a key of a LoRA file stands for; None where that is not known. own: weights of a base that is no Wan, by its names."""
+    """What a key of a LoRA file stands for; None where that is not known. own: weights of a base that is no
+    Wan, by its names."""
     prefix = next(prefix for prefix in FORMS if key.startswith(prefix))
     form, rest = FORMS[prefix], key[len(prefix) :]
     whole = rest
@@ -141,20 +157,29 @@ def _first(keys: Iterable[str], table: Sequence[tuple[str, str]]) -> tuple[str, 
 def _layer(name: str, flat: bool, own: tuple[str, ...]) -> str | None:
     if own:
         return _own_layers(own).get((flat, name))
-    where, module = re.fullmatch(r"(blocks_\d+_)?(.+)" if flat else r"(blocks\.\d+\.)?(.+)", name).groups(default="")
+    where, module = re.fullmatch(r"(blocks_\d+_)?(.+)" if flat else r"(blocks\.\d+\.)?(.+)", name).groups(
+        default=""
+    )
     found = wan_layers(bool(where), flat).get(module)
     return found and where.replace("_", ".") + found
 
 
 @cache
 def wan_layers(in_block: bool, flat: bool) -> dict[str, str]:
-    """The official name by the official and the diffusers name of each of Wan's layers, in or outside of a block; flat: with underscores
-    in the place of dots."""
-    names = {**(BLOCK_BACK if in_block else TOP_BACK), **{name: name for name in (BLOCK if in_block else TOP)}}
+    """The official name by the official and the diffusers name of each of Wan's layers, in or outside of a
+    block; flat: with underscores in the place of dots."""
+    names = {
+        **(BLOCK_BACK if in_block else TOP_BACK),
+        **{name: name for name in (BLOCK if in_block else TOP)},
+    }
     return {name.replace(".", "_"): official for name, official in names.items()} if flat else names
 
 
 @cache
 def _own_layers(own: tuple[str, ...]) -> dict[tuple[bool, str], str]:
     layers = {name.removesuffix(".weight").removesuffix(".bias") for name in own}
-    return {(flat, layer.replace(".", "_") if flat else layer): layer for layer in layers for flat in (False, True)}
+    return {
+        (flat, layer.replace(".", "_") if flat else layer): layer
+        for layer in layers
+        for flat in (False, True)
+    }

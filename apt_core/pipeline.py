@@ -62,7 +62,7 @@ class OneStepPipeline:
     backend, compile, fp8: see `fast.Speed`; on a GPU compile also compiles the decoder. memory: GiB of the device that may be used, None for
     what is free; what does not fit waits in the CPU's memory. cache: folder of what can be made again (text embeddings, compiled code), None
     for `cache_folder()`. group: processes that make each sample together, all called alike. report: told in a sentence when memory made the
-    pipeline step down, and what is assumed of a LoRA that says nothing of itself; by default that goes to stderr.
+    pipeline step down, and what is assumed of a LoRA without metadata; by default that goes to stderr.
     """
 
     def __init__(
@@ -105,7 +105,8 @@ class OneStepPipeline:
     ) -> "OneStepPipeline":  # fmt: skip
         """A pipeline from files: headers and configs are read, no weight.
 
-        path: a checkpoint or LoRA file (of any form of `lora_files`) or a diffusers folder; vae, text_encoder: single files as ComfyUI takes them, or diffusers folders;
+        path: a checkpoint, a LoRA file of any program (see `lora_files`) or a diffusers folder;
+        vae, text_encoder: single files as ComfyUI takes them, or diffusers folders;
         tokenizer: where the text encoder does not carry its own; base: the transformer that a LoRA belongs to. "mini" is the shipped miniature,
         for each of them. tiny_decoder: taew2_1 or taew2_2 in the place of the VAE, which is fast and APPROXIMATE. options: those of the class.
         Raises AptError for parts that are missing, damaged or do not fit one another.

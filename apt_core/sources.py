@@ -54,7 +54,7 @@ def locate(part: str, given: str | Path | None) -> Path:
 @dataclass(frozen=True)
 class TransformerSource:
     """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file; parameters: how many;
-    load(dtype, device): the model, whole and without adapters; assumed: a sentence on what its file does not say, if there is one.
+    load(dtype, device): the model, whole and without adapters; assumed: in words, what a LoRA leaves open.
     Raises AptError for metadata with sizes, lengths or a second time that are none."""
 
     name: str
@@ -128,17 +128,21 @@ def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> Transf
     def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
         return merge(load_backbone(below, dtype, device), lora.load())
 
-    about = base_metadata(below) | metadata
-    assumed = "" if metadata else (
-        f"{path} has no metadata of this project: it is added to {below} at strength 1 (alpha {lora.alpha}) and sampled as that is, "
-        f"{'in one step' if is_few_step(about) else 'by Euler steps; a LoRA for few steps wants its own steps and guidance'}."
-    )  # fmt: skip
+    about, assumed = base_metadata(below) | metadata, ""
+    if not metadata:
+        how = "by Euler steps; a LoRA for few steps wants its own steps and guidance"
+        assumed = (
+            f"{path} has no metadata of this project: it is added to {below} at strength 1 "
+            f"(alpha {lora.alpha}) and sampled as that is, {'in one step' if is_few_step(about) else how}."
+        )
     return TransformerSource(str(path), dict(model.config), about, _count(model), load, assumed)
 
 
 def base_metadata(path: Path) -> dict:
-    """The `apt` object of a transformer's file or folder, {} where there is none. A LoRA on it has the last word on what it says itself."""
-    return read_folder_metadata(path) if path.is_dir() else metadata_json(path, read_header(path).metadata, "apt")
+    """The `apt` object of a transformer's file or folder, {} else {}; a LoRA's own goes over it."""
+    if path.is_dir():
+        return read_folder_metadata(path)
+    return metadata_json(path, read_header(path).metadata, "apt")
 
 
 def load_backbone(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:

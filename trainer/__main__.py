@@ -372,7 +372,7 @@ def export(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A file or folder of weights, shards or training states.")],
     deep: Annotated[bool, typer.Option("--deep", help="Read every weight too, to find NaN.")] = False,
-    base: Annotated[str | None, typer.Option(help="Of a LoRA file: the transformer to compare it with (mini for the miniature's).")] = None,
+    base: Annotated[str | None, typer.Option(help="Of a LoRA: the transformer to compare it with.")] = None,
 ) -> None:
     """What is in a checkpoint, and whether it would load."""
     from trainer.inspect import inspect

@@ -46,7 +46,10 @@ def export(source: Path, out: Path, form: str = "file", dtype: str = "bf16", bas
     if form == "lora":
         if generator.base is None:
             if resolve(source).is_file() and is_lora(read_header(resolve(source)).shapes):
-                raise AptError(f"{source} is a LoRA already, of another form than this trainer's: use it as it is, or --form file.")
+                raise AptError(
+                    f"{source} is a LoRA already, of another form than this trainer's: "
+                    "use it as it is, or --form file."
+                )
             raise AptError(f"{source} was trained whole, not as a LoRA: use --form file or diffusers.")
         save_lora(out, generator.base, ROLE, {**metadata, "kind": "lora"}, DTYPES[dtype])
     elif form == "diffusers":

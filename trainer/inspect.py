@@ -26,8 +26,9 @@ SCALES = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant")
 def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str, str]:
     """Facts about `path` by name, in the order to print them; "loads" is "yes", or the sentence that says why not.
 
-    deep: also read every weight, to find NaN and infinite ones. base: of a LoRA, the transformer that it is to be compared with ("mini" for
-    the miniature's). Raises AptError when there is nothing at `path` that could be looked at, and for a base that nothing is compared with.
+    deep: also read every weight, to find NaN and infinite ones. base: of a LoRA, the transformer to compare
+    it with ("mini" for the miniature's). Raises AptError when there is nothing at `path` that could be looked at,
+    and for a base with anything but a LoRA.
     """
     if base is not None and not (path.is_file() and _what(read_header(path)) == "LoRA"):
         raise AptError(f"{path} is not a LoRA file: leave --base away.")
@@ -103,18 +104,20 @@ def _lora(path: Path, deep: bool, base: str | None) -> dict[str, str]:
             lora.load()
     except AptError as error:
         return facts | {"loads": f"no: {error}"}
-    return facts | {"loads": f"yes, over {below}" if below else "needs its base: add --base PATH to compare it with one"}
+    open_end = "needs its base: --base PATH compares it with one"
+    return facts | {"loads": f"yes, over {below}" if below else open_end}
 
 
 def _lora_facts(lora: LoraFile) -> dict[str, str]:
     where = Counter("blocks" if name.startswith("blocks.") else "others" for name in lora.targets)
     blocks = {name.split(".")[1] for name in lora.targets if name.startswith("blocks.")}
+    inside, outside = where["blocks"], where["others"]
     layers = sorted({re.sub(r"^blocks\.\d+\.", "", name).removesuffix(".weight") for name in lora.targets})
     return {
         "form": lora.form,
         "rank": ", ".join(map(str, sorted(set(lora.ranks.values())))) or "none: whole differences",
         "alpha": lora.alpha,
-        "changes": f"{where['blocks']} weights in {len(blocks)} blocks, {where['others']} others: {', '.join(layers)}",
+        "changes": f"{inside} weights in {len(blocks)} blocks, {outside} outside: {', '.join(layers)}",
     }
 
 

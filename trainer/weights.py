@@ -32,7 +32,7 @@ ROLE = "generator"
 @dataclass
 class Generator:
     """model: callable as a backbone, fp32, on the CPU, with its whole weights; base: what its adapters lie on, for one trained as a LoRA;
-    metadata: the `apt` object. A LoRA of another shape than our trainer's is added into the weights, without a base."""
+    metadata: the `apt` object. A LoRA of other layers than our trainer's is added to the weights: no base."""
 
     model: nn.Module
     base: nn.Module | None
@@ -73,7 +73,7 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
 
 
 def _like_ours(lora: LoraFile, base: Path) -> bool:
-    """Whether the LoRA fits into the trainer's adapters: factors of one rank, on all linear layers of the blocks."""
+    """Whether it fits our trainer's adapters: factors of one rank, on all linear layers of the blocks."""
     if not lora.only_factors or len(set(lora.ranks.values())) != 1:
         return False
     model = add_adapters(load_backbone(base, device="meta"), (ROLE,), 1)
