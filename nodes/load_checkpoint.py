@@ -9,12 +9,13 @@ from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..apt_core.loading.checkpoint import ASSUMED, transformer_config_from
-from ..apt_core.files import keys
 from ..apt_core.errors import AptError
-from ..apt_core.files.tensorfile import FLOATS, Header
+from ..apt_core.files import keys
 from ..apt_core.files.checkpoint_header import read_header
-from ..apt_core.files.contract import is_adversarial, is_lora, metadata_json, native, read_apt
+from ..apt_core.files.contract import claims_lora, is_adversarial, metadata_json, native, read_apt
+from ..apt_core.files.lora_keys import is_lora
+from ..apt_core.files.tensorfile import FLOATS, Header
+from ..apt_core.loading.checkpoint import ASSUMED, transformer_config_from
 from . import folders
 from .wan_model import ATTACHMENT
 from .warn import warn
@@ -101,7 +102,7 @@ def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False
 
 def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
     """The prefix of the keys, and whether they are diffusers' names. Raises AptError for a file that would load wrong."""
-    if is_lora(apt) or any(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in header.shapes):
+    if claims_lora(apt) or is_lora(header.shapes):
         raise AptError(f"{path} is a LoRA, not a whole model: load the model that it belongs to, and the LoRA with Load LoRA (Model Only).")
     try:
         layout, prefix = keys.detect_layout(header.shapes)

@@ -228,9 +228,9 @@ def generate(
     By default no two samples share noise, whatever the seeds, the batch and the processes. --noise comfyui makes what the same seed makes in ComfyUI.
     """
     from apt_core.engine.request import Request
+    from trainer.checkpoints.generate import generate, read_prompts
     from trainer.checkpoints.starting_models import with_defaults
     from trainer.machines.distributed import connect
-    from trainer.checkpoints.generate import generate, read_prompts
     from trainer.machines.machine import pick_device
 
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
@@ -259,8 +259,8 @@ def probe(
     ema: Ema = None, device: str = "auto", seed: Noise = 0,
 ) -> None:  # fmt: skip
     """What each block of the generator holds of the final sample, by a linear probe (the paper's fig. 10): a picture, and the errors."""
-    from trainer.checkpoints.starting_models import with_defaults
     from trainer.checkpoints.generate import read_prompts
+    from trainer.checkpoints.starting_models import with_defaults
     from trainer.inside.opening import open_pipeline
     from trainer.inside.probe import run_probe
 
@@ -372,11 +372,12 @@ def export(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A file or folder of weights, shards or training states.")],
     deep: Annotated[bool, typer.Option("--deep", help="Read every weight too, to find NaN.")] = False,
+    base: Annotated[str | None, typer.Option(help="Of a LoRA: the transformer to compare it with.")] = None,
 ) -> None:
     """What is in a checkpoint, and whether it would load."""
     from trainer.checkpoints.inspect import inspect
 
-    for name, value in inspect(path, deep).items():
+    for name, value in inspect(path, deep, base).items():
         print(f"{name:<16} {value}")
 
 

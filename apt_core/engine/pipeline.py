@@ -18,21 +18,21 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..models.attention import choose_backend
-from .decoder import Decoder
 from ..errors import AptError
+from ..files.media_write import check_name, video_writer, write_image, write_video
+from ..loading.sources import Sources, TransformerSource, read_sources
+from ..method.generator import euler_cfg, few_step
+from ..method.noise import draw
+from ..method.steps import step_times
+from ..models.attention import choose_backend
+from ..models.text import TextEncoder
+from ..models.tiny_decoder import TinyDecoder
+from .decoder import Decoder
 from .fast import Speed, check_compile, check_device, keep_compiled, make_fast
 from .fp8 import check_fp8
-from ..method.generator import euler_cfg, few_step
-from ..files.media_write import check_name, video_writer, write_image, write_video
-from ..method.noise import draw
 from .request import Request
 from .residence import ALL, Residence, first_level
-from ..loading.sources import Sources, TransformerSource, read_sources
-from ..method.steps import step_times
-from ..models.text import TextEncoder
 from .text_cache import TextCache, cache_folder, encoder_fingerprint
-from ..models.tiny_decoder import TinyDecoder
 
 GIB = 2**30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,7 +62,7 @@ class OneStepPipeline:
     backend, compile, fp8: see `fast.Speed`; on a GPU compile also compiles the decoder. memory: GiB of the device that may be used, None for
     what is free; what does not fit waits in the CPU's memory. cache: folder of what can be made again (text embeddings, compiled code), None
     for `cache_folder()`. group: processes that make each sample together, all called alike. report: told in a sentence when memory made the
-    pipeline step down; by default that goes to stderr.
+    pipeline step down, and what is assumed of a LoRA without metadata; by default that goes to stderr.
     """
 
     def __init__(
@@ -89,6 +89,8 @@ class OneStepPipeline:
             check_compile(self.device)
             keep_compiled(self.cache / "compiled")
         self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
+        if sources.transformer.assumed:
+            self.report(sources.transformer.assumed)
         self._residence = Residence(self.device, self._first_level(), self.report, self._left)
         self._text_cache: TextCache | None = None
         self._decoder: Decoder | None = None
@@ -103,7 +105,8 @@ class OneStepPipeline:
     ) -> "OneStepPipeline":  # fmt: skip
         """A pipeline from files: headers and configs are read, no weight.
 
-        path: a checkpoint or LoRA file or a diffusers folder; vae, text_encoder: single files as ComfyUI takes them, or diffusers folders;
+        path: a checkpoint, a LoRA file of any program (see `lora_files`) or a diffusers folder;
+        vae, text_encoder: single files as ComfyUI takes them, or diffusers folders;
         tokenizer: where the text encoder does not carry its own; base: the transformer that a LoRA belongs to. "mini" is the shipped miniature,
         for each of them. tiny_decoder: taew2_1 or taew2_2 in the place of the VAE, which is fast and APPROXIMATE. options: those of the class.
         Raises AptError for parts that are missing, damaged or do not fit one another.

@@ -27,7 +27,7 @@ def is_few_step(apt: Mapping) -> bool:
     return apt.get("kind") in ("generator", "lora")
 
 
-def is_lora(apt: Mapping) -> bool:
+def claims_lora(apt: Mapping) -> bool:
     """Whether the file says that it is a LoRA."""
     return apt.get("kind") == "lora"
 

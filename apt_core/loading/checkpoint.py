@@ -17,13 +17,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import keys
 from ..errors import AptError
-from ..files.jsonfile import read_object
-from ..models.precision import cast, weight_dtype
+from ..files import keys
 from ..files.checkpoint_header import read_header
-from ..files.tensorfile import check_count, check_finite, check_floats, check_shapes, read_tensors, write_tensors
-from ..files.contract import is_lora, metadata_json, metadata_strings, read_apt
+from ..files.contract import claims_lora, metadata_json, metadata_strings, read_apt
+from ..files.jsonfile import read_object
+from ..files.lora_keys import is_lora
+from ..files.tensorfile import (
+    check_count,
+    check_finite,
+    check_floats,
+    check_shapes,
+    read_tensors,
+    write_tensors,
+)
+from ..models.precision import cast, weight_dtype
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -148,8 +156,11 @@ def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dty
     headers = [read_header(file) for file in files]
     shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
     for file, header in zip(files, headers):
-        if is_lora(read_apt(file, header.metadata)):
-            raise AptError(f"{file} is a LoRA, not a whole Wan transformer: give the model that the LoRA belongs to.")
+        if claims_lora(read_apt(file, header.metadata)) or is_lora(header.shapes):
+            raise AptError(
+                f"{file} is a LoRA, not a whole Wan transformer: give a whole model here; "
+                "`python -m trainer export LORA --base MODEL` makes one of both."
+            )
         check_floats(file, header)
     layout, prefix = _layout(path, shapes)
     config = config or transformer_config_from(shapes, headers[0].metadata, path)

@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoint import load_transformer
-from ..files.checkpoint_header import read_folder_metadata, read_header
 from ..errors import AptError
-from ..models.lora import add_adapters, fold, load_lora
-from .mmdit_files import load_mmdit
 from ..files import contract
-from ..files.contract import metadata_json
-from .text_files import TextFacts, load_text_encoder_files, read_text_encoder
+from ..files.checkpoint_header import read_folder_metadata, read_header
+from ..files.contract import is_few_step, metadata_json
+from ..files.lora_keys import is_lora
+from ..models.lora_files import merge, read_lora, read_lora_for
 from ..models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
 from ..models.vae import load_vae, read_vae, stride
+from .checkpoint import load_transformer
+from .mmdit_files import load_mmdit
+from .text_files import TextFacts, load_text_encoder_files, read_text_encoder
 
 MINI = "mini"
 ASSETS = Path(__file__).parents[1] / "assets" / "mini"
@@ -50,13 +51,15 @@ def locate(part: str, given: str | Path | None) -> Path:
 @dataclass(frozen=True)
 class TransformerSource:
     """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file; parameters: how many;
-    load(dtype, device): the model, whole and without adapters. Raises AptError for metadata with sizes, lengths or a second time that are none."""
+    load(dtype, device): the model, whole and without adapters; assumed: in words, what a LoRA leaves open.
+    Raises AptError for metadata with sizes, lengths or a second time that are none."""
 
     name: str
     config: Mapping
     metadata: Mapping
     parameters: int
     load: Callable[[torch.dtype, torch.device], nn.Module]
+    assumed: str = ""
 
     def __post_init__(self) -> None:
         contract.native(self.name, self.metadata)
@@ -97,25 +100,39 @@ def read_transformer(path: Path, base: str | Path | None = None) -> TransformerS
     else:
         header = read_header(path)
         metadata = metadata_json(path, header.metadata, "apt")
-        if any(".lora_A." in key for key in header.shapes):
-            return _read_lora(path, header.shapes, metadata, base)
+        if metadata.get("kind") == "lora" or is_lora(header.shapes):
+            return _read_lora(path, metadata, base)
     model = load_backbone(path, device="meta")
     return TransformerSource(str(path), dict(model.config), metadata, _count(model), lambda dtype, device: load_backbone(path, dtype, device))
 
 
-def _read_lora(path: Path, shapes: Mapping, metadata: Mapping, base: str | Path | None) -> TransformerSource:
+def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> TransformerSource:
     if not base:
+        if not metadata:
+            read_lora(path)  # which may say why no base would do
         raise AptError(f"{path} is a LoRA: add base=PATH of the transformer that it belongs to.")
     below = locate("base", base)
     model = load_backbone(below, device="meta")
-    rank = next(shape[0] for key, shape in shapes.items() if ".lora_A." in key)
+    lora = read_lora_for(path, model, below)
 
     def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
-        adapted = add_adapters(load_backbone(below, dtype, device), ("generator",), rank)
-        load_lora(path, adapted, "generator")
-        return fold(adapted, "generator")
+        return merge(load_backbone(below, dtype, device), lora.load())
 
-    return TransformerSource(str(path), dict(model.config), metadata, _count(model), load)
+    about, assumed = base_metadata(below) | metadata, ""
+    if not metadata:
+        how = "by Euler steps; a LoRA for few steps wants its own steps and guidance"
+        assumed = (
+            f"{path} has no metadata of this project: it is added to {below} at strength 1 "
+            f"(alpha {lora.alpha}) and sampled as that is, {'in one step' if is_few_step(about) else how}."
+        )
+    return TransformerSource(str(path), dict(model.config), about, _count(model), load, assumed)
+
+
+def base_metadata(path: Path) -> dict:
+    """The `apt` object of a transformer's file or folder, {} else {}; a LoRA's own goes over it."""
+    if path.is_dir():
+        return read_folder_metadata(path)
+    return metadata_json(path, read_header(path).metadata, "apt")
 
 
 def load_backbone(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:

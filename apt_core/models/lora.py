@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files.contract import metadata_strings
-from ..files.checkpoint_header import read_header
 from ..errors import AptError
-from ..files.tensorfile import check_shapes, read_tensors, write_tensors
-from ..files.contract import metadata_json
+from ..files.checkpoint_header import read_header
+from ..files.contract import metadata_json, metadata_strings
+from ..files.lora_keys import is_lora
+from ..files.tensorfile import check_shapes, write_tensors
+from .lora_files import own_names, read_lora
 
 BASE = "base"
 LORA_PREFIX = "diffusion_model."
@@ -258,19 +259,27 @@ def save_lora(path: str | Path, model: nn.Module, name: str, metadata: Mapping, 
 
 @torch.no_grad()
 def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
-    """Reads a file of `save_lora` back into the role, exactly what it was up to the file's dtype and the scale's rounding.
+    """Reads a LoRA file, of any form of `lora_files`, into the role: exactly, up to the scale's rounding.
 
     Raises AptError for a damaged file, one that is not a LoRA, and other layers or ranks than the role has; it then changes nothing.
     """
-    if metadata_json(path, read_header(path).metadata, "apt").get("kind", "lora") != "lora":
+    header = read_header(path)
+    kind = metadata_json(path, header.metadata, "apt").get("kind", "lora")
+    if kind != "lora" or not is_lora(header.shapes):
         raise AptError(f"{path} is a whole transformer, not a LoRA: load it as the base.")
-    tensors, header = read_tensors(path)
-    adapters = {LORA_PREFIX + model.official_name(layer): adapter for layer, adapter in role(model, name).adapters().items()}
-    weights = {f"{layer}.{part}.weight": (adapter, part) for layer, adapter in adapters.items() for part in ("lora_A", "lora_B")}
-    expected = {key: getattr(adapter, part).weight.shape for key, (adapter, part) in weights.items()}
-    check_shapes(path, header.shapes, expected, "LoRA of this rank and these layers")
-    for key, (adapter, part) in weights.items():
-        getattr(adapter, part).weight.copy_(tensors[key] / (adapter.scale if part == "lora_B" else 1))
+    found_by_layer = role(model, name).adapters()
+    adapters = {model.official_name(layer): adapter for layer, adapter in found_by_layer.items()}
+    lora = read_lora(path, own_names(model))
+    parts = {f"{layer}.{part}": key for layer, keys in lora.parts.items() for part, key in keys.items()}
+    found = {part: header.shapes[key] for part, key in parts.items() if not part.endswith(".alpha")}
+    expected = {f"{layer}.down": adapter.lora_A.weight.shape for layer, adapter in adapters.items()}
+    expected |= {f"{layer}.up": adapter.lora_B.weight.shape for layer, adapter in adapters.items()}
+    check_shapes(path, found, expected, "LoRA of this rank and these layers")
+    deltas = lora.load()
+    for layer, adapter in adapters.items():
+        delta = deltas[f"{layer}.weight"]
+        adapter.lora_A.weight.copy_(delta.down)
+        adapter.lora_B.weight.copy_(delta.up.to(adapter.lora_B.weight.dtype) * delta.scale / adapter.scale)
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -6,16 +6,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from apt_core.files import keys
-from apt_core.loading.checkpoint import comfy_config, save_diffusers_folder, save_generator
-from apt_core.files.contract import metadata_strings
 from apt_core.errors import AptError
+from apt_core.files import keys
+from apt_core.files.contract import metadata_strings
+from apt_core.files.lora_keys import is_lora
+from apt_core.files.tensorfile import read_header, write_tensors
+from apt_core.loading.checkpoint import (
+    comfy_config,
+    save_diffusers_folder,
+    save_generator,
+)
 from apt_core.models.lora import merged_state, save_lora
 from apt_core.models.mmdit import MMDiTBackbone
-from apt_core.files.tensorfile import write_tensors
 from apt_core.models.wan import WanBackbone
-from trainer.run.folders import resolve
 from trainer.checkpoints.trained_models import ROLE, Generator, cast, open_generator
+from trainer.run.folders import resolve
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = ("file", "lora", "diffusers")
@@ -45,6 +50,11 @@ def export(source: Path, out: Path, form: str = "file", dtype: str = "bf16", bas
     metadata = generator.metadata | {"kind": "generator"}
     if form == "lora":
         if generator.base is None:
+            if resolve(source).is_file() and is_lora(read_header(resolve(source)).shapes):
+                raise AptError(
+                    f"{source} is a LoRA already, of another form than this trainer's: "
+                    "use it as it is, or --form file."
+                )
             raise AptError(f"{source} was trained whole, not as a LoRA: use --form file or diffusers.")
         save_lora(out, generator.base, ROLE, {**metadata, "kind": "lora"}, DTYPES[dtype])
     elif form == "diffusers":

@@ -2,28 +2,37 @@
 
 import json
 import math
+import re
+from collections import Counter
 from pathlib import Path
 
-from apt_core.loading.checkpoint import comfy_config, load_transformer, read_config
 from apt_core.errors import AptError
-from apt_core.files.keys import detect_layout, detect_vae_layout
-from apt_core.files.tensorfile import Header, check_finite, read_header, read_tensors
 from apt_core.files.contract import metadata_json
+from apt_core.files.keys import detect_layout, detect_vae_layout
+from apt_core.files.lora_keys import is_lora
+from apt_core.files.tensorfile import Header, check_finite, read_header, read_tensors
+from apt_core.loading.checkpoint import comfy_config, load_transformer, read_config
+from apt_core.loading.sources import load_backbone, locate
+from apt_core.models.lora_files import LoraFile, official_shapes, own_names, read_lora
 from apt_core.models.text import TOKENIZER_KEY
 from apt_core.models.vae import load_vae
-from trainer.run.folders import is_state, resolve
-from trainer.data.shards import INDEX, ShardDataset
-from trainer.run.state import score_of
 from trainer.checkpoints.trained_models import State, base_of
+from trainer.data.shards import INDEX, ShardDataset
+from trainer.run.folders import is_state, resolve
+from trainer.run.state import score_of
 
 SCALES = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant")
 
 
-def inspect(path: Path, deep: bool = False) -> dict[str, str]:
+def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str, str]:
     """Facts about `path` by name, in the order to print them; "loads" is "yes", or the sentence that says why not.
 
-    deep: also read every weight, to find NaN and infinite ones. Raises AptError only when there is nothing at `path` that could be looked at.
+    deep: also read every weight, to find NaN and infinite ones. base: of a LoRA, the transformer to compare
+    it with ("mini" for the miniature's). Raises AptError when there is nothing at `path` that could be looked at,
+    and for a base with anything but a LoRA.
     """
+    if base is not None and not (path.is_file() and _what(read_header(path)) == "LoRA"):
+        raise AptError(f"{path} is not a LoRA file: leave --base away.")
     if path.is_dir() and (path / INDEX).is_file():
         return _shards(path)
     path = resolve(path)
@@ -41,12 +50,12 @@ def inspect(path: Path, deep: bool = False) -> dict[str, str]:
         **{name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in apt.items()},
         **{name: value for name, value in header.metadata.items() if name.startswith("modelspec.") and len(value) < 200},
     }
-    return facts | _by_kind(path, header, deep)
+    return facts | _by_kind(path, header, deep, base)
 
 
 def _what(header: Header) -> str:
     keys = header.shapes
-    if any(".lora_A." in key or ".lora_down." in key for key in keys):
+    if is_lora(keys):
         return "LoRA"
     if "mmdit" in header.metadata:
         return "MMDiT of this trainer"
@@ -65,7 +74,7 @@ def _what(header: Header) -> str:
     return f"unknown ({next(iter(keys), 'empty')} is its first key)"
 
 
-def _by_kind(path: Path, header: Header, deep: bool) -> dict[str, str]:
+def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[str, str]:
     what = _what(header)
     if what.startswith("Wan transformer, "):
         config = _config_or_reason(path)
@@ -79,9 +88,38 @@ def _by_kind(path: Path, header: Header, deep: bool) -> dict[str, str]:
     if what == "UMT5 text encoder":
         return {"tokenizer": "inside" if TOKENIZER_KEY in header.shapes else "not inside: needs tokenizer=PATH"}
     if what == "LoRA":
-        rank = {shape[0] for key, shape in header.shapes.items() if ".lora_A." in key}
-        return {"rank": ", ".join(map(str, sorted(rank))), "loads": _attempt(lambda: read_tensors(path)) if deep else "needs its base"}
+        return _lora(path, deep, base)
     return {"loads": _attempt(lambda: check_finite(path, read_tensors(path, floats_only=False)[0]))} if deep else {}
+
+
+def _lora(path: Path, deep: bool, base: str | None) -> dict[str, str]:
+    facts = {}
+    try:
+        below = None if base is None else locate("base", base)
+        model = below and load_backbone(below, device="meta")
+        lora = read_lora(path, own_names(model) if model else ())
+        facts |= _lora_facts(lora)
+        if model:
+            lora.check(official_shapes(model), below)
+        if deep:
+            lora.load()
+    except AptError as error:
+        return facts | {"loads": f"no: {error}"}
+    open_end = "needs its base: --base PATH compares it with one"
+    return facts | {"loads": f"yes, over {below}" if below else open_end}
+
+
+def _lora_facts(lora: LoraFile) -> dict[str, str]:
+    where = Counter("blocks" if name.startswith("blocks.") else "others" for name in lora.targets)
+    blocks = {name.split(".")[1] for name in lora.targets if name.startswith("blocks.")}
+    inside, outside = where["blocks"], where["others"]
+    layers = sorted({re.sub(r"^blocks\.\d+\.", "", name).removesuffix(".weight") for name in lora.targets})
+    return {
+        "form": lora.form,
+        "rank": ", ".join(map(str, sorted(set(lora.ranks.values())))) or "none: whole differences",
+        "alpha": lora.alpha,
+        "changes": f"{inside} weights in {len(blocks)} blocks, {outside} outside: {', '.join(layers)}",
+    }
 
 
 def _config_or_reason(path: Path) -> dict | str:

@@ -10,20 +10,22 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
-from apt_core.loading.checkpoint import load_transformer
-from apt_core.files.checkpoint_header import read_folder_metadata, read_header
-from apt_core.method.discriminator import Discriminator
 from apt_core.errors import AptError
-from apt_core.files.jsonfile import read_object
-from apt_core.models.lora import add_adapters, load_lora, role
-from apt_core.loading.sources import load_backbone
+from apt_core.files.checkpoint_header import read_folder_metadata, read_header
 from apt_core.files.contract import metadata_json
+from apt_core.files.jsonfile import read_object
+from apt_core.files.lora_keys import is_lora
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.loading.sources import base_metadata, load_backbone
+from apt_core.method.discriminator import Discriminator
+from apt_core.models.lora import add_adapters, load_lora, role
+from apt_core.models.lora_files import LoraFile, merge, read_lora, read_lora_for
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.checkpoints.starting_models import locate, read_about
 from trainer.config import Files
-from trainer.stages.networks import make_discriminator
 from trainer.run.folders import ABOUT, FACTS, is_state, resolve
 from trainer.run.state_files import REMEDY, StateReader, check_digests, check_listed
+from trainer.stages.networks import make_discriminator
 
 ROLE = "generator"
 
@@ -31,7 +33,7 @@ ROLE = "generator"
 @dataclass
 class Generator:
     """model: callable as a backbone, fp32, on the CPU, with its whole weights; base: what its adapters lie on, for one trained as a LoRA;
-    metadata: the `apt` object."""
+    metadata: the `apt` object. A LoRA of other layers than our trainer's is added to the weights: no base."""
 
     model: nn.Module
     base: nn.Module | None
@@ -55,14 +57,28 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
         return Generator(load_transformer(path), None, metadata)
     header = read_header(path)
     metadata = metadata_json(path, header.metadata, "apt")
-    if not any(".lora_A." in key for key in header.shapes):
+    if metadata.get("kind") != "lora" and not is_lora(header.shapes):
         return Generator(load_backbone(path), None, metadata)
-    if base is None:
+    if not base:
+        if not metadata:
+            read_lora(path)  # which may say why no base would do
         raise AptError(f"{path} is a LoRA: add --base PATH of the transformer that it belongs to.")
-    rank = next(shape[0] for key, shape in header.shapes.items() if ".lora_A." in key)
-    model = add_adapters(load_backbone(locate(Files(base=str(base)), "base")), (ROLE,), rank)
+    below = locate(Files(base=str(base)), "base")
+    lora = read_lora_for(path, load_backbone(below, device="meta"), below)
+    metadata = base_metadata(below) | metadata
+    if not _like_ours(lora, below):
+        return Generator(merge(load_backbone(below), lora.load()), None, metadata)
+    model = add_adapters(load_backbone(below), (ROLE,), next(iter(lora.ranks.values())))
     load_lora(path, model, ROLE)
     return Generator(role(model, ROLE), model, metadata)
+
+
+def _like_ours(lora: LoraFile, base: Path) -> bool:
+    """Whether it fits our trainer's adapters: factors of one rank, on all linear layers of the blocks."""
+    if not lora.only_factors or len(set(lora.ranks.values())) != 1:
+        return False
+    model = add_adapters(load_backbone(base, device="meta"), (ROLE,), 1)
+    return {model.official_name(layer) for layer in role(model, ROLE).adapters()} == set(lora.ranks)
 
 
 def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
