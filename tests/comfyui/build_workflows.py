@@ -1,4 +1,4 @@
-"""Writes workflows/ (graphs and pictures) and the tests' snapshot of /object_info: builds each graph of graphs.py in ComfyUI's own
+"""Writes example_workflows/ (graphs and pictures) and the tests' snapshot of /object_info: builds each graph of graphs.py in ComfyUI's own
 frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else it says what is needed.
 
 COMFYUI_DIR=... COMFYUI_PYTHON=... CHROMIUM=... python tests/comfyui/build_workflows.py [--screenshots FOLDER] [NAME ...]
@@ -19,7 +19,7 @@ from interface import write_snapshot
 from server import ROOT, Server
 from stand_ins import make_stand_ins
 
-FOLDER = ROOT / "workflows"
+FOLDER = ROOT / "example_workflows"
 BUILD = """async ({nodes, links}) => {
     await window.app.loadGraphData({nodes: [], links: [], groups: [], version: 0.4, last_node_id: 0, last_link_id: 0})
     const graph = window.app.graph, made = {}
@@ -27,6 +27,7 @@ BUILD = """async ({nodes, links}) => {
         const node = made[item.id] = window.LiteGraph.createNode(item.type)
         graph.add(node)
         if (item.title) node.title = item.title
+        if (item.mode) node.mode = item.mode
         for (const [name, value] of item.widgets) {
             const widget = node.widgets.find(w => w.name === name)
             if (!widget) throw new Error(`${item.type} has no widget ${name}, but ${node.widgets.map(w => w.name)}`)
