@@ -1,5 +1,5 @@
-"""Writes example_workflows/ (graphs and pictures) and the tests' snapshot of /object_info: builds each graph of graphs.py in ComfyUI's own
-frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else it says what is needed.
+"""Writes example_workflows/ (graphs and pictures) and the tests' snapshots of /object_info, interface and words: builds each graph of
+graphs.py in ComfyUI's own frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else it says what is needed.
 
 COMFYUI_DIR=... COMFYUI_PYTHON=... CHROMIUM=... python tests/comfyui/build_workflows.py [--screenshots FOLDER] [NAME ...]
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from browser import Frontend
 from cards import card_of_videos, card_of_words
 from graphs import CARDS, GROUPS, PUBLIC, ROOM, RUNNABLE, WIDTH, WORKFLOWS, Graph
-from interface import write_snapshot
+from interface import write_snapshot, write_words
 from server import ROOT, Server
 from stand_ins import make_stand_ins
 
@@ -109,6 +109,7 @@ def main() -> None:
         with Server(Path(os.environ["COMFYUI_DIR"]).resolve(), Path(scratch)) as server:
             frontend = Frontend(server.url, os.environ["CHROMIUM"], 2200, 1200)
             version = server.get("/system_stats")["system"]["comfyui_version"]
+            write_words(server.get("/object_info"))
             write_snapshot(server.get("/object_info"), {node.type for make in WORKFLOWS.values() for node in make().nodes})
             for name in arguments.names:
                 made = WORKFLOWS[name]()
