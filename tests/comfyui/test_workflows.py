@@ -158,14 +158,16 @@ def test_is_what_the_frontend_itself_would_save(frontend, name):
 def test_a_graph_from_before_a_setting_opens_with_its_default(frontend, server):
     workflow = load("apt_mini_text_to_video")
     (sampler,) = (node for node in workflow["nodes"] if node["type"] == "APTSampler")
-    assert sampler["inputs"].pop()["name"] == "seed_noise"
-    assert sampler["widgets_values"].pop() == sampler["widgets_values_named"].pop("seed_noise") == "comfyui"
+    defaults = {"times": "file", "seed_noise": "comfyui"}  # last things first
+    for name, value in defaults.items():
+        assert sampler["inputs"].pop()["name"] == name
+        assert sampler["widgets_values"].pop() == sampler["widgets_values_named"].pop(name) == value
     frontend.open(workflow)
     assert frontend.missing() == []
     prompt = frontend.prompt()
     inputs = prompt[str(sampler["id"])]["inputs"]
-    assert (inputs["seed"], inputs["steps"], inputs["seed_noise"]) == (5, 1, "comfyui")
-    del inputs["seed_noise"]  # a prompt from before it
+    assert (inputs["seed"], inputs["steps"]) == (5, 1)
+    assert {name: inputs.pop(name) for name in defaults} == defaults  # what is left is a prompt from before them
     server.run(prompt)
 
 
