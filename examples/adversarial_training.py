@@ -1,18 +1,18 @@
 """Stage 2 by hand (3.3 to 3.5 of the paper), on the miniature: ten updates of both networks. `python examples/adversarial_training.py`
 
-`trainer/adversarial.py` is the same loop with real data, many processes, states and logs.
+`trainer/stages/adversarial.py` is the same loop with real data, many processes, states and logs.
 """
 
 import torch
 
-from apt_core.checkpoint import load_transformer
-from apt_core.discriminator import Discriminator
-from apt_core.ema import Ema
-from apt_core.flow import shift
-from apt_core.generator import one_step
-from apt_core.objectives import Objective, discriminator_backward, generator_backward
-from apt_core.optim import make_rmsprop
-from apt_core.sources import SHIPPED
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.method.discriminator import Discriminator
+from apt_core.method.ema import Ema
+from apt_core.method.flow import shift
+from apt_core.method.generator import one_step
+from apt_core.method.objectives import Objective, discriminator_backward, generator_backward
+from apt_core.method.optim import make_rmsprop
+from apt_core.loading.sources import SHIPPED
 
 torch.manual_seed(0)
 generator = load_transformer(SHIPPED["base"])

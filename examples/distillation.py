@@ -1,16 +1,16 @@
 """Stage 1 by hand (3.2 of the paper): consistency distillation of a guided teacher, on one batch. `python examples/distillation.py`
 
-`trainer/distill.py` is the same loop with real data, fresh noise and times, many processes, states and logs.
+`trainer/stages/distill.py` is the same loop with real data, fresh noise and times, many processes, states and logs.
 """
 
 import copy
 
 import torch
 
-from apt_core.checkpoint import load_transformer
-from apt_core.consistency import ConsistencySettings, consistency_backward
-from apt_core.ema import Ema
-from apt_core.sources import SHIPPED
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.method.consistency import ConsistencySettings, consistency_backward
+from apt_core.method.ema import Ema
+from apt_core.loading.sources import SHIPPED
 
 torch.manual_seed(0)
 teacher = load_transformer(SHIPPED["base"]).requires_grad_(False)

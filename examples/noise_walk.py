@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 import apt_core
-from apt_core.media_write import write_video
-from apt_core.noise import draw, walk
+from apt_core.files.media_write import write_video
+from apt_core.method.noise import draw, walk
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "examples-out")
 out.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,14 @@ from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..apt_core import checkpoint as contract, keys
+from ..apt_core.loading.checkpoint import ASSUMED, transformer_config_from
+from ..apt_core.files import keys
 from ..apt_core.errors import AptError
-from ..apt_core.tensorfile import FLOATS, Header, metadata_json
+from ..apt_core.files.tensorfile import FLOATS, Header
+from ..apt_core.files.checkpoint_header import read_header
+from ..apt_core.files.contract import is_adversarial, is_lora, metadata_json, native, read_apt
 from . import folders
-from .wan_model import ATTACHMENT, check_native
+from .wan_model import ATTACHMENT
 from .warn import warn
 
 NAME = "Load APT Checkpoint"
@@ -66,8 +69,8 @@ class APTLoadCheckpoint(io.ComfyNode):
 
 def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False) -> ModelPatcher:
     """A patcher with every weight of its model from `path`. Raises AptError for whatever is not a whole Wan transformer."""
-    header = contract.read_header(path)
-    apt = metadata_json(path, header.metadata, "apt")
+    header = read_header(path)
+    apt = read_apt(path, header.metadata)
     prefix, diffusers = _check(path, header, apt)
     state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -98,21 +101,21 @@ def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False
 
 def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
     """The prefix of the keys, and whether they are diffusers' names. Raises AptError for a file that would load wrong."""
-    if apt.get("kind") == "lora" or any(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in header.shapes):
+    if is_lora(apt) or any(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in header.shapes):
         raise AptError(f"{path} is a LoRA, not a whole model: load the model that it belongs to, and the LoRA with Load LoRA (Model Only).")
     try:
         layout, prefix = keys.detect_layout(header.shapes)
     except AptError as error:
         raise AptError(f"{path}: {error}") from None
-    check_native(path, apt)
+    native(path, apt)
     if set(header.dtypes.values()) <= FLOATS:
-        config = contract.transformer_config_from(header.shapes, header.metadata, path)
-        given = contract.ASSUMED | metadata_json(path, header.metadata, "config").get("transformer", {})
+        config = transformer_config_from(header.shapes, header.metadata, path)
+        given = ASSUMED | metadata_json(path, header.metadata, "config").get("transformer", {})
         for name in ("text_dim", "freq_dim"):
             if config[name] != given[name]:
                 raise AptError(
                     f"{path}: its {name} is {config[name]}, but its metadata entry `config` does not say so and ComfyUI takes {given[name]}: "
-                    "use the file that the trainer wrote, for saving a model from ComfyUI loses its metadata."
+                    "use the file that the trainer wrote, or save the model with Save APT Checkpoint, which keeps the metadata."
                 )
     return prefix, layout == "diffusers"
 
@@ -132,7 +135,7 @@ def _own_dtype(state: dict) -> torch.dtype | None:
 
 def _untrained(checkpoint: str, apt: dict) -> list[str]:
     """A warning in words for a model that gives bad pictures in one step, none for a good one."""
-    if apt.get("kind") == "generator" and apt.get("phase") != "distilled":
+    if is_adversarial(apt):
         return []
     what = "was distilled but not adversarially trained" if apt.get("phase") == "distilled" else "is a base model, not adversarially trained"
     if not apt:

@@ -9,8 +9,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..apt_core.errors import AptError
-from ..apt_core.tensorfile import metadata_json, read_header
-from ..apt_core.text import CONFIG_FIELDS, TOKENIZER_KEY
+from ..apt_core.files.contract import metadata_json
+from ..apt_core.files.tensorfile import read_header
+from ..apt_core.models.text import CONFIG_FIELDS, TOKENIZER_KEY
 from . import folders
 
 NAME = "Load APT Text Encoder"

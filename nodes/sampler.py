@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from ..apt_core.errors import AptError
-from ..apt_core.flow import interpolate
-from ..apt_core.noise import APT, COMFYUI
-from ..apt_core.steps import step_times
+from ..apt_core.method.flow import interpolate
+from ..apt_core.method.noise import APT, COMFYUI
+from ..apt_core.method.steps import step_times
 from .noise import SeedNoise, WalkNoise
 from .wan_model import WanModel, read_model
 from .warn import warn
@@ -137,7 +137,7 @@ class APTSampler(io.ComfyNode):
 
 
 def few_step(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, fresh_noise) -> Tensor:
-    """apt_core.generator.few_step as a sampler function of ComfyUI: `model(x, sigma)` is the clean sample, sigmas are times and end with 0."""
+    """apt_core.method.generator.few_step as a sampler function of ComfyUI: `model(x, sigma)` is the clean sample, sigmas are times and end with 0."""
     batch = x.new_ones(len(x))
     for i in trange(len(sigmas) - 1, disable=disable):
         if i:

@@ -13,11 +13,12 @@ from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..apt_core.checkpoint import ASSUMED, cast_tensors, metadata_strings, unguessed
 from ..apt_core.errors import AptError
-from ..apt_core.tensorfile import write_tensors
+from ..apt_core.files.contract import is_lora, metadata_strings
+from ..apt_core.files.tensorfile import write_tensors
+from ..apt_core.loading.checkpoint import ASSUMED, cast_tensors, unguessed
 from . import folders
-from .wan_model import read_apt, read_model
+from .wan_model import apt_of, read_model
 from .warn import show
 
 NAME = "Save APT Checkpoint"
@@ -114,13 +115,13 @@ def _check_patches(model: ModelPatcher) -> None:
 
 def _strings(path: str, model: ModelPatcher, hidden) -> dict[str, str]:
     """The file's metadata. Raises AptError for a model of which nobody knows how it was trained."""
-    apt = read_apt(NAME, model)
+    apt = apt_of(NAME, model)
     if not apt:
         raise AptError(
             f"{NAME}: the model's file has no `apt` metadata, so nothing tells how it was trained: save it with stock Save Model, or start from "
             "a checkpoint or a LoRA that the trainer exported."
         )
-    if apt.get("kind") == "lora":
+    if is_lora(apt):
         apt = {name: value for name, value in apt.items() if name != "rank"} | {"kind": "generator"}
     if model.patches:
         apt["edited"] = "ComfyUI"

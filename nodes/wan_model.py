@@ -6,10 +6,11 @@ import comfy.sd
 from comfy.model_base import WAN21
 from comfy.model_patcher import ModelPatcher
 
-from ..apt_core.checkpoint import ASSUMED, read_metadata
+from ..apt_core.loading.checkpoint import ASSUMED
+from ..apt_core.files.checkpoint_header import read_metadata
 from ..apt_core.errors import AptError
-from ..apt_core.steps import is_few_step, second_time
-from ..apt_core.tensorfile import metadata_json
+from ..apt_core.files import contract
+from ..apt_core.files.contract import metadata_json
 
 ATTACHMENT = "apt"
 """Under this name a MODEL carries the `apt` metadata of its file."""
@@ -21,16 +22,11 @@ RELEASED = {
 }
 
 
-TEXT_LENGTH = 512
-"""Rows of text that every released Wan was trained with."""
-
-MAX_FPS = 1000
-
 
 @dataclass(frozen=True)
 class WanModel:
     """Sizes of a Wan MODEL. `spatial` and `temporal`: pixels and frames to a latent; `patch`: latents to a token's side;
-    `native`: {width, height, frames, fps} that it was trained for, in pixels and frames; `second_time`: see apt_core.steps; `text_length`:
+    `native`: {width, height, frames, fps} that it was trained for, in pixels and frames; `second_time`: see apt_core.files.contract; `text_length`:
     the most rows that a prompt had in training, None where nobody knows; `guessed`: whether `native` is that of a Wan of another build."""
 
     channels: int
@@ -54,47 +50,36 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
     if not isinstance(model.model, WAN21):
         kind = type(model.model).__name__
         raise AptError(f"{node}: the model is {kind}, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.")
-    format, network, apt = model.model.latent_format, model.model.diffusion_model, read_apt(node, model)
+    format, network, apt = model.model.latent_format, model.model.diffusion_model, apt_of(node, model)
     released = network.text_dim == ASSUMED["text_dim"]
     text_length = apt.get("text_length")
     if not isinstance(text_length, int):
-        text_length = TEXT_LENGTH if released else None
+        text_length = contract.TEXT_LENGTH if released else None
     return WanModel(
         channels=format.latent_channels,
         spatial=format.spacial_downscale_ratio,
         temporal=format.temporal_downscale_ratio,
         patch=network.patch_size[-1],
         text_dim=network.text_dim,
-        native=apt.get("native") or RELEASED[format.latent_channels],
-        second_time=second_time(node, apt),
+        native=contract.native(node, apt) or RELEASED[format.latent_channels],
+        second_time=contract.second_time(node, apt),
         text_length=text_length,
         guessed=not apt.get("native") and not released,
     )
 
 
-def check_native(what: str, apt: dict) -> None:
-    """Raises AptError when `native` in an `apt` object is there and not as the trainer writes it."""
-    native = apt.get("native")
-    if native is None:
-        return
-    sizes = [native.get(name) for name in ("width", "height", "frames")] if isinstance(native, dict) else [None]
-    good = all(isinstance(size, int) and size > 0 for size in sizes) and isinstance(native.get("fps"), (int, float))
-    if not good or not 0 < native["fps"] <= MAX_FPS:
-        raise AptError(f"{what}: its metadata entry `apt` has native {native!r}, not width, height, frames and fps: export the file again.")
-
-
-def read_apt(node: str, model: ModelPatcher) -> dict:
+def apt_of(node: str, model: ModelPatcher) -> dict:
     """What the MODEL's file says of its training, and that of an APT LoRA on a base; {} where nobody knows. Raises AptError for a broken one."""
     file = model.get_attachment(ATTACHMENT)
     if file is None:
         file = _of_stock_loader(model)
-    if is_few_step(file):
+    if contract.is_few_step(file):
         return file
     # Of a base the LoRA tells what became of it.
     what = f"{node}: the LoRA"
     lora = metadata_json(what, model.get_attachment("lora_metadata") or {}, "apt")
-    check_native(what, lora)
-    second_time(what, lora)
+    contract.native(what, lora)
+    contract.second_time(what, lora)
     return {**file, **lora}
 
 
@@ -104,8 +89,8 @@ def _of_stock_loader(model: ModelPatcher) -> dict:
         case (comfy.sd.load_diffusion_model, (path, *_)):
             try:
                 apt = read_metadata(path)
-                check_native(path, apt)
-                second_time(path, apt)
+                contract.native(path, apt)
+                contract.second_time(path, apt)
             except AptError:  # replaced or taken away since, or no safetensors: as if it said nothing
                 return {}
             return apt

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import pytest
 
-from apt_core.checkpoint import read_metadata
+from apt_core.files.checkpoint_header import read_metadata
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))

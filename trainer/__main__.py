@@ -58,7 +58,7 @@ def demo(
 ) -> None:
     """The whole method in miniature: clips in, one-step video and a weights file for ComfyUI out. About 8 minutes on two cores."""
     from trainer.config import load_preset
-    from trainer.demo import Demo
+    from trainer.mini.demo import Demo
 
     Demo(out, load_preset(recipe).with_recipe(preset), preset, data, seed, samples, skip_bad, truncate_captions).run()
 
@@ -95,7 +95,7 @@ def ablate(
     """
     import shlex
 
-    from trainer.machine import pick_device
+    from trainer.machines.machine import pick_device
     from trainer.mini.ablate import ablation
 
     names = [name.strip() for part in only or () for name in part.split(",")]
@@ -109,7 +109,7 @@ def plot(
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default the run's own.")] = None,
 ) -> None:
     """Training curves as PNGs: the discriminator's accuracy, held-out samples included, logits, losses, penalties, gradient at the sample."""
-    from trainer.plot import plot_run
+    from trainer.run.plot import plot_run
 
     for path in plot_run(run, out):
         print(path)
@@ -127,7 +127,7 @@ def precompute_command(
     seed: Seed = 0,
 ) -> None:
     """Videos and images with captions to shards of latents and text embeddings. Resumable; under torchrun each process takes its share."""
-    from trainer.commands import run_precompute
+    from trainer.cli.commands import run_precompute
     from trainer.config import load_preset
 
     chosen = tuple(dict.fromkeys(kinds.split(",")))
@@ -150,7 +150,7 @@ def distill_command(
     if dry_run:
         _show(loaded, "distill", None, gpus, gpu_memory, gpu_tflops)
         return
-    from trainer.commands import run_distill
+    from trainer.cli.commands import run_distill
 
     run_distill(loaded, out or RUNS / loaded.name, seed=seed, shards=shards)
 
@@ -176,16 +176,16 @@ def adversarial_command(
     if dry_run:
         _show(loaded, phase, variant, gpus, gpu_memory, gpu_tflops)
         return
-    from trainer.commands import run_adversarial
+    from trainer.cli.commands import run_adversarial
 
     run_adversarial(loaded, phase, out or RUNS / loaded.name, variant=variant, start=start, seed=seed, shards=shards)
 
 
 def _show(preset, stage: str, variant: str | None, gpus: int | None, memory: float, tflops: float) -> None:
-    from apt_core.attention import check_name
-    from trainer.dry_run import show_account
-    from trainer.machine import imagined, pick_device, this_machine
-    from trainer.parallel import attention_of
+    from apt_core.models.attention import check_name
+    from trainer.cli.dry_run import show_account
+    from trainer.machines.machine import imagined, pick_device, this_machine
+    from trainer.machines.parallel import attention_of
 
     if gpus is not None:
         check_name(preset.train.attention)  # what is installed there is not known here
@@ -227,11 +227,11 @@ def generate(
 
     By default no two samples share noise, whatever the seeds, the batch and the processes. --noise comfyui makes what the same seed makes in ComfyUI.
     """
-    from apt_core.request import Request
-    from trainer.base import with_defaults
-    from trainer.distributed import connect
-    from trainer.generate import generate, read_prompts
-    from trainer.machine import pick_device
+    from apt_core.engine.request import Request
+    from trainer.checkpoints.starting_models import with_defaults
+    from trainer.machines.distributed import connect
+    from trainer.checkpoints.generate import generate, read_prompts
+    from trainer.machines.machine import pick_device
 
     texts = [*(prompt or ()), *(read_prompts(prompts) if prompts else ())]
     request = Request(texts, height, width, frames, fps, count, seed, steps, guidance, shift, negative, noise)
@@ -259,8 +259,8 @@ def probe(
     ema: Ema = None, device: str = "auto", seed: Noise = 0,
 ) -> None:  # fmt: skip
     """What each block of the generator holds of the final sample, by a linear probe (the paper's fig. 10): a picture, and the errors."""
-    from trainer.base import with_defaults
-    from trainer.generate import read_prompts
+    from trainer.checkpoints.starting_models import with_defaults
+    from trainer.checkpoints.generate import read_prompts
     from trainer.inside.opening import open_pipeline
     from trainer.inside.probe import run_probe
 
@@ -285,7 +285,7 @@ def walk(
     height: int | None = None, width: int | None = None, ema: Ema = None, device: str = "auto",
 ) -> None:  # fmt: skip
     """One prompt, and noise that goes from seed to seed (the paper's fig. 11): a video, a sheet, and the change from sample to sample."""
-    from trainer.base import with_defaults
+    from trainer.checkpoints.starting_models import with_defaults
     from trainer.inside.opening import open_pipeline
     from trainer.inside.walk import read_seeds, run_walk
 
@@ -305,7 +305,7 @@ def attention(
     ema: Ema = None, device: str = "auto", seed: Noise = 0,
 ) -> None:  # fmt: skip
     """Where the discriminator looks: its heads' attention over real and generated samples, at its three depths."""
-    from trainer.base import with_defaults
+    from trainer.checkpoints.starting_models import with_defaults
     from trainer.inside.attention import find_state, run_attention
     from trainer.inside.opening import open_pipeline
 
@@ -331,7 +331,7 @@ def bench_inference(
 ) -> None:
     """Text, transformer, decode and total, beside their floors, stock diffusers and the paper; and a model of many GPUs."""
     from trainer.bench.inference import run
-    from trainer.machine import pick_device
+    from trainer.machines.machine import pick_device
 
     run(model, pick_device(device), repeats, compiled, fp8, json)
 
@@ -363,7 +363,7 @@ def export(
     ema: Annotated[float | None, typer.Option(help="Of a training state: the decay of the average to take; 0 for the raw weights.")] = None,
 ) -> None:
     """A trained generator for other programs: one file that ComfyUI opens, a LoRA, or a diffusers folder."""
-    from trainer.export import export
+    from trainer.checkpoints.export import export
 
     print(export(source, out, form, dtype, base, ema))
 
@@ -374,7 +374,7 @@ def inspect(
     deep: Annotated[bool, typer.Option("--deep", help="Read every weight too, to find NaN.")] = False,
 ) -> None:
     """What is in a checkpoint, and whether it would load."""
-    from trainer.inspect import inspect
+    from trainer.checkpoints.inspect import inspect
 
     for name, value in inspect(path, deep).items():
         print(f"{name:<16} {value}")

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from apt_core.consistency import ConsistencySettings
+from apt_core.method.consistency import ConsistencySettings
 from apt_core.errors import AptError
-from apt_core.objectives import Objective
-from apt_core.wan import PAPER_FRACTIONS
+from apt_core.method.objectives import Objective
+from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.overrides import apply, known_names, nearest
 
 PRESETS = Path(__file__).parent / "presets"
@@ -59,7 +59,7 @@ class Data(Settings):
     aspects: "16:9" and so on; files go to the nearest one, with the pixels of height x width (none: all are cropped to that);
     shorter: numbers of frames for clips that are shorter than `frames`; clips_per_file: how many clips are cut from a
     long video, one after the other; `images` and `clips` are how many the demo draws. held_out: so many samples of each kind are kept
-    from training (a tenth of them at most), for trainer.watch.
+    from training (a tenth of them at most), for trainer.stages.watch.
     """
 
     height: int = Field(ge=16)
@@ -110,7 +110,7 @@ class Sampling(Settings):
 
 class Distill(Settings):
     """Stage 1. `video_share` of the updates see clips; `target_decay` is the EMA of the target network (0: the student itself);
-    `target_warmup` and `ema_warmup` let young averages forget the start sooner (apt_core.ema.Ema; 0: the plain decay); the rate
+    `target_warmup` and `ema_warmup` let young averages forget the start sooner (apt_core.method.ema.Ema; 0: the plain decay); the rate
     rises over `lr_warmup` updates and falls in a line from `lr` to `lr_end` (none: it stays). Muon is for models as small as the miniature."""
 
     updates: int = Field(ge=1)
@@ -142,8 +142,8 @@ class Distill(Settings):
 class Adversarial(Settings):
     """One phase of stage 2 (table in 3.5). `shift` is s of eq. 7 for the discriminator's timesteps; `warmup` updates train the
     discriminator alone; `lr_heads` is the rate of its heads, which start from nothing (none: `lr_discriminator`, as in the paper);
-    `ema_warmup` lets a young average forget the start sooner, see apt_core.ema.Ema (0: the plain decay, as in the paper);
-    `discriminator_step` is how its passes are run (the mode of apt_core.objectives).
+    `ema_warmup` lets a young average forget the start sooner, see apt_core.method.ema.Ema (0: the plain decay, as in the paper);
+    `discriminator_step` is how its passes are run (the mode of apt_core.method.objectives).
 
     What the paper tried on the discriminator and decided against (3.3, 5.2), its choice as default: `taps`, the depths of its heads as fractions of
     the base's blocks (the last of them is its own depth); `discriminator_time`, one timestep in [0, 1] for all samples in the place of those
@@ -191,11 +191,11 @@ class Train(Settings):
 
     mode: "full" trains all weights, "lora" adapters of rank `lora_rank` on one frozen base that all networks share; head_width: inner width
     of the discriminator's heads (none: the model's own). microbatch: samples that a process takes at once (none: its whole share);
-    compute, generator_zero, discriminator_zero, sync_every_microbatch, checkpointing, compile, context_parallel: see trainer.parallel.Parallel.
+    compute, generator_zero, discriminator_zero, sync_every_microbatch, checkpointing, compile, context_parallel: see trainer.machines.parallel.Parallel.
     attention: diffusers' name of a backend for all networks, "auto" for the fastest installed one that has a backward pass. device: "auto" takes
     the GPU where there is one. ema_decays: more averages to keep beside the phase's own. save_every, sample_every, watch_every (looks at
     the discriminator on held-out samples), in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many
-    of the best besides, by trainer.judge on judge_samples samples (0: none are judged). wandb: a Weights & Biases project to report to,
+    of the best besides, by trainer.run.judge on judge_samples samples (0: none are judged). wandb: a Weights & Biases project to report to,
     where that is installed.
     """
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from apt_core.discriminator import Discriminator
-from apt_core.wan import WanBackbone
+from apt_core.method.discriminator import Discriminator
+from apt_core.models.wan import WanBackbone
 
 
 @pytest.fixture(autouse=True, scope="session")

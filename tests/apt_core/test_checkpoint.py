@@ -12,18 +12,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from apt_core import checkpoint
-from apt_core.checkpoint import (
-    load_transformer,
-    read_header,
-    read_metadata,
-    save_diffusers_folder,
-    save_generator,
-    transformer_config_from,
-)
+from apt_core.loading import checkpoint
+from apt_core.loading.checkpoint import load_transformer, save_diffusers_folder, save_generator, transformer_config_from
+from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.errors import AptError
-from apt_core.tensorfile import write_tensors
-from apt_core.wan import WanBackbone
+from apt_core.files.tensorfile import write_tensors
+from apt_core.models.wan import WanBackbone
 
 Q = "blocks.1.self_attn.q.weight"
 
@@ -61,6 +55,7 @@ def refuse(path, *words, load=load_transformer):
     message = str(caught.value)
     assert all(word in message for word in (str(path), *words)), message
     assert message.endswith(".") and "\n" not in message, message
+    assert message.count(str(path)) == 1, "one sentence inside another"
 
 
 def test_what_is_written(file, model):
@@ -452,8 +447,8 @@ def test_a_failing_folder_export_leaves_the_old_one(model, tmp_path, monkeypatch
 def test_importing_is_light():
     # ComfyUI's start imports these modules.
     code = (
-        "import sys, apt_core.checkpoint, apt_core.vae, apt_core.text, apt_core.keys;"
-        "print([m for m in ('diffusers', 'transformers', 'sentencepiece', 'apt_core.wan') if m in sys.modules])"
+        "import sys, apt_core.loading.checkpoint, apt_core.models.vae, apt_core.models.text, apt_core.files.keys;"
+        "print([m for m in ('diffusers', 'transformers', 'sentencepiece', 'apt_core.models.wan') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == "[]", done.stderr

@@ -11,17 +11,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from apt_core.context_parallel import enable
-from apt_core.discriminator import Discriminator
+from apt_core.engine.context_parallel import enable
+from apt_core.method.discriminator import Discriminator
 from apt_core.errors import AptError
-from apt_core.lora import add_adapters, role
-from apt_core.mmdit import MMDiTBackbone
-from apt_core.objectives import Objective, discriminator_backward, generator_backward
-from apt_core.wan import WanBackbone, predict_velocity
+from apt_core.models.lora import add_adapters, role
+from apt_core.models.mmdit import MMDiTBackbone
+from apt_core.method.objectives import Objective, discriminator_backward, generator_backward
+from apt_core.models.wan import WanBackbone, predict_velocity
 
 SHAPES = {"even": (4, 2, 4, 12), "odd": (4, 1, 4, 10), "few": (4, 1, 2, 6)}
 """24, 10 and 3 tokens: of the last ones, one of four processes gets none."""
-PRELOAD = ("apt_core.context_parallel", "torch.distributed.fsdp")
+PRELOAD = ("apt_core.engine.context_parallel", "torch.distributed.fsdp")
 
 
 def wan(seed: int = 0) -> WanBackbone:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from apt_core.discriminator import CrossAttentionHead, Discriminator
+from apt_core.method.discriminator import CrossAttentionHead, Discriminator
 from apt_core.errors import AptError
 
 

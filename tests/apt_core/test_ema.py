@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from apt_core.ema import Ema
+from apt_core.method.ema import Ema
 from apt_core.errors import AptError
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from apt_core import fast
+from apt_core.engine import fast
 from apt_core.errors import AptError
-from apt_core.fast import Speed, check_compile, fuse_projections, make_fast
-from apt_core.fp8 import FP8, Fp8Linear, check_fp8, quantise, to_fp8
-from apt_core.mmdit import MMDiTBackbone
-from apt_core.pipeline import OneStepPipeline
-from apt_core.wan import WanBackbone, predict_velocity
+from apt_core.engine.fast import Speed, check_compile, fuse_projections, make_fast
+from apt_core.engine.fp8 import FP8, Fp8Linear, check_fp8, quantise, to_fp8
+from apt_core.models.mmdit import MMDiTBackbone
+from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.models.wan import WanBackbone, predict_velocity
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def test_make_fast_compiled(double, monkeypatch):
 START = """
 import sys, torch
 from torch._dynamo.utils import counters
-from apt_core.pipeline import OneStepPipeline
+from apt_core.engine.pipeline import OneStepPipeline
 
 pipe = OneStepPipeline.from_checkpoint("mini", compile=True, cache=sys.argv[1])
 request = pipe.request("a red circle", height=32, width=32, frames=1)

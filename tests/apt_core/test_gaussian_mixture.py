@@ -10,10 +10,10 @@ import math
 import torch
 from torch import nn
 
-from apt_core.ema import Ema
-from apt_core.generator import one_step
-from apt_core.objectives import Objective, discriminator_backward, generator_backward
-from apt_core.optim import make_rmsprop
+from apt_core.method.ema import Ema
+from apt_core.method.generator import one_step
+from apt_core.method.objectives import Objective, discriminator_backward, generator_backward
+from apt_core.method.optim import make_rmsprop
 
 SEEDS, BATCH, UPDATES = 8, 128, 1200
 MODES, RADIUS, STD = 8, 4.0, 0.1

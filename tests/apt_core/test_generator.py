@@ -3,8 +3,8 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from apt_core.errors import AptError
-from apt_core.generator import euler_cfg, few_step, guided_velocity, one_step
-from apt_core.wan import predict_velocity
+from apt_core.method.generator import euler_cfg, few_step, guided_velocity, one_step
+from apt_core.models.wan import predict_velocity
 
 
 def inputs(n=2, seed=3, shape=(4, 2, 4, 6), dtype=torch.float32):

@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="Triton is not installed: the decoder then 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from apt_core import kernels
-from apt_core.decoder_layers import Stream, Whole, rms_norm
+from apt_core.engine import kernels
+from apt_core.engine.decoder_layers import Stream, Whole, rms_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

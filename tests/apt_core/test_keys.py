@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from apt_core import keys
+from apt_core.files import keys
 from apt_core.errors import AptError
 
 # heads, ffn, layers, in = out channels, parameters, tensors

@@ -6,8 +6,8 @@ import torch
 from scipy.fft import dctn
 
 from apt_core.errors import AptError
-from apt_core.linear_probe import Ridge, band_energies, from_patches, to_patches
-from apt_core.wan import WanBackbone
+from apt_core.method.linear_probe import Ridge, band_energies, from_patches, to_patches
+from apt_core.models.wan import WanBackbone
 
 
 def test_ridge_equals_its_normal_equations():

@@ -11,13 +11,13 @@ from ranks import double
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from apt_core.discriminator import Discriminator
-from apt_core.generator import one_step
-from apt_core.lora import add_adapters, lora_state, merged_state, role
-from apt_core.mmdit import MMDiTBackbone
-from apt_core.objectives import Objective, discriminator_backward, generator_backward
-from apt_core.optim import make_rmsprop
-from apt_core.wan import WanBackbone
+from apt_core.method.discriminator import Discriminator
+from apt_core.method.generator import one_step
+from apt_core.models.lora import add_adapters, lora_state, merged_state, role
+from apt_core.models.mmdit import MMDiTBackbone
+from apt_core.method.objectives import Objective, discriminator_backward, generator_backward
+from apt_core.method.optim import make_rmsprop
+from apt_core.models.wan import WanBackbone
 
 
 def build(kind):
@@ -109,7 +109,7 @@ def test_two_processes_are_one(tmp_path, kind, mode, adapted):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     # Not spawn: one import of torch serves all processes.
-    multiprocessing.set_forkserver_preload(["apt_core.lora", "apt_core.wan", "torch.distributed.fsdp"])
+    multiprocessing.set_forkserver_preload(["apt_core.models.lora", "apt_core.models.wan", "torch.distributed.fsdp"])
     mp.start_processes(work, (port, kind, mode, tmp_path / "out.pt"), nprocs=2, start_method="forkserver")
     sharded, sample, dtypes, *found = torch.load(tmp_path / "out.pt")
     generator = build(kind)[1]

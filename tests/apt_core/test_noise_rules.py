@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from apt_core.errors import AptError
-from apt_core.flow import sample_noise
-from apt_core.noise import NOISES, draw, slerp, walk
+from apt_core.method.flow import sample_noise
+from apt_core.method.noise import NOISES, draw, slerp, walk
 
 SHAPE = (16, 3, 4, 6)
 

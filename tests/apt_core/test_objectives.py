@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from apt_core.errors import AptError
-from apt_core.objectives import (
+from apt_core.method.objectives import (
     MODES,
     Objective,
     approximate_penalty,

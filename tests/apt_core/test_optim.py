@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from apt_core.errors import AptError
-from apt_core.optim import RMSProp, make_rmsprop
+from apt_core.method.optim import RMSProp, make_rmsprop
 
 
 def models(n=2):

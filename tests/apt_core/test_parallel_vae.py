@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLWan
 from failing import Failing
 from ranks import start
 
-from apt_core.decoder import Decoder
+from apt_core.engine.decoder import Decoder
 from apt_core.errors import AptError
 
 VERSIONS = {
@@ -67,7 +67,7 @@ def fail_everywhere(group, folder) -> None:
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size} processes")
 def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
-    start(request.param, decode_all, folder, preload=("apt_core.decoder",))
+    start(request.param, decode_all, folder, preload=("apt_core.engine.decoder",))
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -99,7 +99,7 @@ def test_every_part_of_the_seam_matters(version):
 
 
 def test_out_of_memory_on_one_process_makes_all_step_down(tmp_path):
-    start(3, fail_everywhere, tmp_path, preload=("apt_core.decoder",))
+    start(3, fail_everywhere, tmp_path, preload=("apt_core.engine.decoder",))
     expected = Decoder(build("2.2")).decode(latents("2.2", 6)[..., :2])
     for rank in range(3):
         results = torch.load(tmp_path / f"{rank}.pt")

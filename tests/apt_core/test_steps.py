@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from apt_core.errors import AptError
-from apt_core.flow import shift
-from apt_core.steps import SECOND_TIME, is_few_step, second_time, step_times
+from apt_core.method.flow import shift
+from apt_core.files.contract import SECOND_TIME, is_few_step, second_time
+from apt_core.method.steps import step_times
 
 
 def test_times():
@@ -37,5 +38,5 @@ def test_the_second_time_of_a_file():
 
 
 def test_it_imports_nothing_slow():
-    code = "import sys, apt_core.steps; slow = {'torch', 'numpy', 'diffusers'} & set(sys.modules); assert not slow, slow"
+    code = "import sys, apt_core.method.steps; slow = {'torch', 'numpy', 'diffusers'} & set(sys.modules); assert not slow, slow"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
 from apt_core.errors import AptError
-from apt_core.tensorfile import read_header
-from apt_core.vae import (
+from apt_core.files.tensorfile import read_header
+from apt_core.models.vae import (
     LATENTS_MEAN,
     LATENTS_STD,
     check_size,

@@ -3,7 +3,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from apt_core.errors import AptError
-from apt_core.wan import WanBackbone, predict_velocity, tap_blocks
+from apt_core.models.wan import WanBackbone, predict_velocity, tap_blocks
 
 
 def inputs(n=2):

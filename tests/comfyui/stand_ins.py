@@ -13,9 +13,10 @@ from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from apt_core.checkpoint import load_transformer, read_metadata, save_generator
-from apt_core.vae import save_vae
-from apt_core.wan import WanBackbone
+from apt_core.loading.checkpoint import load_transformer, save_generator
+from apt_core.files.checkpoint_header import read_metadata
+from apt_core.models.vae import save_vae
+from apt_core.models.wan import WanBackbone
 from trainer.mini import GENERATOR
 
 TINY = dict(num_attention_heads=1, attention_head_dim=128, text_dim=4096, ffn_dim=128, num_layers=1)

@@ -4,10 +4,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from apt_core.generator import one_step
-from apt_core.vae import normalize
-from apt_core.wan import WanBackbone
-from trainer.export import FP8, save_fp8
+from apt_core.method.generator import one_step
+from apt_core.models.vae import normalize
+from apt_core.models.wan import WanBackbone
+from trainer.checkpoints.export import FP8, save_fp8
 
 
 def test_one_step_of_a_tiny_fp8_generator(comfyui, tmp_path):

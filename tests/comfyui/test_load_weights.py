@@ -5,11 +5,11 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from apt_core import keys
-from apt_core.checkpoint import save_generator
-from apt_core.generator import one_step
-from apt_core.vae import LATENTS_MEAN, LATENTS_STD, decode, encode, normalize, save_vae
-from apt_core.wan import WanBackbone
+from apt_core.files import keys
+from apt_core.loading.checkpoint import save_generator
+from apt_core.method.generator import one_step
+from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD, decode, encode, normalize, save_vae
+from apt_core.models.wan import WanBackbone
 
 
 @pytest.mark.parametrize("heads, head_dim", [(2, 24), (1, 128), (1, 192)])

@@ -4,11 +4,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
-from apt_core.checkpoint import save_generator
-from apt_core.generator import one_step
-from apt_core.lora import add_adapters, merged_state, role, save_lora
-from apt_core.vae import normalize
-from apt_core.wan import WanBackbone
+from apt_core.loading.checkpoint import save_generator
+from apt_core.method.generator import one_step
+from apt_core.models.lora import add_adapters, merged_state, role, save_lora
+from apt_core.models.vae import normalize
+from apt_core.models.wan import WanBackbone
 
 EVERY_LAYER = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "proj_out", "time_proj"]
 EVERY_LAYER += ["time_embedder.linear_1", "time_embedder.linear_2", "text_embedder.linear_1", "text_embedder.linear_2"]

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from stand_ins import save_plain
 
-from apt_core.checkpoint import save_generator
-from apt_core.wan import WanBackbone
+from apt_core.loading.checkpoint import save_generator
+from apt_core.models.wan import WanBackbone
 
 PACK = Path(__file__).parents[2]
 NAME = "Empty APT Latent:"

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from stand_ins import save_plain
 from torch.testing import assert_close
 
-from apt_core.checkpoint import save_generator
-from apt_core.generator import few_step, one_step
-from apt_core.noise import draw
-from apt_core.pipeline import OneStepPipeline
-from apt_core.sources import Sources, TextSource, VaeSource, read_transformer
-from apt_core.text_files import TextFacts
-from apt_core.vae import LATENTS_MEAN, LATENTS_STD
-from apt_core.wan import WanBackbone
+from apt_core.loading.checkpoint import save_generator
+from apt_core.method.generator import few_step, one_step
+from apt_core.method.noise import draw
+from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.loading.sources import Sources, TextSource, VaeSource, read_transformer
+from apt_core.loading.text_files import TextFacts
+from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD
+from apt_core.models.wan import WanBackbone
 
 PACK = Path(__file__).parents[2]
 SEED = 40

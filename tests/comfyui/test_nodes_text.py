@@ -1,4 +1,4 @@
-"""Load APT Text Encoder in a real ComfyUI: stock CLIP Text Encode then gives the embeddings of apt_core.text."""
+"""Load APT Text Encoder in a real ComfyUI: stock CLIP Text Encode then gives the embeddings of apt_core.models.text."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import UMT5Config, UMT5EncoderModel
 
-from apt_core.tensorfile import read_tensors
-from apt_core.text import TextEncoder, load_text_encoder, save_text_encoder, train_tokenizer
+from apt_core.files.tensorfile import read_tensors
+from apt_core.models.text import TextEncoder, load_text_encoder, save_text_encoder, train_tokenizer
 from trainer.mini import ASSETS
 
 PACK = Path(__file__).parents[2]

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from test_nodes_loader import NATIVE, PACK, TEXT, MEAN, STD, Z, tiny, write_good_files
 from torch.testing import assert_close
 
-from apt_core.checkpoint import load_transformer, read_header, read_metadata, save_generator
-from apt_core.generator import one_step
-from trainer.inspect import inspect
+from apt_core.files.checkpoint_header import read_header, read_metadata
+from apt_core.loading.checkpoint import load_transformer, save_generator
+from apt_core.method.generator import one_step
+from trainer.checkpoints.inspect import inspect
 
 EXACT = ("plain bf16", "lora", "lora bf16", "merge", "merge fp16 and lora", "base and apt lora", "nameless base and apt lora", "stock", "fp8", "scaled")
 APT = {"format": 1, "kind": "generator", "timestep": 1000, "base": "test", "phase": "video", "native": NATIVE}

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from apt_core.checkpoint import load_transformer
-from apt_core.generator import one_step
-from apt_core.text import load_text_encoder
-from apt_core.vae import decode, denormalize, load_vae, normalize
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.method.generator import one_step
+from apt_core.models.text import load_text_encoder
+from apt_core.models.vae import decode, denormalize, load_vae, normalize
 from trainer.mini import ASSETS, VAE
 
 ROOT = Path(__file__).parents[2]

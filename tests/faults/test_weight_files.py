@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from apt_core.checkpoint import load_transformer, save_generator
+from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.errors import AptError, readable
-from apt_core.sources import read_sources
-from apt_core.tensorfile import read_header, read_tensors, write_tensors
-from apt_core.vae import load_vae
-from trainer.inspect import inspect
+from apt_core.loading.sources import read_sources
+from apt_core.files.tensorfile import read_header, read_tensors, write_tensors
+from apt_core.models.vae import load_vae
+from trainer.checkpoints.inspect import inspect
 from trainer.mini import VAE
-from trainer.weights import open_generator
+from trainer.checkpoints.trained_models import open_generator
 
 GOOD = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16), "c": torch.zeros(2)}
 
@@ -176,8 +176,8 @@ def test_damaged_json_beside_a_state_is_one_sentence(name, trained, tmp_path):
 
 @pytest.mark.parametrize("text", [*DAMAGE[:5], DAMAGE[7], '{"format": 99, "kind": "generator"}', '{"format": 1, "kind": 3}'])
 def test_damaged_json_in_a_diffusers_folder_is_one_sentence(text, wan_file, tmp_path):
-    from apt_core.checkpoint import save_diffusers_folder
-    from apt_core.sources import read_transformer
+    from apt_core.loading.checkpoint import save_diffusers_folder
+    from apt_core.loading.sources import read_transformer
 
     save_diffusers_folder(tmp_path / "out", load_transformer(wan_file), {})
     (tmp_path / "out" / "apt.json").write_text(text, encoding="utf-8")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from apt_core.attention import attend, best_backend
-from apt_core.decoder import Decoder, psnr
-from apt_core.decoder_memory import Plan, account
-from apt_core.fp8 import Fp8Linear, check_fp8
-from apt_core.pipeline import OneStepPipeline
-from apt_core.residence import ALL, BLOCKS, PARTS
-from apt_core.vae import decode
+from apt_core.models.attention import attend, best_backend
+from apt_core.engine.decoder import Decoder, psnr
+from apt_core.engine.decoder_memory import Plan, account
+from apt_core.engine.fp8 import Fp8Linear, check_fp8
+from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.engine.residence import ALL, BLOCKS, PARTS
+from apt_core.models.vae import decode
 from trainer.bench.shapes import find_shapes
 
 DEVICE = torch.device(os.environ.get("APT_GPU", "cuda"))
@@ -69,7 +69,7 @@ def test_compiled_decode_of_many_sizes(vae, exact):
 @card_only
 def test_kernel_beyond_32_bits():
     """The frames of a Wan 2.1 decode at 720p in one call have more numbers than 2^31."""
-    kernels = pytest.importorskip("apt_core.kernels")
+    kernels = pytest.importorskip("apt_core.engine.kernels")
     x = torch.randn(26, 720, 1280, 96, device=DEVICE, dtype=torch.bfloat16)
     before, gamma = torch.zeros(2, *x.shape[1:], device=DEVICE, dtype=x.dtype), torch.ones(96, device=DEVICE)
     out = kernels.extend(x, gamma, before, memory=2, keep=True)

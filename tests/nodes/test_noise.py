@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apt_core.noise import draw
+from apt_core.method.noise import draw
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (16, 3, 4, 4)

@@ -3,10 +3,10 @@
 import pytest
 
 from apt_core.errors import AptError
-from trainer.account import account, block_parameters, forward_flops, head_parameters, parameters, summary, tokens
+from trainer.machines.account import account, block_parameters, forward_flops, head_parameters, parameters, summary, tokens
 from trainer.config import PRESETS, load_preset
-from trainer.dry_run import check_fit
-from trainer.machine import GIB, imagined
+from trainer.cli.dry_run import check_fit
+from trainer.machines.machine import GIB, imagined
 
 REAL = sorted(path.stem for path in PRESETS.glob("*.toml") if path.stem != "mini")
 
@@ -28,8 +28,8 @@ def test_parameters_are_those_of_the_released_models(name, count, block):
 def test_parameters_are_those_of_what_we_build():
     import torch
 
-    from apt_core.discriminator import Discriminator
-    from apt_core.wan import WanBackbone
+    from apt_core.method.discriminator import Discriminator
+    from apt_core.models.wan import WanBackbone
 
     model = preset("mini").model
     with torch.device("meta"):
@@ -49,7 +49,7 @@ def test_parameters_are_those_of_what_we_build():
 def test_a_discriminator_of_less_depth_has_the_parameters_of_what_we_build(taps):
     import torch
 
-    from apt_core.discriminator import Discriminator
+    from apt_core.method.discriminator import Discriminator
     from trainer.bench.shapes import build_backbone
 
     one = preset("mini", f"stage2.paper.image.taps={list(taps)}", "head_width=64")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.averages import Averages
+from trainer.stages.averages import Averages
 from trainer.config import load_preset
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from apt_core.errors import AptError
 from trainer.__main__ import app
-from trainer.account import account, parameters
+from trainer.machines.account import account, parameters
 from trainer.bench.floors import count_work
 from trainer.bench.many import model_of_many
 from trainer.bench.rates import Rates, peak_memory

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from apt_core.errors import AptError
-from trainer.captions import Bad, Item, find_items, item_id, refuse_bad
+from trainer.data.captions import Bad, Item, find_items, item_id, refuse_bad
 
 
 def fill(folder, files: dict[str, str | bytes]) -> None:

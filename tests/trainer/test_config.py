@@ -3,7 +3,7 @@
 import pytest
 
 from apt_core.errors import AptError
-from apt_core.objectives import Objective
+from apt_core.method.objectives import Objective
 from trainer.config import PRESETS, load_preset
 
 

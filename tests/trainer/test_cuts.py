@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from apt_core.errors import AptError
-from apt_core.media_write import write_image, write_video
-from trainer.captions import Item, find_items
-from trainer.cuts import Cut
+from apt_core.files.media_write import write_image, write_video
+from trainer.data.captions import Item, find_items
+from trainer.data.cuts import Cut
 
 ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
 

@@ -10,22 +10,23 @@ import pytest
 import torch
 from PIL import Image
 
-import trainer.demo
-from apt_core.checkpoint import load_transformer, read_header, read_metadata
+import trainer.mini.demo
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.errors import AptError
-from apt_core.media_write import write_video
-from apt_core.tensorfile import read_tensors
+from apt_core.files.media_write import write_video
+from apt_core.files.tensorfile import read_tensors
 from trainer.config import load_preset
-from trainer.base import with_defaults
-from trainer.demo import Demo, RunState, draw_files
+from trainer.checkpoints.starting_models import with_defaults
+from trainer.mini.demo import Demo, RunState, draw_files
 from trainer.inside.attention import find_state, look, run_attention
 from trainer.inside.opening import open_pipeline
 from trainer.mini import ASSETS
 from trainer.mini.evaluate import ALL_COLUMNS, COLUMNS
 from trainer.mini.measure import measure_runs
 from trainer.mini.report import drawn_prompts
-from trainer.shards import ShardDataset
-from trainer.weights import open_discriminator, open_generator
+from trainer.data.shards import ShardDataset
+from trainer.checkpoints.trained_models import open_discriminator, open_generator
 
 TINY = load_preset(Path(__file__).parent / "tiny.toml")
 KEYS = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "calls", "samples")
@@ -136,8 +137,8 @@ def test_a_finished_run_trains_nothing_again_and_an_interrupted_one_goes_on(run,
     del state["stages"]["adversarial_video"]
     (out / "state.json").write_text(json.dumps(state))
     (out / "apt-mini.safetensors").unlink()
-    monkeypatch.setattr(trainer.demo, "distill", None)
-    monkeypatch.setattr(trainer.demo, "precompute", None)
+    monkeypatch.setattr(trainer.mini.demo, "distill", None)
+    monkeypatch.setattr(trainer.mini.demo, "precompute", None)
     result = Demo(out, TINY, samples=SAMPLES).run()
     assert_same_file(out / "apt-mini.safetensors", run[0] / "apt-mini.safetensors")
     assert result["columns"] == run[1]["columns"]
@@ -152,7 +153,7 @@ def test_ctrl_c_leaves_finished_stages(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.demo, "distill", interrupted)
+    monkeypatch.setattr(trainer.mini.demo, "distill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Demo(tmp_path, TINY, samples=SAMPLES).run()
     assert set(json.loads((tmp_path / "state.json").read_text(encoding="utf-8"))["stages"]) == {"data", "precompute"}
@@ -190,8 +191,8 @@ def test_a_file_that_was_moved_away_is_made_again(run, tmp_path, monkeypatch):
     out = tmp_path / "again"
     shutil.copytree(run[0], out)
     (out / "apt-mini.safetensors").unlink()
-    monkeypatch.setattr(trainer.demo, "distill", None)
-    monkeypatch.setattr(trainer.demo, "write_report", lambda *args: {})
+    monkeypatch.setattr(trainer.mini.demo, "distill", None)
+    monkeypatch.setattr(trainer.mini.demo, "write_report", lambda *args: {})
     Demo(out, TINY, samples=SAMPLES).run()
     assert_same_file(out / "apt-mini.safetensors", run[0] / "apt-mini.safetensors")
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from apt_core.discriminator import Discriminator
+from apt_core.method.discriminator import Discriminator
 from apt_core.errors import AptError
-from apt_core.flow import shift
-from apt_core.linear_probe import to_patches
-from apt_core.pipeline import OneStepPipeline
-from apt_core.wan import WanBackbone
+from apt_core.method.flow import shift
+from apt_core.method.linear_probe import to_patches
+from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.models.wan import WanBackbone
 from trainer.inside.attention import TIMES, Seen, find_state, look
 from trainer.inside.opening import find_captions
 from trainer.inside.probe import fit, judge, read, run_probe
 from trainer.inside.walk import read_seeds, run_walk
-from trainer.places import resolve
+from trainer.run.folders import resolve
 
 PROMPT = "a red circle moving left on a green background"
 SHAPE = (4, 2, 8, 8)

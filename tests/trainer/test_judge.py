@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer.distributed import World
-from trainer.judge import LatentJudge, distance, statistics
+from trainer.machines.distributed import World
+from trainer.run.judge import LatentJudge, distance, statistics
 
 SHAPES = [(3, 2, 8, 6), (3, 3, 4, 8)]
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from apt_core.errors import AptError
-from apt_core.media_write import write_image, write_video
-from trainer.media import check_image, check_video, kind_of, probe, read_image, read_video
+from apt_core.files.media_write import write_image, write_video
+from trainer.data.media import check_image, check_video, kind_of, probe, read_image, read_video
 
 
 def numbered(frames: int, height: int = 32, width: int = 32, step: int = 8) -> np.ndarray:

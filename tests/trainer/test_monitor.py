@@ -4,16 +4,16 @@ import csv
 
 import pytest
 
-import trainer.monitor
-from trainer.monitor import CollapseWarning, Monitor, Work
+import trainer.run.monitor
+from trainer.run.monitor import CollapseWarning, Monitor, Work
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Two seconds between any two looks at it, and no writer but the CSV file."""
     times = iter(range(0, 1000, 2))
-    monkeypatch.setattr(trainer.monitor.time, "perf_counter", lambda: next(times))
-    monkeypatch.setattr(trainer.monitor, "find_spec", lambda name: None)
+    monkeypatch.setattr(trainer.run.monitor.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(trainer.run.monitor, "find_spec", lambda name: None)
 
 
 def table(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apt_core.text_cache import cache_folder
+from apt_core.engine.text_cache import cache_folder
 from trainer.files import replacing
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def test_every_module_can_be_imported(tmp_path):
     done = without_posix(
         "import importlib, pkgutil, apt_core, trainer\n"
         "names = [m.name for p in (apt_core, trainer) for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if not m.name.endswith('__main__')]\n"
-        "[importlib.import_module(name) for name in names if name != 'apt_core.kernels']\n"
+        "[importlib.import_module(name) for name in names if name != 'apt_core.engine.kernels']\n"
         "print(len(names))",
         tmp_path,
     )

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from apt_core.wan import PAPER_FRACTIONS
+from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.config import PRESETS, load_preset
 
 # arXiv 2501.08316, sections 3.2, 3.3 and 3.5.

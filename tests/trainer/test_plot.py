@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from apt_core.errors import AptError
-from trainer.monitor import Monitor
-from trainer.plot import plot_run, read_history
+from trainer.run.monitor import Monitor
+from trainer.run.plot import plot_run, read_history
 
 
 def write(folder, rows):

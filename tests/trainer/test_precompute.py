@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from apt_core.errors import AptError
-from apt_core.media_write import write_image, write_video
+from apt_core.files.media_write import write_image, write_video
 from trainer.mini import ASSETS, VAE
-from trainer.precompute import fingerprint, precompute
-from trainer.prompts import Prompts
-from trainer.shards import ShardDataset
+from trainer.data.precompute import fingerprint, precompute
+from trainer.data.prompts import Prompts
+from trainer.data.shards import ShardDataset
 
 SIZE = {"height": 32, "width": 32, "frames": 5, "fps": 8}
 
@@ -213,7 +213,7 @@ def test_other_models_or_sizes_are_refused_and_change_nothing(data, tmp_path):
 
 
 def test_a_file_that_fails_only_when_decoded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.cuts.shown", lambda *_: 99)
+    monkeypatch.setattr("trainer.data.cuts.shown", lambda *_: 99)
     (data / "clip4.mp4").write_bytes((data / "clip4.mp4").read_bytes()[:900])
     refused("clip4.mp4 holds no frame", "--skip-bad would go on", data=data, out=tmp_path / "out", batch=2)
     report = run(data, tmp_path / "out", skip_bad=True, batch=2)
@@ -236,8 +236,8 @@ def test_fingerprints_tell_models_apart():
 
 @pytest.mark.skipif(not (VAE).exists() or not (ASSETS / "text_encoder.safetensors").exists(), reason="the miniature is not built yet")
 def test_the_miniatures_own_models(data, tmp_path):
-    from apt_core.text import load_text_encoder
-    from apt_core.vae import encode, load_vae
+    from apt_core.models.text import load_text_encoder
+    from apt_core.models.vae import encode, load_vae
 
     vae, text = load_vae(VAE), load_text_encoder(ASSETS / "text_encoder.safetensors")
     precompute(data, tmp_path / "out", vae, text, **SIZE)
@@ -374,7 +374,7 @@ def test_an_index_that_says_other_things_than_were_written_is_damaged(data, tmp_
 def test_shards_from_before_digests_open(data, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from apt_core.tensorfile import read_header
+    from apt_core.files.tensorfile import read_header
 
     out = tmp_path / "out"
     run(data, out)

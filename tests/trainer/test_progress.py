@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
-import trainer.progress
-from trainer.progress import columns_table, stage_bar
+import trainer.run.progress
+from trainer.run.progress import columns_table, stage_bar
 
 NAMES = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "motion", "calls")
 
@@ -23,7 +23,7 @@ ROW = {"d_loss": 1.25, "g_loss": 0.5, "logit_real": 0.1, "r1_gamma": 9.0, "other
 
 def test_a_bar_shows_its_title_and_the_metrics_in_80_characters(monkeypatch):
     console = Console(width=80, force_terminal=True, color_system=None)
-    monkeypatch.setattr(trainer.progress, "console", console)
+    monkeypatch.setattr(trainer.run.progress, "console", console)
     with console.capture() as shown, stage_bar("run [/1]: images") as report:
         report(150, 150, ROW)
     assert "run [/1]: images" in shown.get() and "150/150" in shown.get()
@@ -32,8 +32,8 @@ def test_a_bar_shows_its_title_and_the_metrics_in_80_characters(monkeypatch):
 
 def test_a_log_gets_a_line_twice_a_minute(monkeypatch):
     console, clock = Console(width=80), iter(range(0, 1000, 10))
-    monkeypatch.setattr(trainer.progress, "console", console)
-    monkeypatch.setattr(trainer.progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(trainer.run.progress, "console", console)
+    monkeypatch.setattr(trainer.run.progress.time, "monotonic", lambda: next(clock))
     with console.capture() as shown, stage_bar("run [/1]: images") as report:
         for done in range(1, 9):
             report(done, 8, ROW)

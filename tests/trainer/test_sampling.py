@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from apt_core.errors import AptError
-from trainer.sampling import BucketSampler, EpochSampler, _keys, shuffled, split
+from trainer.data.sampling import BucketSampler, EpochSampler, _keys, shuffled, split
 
 
 @pytest.mark.parametrize("n, batch", [(10, 4), (7, 7), (5, 12), (64, 16)])

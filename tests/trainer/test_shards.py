@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apt_core.errors import AptError
-from trainer.shards import Sample, ShardDataset, ShardWriter
+from trainer.data.shards import Sample, ShardDataset, ShardWriter
 
 FACTS = {"vae": {"stride": [4, 8, 8], "channels": 2}, "text": {"dim": 5, "length": 7}, "fps": 8}
 SETTINGS = {"vae": "abc", "height": 16}
@@ -73,7 +73,7 @@ def test_bf16_shards_give_fp32(tmp_path):
 
 
 def test_several_shards_and_shapes(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.shards.SHARD_SAMPLES", 3)
+    monkeypatch.setattr("trainer.data.shards.SHARD_SAMPLES", 3)
     entries = [entry(i) for i in range(8)]
     odd, _, text = entry(8)
     entries.append((odd, torch.ones(2, 3, 4, 2), text))

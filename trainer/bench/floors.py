@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.account import forward_flops, tokens
+from trainer.machines.account import forward_flops, tokens
 from trainer.bench.shapes import Shapes
 
 

@@ -1,6 +1,6 @@
 """A model, and no measurement: what the parts would take on several GPUs that share one clip."""
 
-from trainer.account import tokens
+from trainer.machines.account import tokens
 from trainer.bench.shapes import Shapes
 
 NVLINK = 450e9  # bytes/s of each direction of a Hopper card, all its links together

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from apt_core.fp8 import check_fp8, quantise
-from trainer.machine import matrix_peak
+from apt_core.engine.fp8 import check_fp8, quantise
+from trainer.machines.machine import matrix_peak
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from torch import Tensor
 
-from apt_core.decoder import Decoder, psnr
-from apt_core.generator import one_step
-from apt_core.vae import denormalize
+from apt_core.engine.decoder import Decoder, psnr
+from apt_core.method.generator import one_step
+from apt_core.models.vae import denormalize
 from trainer.bench.rates import median_seconds, peak_memory
 from trainer.bench.shapes import Shapes
 

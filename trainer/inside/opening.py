@@ -7,13 +7,13 @@ import numpy as np
 from torch import Tensor
 
 from apt_core.errors import AptError
-from apt_core.pipeline import OneStepPipeline
-from apt_core.request import Request
-from apt_core.sources import MINI
+from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.engine.request import Request
+from apt_core.loading.sources import MINI
 from trainer.config import Files
-from trainer.generate import find_source
+from trainer.checkpoints.generate import find_source
 from trainer.mini.clips import scene
-from trainer.shards import ShardDataset
+from trainer.data.shards import ShardDataset
 
 PROMPT_SEED = 60_000  # of drawn captions; no other command's
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from apt_core.errors import AptError
-from apt_core.media_write import write_video
-from apt_core.noise import draw, walk
-from apt_core.pipeline import OneStepPipeline
+from apt_core.files.media_write import write_video
+from apt_core.method.noise import draw, walk
+from apt_core.engine.pipeline import OneStepPipeline
 from trainer.files import write_json
 from trainer.inside.opening import embed_all, find_captions, frames_of, show_frame
-from trainer.pictures import enlarge
-from trainer.plot import BLACK, BLUE, ORANGE, save_figure
-from trainer.progress import stage_bar
+from trainer.run.pictures import enlarge
+from trainer.run.plot import BLACK, BLUE, ORANGE, save_figure
+from trainer.run.progress import stage_bar
 
 COLUMNS = 13
 SMALL = 256

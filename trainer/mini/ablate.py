@@ -18,21 +18,22 @@ from pathlib import Path
 import torch
 
 from apt_core.errors import AptError
-from apt_core.text import load_text_encoder
-from apt_core.vae import load_vae
-from trainer.adversarial import adversarial
-from trainer.base import describe_state
-from trainer.batches import Batches
+from apt_core.models.text import load_text_encoder
+from apt_core.models.vae import load_vae
+from trainer.stages.adversarial import adversarial
+from trainer.checkpoints.starting_models import describe_state
+from trainer.data.batches import Batches
 from trainer.config import Preset, load_preset
-from trainer.demo import Demo, versions
-from trainer.distributed import World
-from trainer.export import export
+from trainer.mini.demo import Demo
+from trainer.machines.machine import versions
+from trainer.machines.distributed import World
+from trainer.checkpoints.export import export
 from trainer.files import make_folder, write_json
-from trainer.monitor import Monitor
-from trainer.places import whole_states
-from trainer.progress import console, stage_bar
-from trainer.state import Keep, Preempted
-from trainer.update import NotFinite
+from trainer.run.monitor import Monitor
+from trainer.run.folders import whole_states
+from trainer.run.progress import console, stage_bar
+from trainer.run.state import Keep, Preempted
+from trainer.stages.update import NotFinite
 
 from . import ASSETS, VAE
 from .ablation_page import write_page

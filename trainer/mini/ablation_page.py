@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from trainer.files import replacing
-from trainer.plot import BLACK, BLUE, RED
+from trainer.run.plot import BLACK, BLUE, RED
 
 from .variants import REFERENCE
 from .verdict import CANNOT_TELL, DOES_NOT, HOLDS, NO_CLAIM

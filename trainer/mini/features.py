@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from apt_core.tensorfile import read_tensors, write_tensors
+from apt_core.files.tensorfile import read_tensors, write_tensors
 
 from .clips import COLOR_NAMES, SHAPES, draw
-from .muon import Muon
+from trainer.stages.muon import Muon
 
 CHANNELS = 32
 

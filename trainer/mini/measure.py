@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from apt_core.errors import AptError
-from apt_core.text import load_text_encoder
-from apt_core.vae import load_vae
-from trainer.batches import Embedder
+from apt_core.models.text import load_text_encoder
+from apt_core.models.vae import load_vae
+from trainer.data.batches import Embedder
 from trainer.config import Preset
 from trainer.files import file_digest, write_json
-from trainer.progress import columns_table, console, criteria_table, stage_bar
+from trainer.run.progress import columns_table, console, criteria_table, stage_bar
 
 from . import ASSETS, VAE
 from .criteria import check

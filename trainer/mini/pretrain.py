@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from apt_core.errors import AptError
-from apt_core.fast import check_device
+from apt_core.engine.fast import check_device
 from trainer.files import make_folder
-from trainer.progress import console
+from trainer.run.progress import console
 
 from . import ASSETS
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from apt_core.vae import load_vae
+from apt_core.models.vae import load_vae
 from trainer.files import write_json
-from trainer.pictures import comparison, sample_video
-from trainer.progress import columns_table, console
+from trainer.run.pictures import comparison, sample_video
+from trainer.run.progress import columns_table, console
 
 from . import ASSETS, VAE
 from .clips import Scene, draw

@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apt_core.checkpoint import load_transformer
-from apt_core.flow import interpolate, shift, velocity
-from apt_core.generator import euler_cfg
-from apt_core.text import load_text_encoder
-from apt_core.vae import decode, encode, load_vae
-from apt_core.wan import WanBackbone, predict_velocity
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.method.flow import interpolate, shift, velocity
+from apt_core.method.generator import euler_cfg
+from apt_core.models.text import load_text_encoder
+from apt_core.models.vae import decode, encode, load_vae
+from apt_core.models.wan import WanBackbone, predict_velocity
 from trainer.files import replacing
 
 from .clips import COLOR_NAMES, DIRECTION_NAMES, NEGATIVE_PROMPT, SHAPES, Scene, draw
 from .judge import read_clip
-from .muon import Muon
+from trainer.stages.muon import Muon
 
 TRANSFORMER = dict(num_attention_heads=4, attention_head_dim=32, ffn_dim=512, num_layers=6, freq_dim=256)
 SHIFT = {"image": 1.5, "video": 3.0}
@@ -120,7 +120,7 @@ def train_base(
     teacher: a transformer whose velocities are the target, in the place of data and noise. The log has each judgement's smallest and largest
     kernel, by root mean square.
     """
-    from apt_core.checkpoint import save_generator
+    from apt_core.loading.checkpoint import save_generator
 
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from apt_core.text import load_text_encoder, save_text_encoder, train_tokenizer
+from apt_core.models.text import load_text_encoder, save_text_encoder, train_tokenizer
 
 from .clips import COLOR_NAMES, DIRECTION_NAMES, NEGATIVE_PROMPT, SHAPES, Scene, scene
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apt_core.vae import decode, encode, fold_statistics, load_vae, save_vae
+from apt_core.models.vae import decode, encode, fold_statistics, load_vae, save_vae
 
 from .clips import draw
-from .muon import Muon
+from trainer.stages.muon import Muon
 
 BASE_DIM = 12
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from apt_core.errors import AptError
-from apt_core.wan import PAPER_FRACTIONS
+from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.config import Adversarial, Preset
 
 REFERENCE = "paper"

@@ -12,23 +12,24 @@ import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import apt_core.checkpoint
-import apt_core.mmdit
-import trainer.networks
-from apt_core.checkpoint import load_transformer, save_generator
-from apt_core.mmdit import MMDiTBackbone, load_mmdit, save_mmdit
-from apt_core.sources import load_backbone
-from apt_core.tensorfile import write_tensors
-from apt_core.wan import WanBackbone
-from trainer.adversarial import adversarial
-from trainer.batches import Batches
+import apt_core.loading.checkpoint
+import apt_core.models.mmdit
+import trainer.stages.networks
+from apt_core.loading.checkpoint import load_transformer, save_generator
+from apt_core.models.mmdit import MMDiTBackbone
+from apt_core.loading.mmdit_files import load_mmdit, save_mmdit
+from apt_core.loading.sources import load_backbone
+from apt_core.files.tensorfile import write_tensors
+from apt_core.models.wan import WanBackbone
+from trainer.stages.adversarial import adversarial
+from trainer.data.batches import Batches
 from trainer.config import Adversarial, Distill, Sampling
-from trainer.distill import distill
-from trainer.distributed import connect
-from trainer.judge import LatentJudge
-from trainer.parallel import Parallel
-from trainer.shards import Sample, ShardWriter
-from trainer.state import Keep
+from trainer.stages.distill import distill
+from trainer.machines.distributed import connect
+from trainer.run.judge import LatentJudge
+from trainer.machines.parallel import Parallel
+from trainer.data.shards import Sample, ShardWriter
+from trainer.run.state import Keep
 
 SHAPE, TEXT_LENGTH, TEXT_DIM = (4, 2, 4, 6), 5, 10
 SAMPLES = 11
@@ -37,7 +38,7 @@ WATCHED = []
 FP32 = torch.float32
 # Workers are forked from a server that has imported everything once, and has never run a backward pass.
 WORKERS = get_context("forkserver")
-WORKERS.set_forkserver_preload(["trainer.adversarial", "trainer.distill", "torch.distributed.checkpoint"])
+WORKERS.set_forkserver_preload(["trainer.stages.adversarial", "trainer.stages.distill", "torch.distributed.checkpoint"])
 SETTINGS = {
     "updates": 5, "batch": 4, "lr_generator": 5e-6, "lr_discriminator": 5e-6, "ema_decay": 0.9, "shift": 2.0,
     "r1_weight": 100.0, "r1_sigma": 0.1, "discriminator_step": "batched",
@@ -224,7 +225,7 @@ def in_double(function, *args) -> None:
             module.torch = Doubled("torch")
     for load in (load_transformer, load_backbone, load_mmdit):  # their defaults were bound before
         load.__defaults__ = tuple(torch.float64 if value is FP32 else value for value in load.__defaults__)
-    for module in (apt_core.checkpoint, apt_core.mmdit, trainer.networks):
+    for module in (apt_core.loading.checkpoint, apt_core.models.mmdit, trainer.stages.networks):
         module.write_tensors = write_in_fp32
     function(*args)
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from layouts import SHAPE, TEXT_DIM
 
-from apt_core.flow import sample_noise
-from apt_core.objectives import Objective
-from trainer.adversarial import draw_noises, share_of_penalties
-from trainer.batches import Batches, Micro
-from trainer.distributed import World
+from apt_core.method.flow import sample_noise
+from apt_core.method.objectives import Objective
+from trainer.stages.adversarial import draw_noises, share_of_penalties
+from trainer.data.batches import Batches, Micro
+from trainer.machines.distributed import World
 
 THREADS = """
 import os, sys, torch
 from concurrent.futures import ThreadPoolExecutor
-from trainer.shards import ShardDataset
+from trainer.data.shards import ShardDataset
 torch.set_num_threads(2)
 torch.rand(400, 400) @ torch.rand(400, 400)  # the training's own team
 data, count = ShardDataset(sys.argv[1], "video"), lambda: len(os.listdir("/proc/self/task"))

@@ -8,11 +8,11 @@ import av
 import numpy as np
 from layouts import TIMEOUT, WORKERS
 
-from apt_core.request import Request
-from apt_core.sources import SHIPPED
+from apt_core.engine.request import Request
+from apt_core.loading.sources import SHIPPED
 from trainer.config import Files
-from trainer.distributed import connect
-from trainer.generate import generate
+from trainer.machines.distributed import connect
+from trainer.checkpoints.generate import generate
 
 FILES = Files(vae="mini", text_encoder="mini")
 REQUEST = Request(["a red circle", "a blue square moving left", "a green triangle"], height=48, width=48, frames=5, fps=8)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from layouts import STABLE, Layout, assert_close, load_and_watch, mmdit, run_layouts, state_of, train_adversarial, train_distill
 
-from apt_core.checkpoint import load_transformer
-from apt_core.tensorfile import read_tensors
-from apt_core.sources import load_backbone
-from trainer.networks import Lora
-from trainer.parallel import Parallel
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.files.tensorfile import read_tensors
+from apt_core.loading.sources import load_backbone
+from trainer.stages.networks import Lora
+from trainer.machines.parallel import Parallel
 
 LORA = Lora(4, 8.0)
 TWO_PASS, SEPARATE = {"discriminator_step": "two_pass"}, {"discriminator_step": "separate"}

@@ -13,13 +13,13 @@ import pytest
 import torch
 from layouts import STABLE, Layout, assert_close, mmdit, run_layout, start_workers, state_of, train_adversarial, train_distill
 
-import trainer.adversarial
+import trainer.stages.adversarial
 from apt_core.errors import AptError
-from apt_core.sources import load_backbone
-from trainer.batches import Batches
-from trainer.networks import Lora
-from trainer.parallel import Parallel
-from trainer.state import Keep, Preempted, Vote, best_state
+from apt_core.loading.sources import load_backbone
+from trainer.data.batches import Batches
+from trainer.stages.networks import Lora
+from trainer.machines.parallel import Parallel
+from trainer.run.state import Keep, Preempted, Vote, best_state
 
 ACCUMULATED = Parallel(microbatch=1)
 
@@ -80,13 +80,13 @@ def stop_in_generator_step(calls: list, *args, **kwargs):
     return ORIGINAL(*args, **kwargs)
 
 
-ORIGINAL = trainer.adversarial.generator_backward
+ORIGINAL = trainer.stages.adversarial.generator_backward
 
 
 def test_sigterm_saves_in_the_middle_of_an_update(files, tmp_path, monkeypatch):
     layout = Layout(1, Parallel(microbatch=2), STABLE)
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(trainer.adversarial, "generator_backward", partial(stop_in_generator_step, []))
+    monkeypatch.setattr(trainer.stages.adversarial, "generator_backward", partial(stop_in_generator_step, []))
     options = {"keep": Keep(tmp_path / "states", every=5)}
     with pytest.raises(Preempted, match="stopped by a signal in update 3; all is saved") as stopped:
         train_adversarial(files, layout, tmp_path, options)
@@ -103,7 +103,7 @@ def stop_one_of_two(files, layout, out, options):
     """SIGTERM reaches one process, in the second generator step; all must leave at the same place."""
     calls = []
     if os.environ["RANK"] == "1":
-        trainer.adversarial.generator_backward = partial(stop_in_generator_step, calls)
+        trainer.stages.adversarial.generator_backward = partial(stop_in_generator_step, calls)
     try:
         train_adversarial(files, layout, out, options)
     except Preempted as stop:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from layouts import SHAPE, TEXT_DIM, TEXT_LENGTH, Layout, assert_close, run_layout
 
-from apt_core.checkpoint import load_transformer
-from apt_core.flow import sample_noise
-from apt_core.generator import one_step
-from trainer.media import read_image
-from trainer.parallel import Parallel
-from trainer.samples import Samples
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.method.flow import sample_noise
+from apt_core.method.generator import one_step
+from trainer.data.media import read_image
+from trainer.machines.parallel import Parallel
+from trainer.stages.samples import Samples
 
 TEXT = torch.linspace(-1, 1, 2 * TEXT_LENGTH * TEXT_DIM).reshape(2, TEXT_LENGTH, TEXT_DIM)
 

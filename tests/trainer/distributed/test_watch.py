@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from apt_core.flow import sample_noise
-from trainer.batches import Batches
-from trainer.distributed import World
-from trainer.monitor import ChanceWarning, FloorWarning
-from trainer.watch import Watch
+from apt_core.method.flow import sample_noise
+from trainer.data.batches import Batches
+from trainer.machines.distributed import World
+from trainer.run.monitor import ChanceWarning, FloorWarning
+from trainer.stages.watch import Watch
 
 from layouts import SHAPE, Text, write_shards
 

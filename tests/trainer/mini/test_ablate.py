@@ -14,14 +14,14 @@ from PIL import Image
 
 import trainer.mini.ablate
 from apt_core.errors import AptError
-from apt_core.tensorfile import read_tensors
+from apt_core.files.tensorfile import read_tensors
 from trainer.config import load_preset
 from trainer.mini.ablate import BASE, Ablation, ablation
 from trainer.mini.ablation_table import table
 from trainer.mini.variants import UPDATES, all_variants, choose
 from trainer.mini.verdict import CANNOT_TELL, DOES_NOT, HOLDS, NO_CLAIM, difference, estimate, outcome, verdict
-from trainer.monitor import Monitor
-from trainer.update import NotFinite
+from trainer.run.monitor import Monitor
+from trainer.stages.update import NotFinite
 
 TINY = load_preset(Path(__file__).parents[1] / "tiny.toml", ["train.save_every=1", "data.images=16", "data.clips=2"])
 MINI = load_preset("mini")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from trainer.mini.clips import COLOR_NAMES, DIRECTIONS, SHAPES, SIZE, draw, render, scene, shape_distance
+from trainer.mini.clips import COLOR_NAMES, DIRECTIONS, SHAPES, SIZE, draw, scene, shape_distance
 from trainer.mini.judge import read_clip
 
 

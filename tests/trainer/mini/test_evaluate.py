@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from apt_core.checkpoint import load_transformer, read_metadata, save_generator
-from apt_core.flow import sample_noise
-from apt_core.generator import few_step, one_step
-from apt_core.steps import step_times
+from apt_core.loading.checkpoint import load_transformer, save_generator
+from apt_core.files.checkpoint_header import read_metadata
+from apt_core.method.flow import sample_noise
+from apt_core.method.generator import few_step, one_step
+from apt_core.method.steps import step_times
 from trainer.config import load_preset
 from trainer.mini import ASSETS, GENERATOR
 from trainer.mini.evaluate import Models, Sampler, network_calls

@@ -1,0 +1,1 @@
+"""Sampling and decoding at speed within the memory that there is."""

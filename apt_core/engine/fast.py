@@ -1,0 +1,103 @@
+"""A transformer made fast for inference: attention backend, fused projections, fp8, compiled blocks with a cache that outlives the process."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..models.attention import best_backend
+from .context_parallel import enable
+from ..errors import AptError
+from .fp8 import check_fp8, to_fp8
+from .torch_limits import allow_many_graphs
+from ..models.mmdit import MMDiTBackbone
+
+
+@dataclass(frozen=True)
+class Speed:
+    """backend: of attention, diffusers' name, None for the best one installed; compile: the blocks, by torch.compile;
+    fp8: weights and products of the blocks. All but fp8 leave the result as it is, up to rounding."""
+
+    backend: str | None = None
+    compile: bool = False
+    fp8: bool = False
+
+
+@torch.no_grad()
+def make_fast(model: nn.Module, device: torch.device, speed: Speed = Speed(), group=None, place: torch.device | None = None) -> nn.Module:
+    """Prepares a WanBackbone or MMDiTBackbone, in place, for forward passes without gradients on `device`; returns it.
+
+    place: where its weights are to wait, None: where they are. group: processes that share each sample's tokens. Raises AptError where the card
+    has no fp8 and where the group does not divide the heads.
+    """
+    fuse_projections(model)
+    model.eval().requires_grad_(False)
+    if speed.fp8:
+        to_fp8(model, check_fp8(device), place)
+    if place is not None:
+        model.to(place)
+    if group is not None and group.size() > 1:
+        enable(model, group)
+    dtype = model.patch_embedding.weight.dtype  # what tokens are in; some weights stay fp32
+    model.use_attention(speed.backend or best_backend(device, dtype, model.config.attention_head_dim))
+    if speed.compile:
+        allow_many_graphs()
+        for block in model.blocks:  # not block.compile, which takes the block's hooks into the graph, and with them BlockStream's moves
+            block.forward = torch.compile(block.forward, dynamic=False)
+    return model
+
+
+@torch.no_grad()
+def fuse_projections(model: nn.Module) -> None:
+    """One product for queries, keys and values that read the same tokens, with the weights of the three in the place of theirs."""
+    for block in model.blocks:
+        for stream in (block.visual, block.text) if isinstance(model, MMDiTBackbone) else ():
+            stream.fuse()
+        for attention in () if isinstance(model, MMDiTBackbone) else (block.attn1, block.attn2):
+            attention.fuse_projections()
+            attention.to_k = attention.to_v = None
+            if not attention.is_cross_attention:
+                attention.to_q = None
+
+
+def check_device(name: str | torch.device) -> None:
+    """Raises AptError for a device that torch does not know or cannot use here."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, TypeError):  # AssertionError: torch without CUDA
+        raise AptError(f"torch cannot use the device {str(name)!r} here; use cpu, or install a torch for that device.") from None
+
+
+def check_compile(device: torch.device) -> None:
+    """Raises AptError where torch has nothing to compile with: on a CPU a C++ compiler, elsewhere Triton."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # a second to import
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise AptError("compiling for a CPU needs a C++ compiler, and there is none: install g++, or leave compile away.") from None
+    elif find_spec("triton") is None:
+        raise AptError(f"compiling for {device} needs Triton, which is not installed: install it, or leave compile away.")
+
+
+def keep_compiled(folder: Path) -> None:
+    """From now on this process keeps in `folder` whatever torch compiles, where a second start finds it.
+
+    Raises AptError for a folder that cannot be written to. A TORCHINDUCTOR_CACHE_DIR of the user's stands. Without one torch takes a folder of temporary files, and sets the variable to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise AptError(f"{folder} cannot keep what is compiled ({error.strerror or error}): set APT_CACHE to a folder that can be written to.") from None
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, os.path.abspath(default_cache_dir())):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

@@ -1,0 +1,284 @@
+"""Prompts to video in one step: text, transformer, decode, file.
+
+    pipe = apt_core.OneStepPipeline.from_checkpoint("apt.safetensors", vae=..., text_encoder=...)
+    pipe("a red tram crossing a bridge in the rain", seed=1).save("tram.mp4")
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..models.attention import choose_backend
+from .decoder import Decoder
+from ..errors import AptError
+from .fast import Speed, check_compile, check_device, keep_compiled, make_fast
+from .fp8 import check_fp8
+from ..method.generator import euler_cfg, few_step
+from ..files.media_write import check_name, video_writer, write_image, write_video
+from ..method.noise import draw
+from .request import Request
+from .residence import ALL, Residence, first_level
+from ..loading.sources import Sources, TransformerSource, read_sources
+from ..method.steps import step_times
+from ..models.text import TextEncoder
+from .text_cache import TextCache, cache_folder, encoder_fingerprint
+from ..models.tiny_decoder import TinyDecoder
+
+GIB = 2**30
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Video:
+    """One sample. frames: uint8 `[F, H, W, 3]`; fps: 0 for a picture; number: of the sample in its request."""
+
+    frames: np.ndarray
+    fps: float
+    prompt: str
+    number: int = 0
+
+    def save(self, path: str | Path) -> None:
+        """Write an .mp4, or of a single frame a picture (.png, .jpg, ...). Raises AptError as `media_write` does."""
+        if len(self.frames) == 1:
+            write_image(path, self.frames)
+        else:
+            write_video(path, self.frames, self.fps)
+
+
+class OneStepPipeline:
+    """A one-step generator with its text encoder and VAE. Weights are read at the first call that needs them, after all that can be wrong.
+
+    sources: the parts, see `from_checkpoint`. device: "auto" takes the GPU where there is one; dtype: by default bf16, on a CPU fp32.
+    backend, compile, fp8: see `fast.Speed`; on a GPU compile also compiles the decoder. memory: GiB of the device that may be used, None for
+    what is free; what does not fit waits in the CPU's memory. cache: folder of what can be made again (text embeddings, compiled code), None
+    for `cache_folder()`. group: processes that make each sample together, all called alike. report: told in a sentence when memory made the
+    pipeline step down; by default that goes to stderr.
+    """
+
+    def __init__(
+        self, sources: Sources, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None, backend: str | None = None,
+        compile: bool = False, fp8: bool = False, memory: float | None = None, cache: str | Path | None = None,
+        group: ProcessGroup | None = None, report: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.sources, self.group = sources, group
+        if device != "auto":
+            check_device(device)
+        if dtype is not None and dtype not in DTYPES:
+            raise AptError(f"dtype {dtype!r} cannot be: give one of {', '.join(map(str, DTYPES))}.")
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        head_dim = sources.transformer.config["attention_head_dim"]
+        self.speed = Speed(choose_backend(backend, self.device, self.dtype, head_dim).name, compile, fp8)
+        if fp8:
+            check_fp8(self.device)
+        if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
+            raise AptError(f"memory {memory!r} cannot be: give GiB above 0, or None for what is free.")
+        self.memory = None if memory is None else int(memory * GIB)
+        self.cache = cache_folder() if cache is None else Path(cache)
+        if compile:
+            check_compile(self.device)
+            keep_compiled(self.cache / "compiled")
+        self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
+        self._residence = Residence(self.device, self._first_level(), self.report, self._left)
+        self._text_cache: TextCache | None = None
+        self._decoder: Decoder | None = None
+        self._given_up: list[str] = []
+        self._drawer = ThreadPoolExecutor(1)
+        self._drawn: tuple[tuple, Future] | None = None  # the noise that was asked for last
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path | TransformerSource, vae: str | Path | None = None, text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None, base: str | Path | None = None, tiny_decoder: str | Path | None = None, **options,
+    ) -> "OneStepPipeline":  # fmt: skip
+        """A pipeline from files: headers and configs are read, no weight.
+
+        path: a checkpoint or LoRA file or a diffusers folder; vae, text_encoder: single files as ComfyUI takes them, or diffusers folders;
+        tokenizer: where the text encoder does not carry its own; base: the transformer that a LoRA belongs to. "mini" is the shipped miniature,
+        for each of them. tiny_decoder: taew2_1 or taew2_2 in the place of the VAE, which is fast and APPROXIMATE. options: those of the class.
+        Raises AptError for parts that are missing, damaged or do not fit one another.
+        """
+        return cls(read_sources(path, vae, text_encoder, tokenizer, base, tiny_decoder), **options)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether a tiny decoder stands in for the VAE."""
+        return self.sources.vae.approximate
+
+    @property
+    def steps_taken(self) -> list[str]:
+        """What was given up for lack of memory, one sentence each."""
+        return list(dict.fromkeys(self._residence.steps_taken + self._given_up + (self._decoder.steps_taken if self._decoder else [])))
+
+    def __call__(self, prompt: str | Sequence[str], **wishes) -> Video | list[Video]:
+        """One video for one prompt and count 1, else a list: `count` of each prompt, one prompt after another.
+
+        wishes: seed, noise ("apt" or "comfyui"), steps, count, height, width, frames, fps, see Request. Raises AptError for what cannot be made, before any
+        weight is read.
+        """
+        request = self.request(prompt, **wishes)
+        text = self.embed(request)
+        videos = []
+        for number in range(request.samples):
+            latents = self.latents(request, number, text)
+            if number + 1 < request.samples:
+                self._draw(request, number + 1)
+            parts = list(self.frames(latents))
+            frames = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            videos.append(Video(frames, request.fps if len(frames) > 1 else 0.0, request.prompt(number), number))
+        return videos[0] if isinstance(prompt, str) and request.count == 1 else videos
+
+    def stream(self, prompt: str, **wishes) -> Iterator[np.ndarray]:
+        """The frames of one video as they are decoded, uint8 `[n, H, W, 3]`. Raises AptError at once, not at the first frame."""
+        request = self._one(prompt, wishes)
+        return self.frames(self.latents(request, 0, self.embed(request)))
+
+    def write(self, prompt: str, path: str | Path, **wishes) -> None:
+        """One video (.mp4) or picture to a file, which is encoded while the rest is decoded. Raises AptError as the call does."""
+        request = self._one(prompt, wishes)
+        check_name(path, request.frames)
+        self.write_sample(request, 0, self.embed(request), path)
+
+    def request(self, prompt: str | Sequence[str], **wishes) -> Request:
+        """The request with all sizes filled in. Raises AptError for what cannot be made."""
+        prompts = (prompt,) if isinstance(prompt, str) or not isinstance(prompt, Iterable) else tuple(prompt)
+        return Request(prompts, **wishes).fitted(self.sources)
+
+    def _one(self, prompt: str, wishes: dict) -> Request:
+        request = self.request(prompt, **wishes)
+        if request.samples != 1:
+            raise AptError(f"{request.samples} samples were asked for where one can be made: call the pipeline itself for many.")
+        return request
+
+    def embed(self, request: Request) -> Tensor:
+        """The texts of a request, `[n, L, d]` fp32 on the CPU. The encoder is only loaded for a text that the cache does not have."""
+        source, length = self.sources.text, self.sources.transformer.text_length
+        self._draw(request, 0)  # beside the encoder
+        if self._text_cache is None:
+            self._text_cache = TextCache(self.cache / "text", encoder_fingerprint(source.facts))
+
+        def encode(texts: list[str]) -> list[Tensor]:
+            return self._residence.run("text encoder", lambda device: source.load(length, device), lambda encoder: encoder.encode(texts, batch=1))
+
+        return TextEncoder.pad(self._text_cache.get(request.texts, encode), length)
+
+    def latents(self, request: Request, number: int, text: Tensor, z: Tensor | None = None) -> Tensor:
+        """Sample `number` of a request as normalised latents `[1, C, f, h, w]`, fp32. text: what `embed` gave; z: noise `[C, f, h, w]` to start
+        from in the place of the sample's own."""
+        shape, z = request.latents(self.sources), (self._draw(request, number).result() if z is None else z)[None]
+        source = self.sources.transformer
+
+        def noise(step: int) -> Tensor:
+            return draw(request.noise, request.seed, number, shape, step)[None].to(self.device)
+
+        prompt = text[number // request.count][None].to(self.device)
+
+        def sample(transformer) -> Tensor:
+            if source.few_step:
+                return few_step(transformer, z.to(self.device), prompt, step_times(request.steps, source.second_time), noise)
+            negative = text[-1][None].to(self.device)
+            return euler_cfg(transformer, z.to(self.device), prompt, negative, request.steps, request.guidance, request.shift)
+
+        return self._residence.run("transformer", self._load_transformer, sample, alone=self.group is None)
+
+    def frames(self, latents: Tensor) -> Iterator[np.ndarray]:
+        """Latents `[1, C, f, h, w]` -> frames as they are decoded, uint8 `[n, H, W, 3]`."""
+        return map(Tensor.numpy, on_the_cpu(part[0] for part in self._decode(latents)))
+
+    def _decode(self, latents: Tensor) -> Iterator[Tensor]:
+        decoder = self._residence.run("vae", lambda device: self.sources.vae.load(self.dtype, device), self._decoder_of)
+        yield from decoder.stream(latents, uint8=True, report=self.report)
+
+    def _left(self, name: str) -> None:
+        """A network has left the device. The decoder holds weights in another form, and views that would keep the old ones there."""
+        if name == "vae":
+            self._given_up, self._decoder = self.steps_taken, None
+
+    def write_sample(self, request: Request, number: int, text: Tensor, path: str | Path | None) -> None:
+        """Sample `number` of a request to a file; None as the path makes it only, for the partners of the process that writes."""
+        latents = self.latents(request, number, text)
+        if path is None:
+            for _ in self._decode(latents):
+                pass
+            return
+        parts = self.frames(latents)
+        if request.frames == 1:
+            write_image(path, next(parts))
+        else:
+            with ExitStack() as stack:  # left from below: the encoder's thread is done before the file is closed
+                write = stack.enter_context(video_writer(path, request.height, request.width, request.fps))
+                thread = stack.enter_context(ThreadPoolExecutor(1))
+                before = None
+                for part in parts:
+                    if before:
+                        before.result()
+                    before = thread.submit(write, part)
+                before.result()
+
+    def _draw(self, request: Request, number: int) -> Future:
+        """The noise that a sample starts from, made by a thread: at a real model's size that takes as long as some of its blocks."""
+        what = request.noise, request.seed, number, request.latents(self.sources)
+        if self._drawn is None or self._drawn[0] != what:
+            self._drawn = what, self._drawer.submit(draw, *what)
+        return self._drawn[1]
+
+    def _load_transformer(self, device: torch.device):
+        first = torch.device("cpu") if self.speed.fp8 else device  # the device may not hold them in 16 bits
+        return make_fast(self.sources.transformer.load(self.dtype, first), self.device, self.speed, self.group, device)
+
+    def _decoder_of(self, vae) -> Decoder | TinyDecoder:
+        if self.approximate:
+            return vae
+        if self._decoder is None:
+            compiled = self.speed.compile and self.device.type != "cpu"  # there it takes minutes, and the result is slower
+            self._decoder = Decoder(vae, compile=compiled, budget=self._beside_weights(), group=self.group)
+        return self._decoder
+
+    def _weights(self) -> dict[str, int]:
+        """Bytes of each network."""
+        transformer, vae, text, width = self.sources.transformer, self.sources.vae, self.sources.text, self.dtype.itemsize
+        return {"transformer": transformer.parameters * (1 if self.speed.fp8 else width), "vae": vae.parameters * width, "text": text.facts.parameters * 2}
+
+    def _beside_weights(self) -> int | None:
+        """What of `memory` a decode may use."""
+        weights = self._weights()
+        there = sum(weights.values()) if self._residence.level == ALL else weights["vae"]
+        return None if self.memory is None else max(self.memory - there, 0)
+
+    def _first_level(self) -> int:
+        """See `residence.first_level`, for a sample of the size that the checkpoint was trained for."""
+        transformer, width, weights = self.sources.transformer, self.dtype.itemsize, self._weights()
+        _, f, h, w = Request(("",)).fitted(self.sources).latents(self.sources)
+        tokens = f * h * w // int(np.prod(transformer.patch))
+        d = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
+        working = tokens * (24 * d + 2 * transformer.config.get("ffn_dim", 4 * d)) * width  # of one block, nothing is kept
+        return first_level(self.device, weights, working, self.memory)
+
+
+def on_the_cpu(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each tensor in the CPU's memory; those of a GPU travel while it makes the next one."""
+    before = None
+    for part in parts:
+        if part.device.type != "cuda":
+            yield part
+            continue
+        copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+        copy.copy_(part, non_blocking=True)
+        arrived = torch.cuda.current_stream(part.device).record_event()
+        if before:
+            before[1].synchronize()
+            yield before[0]
+        before = copy, arrived
+    if before:
+        before[1].synchronize()
+        yield before[0]

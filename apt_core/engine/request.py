@@ -1,0 +1,93 @@
+"""What a pipeline is asked for: prompts, sizes, steps, and how many."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+
+from ..errors import AptError
+from ..method.noise import APT, check_noise
+from ..loading.sources import Sources
+from ..models.vae import check_size
+
+@dataclass(frozen=True)
+class Request:
+    """height, width, frames, fps: by default what the checkpoint was trained for; one frame is a picture.
+    count: samples of each prompt; steps: calls of the network, for an APT or distilled model by re-noising at `steps.step_times`, for a base
+    Euler steps, with guidance, shift and negative, which are of bases alone. noise: "apt", the default, by which no two samples share noise
+    whatever their seeds and the number of processes, or "comfyui", by which sample n is the ComfyUI node's, and stock KSampler's, of seed + n.
+
+    Sample number n belongs to prompt `n // count`; its noise derives from (seed, n) and nothing else."""
+
+    prompts: Sequence[str]
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    fps: float | None = None
+    count: int = 1
+    seed: int = 0
+    steps: int = 1
+    guidance: float = 1.0
+    shift: float = 5.0
+    negative: str = ""
+    noise: str = APT
+
+    @property
+    def samples(self) -> int:
+        return len(self.prompts) * self.count
+
+    @property
+    def texts(self) -> list[str]:
+        """All that must be encoded: the prompts, and the negative one where guidance reads it."""
+        return [*self.prompts] if self.guidance == 1 else [*self.prompts, self.negative]
+
+    def prompt(self, number: int) -> str:
+        return self.prompts[number // self.count]
+
+    def fitted(self, sources: Sources) -> "Request":
+        """With every size filled in. Raises AptError for sizes that the model cannot make, for values that are none, and for nothing to make."""
+        if not self.prompts:
+            raise AptError("there is no prompt: give one or more.")
+        self._check_values()
+        if min(self.count, self.steps) < 1:
+            raise AptError(f"{self.count} samples in {self.steps} steps cannot be made: both must be 1 or more.")
+        if sources.transformer.few_step:
+            self._check_unguided(sources.transformer.name)
+        sizes = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in sources.transformer.native.items() if name in SIZES}
+        if not SLOWEST <= sizes["fps"] <= FASTEST:
+            raise AptError(f"fps {sizes['fps']:g} cannot be: a video has {SLOWEST:g} to {FASTEST:g} frames a second.")
+        patch = sources.transformer.patch
+        check_size(sizes["height"], sizes["width"], sizes["frames"], sources.vae.stride, patch, what="a sample")
+        return replace(self, **sizes)
+
+    def _check_unguided(self, model: str) -> None:
+        for name in OF_BASES:
+            value = getattr(self, name)
+            if value != getattr(Request, name):
+                raise AptError(f"{name} {value!r} is for base models, but {model} is an APT or distilled one, which has no {name}: leave it out.")
+
+    def _check_values(self) -> None:
+        check_noise(self.noise)
+        for text in (*self.prompts, self.negative):
+            if not isinstance(text, str) or text != text.encode(errors="ignore").decode():
+                raise AptError(f"the prompt {text!r} cannot be read: give text that can be written as UTF-8.")
+        for name in ("count", "seed", "steps", "height", "width", "frames"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and (value is not None or name not in SIZES):
+                raise AptError(f"{name} {value!r} cannot be: it must be a whole number.")
+        for name in ("fps", "guidance", "shift"):
+            value = getattr(self, name)
+            if not (isinstance(value, Real) and math.isfinite(value)) and (value is not None or name not in SIZES):
+                raise AptError(f"{name} {value!r} cannot be: it must be a finite number.")
+        if self.shift <= 0:
+            raise AptError(f"shift {self.shift:g} cannot be: it must be above 0.")
+
+    def latents(self, sources: Sources) -> tuple[int, int, int, int]:
+        """Shape of one sample's latents, [channels, frames, rows, columns], once the sizes are there."""
+        t, down, across = sources.vae.stride
+        return sources.vae.channels, (self.frames - 1) // t + 1, self.height // down, self.width // across
+
+
+SLOWEST, FASTEST = 0.1, 240.0
+SIZES = ("height", "width", "frames", "fps")
+OF_BASES = ("guidance", "shift", "negative")

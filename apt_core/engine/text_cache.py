@@ -1,0 +1,128 @@
+"""Text embeddings on disk, by encoder and prompt: a prompt that was seen before needs no text encoder."""
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ..errors import AptError
+from ..files.tensorfile import read_tensors
+from ..models.text import clean_prompt
+from ..loading.text_files import TextFacts
+
+LIMIT = 2 * 2**30
+SAMPLES, SAMPLE = 64, 2**16
+
+
+def cache_folder() -> Path:
+    """Where this project keeps what it can make again: $APT_CACHE, else a folder of the user's caches."""
+    given = os.environ.get("APT_CACHE")
+    try:
+        return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comfyui-apt").expanduser()
+    except RuntimeError:  # a container's user without a home
+        return _private(Path(tempfile.gettempdir()) / f"comfyui-apt-{os.getuid() if hasattr(os, 'getuid') else 'user'}")
+
+
+def _private(folder: Path) -> Path:
+    """The folder, if it is this user's alone, else a new one: what is compiled lies there too, and whoever could write to it could run code here."""
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if not hasattr(os, "getuid") or (stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="comfyui-apt-"))
+
+
+class TextCache:
+    """A folder with one small file for each prompt.
+
+    encoder: fingerprint of the text encoder; limit: bytes of the whole folder, beyond which the files that were not read for longest go.
+    Any number of processes may use one folder: files appear whole, and a file that is damaged counts as missing and is written again.
+    """
+
+    def __init__(self, folder: Path, encoder: str, limit: int = LIMIT) -> None:
+        self.folder, self.encoder, self.limit = folder, encoder, limit
+
+    def get(self, prompts: Sequence[str], encode: Callable[[list[str]], list[Tensor]]) -> list[Tensor]:
+        """Embeddings `[L_i, d]`, fp32, on the CPU. encode: called once with the prompts that are not here, or not at all."""
+        found = {prompt: self._read(self._path(prompt)) for prompt in dict.fromkeys(prompts)}
+        if missing := [prompt for prompt, embedding in found.items() if embedding is None]:
+            for prompt, embedding in zip(missing, encode(missing)):
+                found[prompt] = embedding.float().cpu()
+                self._write(self._path(prompt), found[prompt])
+            with suppress(OSError):
+                self._shrink()
+        return [found[prompt] for prompt in prompts]
+
+    def clear(self) -> None:
+        """Forget every prompt, of all encoders."""
+        for path in self.folder.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    def _path(self, prompt: str) -> Path:
+        return self.folder / f"{_digest(self.encoder.encode(), b'/', clean_prompt(prompt).encode())}.safetensors"
+
+    def _read(self, path: Path) -> Tensor | None:
+        try:
+            tensors, header = read_tensors(path)
+            embedding = tensors["embedding"].clone()  # not a window on a file that may go
+            if embedding.ndim != 2 or header.metadata.get("digest") != _of(embedding):
+                return None
+            os.utime(path)
+        except (AptError, KeyError, OSError):
+            return None
+        return embedding.float()
+
+    def _write(self, path: Path, embedding: Tensor) -> None:
+        half = embedding.bfloat16()
+        embedding = half if torch.equal(half.float(), embedding) else embedding  # an encoder in bf16 loses nothing
+        with suppress(OSError):  # a full or read-only disk costs time, not the video
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
+                file.write(save({"embedding": embedding.contiguous()}, {"digest": _of(embedding)}))
+            os.replace(file.name, path)
+
+    def _shrink(self) -> None:
+        facts = []
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # another process shrinks too
+                facts.append((path.stat().st_mtime, path.stat().st_size, path))
+        spare = sum(size for _, size, _ in facts) - self.limit
+        for _, size, path in sorted(facts):
+            if spare <= 0:
+                return
+            path.unlink(missing_ok=True)
+            spare -= size
+
+
+def encoder_fingerprint(facts: TextFacts) -> str:
+    """Of the tokenizer, and of the weights' sizes, beginnings and 64 samples spread over each file: milliseconds for 11 GB."""
+    digest = blake2b(digest_size=16)
+    for path in facts.weights:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            for number in range(SAMPLES):
+                file.seek(number * max(size - SAMPLE, 0) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
+    if facts.tokenizer not in facts.weights:
+        digest.update(facts.tokenizer.read_bytes())
+    return digest.hexdigest()
+
+
+def _of(embedding: Tensor) -> str:
+    return _digest(str(tuple(embedding.shape)).encode(), embedding.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _digest(*parts: bytes) -> str:
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

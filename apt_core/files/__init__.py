@@ -1,0 +1,1 @@
+"""Bytes, names and JSON on disk; knows no network."""

@@ -1,0 +1,126 @@
+"""What a checkpoint says of itself: the JSON object `apt` in its metadata. Names, defaults and checks of all its entries.
+
+`apt` is {format, kind, base, phase, timestep, second_time, vae, native, text_length, rank, updates, ema, ...}. Plain Python, so that
+anything may import it. Pipeline, trainer, `inspect` and the ComfyUI nodes all ask here.
+"""
+
+import json
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+
+from ..errors import AptError
+
+FORMAT = 1
+KINDS = ("generator", "base", "lora")
+SECOND_TIME = 0.7
+"""The second of the two times of two-step sampling (3.5), where a file does not name it. The paper does not print its own."""
+TEXT_LENGTH = 512
+"""Rows of text that every released Wan was trained with."""
+NATIVE = {"height": 480, "width": 832, "frames": 49, "fps": 16}
+"""Where a checkpoint does not say what it was trained for."""
+MAX_FPS = 1000
+
+
+def is_few_step(apt: Mapping) -> bool:
+    """Whether the file is an APT or distilled generator, whole or as a LoRA: sampled by re-noising, not by Euler."""
+    return apt.get("kind") in ("generator", "lora")
+
+
+def is_lora(apt: Mapping) -> bool:
+    """Whether the file says that it is a LoRA."""
+    return apt.get("kind") == "lora"
+
+
+def is_adversarial(apt: Mapping) -> bool:
+    """Whether the generator was trained adversarially; a distilled one was not."""
+    return apt.get("kind") == "generator" and apt.get("phase") != "distilled"
+
+
+def second_time(what: object, apt: Mapping) -> float:
+    """The second time that a file names, else SECOND_TIME. Raises AptError that begins with `what` for one that is not in (0, 1)."""
+    value = apt.get("second_time", SECOND_TIME)
+    if not isinstance(value, Real) or not 0 < value < 1:
+        raise _wrong(what, "second_time", value, "not a number between 0 and 1")
+    return float(value)
+
+
+def native(what: object, apt: Mapping) -> dict | None:
+    """Width and height in pixels, frames and fps that a file was trained for; None where it does not say.
+
+    Raises AptError that begins with `what` for sizes that are not whole and positive, and for a rate that is not above 0 and up to MAX_FPS.
+    """
+    if apt.get("native") is None:
+        return None
+    sizes = apt["native"]
+    counts = [sizes.get(name) for name in ("width", "height", "frames")] if isinstance(sizes, Mapping) else [None]
+    fps = sizes.get("fps") if isinstance(sizes, Mapping) else None
+    if not all(isinstance(count, int) and count > 0 for count in counts) or not (isinstance(fps, Real) and 0 < fps <= MAX_FPS):
+        raise _wrong(what, "native", sizes, "not width, height, frames and fps")
+    return dict(sizes)
+
+
+def text_length(what: object, apt: Mapping) -> int | None:
+    """The most rows of text that a file's model had in training; None where it does not say.
+
+    Raises AptError that begins with `what` for what is not a whole number from 1.
+    """
+    value = apt.get("text_length")
+    if value is not None and not (isinstance(value, int) and value > 0):
+        raise _wrong(what, "text_length", value, "not a whole number from 1")
+    return value
+
+
+def check_apt(what: object, apt: Mapping) -> None:
+    """Raises AptError for a newer format, an unknown kind and entries that cannot be. An empty object, of a foreign file, is fine."""
+    if not apt:
+        return
+    if not isinstance(apt.get("format"), int) or apt["format"] < 1:
+        raise _wrong(what, "format", apt.get("format"), "not a number from 1")
+    if apt["format"] > FORMAT:
+        raise AptError(
+            f"{what} has format {apt['format']} of the checkpoint contract, this version reads up to {FORMAT}: update ComfyUI-APT."
+        )
+    if apt.get("kind") not in KINDS:
+        raise AptError(f"{what}: its metadata entry `apt` has kind {apt.get('kind')!r}: it must be one of {', '.join(KINDS)}.")
+    second_time(what, apt)
+
+
+def metadata_strings(path: str | Path, metadata: Mapping) -> dict[str, str]:
+    """The metadata of a file to write: `apt` with its defaults filled in, and the `modelspec.*` entries as they are.
+
+    Raises AptError for what is not JSON, and as `check_apt` does.
+    """
+    strings = {key: str(value) for key, value in metadata.items() if key.startswith("modelspec.")}
+    own = {key: value for key, value in metadata.items() if key not in strings}
+    apt = {"format": FORMAT, "kind": "generator", "timestep": 1000} | own
+    try:
+        text = json.dumps(apt, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise AptError(
+            f"{path}: the metadata cannot be written as JSON ({error}): use numbers, strings, lists and dictionaries."
+        ) from None
+    check_apt(path, apt)
+    return strings | {"apt": text}
+
+
+def read_apt(what: object, metadata: Mapping[str, str]) -> dict:
+    """The `apt` object among the metadata of a safetensors file, {} for a file of another program. Raises AptError as `check_apt` does."""
+    apt = metadata_json(what, metadata, "apt")
+    check_apt(what, apt)
+    return apt
+
+
+def metadata_json(what: object, metadata: Mapping[str, str], name: str) -> dict:
+    """The JSON object under metadata key `name`, {} when there is none. Raises AptError when it is not a JSON object."""
+    try:
+        value = json.loads(metadata.get(name, "{}"))
+    except (ValueError, TypeError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise AptError(f"{what}: its metadata entry `{name}` is not a JSON object: export the file again.")
+    return value
+
+
+def _wrong(what: object, name: str, value: object, why: str) -> AptError:
+    return AptError(f"{what}: its metadata entry `apt` has {name} {value!r}, {why}: export the file again.")

@@ -1,0 +1,105 @@
+"""Pixels to video and image files (PyAV, Pillow), also while they are still being made. Pixels are uint8 RGB arrays."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+from ..errors import AptError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 16, pixel_format: str = "yuv420p") -> None:
+    """Write uint8 `[F, H, W, 3]` as H.264 in an .mp4 that plays while it loads; tagged BT.709. The file appears whole or not at all.
+
+    crf: 0 (largest) to 51; pixel_format: "yuv420p" for players, "yuv444p" with a crf of 10 or less for clips to train on.
+    Raises AptError for pixels of another shape or type, odd sides in yuv420p, another suffix, and a place that cannot be written.
+    """
+    frames = _checked(Path(path), frames, 4)
+    with video_writer(path, *frames.shape[1:3], fps, crf, pixel_format) as write:
+        write(frames)
+
+
+@contextmanager
+def video_writer(
+    path: str | Path, height: int, width: int, fps: float, crf: int = 16, pixel_format: str = "yuv420p"
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is as with `write_video`."""
+    path = Path(path)
+    check_name(path, frames=2)
+    if not (math.isfinite(fps) and fps > 0):
+        raise AptError(f"{path}: {fps:g} frames a second cannot be: give a number above 0.")
+    if pixel_format not in ("yuv420p", "yuv444p") or "libx264" not in av.codecs_available:
+        raise AptError(f"{path}: this PyAV cannot write {pixel_format} with libx264: use yuv420p or yuv444p, and a PyAV from PyPI.")
+    if pixel_format == "yuv420p" and (height % 2 or width % 2):
+        raise AptError(f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: crop them or use yuv444p.")
+    with _replacing(path) as partial, av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rational(fps))
+        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, pixel_format, {"crf": str(crf)}
+        stream.options |= {"x264-params": "no-mbtree=1"}  # with it the same frames give other files from run to run
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
+        codec.color_range = 1  # limited
+        if height * width <= 256 * 256:
+            codec.thread_count = 1  # starting threads takes longer than a small clip
+
+        def write(frames: np.ndarray) -> None:
+            for pixels in _checked(path, frames, 4):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                container.mux(stream.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
+
+        yield write
+        container.mux(stream.encode())
+
+
+def write_image(path: str | Path, pixels: np.ndarray) -> None:
+    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`."""
+    path, pixels = Path(path), np.asarray(pixels)
+    pixels = _checked(path, pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels, 3)
+    check_name(path, frames=1)
+    with _replacing(path) as partial:
+        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
+
+
+def check_name(path: str | Path, frames: int) -> None:
+    """Raises AptError where so many frames cannot become a file of that name: a picture, or from two on a video."""
+    suffix = Path(path).suffix.lower()
+    if frames > 1 and suffix != ".mp4":
+        raise AptError(f"{path}: videos are written as .mp4, give a name that ends so.")
+    if frames == 1 and suffix not in IMAGE_SUFFIXES:
+        raise AptError(f"{path}: no image can be written with this suffix, give one of {' '.join(IMAGE_SUFFIXES)}.")
+
+
+def rational(value: float) -> Fraction:
+    """A frame rate or a time as FFmpeg wants it: 23.976 is 24000/1001 nearly enough."""
+    return Fraction(value).limit_denominator(100_000)
+
+
+def _checked(path: Path, pixels, dims: int) -> np.ndarray:
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        want = "[F, H, W, 3]" if dims == 4 else "[H, W, 3]"
+        raise AptError(f"{path}: pixels of shape {list(pixels.shape)} and type {pixels.dtype} were given, but {want} in uint8 are needed.")
+    return pixels
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` if all goes well."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except (OSError, av.FFmpegError) as error:
+        raise AptError(f"{path} could not be written ({error.strerror or error}): check the folder and its free space.") from None
+    finally:
+        with suppress(OSError):  # of a name that cannot be, for one
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,273 @@
+"""The checkpoint contract: one safetensors file in official Wan keys that ComfyUI's Load Diffusion Model takes as it is.
+
+String metadata: `apt`, JSON {format, kind, base, phase, timestep, second_time, vae, native, text_length, updates, ema, ...}; `config`,
+JSON {"transformer": {...}} in the argument names of ComfyUI's WanModel, only where its guess from the shapes would be wrong; `modelspec.*`.
+The second form is a diffusers folder: transformer and scheduler.
+"""
+
+import inspect
+import json
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..files import keys
+from ..errors import AptError
+from ..files.jsonfile import read_object
+from ..models.precision import cast, weight_dtype
+from ..files.checkpoint_header import read_header
+from ..files.tensorfile import check_count, check_finite, check_floats, check_shapes, read_tensors, write_tensors
+from ..files.contract import is_lora, metadata_json, metadata_strings, read_apt
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# What ComfyUI takes for granted (comfy/model_detection.py, "wan2.1"). Its WanModel and diffusers have the same names for these.
+HEAD_DIM = 128
+ASSUMED = {"text_dim": 4096, "freq_dim": 256, "patch_size": [1, 2, 2], "eps": 1e-6, "cross_attn_norm": True}
+
+
+def save_generator(
+    path: str | Path,
+    model: torch.nn.Module | Mapping[str, Tensor],
+    transformer_config: Mapping,
+    metadata: Mapping,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write one checkpoint file, atomically.
+
+    model: a WanTransformer3DModel or its state dict, in diffusers or official keys; transformer_config: the arguments that built it
+    (model.config will do); metadata: JSON values for `apt`, on top of {format: 1, kind: "generator", timestep: 1000}, except names
+    that begin with `modelspec.`, which become entries of their own.
+    Raises AptError for missing, extra or wrongly shaped keys, for NaN or infinite weights, for metadata that is not JSON or of
+    an unknown kind, and when the place cannot be written; whatever was at `path` then stays.
+    """
+    state = model.state_dict() if isinstance(model, torch.nn.Module) else dict(model)
+    config = _known_arguments(transformer_config)
+    layout, prefix = _layout(path, state)
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    if layout == "diffusers":
+        state = {_renamed(path, key, keys.transformer_to_official): value for key, value in state.items()}
+    expected = {keys.transformer_to_official(key): value.shape for key, value in _meta_transformer(path, None, config).state_dict().items()}
+    check_shapes(path, {key: value.shape for key, value in state.items()}, expected, "Wan transformer of its config")
+
+    strings = metadata_strings(path, metadata)
+    if comfy := comfy_config(config):
+        strings["config"] = json.dumps({"transformer": comfy})
+    check_finite(path, state)
+    write_tensors(path, cast_tensors(path, state, dict.fromkeys(state, dtype)), strings)
+
+
+def comfy_config(config: Mapping) -> dict:
+    """The WanModel arguments that ComfyUI would guess wrong from the shapes of a model with this diffusers config; mostly {}."""
+    full = {name: p.default for name, p in _arguments().items()} | dict(config)
+    heads, head_dim = full["num_attention_heads"], full["attention_head_dim"]
+    return unguessed(heads, head_dim, {name: full[name] for name in ASSUMED}, full["out_channels"] or full["in_channels"])
+
+
+def unguessed(heads: int, head_dim: int, values: Mapping, out_channels: int) -> dict:
+    """The same from the number and width of heads, `values` under the names of ASSUMED, and the channels of the latents that come out."""
+    out = {"num_heads": heads} if head_dim != HEAD_DIM else {}
+    for name, assumed in ASSUMED.items():
+        value = list(values[name]) if name == "patch_size" else values[name]
+        if value != assumed:
+            out[name] = value
+    if "patch_size" in out:
+        out["out_dim"] = out_channels
+    return out
+
+
+def transformer_config_from(shapes: Mapping[str, tuple], metadata: Mapping[str, str], path: str | Path = "the file") -> dict:
+    """WanTransformer3DModel's arguments, from the shapes of a file in either layout (prefix allowed) and its string metadata.
+
+    Everything but the number of heads and eps shows in the shapes; those come from `config`, else as ComfyUI guesses: 128 a head, 1e-6.
+    Raises AptError when a defining key is missing or misshapen, or when the number of heads cannot be told.
+    """
+    layout, prefix = _layout(path, shapes)
+
+    def shape(official: str, rank: int, optional: bool = False) -> tuple[int, ...] | None:
+        key = prefix + official if layout == "official" else keys.transformer_to_diffusers(official)
+        if key not in shapes and optional:
+            return None
+        if key not in shapes:
+            raise AptError(f"{path}: {key} missing: the file is not a whole Wan transformer, export or download it again.")
+        if len(shapes[key]) != rank or min(shapes[key]) < 1:
+            raise AptError(f"{path}: {key} has shape {tuple(shapes[key])}, not that of a Wan transformer: export or download it again.")
+        return tuple(shapes[key])
+
+    given = metadata_json(path, metadata, "config").get("transformer", {})
+    dim, in_channels, *patch = shape("patch_embedding.weight", 5)
+    heads = given.get("num_heads", dim // HEAD_DIM if dim % HEAD_DIM == 0 else None) if isinstance(given, dict) else None
+    if not isinstance(heads, int) or heads < 1 or dim % heads or dim // heads % 2:
+        raise AptError(f"{path}: {dim} channels do not tell the number of heads: its metadata entry `config` must name a fitting num_heads.")
+    eps = given.get("eps", ASSUMED["eps"])
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise AptError(f"{path}: its metadata entry `config` has eps {eps!r}: it must be a small positive number.")
+    image, position = shape("img_emb.proj.0.weight", 1, optional=True), shape("img_emb.emb_pos", 3, optional=True)
+    added = shape("blocks.0.cross_attn.k_img.weight", 2, optional=True)
+    blocks = Counter(key.removeprefix(prefix).split(".")[1] for key in shapes if key.removeprefix(prefix).startswith("blocks."))
+    if len(blocks) * blocks["0"] > 2 * len(shapes):
+        raise AptError(f"{path} names {len(blocks)} blocks, but only the first ones have tensors: export or download it again.")
+    return {
+        "patch_size": tuple(patch),
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": in_channels,
+        "out_channels": shape("head.head.bias", 1)[0] // math.prod(patch),
+        "text_dim": shape("text_embedding.0.weight", 2)[1],
+        "freq_dim": shape("time_embedding.0.weight", 2)[1],
+        "ffn_dim": shape("blocks.0.ffn.0.weight", 2)[0],
+        "num_layers": len(blocks),
+        "cross_attn_norm": shape("blocks.0.norm3.weight", 1, optional=True) is not None,
+        "eps": eps,
+        "image_dim": image and image[0],
+        "added_kv_proj_dim": added and added[1],
+        "pos_embed_seq_len": position and position[1],
+    }
+
+
+def read_config(path: str | Path) -> dict:
+    """The arguments of the transformer in a file or a diffusers folder, without reading a weight. Raises AptError as `load_transformer` does."""
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)[1]
+    header = read_header(path)
+    return transformer_config_from(header.shapes, header.metadata, path)
+
+
+def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+    """A transformer with every weight from `path`, or an error. Trainable, in train mode as diffusers builds it.
+
+    path: one safetensors file (official or diffusers keys; fp32, fp16 or bf16), or a diffusers folder (itself, or with a subfolder
+    transformer; sharded or not). cls: a WanTransformer3DModel or subclass, by default apt_core.models.wan.WanBackbone. dtype: of the weights; beside
+    16 bits those of `precision.stays_fp32` are fp32, as in diffusers. device "meta" gives the model without weights, from the header alone.
+    Raises AptError that names the file and, where there is one, the key: see `read_header` and `tensorfile.read_tensors`; missing, extra or
+    wrongly shaped keys; a LoRA. Nothing is built before all checks have passed.
+    """
+    path = Path(path)
+    files, config = _folder(path) if path.is_dir() else ([path], None)
+    headers = [read_header(file) for file in files]
+    shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
+    for file, header in zip(files, headers):
+        if is_lora(read_apt(file, header.metadata)):
+            raise AptError(f"{file} is a LoRA, not a whole Wan transformer: give the model that the LoRA belongs to.")
+        check_floats(file, header)
+    layout, prefix = _layout(path, shapes)
+    config = config or transformer_config_from(shapes, headers[0].metadata, path)
+    check_count(path, "num_layers", config.get("num_layers", 1), shapes)
+    model = _meta_transformer(path, cls, config)
+    official = layout == "official"
+    name_in_file = {key: prefix + keys.transformer_to_official(key) if official else key for key in model.state_dict()}
+    expected = {name_in_file[key]: value.shape for key, value in model.state_dict().items()}
+    check_shapes(path, shapes, expected, "Wan transformer of its config")
+    if torch.device(device).type == "meta":
+        return cast(model, dtype)
+
+    tensors = {key: tensor for file in files for key, tensor in read_tensors(file)[0].items()}
+    state = {key: tensors.pop(name) for key, name in name_in_file.items()}
+    # A copy: what safetensors hands out is a window on the file, which someone may write over while we train.
+    dtypes = {key: weight_dtype(model, key, dtype) for key in state}
+    model.load_state_dict(cast_tensors(path, state, dtypes, device, copy=True), assign=True)
+    # Its tables are the one thing that no file holds.
+    built = model.config
+    model.rope = type(model.rope)(built.attention_head_dim, built.patch_size, built.rope_max_seq_len).to(device)
+    return model
+
+
+def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Mapping) -> None:
+    """Write `path`/transformer, `path`/scheduler (FlowMatchEulerDiscreteScheduler, shift 5) and `path`/apt.json, for stock diffusers.
+
+    The folder appears whole or not at all; an older export at `path` is replaced, any other folder is refused.
+    Raises AptError for that, for NaN or infinite weights and when the place cannot be written.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+    path, state = Path(path), model.state_dict()
+    if path.exists() and not ((path / "apt.json").is_file() or (path.is_dir() and not any(path.iterdir()))):
+        raise AptError(f"{path} exists and is not an earlier export: give a new folder.")
+    stock = _meta_transformer(path, WanTransformer3DModel, _known_arguments(model.config))
+    expected = {key: value.shape for key, value in stock.state_dict().items()}
+    check_shapes(path, {key: value.shape for key, value in state.items()}, expected, "Wan transformer of its config")
+    apt = json.loads(metadata_strings(path, metadata)["apt"])
+    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
+    try:
+        write_tensors(new / "transformer" / WEIGHTS, state, {"apt": json.dumps(apt)})
+        stock.save_config(new / "transformer")
+        FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(new / "scheduler")
+        (new / "apt.json").write_text(json.dumps(apt, indent=2) + "\n", encoding="utf-8")
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    except OSError as error:
+        raise AptError(f"{path} could not be written ({error}): check the folder and its free space; nothing there has changed.") from error
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _folder(path: Path) -> tuple[list[Path], dict]:
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    try:
+        config = read_object(folder / "config.json", "")
+        if config["_class_name"] not in ("WanTransformer3DModel", "WanBackbone"):
+            raise KeyError
+        index = folder / f"{WEIGHTS}.index.json"
+        names = sorted(set(read_object(index, "")["weight_map"].values())) if index.exists() else [WEIGHTS]
+        files = [folder / Path(n).name for n in names]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise AptError(f"{folder} is not a diffusers folder of a Wan transformer: give one with its config.json, or a .safetensors file.") from None
+    return files, _known_arguments(config)
+
+
+def _arguments() -> Mapping[str, inspect.Parameter]:
+    from diffusers import WanTransformer3DModel
+
+    return {name: p for name, p in inspect.signature(WanTransformer3DModel.__init__).parameters.items() if name != "self"}
+
+
+def _known_arguments(config: Mapping) -> dict:
+    return {name: config[name] for name in _arguments() if name in config}
+
+
+def _meta_transformer(path, cls: type | None, config: Mapping):
+    if cls is None:
+        from ..models.wan import WanBackbone as cls
+    try:
+        with torch.device("meta"):
+            return cls(**config)
+    except Exception as error:  # whatever a foreign config breaks
+        reason = " ".join(str(error).split())
+        raise AptError(f"{path}: no Wan transformer can be built from its config ({reason}): export or download it again.") from None
+
+
+def cast_tensors(
+    path: str | Path, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], device: str | torch.device = "cpu", copy: bool = False
+) -> dict[str, Tensor]:
+    """`state` with each key's dtype. Raises AptError, which names the key, for weights that fp16 cannot hold."""
+    out = {}
+    for key, value in state.items():
+        out[key] = value.to(device, dtypes[key], copy=copy)
+        if dtypes[key] == torch.float16 and not torch.isfinite(out[key]).all():
+            raise AptError(f"{path}: {key} has weights beyond what fp16 can hold: use bf16 or fp32.")
+    return out
+
+
+def _layout(path, state: Mapping) -> tuple[str, str]:
+    try:
+        return keys.detect_layout(state)
+    except AptError as error:
+        raise AptError(f"{path}: {error}") from None
+
+
+def _renamed(path, key: str, rename) -> str:
+    try:
+        return rename(key)
+    except AptError as error:
+        raise AptError(f"{path}: {error}") from None

@@ -1,0 +1,1 @@
+"""The method as the paper writes it: flow, generator, discriminator, objectives, consistency."""

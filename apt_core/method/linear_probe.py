@@ -1,0 +1,85 @@
+"""A linear probe (5.5): what of a result can already be read off inner tokens by one linear layer."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import AptError
+
+
+class Ridge:
+    """Ridge regression of k targets on d inputs with a bias, from sums over rows: exact, no learning rate, rows may come in any portions.
+
+    The sums are fp64, centred near the mean of the first portion: tokens far from zero would cost digits.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._near: tuple[Tensor, Tensor] | None = None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x: inputs [n, d], y: targets [n, k]."""
+        x, y = x.double(), y.double()
+        if self._near is None:
+            self._near = x.mean(0), y.mean(0)
+            self._xx, self._xy = x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1], y.shape[1])
+            self._x, self._y = torch.zeros_like(self._near[0]), torch.zeros_like(self._near[1])
+        x, y = x - self._near[0], y - self._near[1]
+        self.rows += len(x)
+        self._x += x.sum(0)
+        self._y += y.sum(0)
+        self._xx += x.T @ x
+        self._xy += x.T @ y
+
+    def solve(self, penalty: float = 1e-6) -> tuple[Tensor, Tensor]:
+        """Weight [d, k] and bias [k], fp64, that minimise `sum |x W + b - y|^2 + p |W|^2`, p being `penalty` times the inputs' mean sum of squares.
+
+        The bias is not penalised. Raises AptError when nothing was added, and for a penalty that is not above 0.
+        """
+        if not self.rows or not penalty > 0:
+            raise AptError(f"a probe needs samples and a penalty above 0, but has {self.rows} rows and {penalty:g}.")
+        x, y = self._x / self.rows, self._y / self.rows
+        squares = self._xx - self.rows * torch.outer(x, x)
+        products = self._xy - self.rows * torch.outer(x, y)
+        mean = squares.diagonal().mean()
+        squares.diagonal().add_(penalty * mean if mean > 0 else 1.0)  # inputs that never change tell nothing
+        weight = torch.linalg.solve(squares, products)
+        return weight, self._near[1] + y - (self._near[0] + x) @ weight
+
+
+def to_patches(latents: Tensor, patch: Sequence[int]) -> Tensor:
+    """Latents [B, C, F, H, W] as what belongs to each token, [B, S, C * patch volume], tokens in the order (frame, row, column)."""
+    pf, ph, pw = patch
+    x = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))  # [B, C, f, pf, h, ph, w, pw]
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+
+
+def from_patches(patches: Tensor, patch: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The inverse of `to_patches`; shape: (C, F, H, W) of the latents."""
+    channels, *sizes = shape
+    x = patches.unflatten(2, (channels, *patch)).unflatten(1, [n // p for n, p in zip(sizes, patch)])  # [B, f, h, w, C, pf, ph, pw]
+    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def band_energies(x: Tensor, cut: float = 1 / 3) -> tuple[float, float]:
+    """The sum of squares of x [..., H, W] in its low and in its high spatial frequencies.
+
+    By an orthonormal cosine transform (DCT-II) of rows and columns, so that the two add up to the whole. Low is what lies below `cut` of the
+    highest frequency that a row can hold, in any direction.
+    """
+    height, width = x.shape[-2:]
+    rows, columns = _cosines(height).to(x.device), _cosines(width).to(x.device)
+    energy = (rows @ x.double() @ columns.T).square()
+    radius = torch.hypot((torch.arange(height) / height)[:, None], (torch.arange(width) / width)[None]).to(x.device)
+    low = energy[..., radius < cut].sum()
+    return float(low), float(energy.sum() - low)
+
+
+def _cosines(n: int) -> Tensor:
+    """The orthonormal DCT-II of n values as a matrix, [frequency, place]."""
+    k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)[None]
+    table = (math.pi / n * (i + 0.5) * k).cos() * math.sqrt(2 / n)
+    table[0] /= math.sqrt(2)
+    return table

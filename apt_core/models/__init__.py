@@ -1,0 +1,1 @@
+"""The networks: Wan, MMDiT, VAE, text encoder, adapters, attention."""

@@ -1,0 +1,290 @@
+"""LoRA on ONE frozen base that teacher, generator and discriminator share, each role with adapters of its own.
+
+    add_adapters(base, ["generator", "discriminator"], rank=64)
+    generator = role(base, "generator")
+    discriminator = Discriminator(role(base, "discriminator"))
+    teacher = role(base, None)
+
+A role is a module that is called like the backbone, and whose parameters and state dict are its own adapters alone. Any number of calls of
+any roles may lie in one autograd graph, with or without activation checkpointing: a block is bound to its role when it is called, so
+that its recomputation in the backward pass, outside of any call, takes the same one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..files.contract import metadata_strings
+from ..files.checkpoint_header import read_header
+from ..errors import AptError
+from ..files.tensorfile import check_shapes, read_tensors, write_tensors
+from ..files.contract import metadata_json
+
+BASE = "base"
+LORA_PREFIX = "diffusion_model."
+"""With official names after it, the one form of a LoRA's keys that both ComfyUI and diffusers load."""
+
+
+class Switch:
+    """Which role the adapted layers of one model play at this moment. One switch per model."""
+
+    def __init__(self, roles: Sequence[str]):
+        self.roles = tuple(roles)
+        self.role: str | None = None
+
+    def run(self, role: str, function: Callable, *args, **kwargs):
+        """`function(*args, **kwargs)` in a role; the one before comes back, also after an error."""
+        before, self.role = self.role, role
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.role = before
+
+
+class Adapter(nn.Module):
+    """`B A x * scale`, B zero at first. Its weights are fp32 masters; it computes in the dtype of `x`."""
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        options = {"bias": False, "device": linear.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(linear.in_features, rank, **options)
+        self.lora_B = nn.Linear(rank, linear.out_features, **options)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in]. Returns [..., out]."""
+        return F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype)) * self.scale
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to its layer's weight, fp32 [out, in]."""
+        return _whole(self.lora_B.weight) @ _whole(self.lora_A.weight) * self.scale
+
+
+class AdaptedLinear(nn.Linear):
+    """A frozen linear layer, its weights under their old names, with an adapter for each role that adapts it."""
+
+    def __init__(self, linear: nn.Linear, switch: Switch, rank: int, scale: float):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.switch = switch
+        self.adapters = nn.ModuleDict({name: Adapter(linear, rank, scale) for name in switch.roles})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in]. Returns [..., out] of the switch's role."""
+        role = self.switch.role
+        if role is None:
+            raise RuntimeError("a layer with adapters ran outside of a role: call the model through apt_core.models.lora.role(model, name).")
+        y = super().forward(x)
+        return y + self.adapters[role](x) if role in self.adapters else y
+
+
+class _Blocks(nn.ModuleList):
+    """Iterated during a role's call, hands out its blocks bound to that role: they then take it along into a recomputation."""
+
+    def __init__(self, blocks: Sequence[nn.Module], switch: Switch):
+        super().__init__(blocks)
+        self.switch = switch
+
+    def __iter__(self) -> Iterator[Callable]:
+        if self.switch.role is None:
+            return super().__iter__()
+        return (partial(self.switch.run, self.switch.role, block) for block in super().__iter__())
+
+    def __getitem__(self, index: int | slice):
+        return _Blocks(list(self._modules.values())[index], self.switch) if isinstance(index, slice) else super().__getitem__(index)
+
+
+def add_adapters(
+    model: nn.Module, roles: Sequence[str], rank: int, alpha: float | None = None, targets: Sequence[str] | None = None
+) -> nn.Module:
+    """Freezes `model` (a WanBackbone or MMDiTBackbone) and gives each role adapters on its linear layers; returns it.
+
+    rank: of every adapter; alpha: scales them by alpha / rank, by 1 unless given; targets: endings of layer names such as "attn1.to_q",
+    by default every linear layer inside the blocks. The model's own keys stay; adapters come beside them as
+    `<layer>.adapters.<role>.lora_A.weight` and `lora_B`. A (the usual uniform) draws on torch's global generator.
+    To be done before FSDP2 shards the model, so that a block's adapters travel with it.
+
+    Raises AptError for a model that has adapters already, unusable role names, a rank below 1, and targets that name no linear layer.
+    """
+    if isinstance(model.blocks, _Blocks):
+        raise AptError(f"this model has adapters already, for {', '.join(model.blocks.switch.roles)}: name all roles at once.")
+    if not roles or len(set(roles)) < len(roles) or not all(name.isidentifier() and name != BASE for name in roles):
+        raise AptError(f"roles must be different plain names other than {BASE!r}, got {list(roles)}.")
+    if rank < 1:
+        raise AptError(f"the rank of a LoRA must be at least 1, got {rank}.")
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = [name for name in linears if (name.startswith("blocks.") if targets is None else _ends_in(name, targets))]
+    if idle := [target for target in targets or () if not any(_ends_in(name, [target]) for name in linears)]:
+        known = sorted({name.split(".", 2)[2] for name in linears if name.startswith("blocks.")})
+        raise AptError(f"{idle[0]!r} ends no linear layer's name: the blocks have {', '.join(known)}.")
+
+    model.requires_grad_(False)
+    switch = Switch(roles)
+    for name in chosen:
+        model.set_submodule(name, AdaptedLinear(linears[name], switch, rank, 1.0 if alpha is None else alpha / rank))
+    model.blocks = _Blocks(list(model.blocks), switch)
+    return model
+
+
+class Role(nn.Module):
+    """What `role` returns. `base` is the shared model; submodules are this role's adapters under their layers' names."""
+
+    def __init__(self, base: nn.Module, name: str):
+        super().__init__()
+        self.__dict__["base"] = base  # not a submodule: its parameters are not this role's
+        self.name = name
+        self.config, self.image_conditioned = base.config, base.image_conditioned
+        self.has_head = True
+        for layer, module in base.named_modules():
+            if isinstance(module, AdaptedLinear) and name in module.adapters:
+                _attach(self, layer, module.adapters[name])
+
+    def forward(self, *args, taps: Sequence[int] | None = None, **kwargs):
+        """As the backbone's forward, with the base's weights plus this role's adapters."""
+        if taps is None and not self.has_head:
+            raise AptError("this role has no output head any more (drop_output_head): it can only be called with taps.")
+        return self.base.blocks.switch.run(self.name, self.base, *args, taps=taps, **kwargs)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """This role's adapters by the names of their layers."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Adapter)}
+
+    def drop_output_head(self) -> None:
+        """Removes this role's adapters of the output head, which then would get no gradient. The shared base keeps its head."""
+        self.has_head = False
+        self._drop([name for name in self.adapters() if name.startswith(self.base.output_head)])
+
+    def keep_blocks(self, count: int) -> None:
+        """Removes this role's adapters behind the first `count` blocks, and what would have no gradient in the last of those."""
+        idle = [f"blocks.{i}." for i in range(count, len(self.base.blocks))] + [f"blocks.{count - 1}.{layer}" for layer in self.base.text_only]
+        self._drop([name for name in self.adapters() if name.startswith(tuple(idle))])
+        self.config = type(self.config)({**self.config, "num_layers": count})
+
+    def _drop(self, layers: Sequence[str]) -> None:
+        for layer in layers:
+            del self.base.get_submodule(layer).adapters[self.name]
+            parent, _, leaf = layer.rpartition(".")
+            delattr(self.get_submodule(parent), leaf)
+
+    def enable_gradient_checkpointing(self, function: Callable | None = None) -> None:
+        """Recomputes blocks in the backward pass, for all roles of the base."""
+        self.base.enable_gradient_checkpointing(function)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keeps activations again, for all roles of the base."""
+        self.base.disable_gradient_checkpointing()
+
+
+def role(model: nn.Module, name: str | None) -> Role:
+    """The model in one of its roles; None or "base" is the frozen base alone. Light: it holds nothing but references.
+
+    Raises AptError for a model without adapters and for a role that it does not have.
+    """
+    roles = model.blocks.switch.roles if isinstance(model.blocks, _Blocks) else ()
+    if not roles or name not in (None, BASE, *roles):
+        raise AptError(f"the model has no role {name!r}, only {', '.join((BASE, *roles))}: name it in add_adapters.")
+    return Role(model, name or BASE)
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The role's weights, `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank], fp32, live (DTensors where sharded)."""
+    return role(model, name).state_dict()
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
+    """State dict of a model without adapters that computes what the role computes: `W + B A alpha / rank`, summed in fp32.
+
+    Keys, shapes and dtypes are the base's. Of a sharded model, whole tensors; all ranks must call. Raises AptError as `role` does.
+    """
+    adapters = role(model, name).adapters()
+    state = {}
+    for key, value in model.state_dict().items():
+        if ".adapters." in key:
+            continue
+        value, layer = _whole(value), key.removesuffix(".weight")
+        state[key] = (value.float() + adapters[layer].delta()).to(value.dtype) if layer in adapters else value
+    return state
+
+
+@torch.no_grad()
+def fold(model: nn.Module, name: str) -> nn.Module:
+    """Makes `model` compute for good, in place and without adapters, what the role computes; returns it. Sums in fp32, as `merged_state`."""
+    adapters = role(model, name).adapters()
+    for layer, module in list(model.named_modules()):
+        if not isinstance(module, AdaptedLinear):
+            continue
+        plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        plain.weight, plain.bias = module.weight, module.bias
+        if layer in adapters:
+            plain.weight.copy_(module.weight.float() + adapters[layer].delta())
+        model.set_submodule(layer, plain)
+    model.blocks = nn.ModuleList(model.blocks)
+    return model
+
+
+@torch.no_grad()
+def lora_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The role as the tensors of a LoRA file: `diffusion_model.<official name>.lora_A.weight` and `.lora_B.weight`, alpha / rank
+    multiplied into B, so that strength 1 is right without an alpha. Of a sharded model, whole tensors; all ranks must call.
+
+    An MMDiT has no official names but its own, and no program other than ours to read them. Raises AptError as `role` does.
+    """
+    state = {}
+    for layer, adapter in role(model, name).adapters().items():
+        official = LORA_PREFIX + model.official_name(layer)
+        state[f"{official}.lora_A.weight"] = _whole(adapter.lora_A.weight)
+        state[f"{official}.lora_B.weight"] = _whole(adapter.lora_B.weight) * adapter.scale
+    return state
+
+
+def save_lora(path: str | Path, model: nn.Module, name: str, metadata: Mapping, dtype: torch.dtype = torch.float32) -> None:
+    """Write the role as a LoRA file that ComfyUI and diffusers load as it is. Of a sharded model, let rank 0 write `lora_state`.
+
+    metadata: as for `checkpoint.save_generator`; `apt` says {kind: "lora", rank} on top. Raises AptError as `lora_state` does, for
+    NaN or infinite weights, and when the place cannot be written; whatever was at `path` then stays.
+    """
+    state = lora_state(model, name)
+    rank = next(iter(state.values())).shape[0]
+    strings = metadata_strings(path, {**metadata, "kind": "lora", "rank": rank})
+    write_tensors(path, {key: value.to(dtype) for key, value in state.items()}, strings)
+
+
+@torch.no_grad()
+def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
+    """Reads a file of `save_lora` back into the role, exactly what it was up to the file's dtype and the scale's rounding.
+
+    Raises AptError for a damaged file, one that is not a LoRA, and other layers or ranks than the role has; it then changes nothing.
+    """
+    if metadata_json(path, read_header(path).metadata, "apt").get("kind", "lora") != "lora":
+        raise AptError(f"{path} is a whole transformer, not a LoRA: load it as the base.")
+    tensors, header = read_tensors(path)
+    adapters = {LORA_PREFIX + model.official_name(layer): adapter for layer, adapter in role(model, name).adapters().items()}
+    weights = {f"{layer}.{part}.weight": (adapter, part) for layer, adapter in adapters.items() for part in ("lora_A", "lora_B")}
+    expected = {key: getattr(adapter, part).weight.shape for key, (adapter, part) in weights.items()}
+    check_shapes(path, header.shapes, expected, "LoRA of this rank and these layers")
+    for key, (adapter, part) in weights.items():
+        getattr(adapter, part).weight.copy_(tensors[key] / (adapter.scale if part == "lora_B" else 1))
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _ends_in(name: str, targets: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
+    *parents, leaf = name.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]
+    root.add_module(leaf, module)

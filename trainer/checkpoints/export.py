@@ -1,0 +1,90 @@
+"""`export`: a trained generator as one file for ComfyUI (fp32, fp16, bf16 or fp8), a LoRA file, or a diffusers folder."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apt_core.files import keys
+from apt_core.loading.checkpoint import comfy_config, save_diffusers_folder, save_generator
+from apt_core.files.contract import metadata_strings
+from apt_core.errors import AptError
+from apt_core.models.lora import merged_state, save_lora
+from apt_core.models.mmdit import MMDiTBackbone
+from apt_core.files.tensorfile import write_tensors
+from apt_core.models.wan import WanBackbone
+from trainer.run.folders import resolve
+from trainer.checkpoints.trained_models import ROLE, Generator, cast, open_generator
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMS = ("file", "lora", "diffusers")
+FP8 = torch.float8_e4m3fn
+SCALED_FP8 = "scaled_fp8"
+"""The entry by which ComfyUI knows the format; two elements ask it to compute in 16 bits and only store in 8."""
+
+
+def export(source: Path, out: Path, form: str = "file", dtype: str = "bf16", base: str | None = None, ema: float | None = None) -> str:
+    """Write the generator at `source` (see `open_generator`) to `out`, and say what was written.
+
+    form: "file", "lora" (for one trained as a LoRA) or "diffusers"; dtype: "fp32", "fp16", "bf16", or for a file "fp8": linear layers of the
+    blocks in float8_e4m3fn with a scale each, the rest in bf16, as ComfyUI loads it.
+    Raises AptError for combinations that cannot be, and as `open_generator` and the writers of apt_core.loading.checkpoint do.
+    """
+    if form not in FORMS or dtype not in (*DTYPES, "fp8"):
+        raise AptError(f"--form {form} --dtype {dtype} cannot be: forms are {', '.join(FORMS)}, dtypes {', '.join(DTYPES)} and fp8.")
+    if dtype == "fp8" and form != "file":
+        raise AptError(f"fp8 is for single files: use --form file, or --dtype bf16 with --form {form}.")
+    if form != "diffusers" and out.suffix != ".safetensors":
+        out = out.with_name(out.name + ".safetensors")  # ComfyUI lists no other names
+    if out.exists() and out.resolve() in (resolve(source).resolve(), base and Path(base).resolve()):
+        raise AptError(f"{out} is what is to be exported, or what it was trained from: give another --out.")
+    generator = open_generator(source, base, ema)
+    if isinstance(generator.base or generator.model, MMDiTBackbone):
+        raise AptError(f"{source} is an MMDiT, which neither ComfyUI nor diffusers know: use the file as it is, with this trainer.")
+    metadata = generator.metadata | {"kind": "generator"}
+    if form == "lora":
+        if generator.base is None:
+            raise AptError(f"{source} was trained whole, not as a LoRA: use --form file or diffusers.")
+        save_lora(out, generator.base, ROLE, {**metadata, "kind": "lora"}, DTYPES[dtype])
+    elif form == "diffusers":
+        save_diffusers_folder(out, cast(whole(generator), torch.device("cpu"), DTYPES[dtype]), metadata)
+    elif dtype == "fp8":
+        model = whole(generator)
+        save_fp8(out, model, metadata)
+    else:
+        model = whole(generator)
+        save_generator(out, model, model.config, metadata, DTYPES[dtype])
+    return f"{out}: {form} in {dtype} of {source}"
+
+
+def whole(generator: Generator) -> WanBackbone:
+    """The generator as one network: adapters, where it has any, added into the weights."""
+    if generator.base is None:
+        return generator.model
+    names = {name: value for name, value in generator.base.config.items() if not name.startswith("_")}
+    with torch.device("meta"):
+        model = WanBackbone(**names)
+    model.load_state_dict(merged_state(generator.base, ROLE), assign=True)
+    return model
+
+
+def save_fp8(path: Path, model: WanBackbone, metadata: dict) -> None:
+    """One file in ComfyUI's scaled fp8: `X.weight` in float8_e4m3fn and `X.scale_weight` for every linear layer of the blocks, all else in bf16.
+
+    Raises AptError as `save_generator` does.
+    """
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name.startswith("blocks.")}
+    tensors: dict[str, Tensor] = {SCALED_FP8: torch.zeros(2, dtype=FP8)}
+    for key, value in model.state_dict().items():
+        official, (layer, _, leaf) = keys.transformer_to_official(key), key.rpartition(".")
+        if leaf != "weight" or layer not in linears:
+            tensors[official] = value.bfloat16()
+            continue
+        scale = (value.float().abs().max() / torch.finfo(FP8).max).clamp(min=1e-12)
+        tensors[official] = (value.float() / scale).to(FP8)
+        tensors[official.removesuffix("weight") + "scale_weight"] = scale
+    strings = metadata_strings(path, {**metadata, "dtype": "fp8"})
+    if comfy := comfy_config(model.config):
+        strings["config"] = json.dumps({"transformer": comfy})
+    write_tensors(path, tensors, strings)

@@ -1,0 +1,116 @@
+"""`generate`: prompts to videos or pictures, from any checkpoint of this project or a base model, on one process or many."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from apt_core.errors import AptError
+from apt_core.models.lora import fold
+from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.models.precision import cast
+from apt_core.engine.request import Request
+from apt_core.loading.sources import TransformerSource, load_backbone
+from trainer.checkpoints.starting_models import read_about
+from trainer.config import Files
+from trainer.machines.distributed import World
+from trainer.files import make_folder
+from trainer.run.folders import FACTS, is_state, resolve
+from trainer.run.progress import console, stage_bar
+from trainer.checkpoints.trained_models import ROLE, base_of, open_generator
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises AptError for a file that is not there, not text or empty."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]  # no other character ends a line of a prompt
+    except (OSError, UnicodeDecodeError):
+        raise AptError(f"{path} cannot be read as UTF-8 text: give a file with one prompt a line.") from None
+    if not any(lines):
+        raise AptError(f"{path} holds no prompt: write one a line.")
+    return [line for line in lines if line]
+
+
+def generate(
+    checkpoint: Path, request: Request, out: Path, files: Files, world: World = World(), ema: float | None = None, **options
+) -> list[Path]:
+    """Write one file a sample into `out`, `NNNN-words-of-the-prompt-seedS-XXXXXX.mp4` (or .png), and return this process's.
+
+    XXXXXX stands for all that the sample depends on (files, prompt, sizes, steps, ...): another request never takes the place of a file, and what is
+    there already is not made again.
+    files: the VAE and the text encoder, and the base of a LoRA. options: of OneStepPipeline. Sample number n is the same for any number of
+    processes: the `cp` processes of a row of the world make it together, rows take every dp-th one.
+    Raises AptError for files that do not fit the checkpoint, and for sizes that the model cannot make.
+    """
+    source = find_source(checkpoint, files.base, ema)
+    pipe = OneStepPipeline.from_checkpoint(
+        source, files.vae, files.text_encoder, files.tokenizer, files.base,
+        device=world.device, group=world.cp_group if world.cp > 1 else None, **options,
+    )  # fmt: skip
+    request = request.fitted(pipe.sources)
+    if world.main:
+        pipe.embed(request)  # so that the others find it in the cache, and one encoder is loaded instead of many
+    world.barrier()
+    text = pipe.embed(request)
+    mine = range(world.dp_rank, request.samples, world.dp)
+    make_folder(out)
+    common = _common(checkpoint, files, ema, options)
+    paths = [out / _name(common, request, number) for number in range(request.samples)]
+    there = world.gather({number for number, path in enumerate(paths) if path.exists()})[0]  # as the first process sees it: partners must agree
+    if there and world.main:
+        console.print(f"{len(there)} of {len(paths)} samples are in {out} already.", markup=False, highlight=False, soft_wrap=True)
+    if pipe.approximate and world.main:
+        console.print(f"{pipe.sources.vae.name} stands in for the VAE: these pictures are near the VAE's own, not equal to them.", markup=False, highlight=False)
+    written = []
+    with stage_bar("Sampling") as report:
+        for done, number in enumerate(mine):
+            path, writes = paths[number], world.cp_rank == 0
+            if number not in there:
+                pipe.write_sample(request, number, text, path if writes else None)
+            written += [path] if writes else []
+            report(done + 1, len(mine))
+    return written
+
+
+def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> TransformerSource | Path:
+    """What a pipeline starts from: a path as it is, a training state as a source of its own. Raises AptError as `open_generator` does."""
+    path = resolve(checkpoint)
+    if not is_state(path):
+        if ema is not None:
+            open_generator(path, base or None, ema)  # says why not
+        return path
+    about = read_about(path.parent)
+    shape = load_backbone(base_of(path, about, base), device="meta")
+
+    def load(dtype: torch.dtype, device: torch.device):
+        found = open_generator(path, base or None, ema)
+        return cast(found.model if found.base is None else fold(found.base, ROLE), dtype).to(device)
+
+    return TransformerSource(str(path), dict(shape.config), about["metadata"] | {"kind": "generator"}, sum(p.numel() for p in shape.parameters()), load)
+
+
+def _common(checkpoint: Path, files: Files, ema: float | None, options: Mapping) -> list:
+    """What all samples of a call depend on, in JSON's terms."""
+
+    def file(given: str | Path) -> list:
+        path = Path(given)
+        path = path / FACTS if is_state(path) else path
+        return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if given and path.exists() else [str(given)]
+
+    looks = {name: str(value) for name, value in options.items() if name in ("fp8", "dtype", "tiny_decoder")}
+    return [file(resolve(checkpoint)), *(file(getattr(files, part)) for part in ("base", "vae", "text_encoder", "tokenizer")), ema, looks]
+
+
+def _name(common: list, request: Request, number: int) -> str:
+    """Of the file of a sample."""
+    wishes = asdict(request) | {"prompts": request.prompt(number), "count": 1, "number": number}
+    mark = hashlib.blake2b(json.dumps([*common, wishes]).encode(), digest_size=3).hexdigest()
+    return f"{number:04d}-{_words(request.prompt(number))}-seed{request.seed}-{mark}.{'png' if request.frames == 1 else 'mp4'}"
+
+
+def _words(prompt: str) -> str:
+    return re.sub(r"[^\w]+", "-", prompt).strip("-")[:40].strip("-") or "sample"

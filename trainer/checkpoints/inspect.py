@@ -1,0 +1,137 @@
+"""`inspect`: what is in a checkpoint, an adapter, a VAE, a text encoder, a folder of shards or a training state, and whether it would load."""
+
+import json
+import math
+from pathlib import Path
+
+from apt_core.loading.checkpoint import comfy_config, load_transformer, read_config
+from apt_core.errors import AptError
+from apt_core.files.keys import detect_layout, detect_vae_layout
+from apt_core.files.tensorfile import Header, check_finite, read_header, read_tensors
+from apt_core.files.contract import metadata_json
+from apt_core.models.text import TOKENIZER_KEY
+from apt_core.models.vae import load_vae
+from trainer.run.folders import is_state, resolve
+from trainer.data.shards import INDEX, ShardDataset
+from trainer.run.state import score_of
+from trainer.checkpoints.trained_models import State, base_of
+
+SCALES = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant")
+
+
+def inspect(path: Path, deep: bool = False) -> dict[str, str]:
+    """Facts about `path` by name, in the order to print them; "loads" is "yes", or the sentence that says why not.
+
+    deep: also read every weight, to find NaN and infinite ones. Raises AptError only when there is nothing at `path` that could be looked at.
+    """
+    if path.is_dir() and (path / INDEX).is_file():
+        return _shards(path)
+    path = resolve(path)
+    if is_state(path):
+        return _state(path, deep)
+    if path.is_dir():
+        return {"what": "diffusers folder of a Wan transformer", **_numbers(read_config(path)), "loads": _loads(path, deep)}
+    header = read_header(path)
+    apt = metadata_json(path, header.metadata, "apt")
+    facts = {
+        "what": _what(header),
+        "parameters": f"{sum(math.prod(shape) for shape in header.shapes.values()):,} in {len(header.shapes)} tensors",
+        "dtypes": ", ".join(sorted(set(header.dtypes.values()))),
+        "size": f"{path.stat().st_size / 2**30:.3f} GiB",
+        **{name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in apt.items()},
+        **{name: value for name, value in header.metadata.items() if name.startswith("modelspec.") and len(value) < 200},
+    }
+    return facts | _by_kind(path, header, deep)
+
+
+def _what(header: Header) -> str:
+    keys = header.shapes
+    if any(".lora_A." in key or ".lora_down." in key for key in keys):
+        return "LoRA"
+    if "mmdit" in header.metadata:
+        return "MMDiT of this trainer"
+    if any(key.endswith(SCALES) for key in keys):
+        return f"{'Wan transformer' if any('self_attn' in key for key in keys) else 'weights'} in ComfyUI's fp8"
+    if "encoder.final_layer_norm.weight" in keys:
+        return "UMT5 text encoder"
+    if {"latents", "text", "offsets"} <= keys.keys():
+        return "shard of latents"
+    for name, detect in (("Wan transformer", detect_layout), ("Wan VAE", detect_vae_layout)):
+        try:
+            layout = detect(keys)
+        except AptError:
+            continue
+        return f"{name}, {layout[0]} keys" + (f", version {layout[1]}" if detect is detect_vae_layout else "")
+    return f"unknown ({next(iter(keys), 'empty')} is its first key)"
+
+
+def _by_kind(path: Path, header: Header, deep: bool) -> dict[str, str]:
+    what = _what(header)
+    if what.startswith("Wan transformer, "):
+        config = _config_or_reason(path)
+        if isinstance(config, str):
+            return {"loads": config}
+        missing = "" if "config" in header.metadata else "missing "
+        needs = f"with the {missing}metadata entry config" if comfy_config(config) else "all from the shapes"
+        return {**_numbers(config), "ComfyUI reads": needs, "loads": _loads(path, deep)}
+    if what.startswith("Wan VAE"):
+        return {"loads": _attempt(lambda: load_vae(path))}
+    if what == "UMT5 text encoder":
+        return {"tokenizer": "inside" if TOKENIZER_KEY in header.shapes else "not inside: needs tokenizer=PATH"}
+    if what == "LoRA":
+        rank = {shape[0] for key, shape in header.shapes.items() if ".lora_A." in key}
+        return {"rank": ", ".join(map(str, sorted(rank))), "loads": _attempt(lambda: read_tensors(path)) if deep else "needs its base"}
+    return {"loads": _attempt(lambda: check_finite(path, read_tensors(path, floats_only=False)[0]))} if deep else {}
+
+
+def _config_or_reason(path: Path) -> dict | str:
+    try:
+        return read_config(path)
+    except AptError as error:
+        return f"no: {error}"
+
+
+def _numbers(config: dict) -> dict[str, str]:
+    heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+    channels = f"{config['in_channels']} latent channels, text of width {config['text_dim']}"
+    return {"shape": f"{config['num_layers']} blocks, {heads} heads x {dim} = width {heads * dim}, ffn {config['ffn_dim']}, {channels}"}
+
+
+def _loads(path: Path, deep: bool) -> str:
+    return _attempt(lambda: load_transformer(path, device="cpu" if deep else "meta"))
+
+
+def _attempt(load) -> str:
+    try:
+        load()
+    except AptError as error:
+        return f"no: {error}"
+    return "yes"
+
+
+def _shards(path: Path) -> dict[str, str]:
+    facts = {"what": "shards of latents and text"}
+    for kind in ("image", "video"):
+        try:
+            data = ShardDataset(path, kind)
+        except AptError as error:
+            return facts | {"loads": f"no: {error}"}
+        buckets = ", ".join(f"{len(places)} of {'x'.join(map(str, bucket))}" for bucket, places in data.buckets.items())
+        facts |= {f"{kind}s": f"{len(data)}{f' ({buckets})' if buckets else ''}"}
+    return facts | {"vae": json.dumps(data.vae), "text": f"width {data.text_dim}, length {data.text_length}", "fps": f"{data.fps:g}", "loads": "yes"}
+
+
+def _state(path: Path, deep: bool) -> dict[str, str]:
+    what = {"what": "training state"}
+    try:
+        state = State(path, check=deep)
+        base_of(path, state.about)
+    except AptError as error:
+        return what | {"loads": f"no: {error}"}
+    judged = {} if (score := score_of(path)) is None else {"judged": f"{score:.4g} (the lower the better, within this run)"}
+    parts: dict[str, int] = {}
+    for name in state.names(""):
+        part = name.partition("/")[0]
+        parts[part] = parts.get(part, 0) + state.numel(name)
+    numbers = {f"numbers in {part}": f"{count:,}" for part, count in sorted(parts.items())}
+    return what | {"update": str(state.facts["update"]), **judged, "of": json.dumps(state.identity), **numbers, "loads": "yes"}

@@ -1,0 +1,116 @@
+"""The models that a run starts from, from where people have them: a diffusers folder, or the single files of ComfyUI. Never a download."""
+
+from pathlib import Path
+
+import torch
+
+from apt_core.loading.checkpoint import read_config
+from apt_core.errors import AptError
+from apt_core.files.jsonfile import read_object
+from apt_core.models.mmdit import MMDiTBackbone
+from apt_core.loading.mmdit_files import load_mmdit, save_mmdit
+from apt_core.loading.sources import MINI, WHAT, is_mmdit
+from apt_core.loading.sources import locate as find_part
+from apt_core.files.contract import metadata_json
+from apt_core.files.tensorfile import read_header
+from apt_core.models.text import TextEncoder
+from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.models.vae import load_vae
+from trainer.config import Files, Model, Preset
+from trainer.files import write_json
+from trainer.run.folders import ABOUT, resolve
+
+RANDOM = "random"  # an MMDiT, of which no weights are public, may start from noise
+
+
+def locate(files: Files, part: str) -> Path:
+    """Where the `base`, `vae` or `text_encoder` of a preset lies. Raises AptError when it is not given or not there."""
+    return find_part(part, getattr(files, part))
+
+
+def with_defaults(checkpoint: Path, base: str, vae: str, text_encoder: str, tokenizer: str) -> Files:
+    """The files as given; for a checkpoint of the miniature, those not given are the shipped ones."""
+    checkpoint, metadata = resolve(checkpoint), {}
+    if checkpoint.is_file():
+        metadata = metadata_json(checkpoint, read_header(checkpoint).metadata, "apt")
+    elif (checkpoint.parent / ABOUT).is_file():
+        metadata = read_about(checkpoint.parent)["metadata"]
+    shipped = MINI if metadata.get("base") == MINI or MINI in (base, vae, text_encoder) else ""
+    return Files(base=base or shipped, vae=vae or shipped, text_encoder=text_encoder or shipped, tokenizer=tokenizer)
+
+
+def find_base(preset: Preset) -> Path:
+    """The base transformer of a preset, checked against the preset's shape; no weight is read.
+
+    Raises AptError when it is not given, not there, no Wan transformer, or of another shape.
+    """
+    path = locate(preset.files, "base")
+    check_base(path, preset.model, preset.name)
+    return path
+
+
+def check_base(path: Path, model: Model, name: str) -> None:
+    """Raises AptError when the transformer at `path` has not the shape of `model`, which preset `name` is for."""
+    if is_mmdit(path) != (model.kind == "mmdit"):
+        kind = "an MMDiT" if is_mmdit(path) else "a Wan transformer"
+        raise AptError(f"base {path} is {kind}, which preset {name} is not for: give a base of its kind.")
+    if model.kind == "mmdit":
+        config = load_mmdit(path, device="meta").config
+    else:
+        config = read_config(path)
+    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    found = {
+        "blocks": config["num_layers"], "heads": heads, "width": heads * head_dim, "ffn": config.get("ffn_dim", 4 * heads * head_dim),
+        "channels": config["in_channels"], "text width": config["text_dim"],
+    }  # fmt: skip
+    wanted = {
+        "blocks": model.layers, "heads": model.heads, "width": model.width, "ffn": model.ffn,
+        "channels": model.channels, "text width": model.text_dim,
+    }  # fmt: skip
+    if wrong := [f"{key} {found[key]} instead of {wanted[key]}" for key in wanted if found[key] != wanted[key]]:
+        raise AptError(f"base {path} is not the model of preset {name} ({', '.join(wrong)}): give that model, or the preset of this one.")
+
+
+def write_random_base(path: Path, preset: Preset) -> None:
+    """An untrained MMDiT of the preset's shape, the same each time. Raises AptError for a preset of another kind."""
+    model = preset.model
+    if model.kind != "mmdit":
+        raise AptError(f"base={RANDOM} is for MMDiTs, and {preset.name} is a Wan: give base=PATH of {WHAT['base']}.")
+    side = model.head_dim * 11 // 52 * 2  # 44 of 104 channels for rows and for columns
+    axes = (model.head_dim - 2 * side, side, side)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = MMDiTBackbone(model.layers, model.heads, model.head_dim, model.channels, model.channels, model.text_dim, axes_dims_rope=axes)
+    save_mmdit(path, network, network.config, {"kind": "base", "base": preset.name})
+
+
+def describe_state(folder: Path, base: Path, metadata: dict, lora: tuple[int, float | None] | None) -> None:
+    """Write beside the training states of a stage what an export of them needs: the base, the metadata, and (rank, alpha) of a LoRA."""
+    write_json(folder / ABOUT, {"base": str(base.resolve()), "metadata": metadata, "lora": lora})
+
+
+def read_about(folder: Path) -> dict:
+    """What `describe_state` wrote there. Raises AptError when it is missing or damaged."""
+    remedy = f"give a whole training state that the trainer wrote, with its {ABOUT} beside it"
+    about = read_object(folder / ABOUT, remedy)
+    lora = about.get("lora")
+    if not isinstance(about.get("base"), str) or not isinstance(about.get("metadata"), dict) or not (lora is None or _is_lora(lora)):
+        raise AptError(f"{folder / ABOUT} is damaged: {remedy}.")
+    return about
+
+
+def _is_lora(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int) and isinstance(value[1], float | int | None)
+
+
+def open_vae(files: Files):
+    """The VAE of a preset, fp32 and frozen. Raises AptError as `locate` and `apt_core.models.vae.load_vae` do."""
+    return load_vae(locate(files, "vae"))
+
+
+def open_text_encoder(files: Files, text_length: int) -> TextEncoder:
+    """The text encoder of a preset with its tokenizer, on the CPU.
+
+    Raises AptError as `locate` and `apt_core.loading.text_files.load_text_encoder_files` do.
+    """
+    return load_text_encoder_files(locate(files, "text_encoder"), files.tokenizer or None, text_length)

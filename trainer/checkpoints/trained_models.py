@@ -1,0 +1,168 @@
+"""A generator from whatever a run leaves: a checkpoint file, a LoRA file, a diffusers folder, a training state, or the run's folder itself."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.files.checkpoint_header import read_folder_metadata, read_header
+from apt_core.method.discriminator import Discriminator
+from apt_core.errors import AptError
+from apt_core.files.jsonfile import read_object
+from apt_core.models.lora import add_adapters, load_lora, role
+from apt_core.loading.sources import load_backbone
+from apt_core.files.contract import metadata_json
+from apt_core.models.wan import PAPER_FRACTIONS
+from trainer.checkpoints.starting_models import locate, read_about
+from trainer.config import Files
+from trainer.stages.networks import make_discriminator
+from trainer.run.folders import ABOUT, FACTS, is_state, resolve
+from trainer.run.state_files import REMEDY, StateReader, check_digests, check_listed
+
+ROLE = "generator"
+
+
+@dataclass
+class Generator:
+    """model: callable as a backbone, fp32, on the CPU, with its whole weights; base: what its adapters lie on, for one trained as a LoRA;
+    metadata: the `apt` object."""
+
+    model: nn.Module
+    base: nn.Module | None
+    metadata: dict
+
+
+def open_generator(path: str | Path, base: str | Path | None = None, ema: float | None = None) -> Generator:
+    """The generator at `path`.
+
+    base: the transformer that a LoRA file belongs to, or where that of a training state is now. ema: of a training state, which average; by default the first, 0 is the raw weights.
+    Of a run's folder the last finished stage is taken, of a folder of states the newest.
+    Raises AptError for anything that cannot be used: see `load_transformer`; a LoRA without its base; an average that was not kept.
+    """
+    path = resolve(Path(path))
+    if is_state(path):
+        return _from_state(path, ema, base)
+    if ema is not None:
+        raise AptError(f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema away.")
+    if path.is_dir():
+        metadata = read_folder_metadata(path)
+        return Generator(load_transformer(path), None, metadata)
+    header = read_header(path)
+    metadata = metadata_json(path, header.metadata, "apt")
+    if not any(".lora_A." in key for key in header.shapes):
+        return Generator(load_backbone(path), None, metadata)
+    if base is None:
+        raise AptError(f"{path} is a LoRA: add --base PATH of the transformer that it belongs to.")
+    rank = next(shape[0] for key, shape in header.shapes.items() if ".lora_A." in key)
+    model = add_adapters(load_backbone(locate(Files(base=str(base)), "base")), (ROLE,), rank)
+    load_lora(path, model, ROLE)
+    return Generator(role(model, ROLE), model, metadata)
+
+
+def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The module on a device and in a dtype, all of it: diffusers' own `to` warns of parts that it keeps in fp32 elsewhere."""
+    return nn.Module.to(module, device, dtype)
+
+
+def base_of(state: Path, about: Mapping, given: str | Path | None = None) -> Path:
+    """The transformer that a training state began from: the one that is given, else where it lay then. Raises AptError when it is not there."""
+    path = locate(Files(base=str(given)), "base") if given else Path(about["base"])
+    if not path.exists():
+        raise AptError(f"{state} was trained from {path}, which is not there any more: add --base PATH of where it is now.")
+    return path
+
+
+def fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Put a state's weights into a network. Raises AptError for ones that are not its own."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise AptError(f"{path} does not hold the weights of its network ({' '.join(str(error).split())[:200]}): {REMEDY}.") from None
+
+
+def open_discriminator(path: str | Path, base: str | Path | None = None) -> tuple[Discriminator, dict]:
+    """The discriminator of a training state of stage 2, fp32 on the CPU, and the run's identity (phase, shift, ...).
+
+    Raises AptError for anything but such a state, and for a state of stage 1, which has none.
+    """
+    state = State(resolve(Path(path)))
+    if not state.names("discriminator.weights/"):
+        raise AptError(f"{state.path} has no discriminator: give a training state of stage 2 (states/image/step-... or states/video/step-...).")
+    backbone = load_backbone(base_of(state.path, state.about, base))
+    if state.about["lora"]:
+        rank, alpha = state.about["lora"]
+        backbone = role(add_adapters(backbone, ("discriminator",), rank, alpha), "discriminator")
+    model = make_discriminator(backbone, state.identity.get("taps", PAPER_FRACTIONS), state.identity.get("head_width"))
+    fill(model, state.tensors("discriminator.weights/"), state.path)
+    return model.eval().requires_grad_(False), state.identity
+
+
+class State:
+    """A training state as a reader sees it: `about` of the stage, `facts` of the moment, and tensors by the beginning of their names.
+
+    Raises AptError for a folder that is not a whole state.
+    """
+
+    def __init__(self, path: Path, check: bool = True) -> None:
+        """check: read all of its files, to compare their digests."""
+        self.path = path
+        remedy = f"give a whole training state that the trainer wrote, with its {ABOUT} beside it"
+        self.about, self.facts = read_about(path.parent), read_object(path / FACTS, remedy)
+        self.identity, self._digests = self.facts.get("identity"), self.facts.get("files", {})
+        wanted = {"ema_decay": float | int, "phase": str}
+        if (
+            not isinstance(self.identity, dict) or not isinstance(self._digests, dict) or not isinstance(self.facts.get("update"), int)
+            or not all(isinstance(self.identity.get(name), kind) for name, kind in wanted.items())
+        ):  # fmt: skip
+            raise AptError(f"{path / FACTS} is damaged: {remedy}.")
+        if check:
+            check_digests(path, self._digests, sorted(self._digests))
+        index = StateReader(path).read_metadata()
+        check_listed(index, self._digests)
+        self._entries = index.state_dict_metadata
+
+    def names(self, prefix: str) -> list[str]:
+        return [name for name in self._entries if name.startswith(prefix)]
+
+    def numel(self, name: str) -> int:
+        return math.prod(self._entries[name].size)
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Those whose names begin so, by the rest of their names."""
+        tensors = {name: torch.empty(self._entries[name].size, dtype=self._entries[name].properties.dtype) for name in self.names(prefix)}
+        try:
+            dcp.load(tensors, storage_reader=StateReader(self.path), no_dist=True)
+        except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
+            raise AptError(f"{self.path} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}.") from None
+        return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def _from_state(path: Path, ema: float | None, given: str | Path | None) -> Generator:
+    state = State(path)
+    about, facts = state.about, state.facts
+    network = "student" if state.names("student.") else "generator"
+    decays = sorted({name.split("/")[0].removeprefix("averages.") for name in state.names("averages.")}, key=float)
+    first = f"{facts['identity']['ema_decay']:g}"
+    wanted = first if ema is None else f"{ema:g}"
+    if ema != 0 and wanted not in decays:
+        raise AptError(f"{path} has no average of decay {wanted}: it has {', '.join(decays)}, and 0 for the raw weights.")
+    weights = state.tensors(f"{network}.weights/" if ema == 0 else f"averages.{wanted}/")
+    metadata = about["metadata"] | {"kind": "generator", "phase": facts["identity"]["phase"], "updates": facts["update"], "ema": float(wanted)}
+    if ema != 0:
+        metadata["ema_warmup"] = facts["identity"].get("ema_warmup", 10)  # what it was before it was a setting
+
+    base = load_backbone(base_of(path, about, given))
+    if about["lora"] is None:
+        fill(base, weights, path)
+        return Generator(base, None, metadata)
+    rank, alpha = about["lora"]
+    model = add_adapters(base, (ROLE,), rank, alpha)
+    adapters = role(model, ROLE)
+    fill(adapters, weights, path)
+    return Generator(adapters, model, metadata | {"kind": "lora"})

@@ -1,0 +1,1 @@
+"""What the commands do before and after the library's functions."""

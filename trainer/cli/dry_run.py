@@ -1,0 +1,132 @@
+"""`--dry-run`: the account of a stage for a machine, and the nearest settings that fit where the wanted ones do not."""
+
+from itertools import combinations
+
+from rich.table import Table
+
+from apt_core.errors import AptError
+from trainer.machines.account import Account, account, batch_of, check_split, tokens
+from trainer.config import Preset
+from trainer.machines.machine import GIB, Machine
+from trainer.overrides import apply, known_names
+from trainer.run.progress import console
+
+MOST_GPUS = 4096
+
+
+def check_fit(preset: Preset, stage: str, variant: str | None, machine: Machine) -> Account:
+    """The account, if it fits. Raises AptError with the nearest settings that would, when the memory of the GPUs cannot hold it."""
+    needed = account(preset, stage, variant, machine.gpus)
+    if needed.bytes <= machine.usable:
+        return needed
+    ways = [way for way in (_by_settings(preset, stage, variant, machine), _by_gpus(preset, stage, variant, machine)) if way]
+    has = f"{machine.gpus} x {machine.memory / GIB:.0f} GiB" if machine.gpus > 1 else f"{machine.memory / GIB:.0f} GiB"
+    what = f"{preset.name}, {'stage 1' if stage == 'distill' else stage + ' phase'}"
+    raise AptError(f"{what}, needs {needed.bytes / GIB:.1f} GiB on each GPU, which {has} cannot hold: {' or '.join(ways) or 'take larger GPUs'}.")
+
+
+def show_account(preset: Preset, stage: str, variant: str | None, machine: Machine, attention: str = "") -> None:
+    """Print the account of a stage, whether it fits or not, and the attention backend where it is known.
+
+    Raises AptError as `check_fit` does, after printing.
+    """
+    needed = account(preset, stage, variant, machine.gpus)
+    kinds = ("image", "video") if stage == "distill" else (stage,)
+    recipe = "" if stage == "distill" else f" ({variant or preset.variant})"
+    table = Table(title=f"{preset.name}, {stage}{recipe}, {preset.train.mode}", title_justify="left", box=None)
+    table.add_column("", no_wrap=True)
+    table.add_column("", justify="right", overflow="fold")
+    table.add_row("machine", f"{machine.gpus} x {machine.name}")
+    table.add_row("of each", f"{machine.memory / GIB:.1f} GiB, {machine.peak / 1e12:.3g} TFLOP/s at best")
+    if attention:
+        table.add_row("attention", attention)
+    for kind in kinds:
+        table.add_row(f"tokens of one {kind}", f"{tokens(preset, kind):,}")
+        table.add_row(f"batch of {kind}s", f"{batch_of(preset, stage, kind, variant):,}")
+    for name, count in needed.parameters.items():
+        table.add_row(f"parameters, {name}", f"{count:,}")
+    for kind, size in needed.memory.items():
+        table.add_row(f"GiB per GPU, {kind}", f"{size / GIB:.2f}")
+    table.add_row("GiB per GPU, in all", f"{needed.bytes / GIB:.2f}")
+    table.add_row("FLOPs per update", f"{needed.flops:.3g}")
+    table.add_row("updates", f"{needed.updates:,}")
+    per_hour = 3600 * machine.gpus * machine.speed / needed.flops
+    table.add_row("updates per hour, at half of the peak", f"{per_hour:.3g}")
+    table.add_row("hours in all", f"{needed.updates / per_hour:.3g} ({needed.gpu_hours(machine.speed):.3g} GPU-hours)")
+    console.print(table)
+    check_fit(preset, stage, variant, machine)
+    console.print(f"It fits: {needed.bytes / GIB:.1f} of {machine.usable / GIB:.1f} GiB that a run can use on each GPU.", markup=False, highlight=False)
+
+
+def _by_settings(preset: Preset, stage: str, variant: str | None, machine: Machine) -> str | None:
+    """The least costly set of changes that fits, as what to write on the command line."""
+    options = _changes(preset, stage, variant, machine.gpus)
+    sets = [group for size in range(1, 6) for group in combinations(options, size)]
+    for group in sorted(sets, key=lambda group: sum(cost for cost, _ in group)):
+        changes = [change for _, changes in group for change in changes]
+        if len({change.partition("=")[0] for change in changes}) < len(changes):
+            continue
+        changed = Preset.model_validate(apply(preset.model_dump(), changes, known_names(Preset, preset.model_dump()), ()))
+        needed = account(changed, stage, variant, machine.gpus)
+        if needed.bytes <= machine.usable:
+            return f"add {' '.join(changes)} ({needed.bytes / GIB:.1f} GiB)"
+    return None
+
+
+def _changes(preset: Preset, stage: str, variant: str | None, gpus: int) -> list[tuple[int, list[str]]]:
+    """(cost, settings): what each gives up, from nothing but time to the size of the clips."""
+    train, model, data = preset.train, preset.model, preset.data
+    out = []
+
+    def offer(cost: int, wanted: bool, *settings: str) -> None:
+        if wanted:
+            out.append((cost, list(settings)))
+
+    if stage != "distill":
+        phase = f"stage2.{variant or preset.variant}.{stage}"
+        offer(1, getattr(preset.phases(variant or preset.variant), stage).discriminator_step != "two_pass", f"{phase}.discriminator_step=two_pass")
+    offer(1, train.checkpointing == "none", "train.checkpointing=blocks")
+    offer(1, train.microbatch != 1, "train.microbatch=1")
+    offer(1, 2 in (train.generator_zero, train.discriminator_zero), "train.generator_zero=3", "train.discriminator_zero=3")
+    offer(1, gpus > 1 and not train.sync_every_microbatch, "train.sync_every_microbatch=true")
+    offer(2, bool(train.ema_decays), "train.ema_decays=[]")
+    offer(2, train.checkpointing != "offload", "train.checkpointing=offload")
+    offer(2, train.compute == "fp32", "train.compute=bf16")
+    for cp in _splits(preset, stage, variant, gpus):
+        offer(3, cp != train.context_parallel, f"train.context_parallel={cp}")
+    slim = max(1, round(1024 / model.head_dim)) * model.head_dim
+    offer(3, stage != "distill" and (train.head_width or model.width) > slim, f"train.head_width={slim}")
+    offer(8, train.mode != "lora", "train.mode=lora")
+    if stage != "image":
+        offer(12, data.frames > 33, "data.frames=33")
+        offer(14, data.frames > 17, "data.frames=17")
+        offer(16, data.height * data.width > 480 * 832, "data.height=480", "data.width=832")
+    else:
+        offer(16, data.size("image")[0] > 512, "data.image_height=512", "data.image_width=512")
+    return out
+
+
+def _splits(preset: Preset, stage: str, variant: str | None, gpus: int) -> list[int]:
+    def splits(cp: int) -> bool:
+        changed = preset.model_copy(update={"train": preset.train.model_copy(update={"context_parallel": cp})})
+        try:
+            check_split(changed, stage, variant, gpus)
+        except AptError:
+            return False
+        return True
+
+    return [cp for cp in (2, 4, 5, 6, 8, 10, 12) if gpus % cp == 0 and splits(cp)]
+
+
+def _by_gpus(preset: Preset, stage: str, variant: str | None, machine: Machine) -> str | None:
+    """The smallest power-of-two multiple of the GPUs that holds the settings as they are."""
+    gpus = machine.gpus * 2
+    while gpus <= MOST_GPUS:
+        try:
+            needed = account(preset, stage, variant, gpus)
+        except AptError:  # the batch does not divide over as many
+            return None
+        if needed.bytes <= machine.usable:
+            return f"take {gpus} such GPUs ({needed.bytes / GIB:.1f} GiB)"
+        gpus *= 2
+    return None

@@ -1,0 +1,1 @@
+"""Captioned files to shards, and shards to the samples of an update."""

@@ -1,0 +1,113 @@
+"""What a file is cut to: its bucket (size and number of frames), and the clips that a long video gives."""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+import numpy as np
+
+from apt_core.errors import AptError
+from apt_core.models.vae import check_size
+from trainer.data.captions import Item
+from trainer.data.media import check_image, probe, read_image, read_video, shown, too_short
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One sample to be: `frames` frames of a file from `start` seconds on, in pixels. number: which of the file's clips it is."""
+
+    item: Item
+    height: int
+    width: int
+    frames: int
+    start: float = 0.0
+    number: int = 0
+
+    @property
+    def bucket(self) -> tuple:
+        """Clips of one bucket can be one batch."""
+        return self.item.kind, self.height, self.width, self.frames
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How files are cut. height, width, frames (4 n + 1), fps: of a video; images have image_height x image_width, by default a video's,
+    shown for image_frames frames. aspects, shorter, clips_per_file: see trainer.config.Data. stride: pixels per latent of the VAE.
+
+    Raises AptError for sizes that do not fit the VAE and the transformer's patches, and for aspects that are not "width:height".
+    """
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+    kinds: tuple[str, ...] = ("image", "video")
+    image_height: int | None = None
+    image_width: int | None = None
+    image_frames: int = 1
+    aspects: tuple[str, ...] = ()
+    shorter: tuple[int, ...] = ()
+    clips_per_file: int = 1
+    stride: tuple[int, int, int] = (4, 8, 8)
+
+    def __post_init__(self):
+        if self.fps <= 0 or self.frames < 1:
+            raise AptError(f"{self.frames} frames at {self.fps:g} fps cannot be read: both must be above 0.")
+        for kind in self.kinds:
+            what, counts = ("a video", self._lengths) if kind == "video" else ("an image", [self.image_frames])
+            for size, frames in product(self.sizes(kind), counts):
+                check_size(*size, frames, self.stride, what=f"precompute: {what}")
+        for one, other in pairwise(self._lengths):
+            if one == other:
+                raise AptError(f"shorter names {one} frames twice, or as many as frames: name each length once.")
+
+    def sizes(self, kind: str) -> list[tuple[int, int]]:
+        """(height, width) of the buckets of "image" or "video": per aspect about as many pixels as that kind's size has, in whole patches."""
+        return [self._bucket(kind, aspect) for aspect in self.aspects] or [self._size(kind)]
+
+    def plan(self, item: Item) -> list[Clip]:
+        """The clips of a file, decoding no more of it than its first frame. Raises AptError when it cannot be read or is too short."""
+        if item.kind == "image":
+            check_image(item.path)
+            return [Clip(item, *self._nearest(item), self.image_frames)]
+        rate, lengths = self.fps, self._lengths
+        seconds = shown(item.path, self.clips_per_file * lengths[0] / rate)
+        fitting = [frames for frames in lengths if (frames - 1) / rate < seconds]
+        if not fitting:
+            raise too_short(item.path, seconds, lengths[-1], rate)
+        frames = fitting[0]
+        starts = [number * frames / rate for number in range(self.clips_per_file)]
+        size = self._nearest(item)
+        return [Clip(item, *size, frames, start, number) for number, start in enumerate(starts) if start + (frames - 1) / rate < seconds]
+
+    def read(self, clip: Clip) -> np.ndarray:
+        """uint8 `[F, H, W, 3]`. Raises AptError for a damaged file."""
+        if clip.item.kind == "video":
+            return read_video(clip.item.path, clip.frames, self.fps, clip.height, clip.width, clip.start)
+        return read_image(clip.item.path, clip.height, clip.width).repeat(clip.frames, axis=0)
+
+    @property
+    def _lengths(self) -> list[int]:
+        return sorted((self.frames, *self.shorter), reverse=True)
+
+    def _size(self, kind: str) -> tuple[int, int]:
+        return (self.image_height or self.height, self.image_width or self.width) if kind == "image" else (self.height, self.width)
+
+    def _bucket(self, kind: str, aspect: str) -> tuple[int, int]:
+        height, width = self._size(kind)
+        try:
+            ratio = float(aspect.partition(":")[0]) / float(aspect.partition(":")[2])
+            tall = math.sqrt(height * width / ratio)
+        except (ValueError, ZeroDivisionError):
+            raise AptError(f"aspect {aspect!r} is not width:height: write it like 16:9.") from None
+        if math.isclose(ratio, width / height, rel_tol=0.05):
+            return height, width
+        down, across = 2 * self.stride[1], 2 * self.stride[2]  # a patch is 2 x 2 latents
+        return max(down, round(tall / down) * down), max(across, round(tall * ratio / across) * across)
+
+    def _nearest(self, item: Item) -> tuple[int, int]:
+        sizes = self.sizes(item.kind)
+        if len(sizes) == 1:
+            return sizes[0]
+        media = probe(item.path)
+        return min(sizes, key=lambda size: abs(math.log(size[1] / size[0] * media.height / media.width)))

@@ -1,0 +1,243 @@
+"""Video and image files to pixels and back (PyAV, Pillow). Pixels are uint8 RGB arrays `[frames, height, width, 3]`."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageOps
+
+from apt_core.errors import AptError
+from apt_core.files.media_write import IMAGE_SUFFIXES, rational
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
+KNOWN = " ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
+AGAIN = "export or download it again"
+
+
+@dataclass(frozen=True)
+class Media:
+    """What a file's header says. `height` and `width` are as shown, after rotation; `fps` is the average.
+    An image has 1 frame, duration 0 and fps 0; a video whose header does not say has duration None."""
+
+    kind: str
+    frames: int | None
+    duration: float | None
+    height: int
+    width: int
+    fps: float
+
+
+def kind_of(path: str | Path) -> str:
+    """ "video" or "image", by the suffix. Raises AptError for any other suffix."""
+    suffix = Path(path).suffix.lower()
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    raise AptError(f"{path} is of a kind that cannot be read ({suffix or 'no suffix'}): convert it to {KNOWN}.")
+
+
+def probe(path: str | Path) -> Media:
+    """Kind, length and size; of a video the first frame alone is decoded. Raises AptError for a file that cannot be opened."""
+    if kind_of(path) == "image":
+        with _image(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap the sides
+            return Media("image", 1, 0.0, *((width, height) if turned else (height, width)), 0.0)
+    with _video(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise AptError(f"{path} holds no frame that can be decoded: {AGAIN}.")
+        height, width = (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
+        rate = float(stream.average_rate or 0)
+        duration = float(stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base) or None
+        frames = stream.frames or (round(duration * rate) if duration else None)
+        return Media("video", frames, duration, height, width, rate)
+
+
+def read_video(path: str | Path, frames: int, fps: float, height: int, width: int, start: float = 0.0) -> np.ndarray:
+    """uint8 `[frames, height, width, 3]`: `frames` moments `start + k / fps` seconds, each the source frame nearest in time.
+
+    Frames are resized (Lanczos, antialiased) until they cover height x width and cropped in the centre; rotation flags and pixels
+    that are not square are honoured, frame rates may vary. The clip must still be showing at the last moment, (frames - 1) / fps.
+    Raises AptError for a file that is unreadable, damaged or too short, and for one without a video stream.
+    """
+    out = np.empty((frames, height, width, 3), np.uint8)
+    moments = [rational(start) + k / rational(fps) for k in range(frames)]
+    done, before = 0, None
+    with _video(path) as (container, stream):
+        origin, aspect = _seek(container, stream, start), float(stream.sample_aspect_ratio or 1)
+        for frame, time, length in _timed(container, stream):
+            origin = time if origin is None else origin
+            now = time - origin
+            while done < frames and moments[done] <= now:
+                chosen = before if before and moments[done] - before[1] <= now - moments[done] else (frame, now)
+                out[done] = _pixels(path, chosen[0], height, width, aspect)
+                done += 1
+            before = frame, now
+            if done == frames:
+                return out
+        if before is None:
+            raise AptError(f"{path} holds no frame that can be decoded: {AGAIN}.")
+        end = before[1] + length
+        if moments[-1] >= end:
+            raise too_short(path, end - rational(start), frames, fps)
+        out[done:] = _pixels(path, before[0], height, width, aspect)
+        return out
+
+
+def check_video(path: str | Path, frames: int, fps: float, start: float = 0.0) -> None:
+    """Raises the AptError that `read_video` would, from the file's packets and its first frame: cheap, nothing else is decoded."""
+    last = (frames - 1) / rational(fps)
+    end = shown(path, float(rational(start) + last), start)
+    if last >= end:
+        raise too_short(path, end, frames, fps)
+
+
+def shown(path: str | Path, until: float, start: float = 0.0) -> Fraction:
+    """For how many seconds after `start` the video shows, counted from its packets; looks no further than `until` seconds.
+
+    Raises AptError for a file that is unreadable or damaged up to there.
+    """
+    last = rational(until)
+    probe(path)
+    with _video(path) as (container, stream):
+        origin, end = _seek(container, stream, start), Fraction(0)
+        gap, counted = _gap(stream), _counted(container)
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise AptError(f"{path} is truncated or damaged: {AGAIN}.")
+            if not packet.size:  # marks the end
+                continue
+            stamp = None if counted else packet.dts if packet.pts is None else packet.pts
+            time = end if stamp is None else stamp * stream.time_base
+            origin = time if origin is None else origin
+            end = max(end, time + (packet.duration * stream.time_base if packet.duration and not counted else gap))
+            if packet.dts is not None and packet.dts * stream.time_base - origin > last:
+                break
+    return end - (origin or 0) - rational(start)
+
+
+def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
+    """uint8 `[1, height, width, 3]`, turned by its EXIF orientation, resized to cover and cropped as `read_video` does.
+
+    Transparent pixels lie over white; palettes, grey, 16 bit and CMYK become RGB; of an animation the first frame is taken.
+    Raises AptError for a file that is unreadable or damaged.
+    """
+    with _image(path) as image:
+        image.draft("RGB", (2 * max(height, width),) * 2)  # lets a large JPEG be decoded at a fraction of its size
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
+            image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return _cover(image.convert("RGB"), height, width)[None]
+
+
+def check_image(path: str | Path) -> None:
+    """Raises the AptError that `read_image` would; a JPEG is decoded at an eighth of its size."""
+    with _image(path) as image:
+        image.draft("RGB", (1, 1))
+        image.load()
+
+
+@contextmanager
+def _video(path: str | Path) -> Iterator[tuple]:
+    """The container and its first video stream; FFmpeg's exceptions become AptError."""
+    kind_of(path)
+    _refuse_empty(path)
+    try:
+        with av.open(f"file:{path}") as container:  # else a colon in a name makes it a protocol
+            stream = next(iter(container.streams.video), None)
+            if stream is None:
+                raise AptError(f"{path} has no video stream: give a file with pictures, or remove it.")
+            if stream.codec_context is None:
+                raise AptError(f"{path} is in a codec that this FFmpeg does not know: convert it to H.264.")
+            yield container, stream
+    except (av.FFmpegError, OSError) as error:
+        raise AptError(f"{path} cannot be read as a video ({error.strerror or type(error).__name__}): {AGAIN}.") from None
+
+
+@contextmanager
+def _image(path: str | Path) -> Iterator[Image.Image]:
+    _refuse_empty(path)
+    try:
+        with Image.open(path) as image:
+            yield image
+    except AptError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen types
+        reason = type(error).__name__ if str(path) in str(error) else " ".join(str(error).split()).rstrip(".")
+        raise AptError(f"{path} cannot be read as an image ({reason}): {AGAIN}.") from None
+
+
+def _refuse_empty(path: str | Path) -> None:
+    if not Path(path).is_file():
+        raise AptError(f"{path} does not exist or is not a file: give the path of a video or an image.")
+    if not Path(path).stat().st_size:
+        raise AptError(f"{path} is empty (0 bytes): {AGAIN}.")
+
+
+def _seek(container, stream, start: float) -> Fraction | None:
+    """Where the stream's time begins, in seconds, if it says; moves to a key frame at or before `start` where an index tells."""
+    if _counted(container):
+        return Fraction(0)
+    origin = None if stream.start_time is None else stream.start_time * stream.time_base
+    if start > 0 and {"mp4", "matroska"} & set(container.format.name.split(",")):
+        container.seek(int(((origin or 0) + rational(start)) / stream.time_base), stream=stream, backward=True)
+    return origin
+
+
+def _timed(container, stream) -> Iterator[tuple]:
+    """(frame, time, duration) in order of display, in seconds; frames without a time stamp follow at the average rate."""
+    next_time, gap, counted = Fraction(0), _gap(stream), _counted(container)
+    for frame in container.decode(stream):
+        time = next_time if counted or frame.pts is None else frame.pts * frame.time_base
+        length = frame.duration * frame.time_base if frame.duration and not counted else gap
+        next_time = time + length
+        yield frame, time, length
+
+
+def _counted(container) -> bool:
+    return container.format.name == "avi"  # of one rate by design; its time stamps are wrong where frames are reordered
+
+
+def _gap(stream) -> Fraction:
+    return 1 / stream.average_rate if stream.average_rate else Fraction(0)
+
+
+def _pixels(path, frame, height: int, width: int, aspect: float) -> np.ndarray:
+    if frame.is_corrupt:
+        raise AptError(f"{path} is damaged (a frame cannot be decoded whole): {AGAIN}.")
+    # Players take untagged HD to be BT.709; FFmpeg would take it for BT.601.
+    matrix = "ITU709" if frame.colorspace == 2 and frame.height >= 720 and not frame.format.is_rgb else None
+    turns = _turns(frame)
+    image = Image.fromarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", src_colorspace=matrix), turns)))
+    return _cover(image, height, width, 1 / aspect if turns % 2 else aspect)
+
+
+def _turns(frame) -> int:
+    return round(frame.rotation / 90)
+
+
+def _cover(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> np.ndarray:
+    """uint8 `[height, width, 3]`, the largest centred part of the image of that shape; aspect: width of a source pixel over its height."""
+    w, h = image.size
+    scale = max(width / (w * aspect), height / h)
+    box_w, box_h = min(w, width / (scale * aspect)), min(h, height / scale)
+    left, top = (w - box_w) / 2, (h - box_h) / 2
+    if (box_w, box_h) == (width, height):  # no resizing: half a pixel to the side would only blur
+        left, top = int(left), int(top)
+    box = (left, top, min(w, left + box_w), min(h, top + box_h))
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def too_short(path, has: Fraction, frames: int, fps: float) -> AptError:
+    """The complaint about a video that shows for `has` seconds only."""
+    has, need = math.floor(100 * max(has, 0)) / 100, math.ceil(100 * frames / rational(fps)) / 100
+    return AptError(f"{path} has {has:.2f} s, {need:.2f} s ({frames} frames at {fps:g} fps) are needed: give a longer clip or lower frames.")

@@ -1,0 +1,239 @@
+"""Captioned files to shards: find, check everything, decode, encode, write (trainer.data.shards)."""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from apt_core.errors import AptError
+from apt_core.models.vae import encode, stride
+from trainer.data.captions import Bad, Item, find_items, item_id, refuse_bad
+from trainer.data.cuts import Clip, Cut
+from trainer.machines.distributed import World
+from trainer.files import make_folder, write_json
+from trainer.data.prompts import write_prompts
+from trainer.data.shards import Sample, ShardWriter
+
+SKIPPED = "skipped.json"
+PART = "#"  # between a file and the number of a clip after its first
+PROBE = "A red circle, moving left: 3 \u00e9toiles \u5728\u5929\u7a7a."  # its tokens tell one tokenizer from another
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. samples: in the index, by kind; encoded: by this run, the others were there; skipped: what was left out
+    and why; seconds: of encoding alone; clips_per_second: clips and images encoded in a second."""
+
+    samples: dict[str, int]
+    encoded: int
+    skipped: list[Bad]
+    seconds: float
+    clips_per_second: float
+
+
+def precompute(
+    folder: str | Path,
+    out: str | Path,
+    vae,
+    text_encoder,
+    *,
+    height: int,
+    width: int,
+    frames: int,
+    fps: float,
+    kinds: Sequence[str] = ("image", "video"),
+    skip_bad: bool = False,
+    truncate_captions: bool = False,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+    image_frames: int = 1,
+    dtype: torch.dtype = torch.float32,
+    prompts: Sequence[str] = (),
+    world: World = World(),
+    **cut_options,
+) -> Report:
+    """Encode the captioned videos and images of `folder` into shards and an index in `out`, for `trainer.data.shards.ShardDataset`.
+
+    folder: or a list of files (.jsonl, .csv), see `find_items`; vae: for apt_core.models.vae.encode; text_encoder: an apt_core.models.text.TextEncoder;
+    height, width, frames: pixels and frames of every sample (videos from their start, at `fps`), unless cut_options ask for buckets:
+    `aspects`, `shorter`, `clips_per_file`, `image_height` and `image_width` of trainer.data.cuts.Cut. kinds: which files to take; batch: samples that are encoded together; dtype: of what is
+    stored; progress(done, total) is called as samples get done; prompts: texts without pictures that training needs too (trainer.data.prompts).
+    world: all its processes call alike, and each encodes its share of the files.
+
+    All files, sizes and captions are checked before anything is encoded, and the first problem is raised with the number of the
+    others; with `skip_bad` such files are left out, named in the report and in skipped.json. A stopped run goes on from its
+    finished shards, a repeated one encodes only what is new or changed. Whole shards in `out` are
+    never changed, and the old index stands until the new one is complete.
+    Raises AptError for what the user can mend: see `find_items`, `check_size`, `ShardWriter`.
+    """
+    folder, out = Path(folder), Path(out)
+    if batch < 1:
+        raise AptError(f"{batch} samples cannot be encoded together: batch must be above 0.")
+    cut = Cut(height, width, frames, fps, tuple(kinds), image_frames=image_frames, stride=stride(vae), **cut_options)
+    settings = {
+        "vae": fingerprint(vae), "text encoder": fingerprint(text_encoder),
+        "text_length": text_encoder.text_length, "truncate_captions": truncate_captions,
+        **{name: value for name, value in asdict(cut).items() if name not in ("kinds", "stride")},
+    }  # fmt: skip
+    with ShardWriter(out, settings, dtype=dtype, rank=world.rank) as writer:
+        items, bad = find_items(folder, kinds, skip_bad=True)
+        root = folder if folder.is_dir() else folder.parent
+        mine, wrong = _check_captions(items[world.rank :: world.size], text_encoder, truncate_captions)
+        clips, unreadable = _plan(root, mine, cut, writer.done)
+        bad = (bad if world.main else []) + wrong + unreadable
+        everybodys_bad = sum(world.gather(bad), [])
+        if not skip_bad:
+            refuse_bad(everybodys_bad)
+        _refuse_nothing(folder, sum(world.gather(len(clips))), everybodys_bad, kinds)
+
+        make_folder(out)
+        todo = [clip for clip, sample in clips.items() if sample.key not in writer.done]
+        started, done = time.perf_counter(), len(clips) - len(todo)
+        _tell(progress, done, len(clips))
+        failed = []
+        for part, pixels in _decoded(todo, cut, batch, failed):
+            if not skip_bad:
+                refuse_bad(failed)
+            _encode([clips[clip] for clip in part], pixels, vae, text_encoder, truncate_captions, writer)
+            done += len(part)
+            _tell(progress, done, len(clips))
+        if not skip_bad:
+            refuse_bad(failed)
+        writer.flush()
+        seconds = time.perf_counter() - started
+
+        encoded = len(todo) - len(failed)
+        present = [(item_id(root, clip.item.path), clip.number, sample) for clip, sample in clips.items() if sample.key in writer.done]
+        everyone = world.gather((present, bad + failed, encoded, seconds))
+
+    placed = sorted((entry for part in everyone for entry in part[0]), key=lambda entry: entry[:2])
+    present = [sample for _, _, sample in placed]
+    bad = [entry for part in everyone for entry in part[1]]
+    _refuse_nothing(folder, len(present), bad, kinds)
+    if world.main:
+        writer = ShardWriter(out, settings, dtype=dtype) if world.size > 1 else writer
+        facts = {
+            "vae": {"stride": list(stride(vae)), "channels": writer.done[present[0].key].bucket[0]},
+            "text": {"dim": text_encoder.dim, "length": text_encoder.text_length},
+            "fps": fps,
+        }
+        write_prompts(out, text_encoder, prompts)
+        writer.finish([sample.key for sample in present], facts)
+        write_json(out / SKIPPED, [{"file": item_id(root, entry.path), "reason": entry.reason} for entry in bad])
+    world.barrier()
+    counts = {kind: sum(sample.kind == kind for sample in present) for kind in ("image", "video")}
+    encoded, seconds = sum(part[2] for part in everyone), max(part[3] for part in everyone)
+    return Report(counts, encoded, bad, seconds, encoded / seconds if seconds > 0 else 0.0)
+
+
+def fingerprint(model) -> str:
+    """A short name for the weights of a network or of a text encoder, its tokenizer included: 32 hexadecimal digits.
+
+    Of each tensor some thousand values are read, so this is quick for a model of any size; any training changes them.
+    """
+    network = model if hasattr(model, "state_dict") else model.model
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + some.tobytes())
+    for statistic in ("latents_mean", "latents_std"):
+        digest.update(str(list(getattr(getattr(network, "config", None), statistic, ()))).encode())
+    if hasattr(model, "tokenize"):
+        digest.update(str(model.tokenize([PROBE])).encode())
+    return digest.hexdigest()
+
+
+def _sample(root: Path, clip: Clip) -> Sample:
+    stat = clip.item.path.stat()
+    name = item_id(root, clip.item.path) + (f"{PART}{clip.number}" if clip.number else "")
+    return Sample(name, clip.item.kind, clip.item.caption, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def _check_captions(items: list[Item], text_encoder, truncate: bool) -> tuple[list[Item], list[Bad]]:
+    if truncate:
+        return items, []
+    right, bad, most = [], [], text_encoder.text_length
+    for item, tokens in zip(items, text_encoder.tokenize([item.caption for item in items])):
+        if len(tokens) <= most:
+            right.append(item)
+        else:
+            reason = f"{item.path}: its caption has {len(tokens)} tokens, but at most {most} fit: shorten it, or give --truncate-captions."
+            bad.append(Bad(item.path, reason))
+    return right, bad
+
+
+def _plan(root: Path, items: list[Item], cut: Cut, done: dict) -> tuple[dict[Clip, Sample], list[Bad]]:
+    """The samples that the files give, and the files that cannot be used."""
+
+    def clips(item: Item) -> list[Clip] | Bad:
+        alone = Clip(item, 0, 0, 0)
+        if cut.clips_per_file == 1 and _sample(root, alone).key in done:
+            return [alone]  # not looked at again
+        try:
+            return cut.plan(item)
+        except AptError as error:
+            return Bad(item.path, str(error))
+
+    with ThreadPoolExecutor(_workers()) as pool:
+        plans = list(pool.map(clips, items))
+    good = {clip: _sample(root, clip) for plan in plans if not isinstance(plan, Bad) for clip in plan}
+    return good, [plan for plan in plans if isinstance(plan, Bad)]
+
+
+def _decoded(clips: list[Clip], cut: Cut, batch: int, failed: list[Bad]) -> Iterator[tuple[list[Clip], np.ndarray]]:
+    """Batches of one bucket with their pixels uint8 `[B, F, H, W, 3]`, read ahead in threads; unreadable files go to `failed`."""
+    buckets: dict[tuple, list[Clip]] = {}
+    for clip in clips:
+        buckets.setdefault(clip.bucket, []).append(clip)
+    parts = [same[i : i + batch] for _, same in sorted(buckets.items()) for i in range(0, len(same), batch)]
+    pool = ThreadPoolExecutor(_workers())
+    try:
+        ahead = [[pool.submit(cut.read, clip) for clip in part] for part in parts[:2]]
+        for number, part in enumerate(parts):
+            good, pixels = [], []
+            for clip, future in zip(part, ahead.pop(0)):
+                try:
+                    pixels.append(future.result())
+                    good.append(clip)
+                except AptError as error:
+                    failed.append(Bad(clip.item.path, str(error)))
+            if number + 2 < len(parts):
+                ahead.append([pool.submit(cut.read, clip) for clip in parts[number + 2]])
+            if good:
+                yield good, np.stack(pixels)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@torch.no_grad()
+def _encode(samples: list[Sample], pixels: np.ndarray, vae, text_encoder, truncate: bool, writer: ShardWriter) -> None:
+    video = torch.from_numpy(pixels).to(getattr(vae, "device", "cpu")).permute(0, 4, 1, 2, 3)
+    latents = encode(vae, video.float() / 127.5 - 1)
+    texts = text_encoder.encode([sample.caption for sample in samples], **({"truncate": True} if truncate else {}))
+    for sample, latent, text in zip(samples, latents, texts):
+        if not (torch.isfinite(latent).all() and torch.isfinite(text).all()):
+            raise AptError(f"{sample.id} is encoded to values that are not finite: load the VAE and the text encoder in fp32.")
+    for sample, latent, text in zip(samples, latents, texts):
+        writer.add(sample, latent, text)
+
+
+def _refuse_nothing(folder: Path, left: int, bad: list[Bad], kinds: Sequence[str]) -> None:
+    if left:
+        return
+    why = f" ({len(bad)} cannot be used, the first: {bad[0].reason.rstrip('.')})" if bad else ""
+    raise AptError(f"{folder} holds no captioned {' or '.join(kinds)} that can be used{why}: add some.")
+
+
+def _workers() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+def _tell(progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
+    if progress:
+        progress(done, total)

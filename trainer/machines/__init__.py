@@ -1,0 +1,1 @@
+"""Processes, devices, and where weights and activations lie."""

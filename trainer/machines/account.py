@@ -1,0 +1,281 @@
+"""What a run needs, counted from the preset alone: parameters, FLOPs per update, bytes per GPU by kind. No weight is touched.
+
+Notation: N tokens of one sample, d width, L blocks, F the FLOPs of one forward pass of one sample. A product of matrices takes two
+FLOPs per multiplication; a backward pass takes twice its forward, of which half is for the inputs and half for the weights (attention has no
+weights: both halves are for its inputs).
+"""
+
+import math
+from dataclasses import dataclass
+
+from apt_core.errors import AptError
+from apt_core.models.wan import PAPER_FRACTIONS, tap_blocks
+from trainer.config import Model, Preset
+
+STAGES = ("distill", "image", "video")
+TAPS = len(PAPER_FRACTIONS)
+LINEARS_BYTES, FFN_BYTES = 68.0, 4.15
+"""What one block keeps for its backward pass in bf16, bytes per token: LINEARS_BYTES d + FFN_BYTES ffn. Fitted to measurements of the three Wan
+models (92 d, 87 d and 79 d for 1.3B, 5B and 14B), which it meets within 1%."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """parameters: by network; flops: of one update over the whole batch; memory: bytes on each GPU by kind; updates: of the stage."""
+
+    parameters: dict[str, int]
+    flops: float
+    memory: dict[str, float]
+    updates: int
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.memory.values())
+
+    def gpu_hours(self, flops_per_second: float) -> float:
+        """GPU-hours of the whole stage at this speed of one GPU."""
+        return self.flops * self.updates / flops_per_second / 3600
+
+
+def block_parameters(model: Model) -> int:
+    d = model.width
+    if model.kind == "mmdit":  # two streams, each q, k, v, out, MLP of 4 d and modulation of 6 d
+        return 2 * (4 * (d * d + d) + 2 * 4 * d * d + 5 * d + 6 * (d * d + d)) + 4 * model.head_dim
+    attention = 4 * (d * d + d) + 2 * d
+    return 2 * attention + 2 * d + 2 * d * model.ffn + model.ffn + d + 6 * d
+
+
+def outer_parameters(model: Model) -> int:
+    """All but the blocks: embedders and the output head."""
+    d, patch, time = model.width, 4 * model.channels, time_parameters(model)
+    if model.kind == "mmdit":
+        return time + model.text_dim * d + d + model.text_dim + patch * d + d + 2 * (d * d + d) + d * patch + patch
+    return time + 6 * (d * d + d) + model.text_dim * d + d + d * d + d + patch * d + d + d * patch + patch + 2 * d
+
+
+def time_parameters(model: Model) -> int:
+    """Of the time embedder, which is in fp32 whatever the rest is."""
+    d = model.width
+    return 256 * d + d + d * d + d
+
+
+def exact_parameters(model: Model) -> int:
+    """Modulation tables and affine norms of Wan's, in fp32 in a base of 16 bits, and whole on every GPU."""
+    return model.layers * (6 + 2) * model.width + 2 * model.width if model.kind == "wan" else 0
+
+
+def parameters(model: Model) -> int:
+    """Of the transformer."""
+    return model.layers * block_parameters(model) + outer_parameters(model)
+
+
+def head_parameters(model: Model, inner: int, taps: int = TAPS) -> int:
+    """Of the discriminator's heads, their norm and the logit."""
+    d = model.width
+    head = 4 * d + 4 * d * inner + 3 * inner + d + 2 * model.head_dim + 8 * d * inner + 4 * inner + d
+    return taps * head + 3 * taps * d + 1
+
+
+def adapter_parameters(model: Model, rank: int) -> int:
+    """Of one LoRA on all linear layers of the blocks."""
+    d, ffn = model.width, model.ffn
+    per_block = 48 * d if model.kind == "mmdit" else (8 * 2 * d + 2 * (d + ffn))
+    return model.layers * rank * per_block
+
+
+def base_bytes(model: Model, compute: str, gpus: int) -> float:
+    """Of the frozen base of LoRA mode on each GPU: in the dtype of the compute, but for what stays in fp32."""
+    if compute == "fp32":
+        return 4 * parameters(model) / gpus
+    time, exact = time_parameters(model), exact_parameters(model)
+    return (2 * (parameters(model) - time - exact) + 4 * time) / gpus + 4 * exact
+
+
+def tokens(preset: Preset, kind: str) -> int:
+    """Of one sample: latents in patches of 1 x 2 x 2."""
+    (height, width), (t, down, across) = preset.data.size(kind), preset.model.stride
+    frames = preset.data.frames if kind == "video" else 1
+    return ((frames - 1) // t + 1) * (height // (2 * down)) * (width // (2 * across))
+
+
+def forward_flops(model: Model, n: int) -> tuple[float, float]:
+    """(linear layers, attention) of one forward pass of one sample of n tokens."""
+    d, text = model.width, model.text_length
+    if model.kind == "mmdit":  # text tokens go through as many layers as visual ones, and all attend to all
+        every = n + text
+        return model.layers * every * 24.0 * d * d, model.layers * every**2 * 4.0 * d
+    linear = model.layers * (n * (12.0 * d * d + 4.0 * d * model.ffn) + text * 4.0 * d * d)
+    return linear, model.layers * 4.0 * d * (n * n + n * text)
+
+
+def account(preset: Preset, stage: str, variant: str | None = None, gpus: int = 1) -> Account:
+    """The account of a stage ("distill", "image" or "video" of stage 2) on so many GPUs.
+
+    Raises AptError for context parallelism that the model or the GPUs cannot be split by, and for a batch that does not divide.
+    """
+    check_split(preset, stage, variant, gpus)
+    if stage == "distill":
+        return _distill(preset, gpus)
+    return _adversarial(preset, stage, variant or preset.variant, gpus)
+
+
+def summary(preset: Preset, speed: float = 400e12) -> list[str]:
+    """What stands beside a preset: GiB on each GPU by mode and number of GPUs, and GPU-hours at this speed (FLOP/s of one GPU)."""
+    lines = [f"GiB on each GPU ({preset.variant}):  stage 1  images  videos"]
+    for mode in ("full", "lora"):
+        for gpus in (1, 8):
+            train = preset.train.model_copy(update={"mode": mode, "context_parallel": min(preset.train.context_parallel, gpus)})
+            changed = preset.model_copy(update={"train": train})
+            sizes = [account(changed, stage, None, gpus).bytes / 2**30 for stage in STAGES]
+            lines.append(f"  {mode}, {gpus} GPU{'s' if gpus > 1 else ' '}" + "".join(f"{size:9.1f}" for size in sizes))
+    alone = preset.model_copy(update={"train": preset.train.model_copy(update={"context_parallel": 1})})
+    lines.append(f"GPU-hours at {speed / 1e12:g} TFLOP/s:")
+    for variant in preset.stage2:
+        hours = [account(alone, stage, variant).gpu_hours(speed) for stage in STAGES]
+        lines.append(f"  {variant:<12}" + "".join(f"{number:9.0f}" for number in hours))
+    return lines
+
+
+def check_split(preset: Preset, stage: str, variant: str | None, gpus: int) -> None:
+    """Raises AptError when context parallelism does not split the heads, or a batch does not divide over GPUs and microbatches."""
+    cp, model = preset.train.context_parallel, preset.model
+    kinds = ("image", "video") if stage == "distill" else (stage,)
+    if model.heads % cp:
+        fitting = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
+        near = min(fitting, key=lambda n: abs(n - cp))
+        raise AptError(f"context_parallel={cp} does not divide the {model.heads} attention heads of {preset.name}: {near} would.")
+    if gpus % cp:
+        raise AptError(f"context_parallel={cp} does not divide {gpus} processes: use a multiple of {cp}, or context_parallel={math.gcd(cp, gpus)}.")
+    for kind in kinds:
+        batch, step = batch_of(preset, stage, kind, variant), gpus // cp * (preset.train.microbatch or 1)
+        if batch % step:
+            name = f"batch_{kind}" if stage == "distill" else "batch"
+            below, above = batch // step * step, (batch // step + 1) * step
+            near = f"{below} or {above}" if below else str(above)
+            each = f" of {preset.train.microbatch} samples at once" if (preset.train.microbatch or 1) > 1 else ""
+            raise AptError(f"{name}={batch} does not divide over {gpus // cp} groups of processes{each}: {near} would.")
+
+
+def batch_of(preset: Preset, stage: str, kind: str, variant: str | None) -> int:
+    if stage == "distill":
+        return getattr(preset.distill, f"batch_{kind}")
+    return getattr(preset.phases(variant or preset.variant), stage).batch
+
+
+def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account:
+    settings, train, model = getattr(preset.phases(variant), stage), preset.train, preset.model
+    n, lora = tokens(preset, stage), preset.train.mode == "lora"
+    inner = train.head_width or model.width
+    taps = tap_blocks(model.layers, settings.taps)
+    body, heads = parameters(model), head_parameters(model, inner, len(taps))
+    depth = taps[-1] / model.layers  # of the discriminator
+    micro = _microbatch(preset, settings.batch, gpus)
+    penalties = [weight > 0 for weight in (settings.r1_weight, settings.r2_weight)]
+    passes = 2 + sum(penalties) * settings.reg_fraction
+    most_passes = 2 + sum(penalties) * math.ceil(settings.reg_fraction * micro) / micro
+
+    # FLOPs in units of one forward pass of the linear layers, and of attention.
+    again = 0 if train.checkpointing == "none" else 1
+    linear_back, attention_back = (1 if lora else 2), 2
+    extra = 1 if settings.discriminator_step == "two_pass" else 0
+    back_of_d = (again + linear_back, again + attention_back) if settings.train_backbone else (0, 0)
+    linear_of_d = passes * (1 + back_of_d[0] + extra) + (2 + again) + settings.relativistic
+    attention_of_d = passes * (1 + back_of_d[1] + extra) + (1 + again + attention_back) + settings.relativistic
+    linear = 1 + (1 + again + linear_back) + depth * linear_of_d
+    attention = 1 + (1 + again + attention_back) + depth * attention_of_d
+    flops = settings.batch * _sum(forward_flops(model, n), (linear, attention))
+
+    averages = len({settings.ema_decay, *train.ema_decays})
+    shard = 1 / gpus
+    if lora:
+        adapter = adapter_parameters(model, train.lora_rank)
+        body_of_d = adapter // model.layers * taps[-1]
+        counted = {"base": body, "generator's LoRA": adapter, "discriminator's LoRA": body_of_d, "discriminator's heads": heads}
+        trained = adapter
+        memory = {"frozen base": base_bytes(model, train.compute, gpus)}
+    else:
+        output = 4 * model.channels * (model.width + 1) + (2 * model.width if model.kind == "wan" else 0)
+        body_of_d = body - output - (model.layers - taps[-1]) * block_parameters(model)
+        counted = {"generator": body, "discriminator": body_of_d, "discriminator's heads": heads}
+        trained, memory = body, {}
+    still = 0 if settings.train_backbone else body_of_d
+    states = (trained, body_of_d - still + heads)
+    accumulates = settings.batch // (gpus // train.context_parallel) > micro
+    whole_gradients = gpus > 1 and accumulates and not train.sync_every_microbatch
+    memory |= {
+        "weights (fp32)": 4 * (sum(states) + still) * shard,
+        "optimizer": 4 * sum(states) * shard,
+        "averages": 4 * averages * trained * shard,
+        "gradients": 4 * max(states) * (1 if whole_gradients else shard),
+        "gathered weights": _gathered(preset, gpus, max(block_parameters(model), heads // len(taps) * 4 // _width(train.compute)), lora),
+    }
+    kept, block = _activations(preset, n, micro)
+    at_heads = len(taps) * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)  # in fp32, see trainer.machines.parallel.shard
+    one_pass = kept + at_heads + block
+    at_once = {"two_pass": one_pass, "batched": most_passes * one_pass, "separate": most_passes * (kept + at_heads) + block}
+    memory["activations"] = max(at_once[settings.discriminator_step], 2 * kept + at_heads + block)
+    return Account(counted, flops, memory, settings.updates)
+
+
+def _distill(preset: Preset, gpus: int) -> Account:
+    settings, train, model = preset.distill, preset.train, preset.model
+    lora, body = train.mode == "lora", parameters(model)
+    again = 0 if train.checkpointing == "none" else 1
+    teacher = 1 if settings.guidance == 1 else 2
+    flops = 0.0
+    for kind, share in (("image", 1 - settings.video_share), ("video", settings.video_share)):
+        linear, attention = teacher + 1 + 1 + again + (1 if lora else 2), teacher + 1 + 1 + again + 2
+        flops += share * getattr(settings, f"batch_{kind}") * _sum(forward_flops(model, tokens(preset, kind)), (linear, attention))
+
+    averages = len({settings.ema_decay, *train.ema_decays})
+    shard, target = 1 / gpus, 1 if settings.target_decay else 0
+    trained = adapter_parameters(model, train.lora_rank) if lora else body
+    memory = {"frozen base": base_bytes(model, train.compute, gpus)} if lora else {"teacher": 4 * body * shard}
+    counted = {"base": body, "student's LoRA": trained} if lora else {"student": body, "teacher": body}
+    worst = max(("image", "video"), key=lambda kind: tokens(preset, kind) * _microbatch(preset, getattr(settings, f"batch_{kind}"), gpus))
+    batch = getattr(settings, f"batch_{worst}")
+    micro = _microbatch(preset, batch, gpus)
+    whole_gradients = gpus > 1 and not train.sync_every_microbatch and batch // (gpus // train.context_parallel) > micro
+    kept, block = _activations(preset, tokens(preset, worst), micro)
+    memory |= {
+        "weights (fp32)": 4 * (1 + target) * trained * shard,
+        "optimizer": 8 * trained * shard,
+        "averages": 4 * (averages + target) * trained * shard,
+        "gradients": 4 * trained * (1 if whole_gradients else shard),
+        "gathered weights": _gathered(preset, gpus, block_parameters(model), lora),
+        "activations": kept + block,
+    }
+    return Account(counted, flops, memory, settings.updates)
+
+
+def _microbatch(preset: Preset, batch: int, gpus: int) -> int:
+    return preset.train.microbatch or max(1, batch // (gpus // preset.train.context_parallel))
+
+
+def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float]:
+    """Bytes that one pass keeps per network until its backward pass, and that one block needs while it is run again."""
+    model, train = preset.model, preset.train
+    share = n / train.context_parallel * micro * _width(train.compute) / 2
+    block = share * (LINEARS_BYTES * model.width + FFN_BYTES * model.ffn)
+    if train.checkpointing == "none":
+        return model.layers * block, 0.0
+    return (2 if train.checkpointing == "offload" else model.layers) * share * 2 * model.width, block
+
+
+def _gathered(preset: Preset, gpus: int, largest: int, shared: bool) -> float:
+    """Weights in the dtype of the compute, whole: two blocks in flight and what lies outside of the blocks, or with ZeRO-2 all of a network."""
+    train, model = preset.train, preset.model
+    if gpus == 1 and train.compute == "fp32":
+        return 0.0
+    zeros = (train.generator_zero,) if shared else (train.generator_zero, train.discriminator_zero)
+    sizes = [parameters(model) if zero == 2 else outer_parameters(model) for zero in zeros]
+    exact = (4 - _width(train.compute)) * time_parameters(model) * len(zeros)
+    return _width(train.compute) * (sum(sizes) + 2 * largest) + exact
+
+
+def _width(compute: str) -> int:
+    return 2 if compute == "bf16" else 4
+
+
+def _sum(parts: tuple[float, float], times: tuple[float, float]) -> float:
+    return parts[0] * times[0] + parts[1] * times[1]

@@ -1,0 +1,101 @@
+"""The machine that a run is on: how many GPUs, what each of them holds, and how fast its matrix products are."""
+
+import math
+import os
+import platform
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from apt_core.errors import AptError
+from apt_core.engine.fast import check_device
+
+GIB = 2**30
+SPARE = 0.94  # of a device's memory: the rest goes to the CUDA context and to fragments
+LIBRARIES = ("comfyui-apt", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
+MODEL_SHARE = 0.5  # of the matrix peak that a training run reaches
+
+
+@dataclass(frozen=True)
+class Machine:
+    """gpus: of the whole run; memory: bytes of each; peak: FLOP/s of its matrix products."""
+
+    name: str
+    gpus: int
+    memory: float
+    peak: float
+
+    @property
+    def usable(self) -> float:
+        return self.memory * SPARE
+
+    @property
+    def speed(self) -> float:
+        """FLOP/s that a run may hope for on each GPU."""
+        return self.peak * MODEL_SHARE
+
+
+def pick_device(name: str) -> str:
+    """ "auto" becomes "cuda" where there is a GPU, else "cpu"; other names stay. Raises AptError for one that torch cannot use here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(name)
+    return name
+
+
+def this_machine(device: str, compute: str) -> Machine:
+    """What `device` is here; its peak is measured, within a second. Under torchrun all its processes count, without it all GPUs of the machine."""
+    processes = int(os.environ.get("WORLD_SIZE", 0))
+    dtype = torch.bfloat16 if compute == "bf16" else torch.float32
+    if not device.startswith("cuda"):
+        memory = memory_of_machine()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return Machine(f"CPU, {torch.get_num_threads()} threads", processes or 1, memory / local, matrix_peak("cpu", dtype, 512))
+    properties = torch.cuda.get_device_properties(device)
+    gpus = processes or (1 if ":" in device else torch.cuda.device_count())
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device  # not all processes on the first
+    return Machine(properties.name, gpus, properties.total_memory, matrix_peak(device, dtype, 8192))
+
+
+def memory_of_machine() -> int:
+    """Bytes."""
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil  # Windows; accelerate brings it
+
+    return psutil.virtual_memory().total
+
+
+def imagined(gpus: int, memory_gib: float, tflops: float) -> Machine:
+    """A machine that is not here. Raises AptError for numbers that are not above 0."""
+    if not all(math.isfinite(value) and value > 0 for value in (gpus, memory_gib, tflops)):
+        raise AptError(f"{gpus} GPUs of {memory_gib:g} GiB and {tflops:g} TFLOP/s cannot be: all three must be numbers above 0.")
+    return Machine("GPU as given", gpus, memory_gib * GIB, tflops * 1e12)
+
+
+def matrix_peak(device: str, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of square matrix products, the best of a few."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
+    best = float("inf")
+    for _ in range(5):
+        wait()
+        started = time.perf_counter()
+        a @ b
+        wait()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def versions() -> dict[str, str]:
+    """Python, machine and the libraries that matter."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found

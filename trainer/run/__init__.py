@@ -1,0 +1,1 @@
+"""What goes on around a training: states, logs, pictures, verdicts."""

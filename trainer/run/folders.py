@@ -1,0 +1,47 @@
+"""Where things lie in the folders that runs leave."""
+
+import re
+from pathlib import Path
+
+from apt_core.errors import AptError
+from apt_core.loading.sources import MINI, SHIPPED
+
+ABOUT = "about.json"  # beside the training states of a stage: what an export of them needs
+DISTILLED, IMAGE = "distilled.safetensors", "apt-image.safetensors"  # what the stages before the last one leave in a run's folder
+STATE = ".metadata"  # what torch.distributed.checkpoint calls its index
+FACTS = "run.json"  # in each training state, written last
+STEP = re.compile(r"step-\d{6,}(-half)?")
+"""Names of training states. Nothing else in their folder is the trainer's."""
+UNFINISHED = ".part"  # after the name of a state in writing
+
+
+def is_state(path: Path) -> bool:
+    """Whether this is a training state of the trainer, by the files that each one has."""
+    return path.is_dir() and (path / FACTS).is_file() and (path / STATE).is_file()
+
+
+def whole_states(folder: Path) -> list[Path]:
+    """The complete training states in the folder of a stage, the oldest first."""
+    return sorted(path for path in folder.glob("step-*") if STEP.fullmatch(path.name) and is_state(path))
+
+
+def unfinished_states(folder: Path) -> list[Path]:
+    """What is left there of states that were never completed, or were being deleted."""
+    names = ((path, path.name.removesuffix(UNFINISHED)) for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink())
+    return sorted(path for path, name in names if STEP.fullmatch(name) and (name != path.name or not (path / FACTS).exists()))
+
+
+def resolve(path: Path) -> Path:
+    """The one thing that a folder of a run stands for; "mini" is the shipped generator, unless something there is called so; other paths as they
+    are. Raises AptError when there is nothing at `path`."""
+    if not path.exists():
+        if str(path) == MINI:
+            return SHIPPED["checkpoint"]
+        raise AptError(f"{path} does not exist: give a checkpoint file, a diffusers folder, a training state or the folder of a run.")
+    if not path.is_dir() or is_state(path):
+        return path
+    if states := whole_states(path):
+        return states[-1]
+    last = [file for file in path.glob("apt-*.safetensors") if "-ema" not in file.stem and file.name != IMAGE]
+    earlier = [file for file in (path / IMAGE, path / DISTILLED) if file.is_file()]
+    return max(last, key=lambda file: file.stat().st_mtime) if last else next(iter(earlier), path)

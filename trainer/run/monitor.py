@@ -1,0 +1,217 @@
+"""What a run says while it trains: CSV, TensorBoard, Weights & Biases, speed, memory, and warnings when the discriminator has won or tells nothing."""
+
+import csv
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from trainer.run.aside import Aside, warn
+from trainer.files import replacing
+from trainer.run.progress import console
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+GIB = 2**30
+WON = 0.1  # of the loss that cannot tell real from fake
+EQUAL = {False: 2 * math.log(2), True: math.log(2)}  # d_adversarial of equal logits, by relativistic
+CHANCE = 0.55  # of pairs told apart: below it the discriminator is as good as guessing
+PATIENCE = 50  # updates at chance before it is said
+FLOOR = 0.1  # of the penalty: more than this from rounding alone is said
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one update is, for speed: samples in it, its FLOPs, and the matrix peak of the whole run's machines in FLOP/s (0: not known)."""
+
+    samples: int
+    flops: float = 0.0
+    peak: float = 0.0
+
+
+class Monitor(AbstractContextManager):
+    """A `report` for distill and adversarial: call it with (done, total, row) after each update, in the main process.
+
+    folder: for history.csv and TensorBoard's files; work: see Work, None where updates differ; relativistic: the objective's, for the
+    warning; wandb: name of a Weights & Biases project, used where the package is installed; forward: called with what it gets, a progress bar for
+    example. A resumed run replaces the rows that it does again. Use it in a `with` statement.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        work: Work | None = None,
+        *,
+        device: torch.device = torch.device("cpu"),
+        relativistic: bool = False,
+        wandb: str | None = None,
+        settings: dict | None = None,
+        forward: Callable[[int, int, dict], None] = lambda done, total, row: None,
+    ) -> None:
+        self.path, self.work, self.device, self.forward = folder / "history.csv", work, device, forward
+        self.warnings = (CollapseWarning(EQUAL[relativistic]), ChanceWarning(), FloorWarning())
+        self._csv, self._tensorboard, self._online = Aside(f"the log {self.path}"), Aside("TensorBoard's log"), Aside("Weights & Biases")
+        self._screen = Aside("the display")
+        self._rows = _read(self.path)
+        self._columns: list[str] = []
+        self._clock: float | None = None
+        self._board = self._tensorboard(_board, folder)
+        self._wandb = self._online(_wandb, wandb, folder, settings)
+
+    def __call__(self, done: int, total: int, row: dict[str, float]) -> None:
+        row = row | self._speed()
+        self._csv(self._write, done, row)
+        if self._board:
+            for name, value in row.items():
+                self._tensorboard(self._board.add_scalar, name, value, done)
+        if self._wandb:
+            self._online(self._wandb.log, row, step=done)
+        for message in filter(None, (warning.see(done, row) for warning in self.warnings)):
+            self._screen(console.print, f"[bold yellow]{message}[/]", soft_wrap=True)
+        self._screen(self.forward, done, total, row)
+
+    def __exit__(self, *_) -> None:
+        if self._board:
+            self._tensorboard(self._board.close)
+        if self._wandb:
+            self._online(self._wandb.finish)
+
+    def _speed(self) -> dict[str, float]:
+        now, before = time.perf_counter(), self._clock
+        self._clock = now
+        if self.device.type == "cuda":
+            out = {"memory_gib": torch.cuda.max_memory_allocated(self.device) / GIB}
+        else:
+            out = {} if resource is None else {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB}
+        if before is None:  # the first update also loads, allocates and compiles
+            return out
+        out["seconds"] = now - before
+        if self.work:
+            out["samples_per_second"] = self.work.samples / out["seconds"]
+            if self.work.flops and self.work.peak:
+                out["mfu"] = self.work.flops / out["seconds"] / self.work.peak
+        return out
+
+    def _write(self, done: int, row: dict[str, float]) -> None:
+        row = {"update": done, **row}
+        fresh = [name for name in row if name not in self._columns]
+        again = bool(self._rows) and int(self._rows[-1]["update"]) >= done
+        self._rows = [old for old in self._rows if int(old["update"]) < done] + [row]
+        if not fresh and not again:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+            return
+        self._columns = list(dict.fromkeys([*self._columns, *(name for old in self._rows for name in old)]))
+        with replacing(self.path) as part, part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+
+
+class CollapseWarning:
+    """Watches the discriminator's adversarial loss, smoothed over some ten updates, on its way to zero (5.1: then the generator gets no
+    gradient and makes coloured plates). It warns once, and again after the loss has been well above."""
+
+    def __init__(self, equal: float) -> None:
+        self.equal, self._smooth, self._warned = equal, equal, False
+
+    def see(self, done: int, row: dict[str, float]) -> str | None:
+        """The warning, if this row calls for it."""
+        if "d_adversarial" not in row:
+            return None
+        self._smooth += 0.1 * (row["d_adversarial"] - self._smooth)
+        if self._smooth > 2 * WON * self.equal:
+            self._warned = False
+        if self._warned or self._smooth > WON * self.equal:
+            return None
+        self._warned = True
+        gap = row["logit_real"] - row["logit_fake"]
+        return (
+            f"update {done}: the discriminator's loss heads for zero ({self._smooth:.3f}, {self.equal:.2f} is a draw; logits {gap:.1f} apart): "
+            "the generator is about to lose its gradient. Raise r1_weight, or lower lr_discriminator."
+        )
+
+
+class ChanceWarning:
+    """Watches whether the discriminator tells real from fake at all: the share of pairs it orders rightly, on held-out samples where the
+    row has them. One that guesses gives the generator noise, which RMSProp scales up to full steps, and no picture shows it.
+    It warns after PATIENCE updates at chance, and again as long after that."""
+
+    def __init__(self) -> None:
+        self._smooth, self._since = None, 0
+
+    def see(self, done: int, row: dict[str, float]) -> str | None:
+        """The warning, if this row calls for it."""
+        share = row.get("held_right_pairs", row.get("right_pairs"))
+        if share is None:
+            return None
+        self._smooth = share if self._smooth is None else self._smooth + 0.1 * (share - self._smooth)
+        if self._smooth > CHANCE:
+            self._since = done
+        if done - self._since < PATIENCE:
+            return None
+        since, self._since = self._since, done
+        strength = f"lambda sigma^2 is {row['r1_gamma']:.3g}, the paper's is 0.01 for images and 1 for videos" if "r1_gamma" in row else "it has no penalty"
+        return (
+            f"update {done}: the discriminator has been at chance since update {since + 1} (it is right on {self._smooth:.0%} of pairs, logits "
+            f"{row['logit_real'] - row['logit_fake']:.2g} apart; {strength}): the generator learns from noise. Lower r1_sigma or r1_weight, "
+            "change lr_discriminator, or give it a warmup."
+        )
+
+
+class FloorWarning:
+    """Says once how much of aR1 is rounding (objectives.penalty_floor), where it is a large part."""
+
+    def see(self, done: int, row: dict[str, float]) -> str | None:
+        """The warning, if this row calls for it."""
+        if not row.get("r1_floor", 0.0) > FLOOR * row.get("r1", math.inf):
+            return None
+        return (
+            f"update {done}: {row['r1_floor'] / row['r1']:.0%} of the penalty is rounding, not the discriminator's slope (r1 {row['r1']:.2g}, "
+            f"at a hundredth of sigma {row['r1_floor']:.2g}): raise r1_sigma, or give compute=fp32."
+        )
+
+
+def _read(path: Path) -> list[dict]:
+    """The rows that are there. A file that somebody's hand or a crash has spoilt is put aside and said, and a new one begun."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = [{name: value for name, value in row.items() if value != ""} for row in reader]
+        for row in rows:
+            [float(value) for value in row.values()]
+        if "update" not in (reader.fieldnames or ("update",)) or [int(row["update"]) for row in rows] != sorted({int(row["update"]) for row in rows}):
+            raise ValueError
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        kept = path.with_name(f"{path.stem}-damaged{path.suffix}")
+        warn(f"{path} is damaged: it is kept as {kept.name}, and a new one is begun.")
+        Aside(f"{path}")(path.replace, kept)
+        return []
+
+
+def _board(folder: Path):
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _wandb(project: str | None, folder: Path, settings: dict | None):
+    if project is None or find_spec("wandb") is None:
+        return None
+    import wandb
+
+    return wandb.init(project=project, dir=str(folder), config=settings, resume="allow")

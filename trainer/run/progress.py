@@ -1,0 +1,124 @@
+"""Progress bars with the losses beside them, and tables, in the terminal (rich)."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from trainer.run.aside import Aside
+
+
+
+class _Screen:
+    """stdout, which may be full or closed: then it is said once on stderr, and the work goes on unseen."""
+
+    def __init__(self) -> None:
+        self._aside = Aside("what is shown")
+
+    def write(self, text: str) -> int:
+        self._aside(sys.stdout.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._aside(sys.stdout.flush)
+
+    def isatty(self) -> bool:
+        return not self._aside.off and sys.stdout.isatty()
+
+    def fileno(self) -> int:
+        return sys.stdout.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return sys.stdout.encoding
+
+
+console = Console(file=_Screen())
+SHOWN = {
+    "cd_loss_image": "cd_loss_image", "cd_loss_video": "cd_loss_video", "d_loss": "d_loss", "g_loss": "g_loss", "logit_real": "real", "logit_fake": "fake",
+    "right_pairs": "right", "held_right_pairs": "right (held out)", "r1_loss": "\u03bbr1",
+    "r1": "r1", "r2": "r2", "r1_gamma": "\u03bb\u03c3\u00b2", "g_grad_norm": "grad at sample", "judged": "judged", "samples_per_second": "samples/s", "mfu": "MFU",
+    "memory_gib": "GiB",
+}  # fmt: skip
+"""Metrics beside the bar, by what they are called there."""
+LINE_SECONDS = 30.0
+
+
+class _Bar(Progress):
+    """A bar, and under it a line of metrics that may be longer than what is left beside it."""
+
+    def get_renderables(self):
+        yield from super().get_renderables()
+        yield from (Text(task.fields["metrics"], style="dim") for task in self.tasks if task.fields["metrics"])
+
+
+@contextmanager
+def stage_bar(title: str) -> Iterator[Callable[[int, int, dict], None]]:
+    """A bar for one stage: call what it yields with (done, total, metrics). Where there is no terminal (a batch system's log), a line
+    twice a minute instead."""
+    if not console.is_terminal:
+        yield _Lines(title)
+        return
+    columns = (TextColumn("[bold]{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with _Bar(*columns, console=console, expand=True) as progress:
+        task = progress.add_task(escape(title), total=None, metrics="")  # a folder's name may have brackets
+
+        def report(done: int, total: int, metrics: dict | None = None) -> None:
+            progress.update(task, completed=done, total=total, metrics=_words(metrics))
+
+        yield report
+
+
+class _Lines:
+    """The first report, the last, and one every LINE_SECONDS in between."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.started, self.next = title, time.monotonic(), 0.0
+
+    def __call__(self, done: int, total: int, metrics: dict | None = None) -> None:
+        elapsed = time.monotonic() - self.started
+        if elapsed < self.next and done < total:
+            return
+        self.next = elapsed + LINE_SECONDS
+        line = f"{self.title} {done}/{total}, {timedelta(seconds=round(elapsed))}  {_words(metrics)}"
+        console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+
+def _words(metrics: dict | None) -> str:
+    return "  ".join(f"{word} {metrics[name]:.3g}" for name, word in SHOWN.items() if name in metrics) if metrics else ""
+
+
+def columns_table(title: str, columns: dict[str, dict]) -> Table:
+    """The report's columns as rows of a terminal table."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False, collapse_padding=True)  # 80 columns hold it
+    names = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "motion", "calls")  # samples stand in the title
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for column, row in columns.items():
+        table.add_row(column, *(_cell(row.get(name)) for name in names))
+    return table
+
+
+def criteria_table(rows: list[dict]) -> Table:
+    """What was asked of a measurement and in how many runs it holds; see trainer.mini.criteria."""
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for name in ("asked", "ratio by run", "holds in"):
+        table.add_column(name, justify="left")
+    for row in rows:
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in row["ratios"])
+        table.add_row(f"{row['name']}\n  {row['asked']}", ratios, f"{row['holds']} of {row['runs']}")
+    return table
+
+
+def _cell(value) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.2f}" if value < 100 else f"{value:.0f}"

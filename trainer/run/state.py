@@ -1,0 +1,338 @@
+"""Training states on disk (torch.distributed.checkpoint): saved beside the training, whole or not at all, resumed on any number of processes."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+
+from apt_core.errors import AptError
+from apt_core.files.jsonfile import read_object
+from trainer.machines.distributed import World
+from trainer.files import make_folder, write_json
+from trainer.run.lock import Lock
+from trainer.run.folders import FACTS, UNFINISHED, unfinished_states, whole_states
+from trainer.data.sampling import ORDER
+from trainer.run.state_files import StateReader, StateWriter, check_digests, gather_digests
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # a run alone is no mistake
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where training states go and which of them stay.
+
+    every: updates between two; last: how many of the newest stay; best: how many of the best by `judge` stay besides, which is called by
+    all processes when a state is due, with the averaged network, and returns a number, the lower the better. describe: writes what belongs beside
+    the states; called by the main process once the folder is this run's own.
+    """
+
+    folder: Path
+    every: int = 50
+    last: int = 2
+    best: int = 1
+    judge: Callable[[nn.Module], float] | None = None
+    describe: Callable[[], None] | None = None
+
+
+class Preempted(SystemExit):
+    """The machine asked for its place back, and all is saved: the same command goes on from there. Ends the process with code 0."""
+
+    def __init__(self, message: str):
+        super().__init__(0)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Part(Protocol):
+    """Something with a state. tensors(): the live ones by name, which loading writes into; loaded(steps) is called after that."""
+
+    steps: int
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def loaded(self, steps: int) -> None: ...
+
+
+class Checkpoints:
+    """A folder of states `step-000100` (after a hundred updates; `step-000100-half`: and the first network of the next one), each a DCP
+    checkpoint with a run.json. All processes call alike.
+
+    A state is written under another name and renamed when it is complete, so whatever is called step-... can be loaded.
+    """
+
+    def __init__(self, keep: Keep, world: World, identity: Mapping):
+        self.keep, self.world = keep, world
+        self.identity = json.loads(json.dumps(identity))
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._writing: tuple[Path, dict, object] | None = None
+        self._lock = Lock(keep.folder)
+        problem = None
+        if world.main:
+            try:
+                make_folder(keep.folder)
+                self._lock.take()
+            except AptError as error:
+                problem = error
+        if found := [sentence for sentence in world.gather(problem and str(problem)) if sentence]:
+            raise AptError(found[0]) from None
+        if world.main:
+            for rest in unfinished_states(keep.folder):
+                shutil.rmtree(rest)
+        world.barrier()
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        self._lock.release()
+
+    def newest(self) -> Path | None:
+        """The state that a resumed run goes on from."""
+        return max(self._complete(), default=None)
+
+    def facts(self, path: Path) -> dict:
+        """What a state's run.json says. Raises AptError when it is damaged, or of a run with another identity."""
+        remedy = f"delete the folder {path.name}, and the run goes on from the state before it"
+        facts = read_object(path / FACTS, remedy)
+        kinds = {"identity": dict, "update": int, "steps": dict, "rows": list}
+        if not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()) or not isinstance(facts.get("files", {}), dict):
+            raise AptError(f"{path / FACTS} is damaged: {remedy}.")
+        old = facts["identity"]
+        changed = sorted(key for key in self.identity.keys() | old.keys() if self.identity.get(key) != old.get(key))
+        if new := sorted(self.identity.keys() ^ old.keys()):
+            raise AptError(
+                f"{self.keep.folder} holds a run of another version of this program, which {'had no' if new[0] in self.identity else 'had a'} {new[0]!r}: "
+                "give another --out, or go on with that version."
+            )
+        if changed:
+            key = changed[0]
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise AptError(
+                f"{self.keep.folder} holds a run with another {key}{more} ({old.get(key)!r}, now {self.identity.get(key)!r}): "
+                "give another --out, or the settings of that run."
+            )
+        return facts
+
+    def load(self, path: Path, tensors: dict[str, dict[str, Tensor]], facts: Mapping) -> None:
+        """Write a state's tensors into `tensors`, whatever number of processes saved it. Raises AptError for one that does not fit or is damaged."""
+        digests = facts.get("files", {})
+        problem = None
+        try:
+            check_digests(path, digests, sorted(digests)[self.world.rank :: self.world.size])
+        except AptError as error:
+            problem = str(error)
+        if found := [problem for problem in self.world.gather(problem) if problem]:
+            raise AptError(found[0])
+        try:
+            dcp.load(tensors, storage_reader=StateReader(path), process_group=self._group, no_dist=self._group is None)
+        except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
+            raise AptError(f"{path} cannot be loaded ({_reason(error)}): delete it, and the run goes on from the state before it.") from error
+
+    def save(self, name: str, tensors: dict[str, dict[str, Tensor]], facts: Mapping) -> None:
+        """Copy the tensors now and write them while training goes on. Raises AptError when the state before this one could not be written."""
+        self.wait()
+        part = self.keep.folder / f"{name}{UNFINISHED}"
+        if self.world.main:
+            shutil.rmtree(part, ignore_errors=True)
+        self.world.barrier()
+        facts = {"identity": self.identity, **facts}
+        future = dcp.async_save(tensors, storage_writer=StateWriter(part), process_group=self._group, no_dist=self._group is None)
+        self._writing = part, facts, future
+
+    def poll(self) -> None:
+        """Give a state that has been written meanwhile its name."""
+        if self._writing and self.world.main and self._writing[2].done() and not self._writing[2].exception():
+            self._publish()
+
+    def wait(self) -> None:
+        """Wait until the state in writing is complete. Raises AptError, in all processes, when it cannot be written."""
+        if not self._writing:
+            return
+        part, _, future = self._writing
+        problem = future.exception()
+        if problem is None and self.world.main:
+            try:
+                self._publish()
+            except (OSError, AptError) as error:
+                problem = error
+        self._writing = None
+        if reasons := [reason for reason in self.world.gather(problem and _reason(problem)) if reason]:
+            last = self.newest()
+            stands = f"{last.name} stands" if last else "there is no earlier one"
+            raise AptError(f"{part.stem} could not be written to {self.keep.folder} ({reasons[0]}): look for free space there; {stands}.") from problem
+
+    def _publish(self) -> None:
+        part, facts, _ = self._writing
+        if not part.exists():  # published before
+            return
+        write_json(part / FACTS, facts | {"files": gather_digests(part)})
+        os.replace(part, part.with_suffix(""))
+        self._prune()
+
+    def _prune(self) -> None:
+        states = self._complete()
+        scores = {path: score_of(path) for path in states}
+        judged = sorted((path for path in states if scores[path] is not None), key=scores.__getitem__)
+        stay = {*states[-self.keep.last :], *judged[: self.keep.best]}
+        for path in states:
+            if path not in stay:
+                (path / FACTS).unlink()  # from here on it counts as incomplete
+                shutil.rmtree(path)
+
+    def _complete(self) -> list[Path]:
+        return whole_states(self.keep.folder)
+
+
+def score_of(path: Path) -> float | None:
+    """What a state was judged to be; None for one that was not, or whose run.json cannot tell."""
+    try:
+        found = read_object(path / FACTS, "").get("score")
+    except AptError:
+        return None
+    return found if isinstance(found, float | int) and math.isfinite(found) else None
+
+
+def best_state(folder: Path) -> tuple[Path, float] | None:
+    """Of the kept states that were judged, the best with its score."""
+    scores = {path: score_of(path) for path in whole_states(folder)}
+    return min(((path, score) for path, score in scores.items() if score is not None), key=lambda pair: pair[1], default=None)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in one line; of a failed collective, what the first failing process ran into."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300]
+
+
+class _Stop(Exception):
+    pass
+
+
+class Vote:
+    """Whether a flag is up in any process, asked about every `seconds`: an all-reduce at each of a thousand microbatches would hold all of them up.
+
+    All processes call alike and get the same answer at the same call: when they ask again follows from the slowest one's time per call.
+    """
+
+    def __init__(self, world: World, seconds: float = 3.0, clock: Callable[[], float] = time.monotonic):
+        self.world, self.seconds, self.clock = world, seconds, clock
+        self.start()
+
+    def start(self) -> None:
+        """Ask at the next call: from here on calls may take longer than they did."""
+        self._calls, self._every, self._asked = 0, 0, None
+
+    def __call__(self, flag: bool) -> bool:
+        """The flag of any process if it is time to ask, else False."""
+        if self.world.size == 1:
+            return flag
+        self._calls += 1
+        if self._calls < self._every:
+            return False
+        now = self.clock()
+        pace = 0.0 if self._asked is None else (now - self._asked) / self._calls
+        found, slowest = self.world.largest(flag, pace)
+        # Twice as far at most: the first calls may have been shorter than those to come.
+        self._every = max(1, min(2 * self._every, int(self.seconds / slowest) if slowest else 1))
+        self._calls, self._asked = 0, self.clock()
+        return bool(found)
+
+
+class Run:
+    """The course of one training: rows of metrics, the number of the next update, states on disk, and the end that a signal asks for.
+
+    Use it in a `with` statement around the training loop. keep None: nothing is stored, signals do what they always do.
+    parts: what a state consists of, by name; `averages` among them are what keep.judge is shown. resume False: refuse a folder that holds a state. Raises AptError for a folder with another run.
+    """
+
+    def __init__(self, keep: Keep | None, world: World, identity: Mapping, parts: Mapping[str, Part], resume: bool = True):
+        self.keep, self.world, self.parts = keep, world, parts
+        self.update, self.rows = 0, []
+        self._signalled, self._handlers, self._saved = False, {}, "step-000000"
+        self._vote = Vote(world)
+        self._checkpoints = Checkpoints(keep, world, {**identity, "order": ORDER}) if keep else None
+        if keep and (newest := self._checkpoints.newest()):
+            try:
+                if not resume:
+                    raise AptError(f"{keep.folder} holds the states of a run ({newest.name} is the newest): resume it, or give another --out.")
+                self._restore(newest)
+            except BaseException:
+                self._checkpoints.release()
+                raise
+
+        if keep and keep.describe and world.main:
+            keep.describe()
+
+    def __enter__(self) -> "Run":
+        if self.keep:
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        try:
+            if self.keep and kind in (None, _Stop):
+                self._save(judged=kind is None)
+                self._checkpoints.wait()
+                self.world.barrier()
+            elif self.keep:  # some processes may be gone: nothing that needs them all
+                self._checkpoints.poll()
+        finally:
+            if self.keep:
+                self._checkpoints.release()
+        if kind is _Stop:
+            where = f"in update {self.update + 1}; all is saved in {self.keep.folder}"
+            raise Preempted(f"stopped by a signal {where}, and the same command goes on from there.") from None
+
+    def stop(self) -> None:
+        """Leaves the training loop, in all processes at the same call, when one was told to stop; they ask one another every few seconds."""
+        if self.keep and self._vote(self._signalled):
+            raise _Stop
+
+    def finish_update(self) -> None:
+        """One more update is done; a state is saved when one is due."""
+        self.update += 1
+        self._vote.start()
+        if self.keep:
+            self._checkpoints.poll()
+            if self.update % self.keep.every == 0:
+                self._save(judged=True)
+
+    def _save(self, judged: bool) -> None:
+        steps = {name: part.steps for name, part in self.parts.items()}
+        name = f"step-{self.update:06d}" + ("-half" if max(steps.values()) > self.update else "")
+        if name == self._saved:
+            return
+        self._saved, score = name, None
+        if judged and self.keep.judge:
+            with self.parts["averages"].applied() as network:
+                score = self.keep.judge(network)
+            self.rows[-1]["judged"] = score
+        facts = {"update": self.update, "score": score, "steps": steps, "rows": [dict(row) for row in self.rows]}
+        self._checkpoints.save(name, {name: part.tensors() for name, part in self.parts.items()}, facts)
+
+    def _restore(self, path: Path) -> None:
+        facts = self._checkpoints.facts(path)
+        self._checkpoints.load(path, {name: part.tensors() for name, part in self.parts.items()}, facts)
+        for name, part in self.parts.items():
+            part.loaded(facts["steps"][name])
+        self.update, self.rows = facts["update"], facts["rows"]
+        self._saved = path.name
+
+    def _on_signal(self, *_) -> None:
+        self._signalled = True

@@ -1,0 +1,1 @@
+"""The two stages of training and what they are made of."""

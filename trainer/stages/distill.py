@@ -1,0 +1,97 @@
+"""Stage 1 (3.2): consistency distillation of the guided base into one step. Its EMA starts the generator of stage 2."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.method.consistency import consistency_backward
+from apt_core.method.flow import sample_noise, sample_uniform
+from trainer.stages.averages import Averages
+from trainer.data.batches import Batches
+from trainer.config import Preset
+from trainer.machines.distributed import World
+from trainer.stages.muon import Muon
+from trainer.stages.networks import Load, Lora, distillation_networks
+from trainer.machines.parallel import Parallel
+from trainer.stages.samples import Samples
+from trainer.data.sampling import split
+from trainer.run.state import Keep, Run
+from trainer.stages.update import Learner, Report
+
+
+def distill(
+    base: Path,
+    batches: Batches,
+    preset: Preset,
+    out: Path,
+    *,
+    seed: int,
+    metadata: dict,
+    world: World = World(),
+    parallel: Parallel = Parallel(),
+    lora: Lora | None = None,
+    ema_decays: Sequence[float] = (),
+    keep: Keep | None = None,
+    resume: bool = True,
+    samples: Samples | None = None,
+    load: Load = load_transformer,
+    report: Report,
+) -> list[dict]:
+    """Distil `base` (a checkpoint file) on `batches` and write the student's EMA to `out`.
+
+    Each update sees images or clips, drawn with the preset's share. The other arguments, what is returned and what is raised are those of
+    `trainer.stages.adversarial.adversarial`.
+    """
+    settings = preset.distill
+    for size in (settings.batch_image, settings.batch_video):
+        split(size, world.dp, world.dp_rank, parallel.microbatch)
+    networks = distillation_networks(base, load, world, parallel, lora, target=settings.target_decay > 0)
+    student, teacher, target = networks.generator, networks.opposite, networks.target
+    negative = batches.embed([preset.sampling.negative_prompt]).to(world.device)
+    if settings.optimizer == "muon":
+        optimizer = Muon(student.parameters(), weight_decay=settings.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+    learner = Learner("student", student, optimizer, networks, world, parallel, parallel.generator_zero, keep and keep.folder)
+    averages = Averages(networks, (settings.ema_decay, *ema_decays), settings.ema_warmup)
+    following = Averages(networks, (settings.target_decay,) if target is not None else (), settings.target_warmup)
+    identity = {"phase": "distilled", "seed": seed, "data": batches.fingerprint, "lora": str(lora), "ema_decays": list(ema_decays)}
+    identity |= {"sampling": preset.sampling.model_dump(exclude={"prompts"}), **settings.model_dump(exclude={"updates"} if settings.lr_end is None else set())}
+    run = Run(keep, world, identity, {"student": learner, "averages": averages, "target": following}, resume)
+    if target is not None:
+        following.copy_to(target)
+
+    def kind_and_size(update: int) -> tuple[str, int]:
+        kind = "video" if float(sample_uniform([update], seed, "distill/kind")) < settings.video_share else "image"
+        kind = batches.available(kind)
+        return kind, settings.batch_video if kind == "video" else settings.batch_image
+
+    with run:
+        for update in range(run.update, settings.updates):
+            kind, size = kind_and_size(update)
+            batch = batches.take(kind, "distill", update, size, world, parallel.microbatch, following=kind_and_size(update + 1))
+            consistency = settings.consistency(preset.sampling.shift(kind))
+            for micro in learner.microbatches(batch, run.stop):
+                x, text = micro.x.to(world.device), micro.text.to(world.device)
+                z = sample_noise(micro.numbers, x.shape[1:], seed, "distill/z").to(world.device)
+                u = sample_uniform(micro.numbers, seed, "distill/u").to(world.device)
+                metrics = consistency_backward(student, teacher, consistency, x, z, text, negative, u, target=target, loss_scale=micro.share)
+                metrics["cd_loss_final"] *= metrics["final_share"]  # a mean over few of the samples: summed here, divided below
+                learner.add({name: value * micro.share for name, value in metrics.items()})
+            optimizer.param_groups[0]["lr"] = settings.rate(update)
+            row = learner.step()
+            row["cd_loss_final"] /= row["final_share"] or 1
+            run.rows.append({name if name.endswith("gradient") else f"{name}_{kind}": value for name, value in row.items()})
+            averages.update()
+            if target is not None:
+                following.update()
+                following.copy_to(target)
+            run.finish_update()
+            if samples:
+                samples.show(update + 1, student, averages, world)
+            report(update + 1, settings.updates, run.rows[-1])
+
+    averages.save(out, metadata | {"kind": "generator", "phase": "distilled", "updates": settings.updates}, world)
+    return run.rows

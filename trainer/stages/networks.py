@@ -1,0 +1,144 @@
+"""The networks of each stage, whole or as adapters over one shared base, placed on the processes of a run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from apt_core.files.contract import metadata_strings
+from apt_core.loading.checkpoint import save_generator
+from apt_core.method.discriminator import Discriminator
+from apt_core.method.ema import Ema
+from apt_core.models.lora import add_adapters, load_lora, lora_state, role
+from apt_core.models.mmdit import MMDiTBackbone
+from apt_core.loading.mmdit_files import save_mmdit
+from apt_core.files.tensorfile import write_tensors
+from apt_core.models.wan import PAPER_FRACTIONS
+from trainer.machines.distributed import World
+from trainer.machines.parallel import Parallel, place, reshard, shard_heads, whole_state
+
+Load = Callable[..., nn.Module]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of this rank on the linear layers of the base's blocks; alpha scales them by alpha / rank (None: by 1)."""
+
+    rank: int = 64
+    alpha: float | None = None
+
+
+@dataclass(frozen=True)
+class Networks:
+    """generator: what is trained to sample in one step (stage 1's student); opposite: stage 2's discriminator or stage 1's teacher; target: stage
+    1's target network, where it is not the student; base: the one frozen network under all of them, in LoRA mode."""
+
+    generator: nn.Module
+    opposite: nn.Module
+    target: nn.Module | None = None
+    base: nn.Module | None = None
+
+    def reshard(self) -> None:
+        """See `trainer.machines.parallel.reshard`; for all networks."""
+        reshard(*(network for network in (self.generator, self.opposite, self.target, self.base) if network is not None))
+
+    def save(self, path: Path, average: Ema, metadata: Mapping, world: World) -> None:
+        """Write the generator with its averaged weights to one file, from the main process: a whole model, or a LoRA file."""
+        metadata = {**metadata, "ema": average.decay, "ema_warmup": average.warmup}
+        if self.base is None:
+            state = whole_state(average.shadow, world)
+            if world.main:
+                write = save_mmdit if isinstance(self.generator, MMDiTBackbone) else save_generator
+                write(path, state, self.generator.config, metadata, torch.float32)
+        else:
+            self.reshard()
+            with average.applied(self.generator):
+                state = {name: value.detach().to("cpu", copy=True) for name, value in lora_state(self.base, "generator").items()}
+            if world.main:
+                rank = next(iter(state.values())).shape[0]
+                write_tensors(path, state, metadata_strings(path, {**metadata, "kind": "lora", "rank": rank}))
+        world.barrier()
+
+
+def adversarial_networks(
+    start: Path,
+    base: Path,
+    load: Load,
+    world: World,
+    parallel: Parallel,
+    lora: Lora | None = None,
+    head_width: int | None = None,
+    *,
+    taps: Sequence[float] = PAPER_FRACTIONS,
+    discriminator_start: str = "base",
+    train_backbone: bool = True,
+) -> Networks:
+    """The generator from `start` and the discriminator from `base`, its heads' first weights from torch's random state.
+
+    head_width: of the heads' attention, in whole attention heads of the base; the base's own width unless given. With `lora`, `start` is
+    a LoRA file over `base`, or `base` itself. taps, discriminator_start, train_backbone: see trainer.config.Adversarial; with a LoRA the
+    discriminator's backbone is its adapters, which then start from those in `start`, or stay as they are. Raises AptError for files that do not fit,
+    and for taps that the base is too shallow for.
+    """
+    first = start if discriminator_start == "start" else base
+
+    def load_discriminator(device: torch.device) -> Discriminator:
+        backbone = load(first, device=device)
+        if not train_backbone:
+            backbone.requires_grad_(False)
+        return make_discriminator(backbone, taps, head_width).to(device)
+
+    if lora is None:
+        generator = place(lambda device: load(start, device=device), world, parallel, parallel.generator_zero)
+        discriminator = place(load_discriminator, world, parallel, parallel.discriminator_zero)
+        return Networks(generator, discriminator)
+    starts = {"generator": start, "discriminator": first}
+    shared = _shared_base(base, starts, load, world, parallel, lora, () if train_backbone else ("discriminator",))
+    discriminator = make_discriminator(role(shared, "discriminator"), taps, head_width).to(world.device)
+    shard_heads(discriminator, world, parallel)
+    return Networks(role(shared, "generator"), discriminator, base=shared)
+
+
+def make_discriminator(backbone: nn.Module, taps: Sequence[float], head_width: int | None) -> Discriminator:
+    """The discriminator of a run's settings over a backbone; see `adversarial_networks`."""
+    heads = head_width and head_width // backbone.config.attention_head_dim
+    return Discriminator(backbone, taps, num_heads=heads, inner_dim=head_width)
+
+
+def distillation_networks(base: Path, load: Load, world: World, parallel: Parallel, lora: Lora | None, target: bool) -> Networks:
+    """The student, its frozen teacher, and where one is wanted the target, all from `base`."""
+    if lora is None:
+        frozen = [
+            place(lambda device: load(base, device=device).requires_grad_(False), world, parallel) for _ in range(2 if target else 1)
+        ]
+        return Networks(place(lambda device: load(base, device=device), world, parallel, parallel.generator_zero), *frozen)
+    starts = dict.fromkeys(("generator", "target") if target else ("generator",), base)
+    shared = _shared_base(base, starts, load, world, parallel, lora, ("target",) if target else ())
+    still = role(shared, "target") if target else None
+    return Networks(role(shared, "generator"), role(shared, None), still, shared)
+
+
+def _shared_base(
+    base: Path, starts: Mapping[str, Path], load: Load, world: World, parallel: Parallel, lora: Lora, still: Sequence[str]
+) -> nn.Module:
+    """The frozen base in the dtype that it computes in, with adapters and what `precision.stays_fp32` names in fp32.
+
+    starts: of each role a LoRA file over the base, or the base itself; still: roles that are not trained.
+    """
+    dtype = torch.bfloat16 if parallel.compute == "bf16" else torch.float32
+
+    def make(device: torch.device) -> nn.Module:
+        model = load(base, device=device, dtype=dtype)
+        add_adapters(model, tuple(starts), lora.rank, lora.alpha)
+        for name, start in starts.items():
+            if start != base and device.type != "meta":
+                load_lora(start, model, name)
+        for name in still:  # before sharding: gathered copies would keep what they were made with
+            role(model, name).requires_grad_(False)
+        return model
+
+    # Only the main process draws the adapters: the heads, which all draw, must find the same random state everywhere.
+    with torch.random.fork_rng(devices=[]):
+        return place(make, world, parallel, parallel.generator_zero)

@@ -1,0 +1,63 @@
+"""Pictures while a network trains: fixed noise and prompts, the weights of the moment beside their average."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apt_core.method.flow import sample_noise
+from apt_core.method.generator import one_step
+from apt_core.files.media_write import write_image, write_video
+from trainer.run.aside import Aside
+from trainer.stages.averages import Averages
+from trainer.machines.distributed import World
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Every `every` updates, one file a prompt in `folder`: raw weights left, the average right.
+
+    text: padded embeddings `[n, L, d]`; shape: of one latent, `(C, F, h, w)`; to_video: latents `[1, C, F, h, w]` to uint8 `[1, F, H, W, 3]`,
+    called in the main process alone.
+    """
+
+    folder: Path
+    every: int
+    text: Tensor
+    shape: Sequence[int]
+    to_video: Callable[[Tensor], np.ndarray]
+    fps: float
+    seed: int = 0
+    aside: Aside = field(default_factory=lambda: Aside("the samples"))
+
+    def show(self, update: int, generator: nn.Module, averages: Averages, world: World) -> None:
+        """Make the files of this update, if it is one of them. All processes must call."""
+        if update % self.every:
+            return
+        raw = self._latents(generator, world)
+        with averages.applied():
+            mean = self._latents(generator, world)
+        if not world.main:
+            return
+        self.aside(self._write, update, raw, mean)
+
+    def _write(self, update: int, raw: list[Tensor], mean: list[Tensor]) -> None:
+        for number, pair in enumerate(zip(raw, mean)):
+            pixels = np.concatenate([self.to_video(latent)[0] for latent in pair], axis=2)
+            stem = self.folder / f"{update:06d}-{number:02d}"
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            if len(pixels) == 1:
+                write_image(stem.with_suffix(".png"), pixels[0])
+            else:
+                write_video(stem.with_suffix(".mp4"), pixels, self.fps)
+
+    @torch.no_grad()
+    def _latents(self, generator: nn.Module, world: World) -> list[Tensor]:
+        out = []
+        for number, text in enumerate(self.text):
+            z = sample_noise([number], self.shape, self.seed, "samples/z").to(world.device)
+            out.append(one_step(generator, z, text[None].to(world.device)).cpu())
+        return out
