@@ -25,7 +25,7 @@ from .warn import warn
 NAME = "APT One-Step Sampler"
 OF_FILE = "file"
 PRESETS = {"4 steps, shift 5": (4, 5.0), "4 steps, shift 8": (4, 8.0)}
-"""Steps and shift of public few-step models of others: the timesteps 1000, 750, 500, 250 under the shift, as KSampler's simple has them."""
+"""Steps and shift of public few-step models: 1000, 750, 500, 250 under the shift, as KSampler's simple has them."""
 
 
 class APTSampler(io.ComfyNode):
@@ -65,7 +65,8 @@ class APTSampler(io.ComfyNode):
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="The times of the calls in place of steps and times: the first is 1, they decrease, a last 0 is allowed. Default none.",
+                    tooltip="The times of the calls in place of steps and times: the first is 1, they decrease, "
+                    "a last 0 is allowed. Default none.",
                 ),
                 # Last and optional: graphs and prompts from before it go on working.
                 io.Combo.Input(
@@ -81,8 +82,8 @@ class APTSampler(io.ComfyNode):
                     options=[OF_FILE, *PRESETS],
                     default=OF_FILE,
                     optional=True,
-                    tooltip="The times of the steps. Default file: by the model's file. 4 steps, shift 5 or 8: in place of steps, for public few-step "
-                    "models such as LightX2V's, 1000, 750, 500 and 250 under that shift.",
+                    tooltip="The times of the steps. Default file: by the model's file. 4 steps, shift 5 or 8: "
+                    "in place of steps, for public few-step models such as LightX2V's, 1000, 750, 500 and 250 under that shift.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The samples, for APT VAE Decode or any other.")],

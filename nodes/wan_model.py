@@ -69,7 +69,10 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
 
 
 def apt_of(node: str, model: ModelPatcher) -> dict:
-    """What the MODEL's file says of its training, and that of an APT LoRA on a base; {} where nobody knows. Raises AptError for a broken one."""
+    """What the MODEL's file says of its training, and that of an APT LoRA on a base; {} where nobody knows.
+
+    Not to be written into: clones share it. Raises AptError for a broken one.
+    """
     file = model.get_attachment(ATTACHMENT)
     if file is None:
         file = _of_stock_loader(model)

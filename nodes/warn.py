@@ -21,7 +21,7 @@ def warn(node: str, hidden, sentences: list[str]) -> ui.PreviewText | None:
 
 
 def show(text: str, hidden) -> ui.PreviewText | None:
-    """The `ui` of a node's output with `text`, which is shown on the node too; an empty one takes away what an earlier run has shown."""
+    """The `ui` of an output with `text`, which the node shows too; an empty one takes away an earlier run's."""
     unique_id = hidden and hidden.unique_id
     if text or unique_id in _warned:
         # On the node itself; what is in `ui` goes to the history only. ComfyUI's frontend passes over an empty text.

@@ -67,11 +67,12 @@ def comfy_config(config: Mapping) -> dict:
     """The WanModel arguments that ComfyUI would guess wrong from the shapes of a model with this diffusers config; mostly {}."""
     full = {name: p.default for name, p in _arguments().items()} | dict(config)
     heads, head_dim = full["num_attention_heads"], full["attention_head_dim"]
-    return unguessed(heads, head_dim, {name: full[name] for name in ASSUMED}, full["out_channels"] or full["in_channels"])
+    values, out_channels = {name: full[name] for name in ASSUMED}, full["out_channels"] or full["in_channels"]
+    return unguessed(heads, head_dim, values, out_channels)
 
 
 def unguessed(heads: int, head_dim: int, values: Mapping, out_channels: int) -> dict:
-    """The same from the number and width of heads, `values` under the names of ASSUMED, and the channels of the latents that come out."""
+    """The same from the number and width of heads, `values` by the names of ASSUMED, and the channels that come out."""
     out = {"num_heads": heads} if head_dim != HEAD_DIM else {}
     for name, assumed in ASSUMED.items():
         value = list(values[name]) if name == "patch_size" else values[name]
@@ -248,9 +249,13 @@ def _meta_transformer(path, cls: type | None, config: Mapping):
 
 
 def cast_tensors(
-    path: str | Path, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], device: str | torch.device = "cpu", copy: bool = False
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    device: str | torch.device = "cpu",
+    copy: bool = False,
 ) -> dict[str, Tensor]:
-    """`state` with each key's dtype. Raises AptError, which names the key, for weights that fp16 cannot hold."""
+    """`state` in the dtype of each key. Raises AptError, which names the key, for weights that fp16 cannot hold."""
     out = {}
     for key, value in state.items():
         out[key] = value.to(device, dtypes[key], copy=copy)

@@ -72,7 +72,17 @@ class Graph:
     about_height: int = 0
 
     def add(
-        self, type: str, column: int, y: int, title: str | None = None, /, *, tall: int = 0, span: int = 1, off: bool = False, **inputs
+        self,
+        type: str,
+        column: int,
+        y: int,
+        title: str | None = None,
+        /,
+        *,
+        tall: int = 0,
+        span: int = 1,
+        off: bool = False,
+        **inputs,
     ) -> Node:
         """`inputs` are values of widgets, in the order in which a user would set them, or nodes to link from. `tall`: pixels, where the node's
         own height will not do; `span`: over how many columns; `off`: muted, to be turned on by who wants it."""
@@ -106,7 +116,8 @@ class Graph:
                     widgets.append([name, value])
             place = {"at": (self.columns[node.column], node.y), "size": (self.width(node), node.tall)}
             mode = {"mode": MUTED} if node.off else {}
-            nodes.append({"id": node.id, "type": node.type, "title": node.title, "widgets": widgets} | place | mode)
+            made = {"id": node.id, "type": node.type, "title": node.title, "widgets": widgets}
+            nodes.append(made | place | mode)
         note = {"id": len(nodes) + 1, "type": "MarkdownNote", "title": "About this workflow", "widgets": [["text", self.about]]}
         nodes.append(note | {"at": (0, 0), "size": (WIDTH, self.about_height)})
         return {"nodes": nodes, "links": links}
@@ -223,7 +234,8 @@ def lora_text_to_video() -> Graph:
     samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=1)
     g.detour(model, samples, (right + 45, 14))
     video_out(g, vae, samples, latent[1], "video/apt_lora")
-    save = g.add("APTSaveCheckpoint", 2, 470, off=True, model=model, filename_prefix="diffusion_models/apt_wan21")
+    prefix = "diffusion_models/apt_wan21"
+    save = g.add("APTSaveCheckpoint", 2, 470, off=True, model=model, filename_prefix=prefix)
     g.detour(model, save, (right + 30, 484))
     g.note(
         "The base model as released, and APT as a **LoRA** on top: the stock loaders do",

@@ -1,4 +1,5 @@
-"""The public interface of nodes, cut out of ComfyUI's /object_info: ids, inputs in their order, types, limits and outputs; and its words."""
+"""The public interface of nodes, cut out of ComfyUI's /object_info: ids, inputs in their order, types, limits and outputs;
+and their words."""
 
 import json
 from pathlib import Path
@@ -48,7 +49,7 @@ def write_snapshot(object_info: dict, stock: set[str]) -> None:
 
 
 def words(object_info: dict) -> dict:
-    """The texts of our nodes in the form of locales/*/nodeDefs.json. An input that has no name of its own goes by its id."""
+    """The texts of our nodes in the form of locales/*/nodeDefs.json. Inputs go by their ids."""
     return {name: _words_of(info) for name, info in sorted(object_info.items()) if is_ours(info)}
 
 
@@ -67,7 +68,8 @@ def _words_of(info: dict) -> dict:
 
     walk("", info["input"])
     outputs = {}
-    for i, (kind, name, tooltip) in enumerate(zip(info["output"], info["output_name"], info["output_tooltips"])):
+    told = zip(info["output"], info["output_name"], info["output_tooltips"])
+    for i, (kind, name, tooltip) in enumerate(told):
         outputs[str(i)] = {"name": name} if name != kind else {}
         outputs[str(i)]["tooltip"] = tooltip
     texts = {"display_name": info["display_name"], "description": info["description"], "inputs": inputs}

@@ -23,7 +23,9 @@ def in_language(frontend):
         origin = frontend.page.evaluate("() => location.origin")
         frontend.page.request.post(f"{origin}/api/settings", data={"Comfy.Locale": locale})
         frontend.page.reload()
-        frontend.page.wait_for_function("() => window.app?.graph && 'APTSampler' in (window.LiteGraph?.registered_node_types ?? {})")
+        frontend.page.wait_for_function(
+            "() => window.app?.graph && 'APTSampler' in (window.LiteGraph?.registered_node_types ?? {})"
+        )
 
     yield switch
     switch("en")

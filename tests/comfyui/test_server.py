@@ -37,13 +37,15 @@ def test_the_public_interface_is_that_of_the_snapshot(server):
 
 
 def test_the_words_are_those_that_were_translated(server):
-    assert words(server.get("/object_info")) == json.loads(WORDS.read_text(encoding="utf-8")), "translate what has changed, then build_workflows.py"
+    translated = json.loads(WORDS.read_text(encoding="utf-8"))
+    assert words(server.get("/object_info")) == translated, "translate what has changed, then build_workflows.py"
 
 
 def test_the_locales_are_served(server):
     served = server.get("/i18n")
     for folder in (WORDS.parents[2] / "locales").iterdir():
-        assert served[folder.name]["nodeDefs"] == json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+        ours = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+        assert served[folder.name]["nodeDefs"] == ours
 
 
 def test_every_node_is_explained(server):
@@ -107,16 +109,18 @@ def test_latents_of_our_sampler_of_ksampler_and_of_apt_core_are_equal(server, he
 
 def test_a_saved_checkpoint_is_listed_and_makes_the_same_latents(server):
     prompt = mini_latents(CAPTION, 7, custom(48, 48, 1))
-    keep = {"keep": node("APTSaveCheckpoint", model=["model", 0], filename_prefix="diffusion_models/kept", dtype="default")}
-    entry = server.wait(server.queue(saving_latents(prompt | keep, "before")))
+    save = node("APTSaveCheckpoint", model=["model", 0], filename_prefix="diffusion_models/kept", dtype="default")
+    entry = server.wait(server.queue(saving_latents(prompt | {"keep": save}, "before")))
     assert entry["outputs"]["keep"]["text"] == ["Saved diffusion_models/kept_00001_.safetensors"], failure(entry)
     (before,) = server.files(entry["outputs"]["save"])
-    listed = server.get("/object_info/APTLoadCheckpoint")["APTLoadCheckpoint"]["input"]["required"]["checkpoint"][1]["options"]
-    assert "kept_00001_.safetensors" in listed
-    (after,) = server.run(saving_latents(mini_latents(CAPTION, 7, custom(48, 48, 1), "kept_00001_.safetensors"), "after"))["save"]
+    inputs = server.get("/object_info/APTLoadCheckpoint")["APTLoadCheckpoint"]["input"]["required"]
+    assert "kept_00001_.safetensors" in inputs["checkpoint"][1]["options"]
+    prompt = mini_latents(CAPTION, 7, custom(48, 48, 1), "kept_00001_.safetensors")
+    (after,) = server.run(saving_latents(prompt, "after"))["save"]
     assert torch.equal(load_file(before)["latent_tensor"], load_file(after)["latent_tensor"])
     saved = server.output / "diffusion_models" / "kept_00001_.safetensors"
-    assert read_metadata(saved) == read_metadata(ASSETS / "diffusion_models" / MINI) and json.loads(read_header(saved).metadata["prompt"])["keep"]["inputs"]["dtype"] == "default"
+    assert read_metadata(saved) == read_metadata(GENERATOR)
+    assert json.loads(read_header(saved).metadata["prompt"])["keep"]["class_type"] == "APTSaveCheckpoint"
 
 
 def test_an_item_of_a_batch_is_the_same_alone(server):

@@ -1,4 +1,4 @@
-"""The words of the nodes in other languages, as ComfyUI's frontend reads them: whole, and saying what the English says."""
+"""The words of the nodes in other languages: whole, and saying what the English says."""
 
 import json
 import re
@@ -8,14 +8,25 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LOCALES = ("de", "fr", "ja", "ko", "zh", "zh-TW")
-NODES = {name: info for name, info in json.loads((ROOT / "tests/workflows/object_info.json").read_text(encoding="utf-8")).items() if name.startswith("APT")}
+NODES = {
+    name: info
+    for name, info in json.loads(
+        (ROOT / "tests/workflows/object_info.json").read_text(encoding="utf-8")
+    ).items()
+    if name.startswith("APT")
+}
 ENGLISH = json.loads((ROOT / "tests/workflows/words.json").read_text(encoding="utf-8"))
-"""`write_words` of tests/comfyui/interface.py: what a real ComfyUI says of the nodes, in the form of a locale."""
+"""By `write_words` of tests/comfyui/interface.py: what a real ComfyUI says, in the form of a locale."""
 KEPT = {"checkpoint", "dtype", "latent", "sigmas", "vae"}
 """Names of inputs that some languages leave as they are."""
 SMALL = {"0", "1", "2"}
 """Numbers that another language may write as digits: 'one', 'the second'."""
-SCRIPTS = {"ja": "[\u3040-\u30ff\u4e00-\u9fff]", "ko": "[\uac00-\ud7a3]", "zh": "[\u4e00-\u9fff]", "zh-TW": "[\u4e00-\u9fff]"}
+SCRIPTS = {
+    "ja": "[\u3040-\u30ff\u4e00-\u9fff]",
+    "ko": "[\uac00-\ud7a3]",
+    "zh": "[\u4e00-\u9fff]",
+    "zh-TW": "[\u4e00-\u9fff]",
+}
 
 
 def read(locale: str) -> dict:
@@ -23,7 +34,7 @@ def read(locale: str) -> dict:
 
 
 def inputs_of(info: dict) -> dict[str, dict]:
-    """Key in a locale: options, for each input, those that a dynamic combo opens and the widget that comes with a seed."""
+    """Key in a locale: options. Also what a dynamic combo opens, and the widget beside a seed."""
     found = {}
 
     def walk(prefix: str, inputs: dict) -> None:
@@ -61,7 +72,11 @@ def literals(text: str) -> set[str]:
 
 
 def test_these_locales_are_there_and_hold_nothing_else():
-    there = {path.relative_to(ROOT / "locales").as_posix() for path in (ROOT / "locales").rglob("*") if path.is_file()}
+    there = {
+        path.relative_to(ROOT / "locales").as_posix()
+        for path in (ROOT / "locales").rglob("*")
+        if path.is_file()
+    }
     assert there == {f"{locale}/nodeDefs.json" for locale in LOCALES}
 
 
@@ -83,7 +98,11 @@ def test_nothing_is_left_in_english(locale):
         assert text.strip() == text and text
         if not (path.endswith(".name") and english.lower() in KEPT):
             assert text.lower() != english.lower(), path
-            assert re.search(SCRIPTS.get(locale, "[a-z]"), text) or path.endswith(".name") and text in ("Latent", "Sigmas"), path
+            assert (
+                re.search(SCRIPTS.get(locale, "[a-z]"), text)
+                or path.endswith(".name")
+                and text in ("Latent", "Sigmas")
+            ), path
 
 
 @pytest.mark.parametrize("locale", LOCALES)

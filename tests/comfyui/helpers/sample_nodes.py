@@ -44,7 +44,8 @@ def stock(model, latent: dict, seed: int = SEED) -> torch.Tensor:
 
 def simple(model) -> list[float]:
     """Timesteps of KSampler with 4 steps and simple."""
-    return (1000 * comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)[:-1]).tolist()
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    return (1000 * sigmas[:-1]).tolist()
 
 
 def with_lora(model):

@@ -1,4 +1,4 @@
-"""Save APT Checkpoint: each model of MODELS is sampled, saved, loaded again and sampled again; latents go into `out`, files stay in `saved`."""
+"""Save APT Checkpoint: each of MODELS is sampled, saved, loaded and sampled again; latents go into `out`."""
 
 import json
 import os
@@ -25,7 +25,9 @@ shown = show_on_nodes(apt)
 
 
 def sample(model) -> torch.Tensor:
-    return apt.APTSampler.execute(model, cond, {"samples": torch.zeros(1, 16, 2, 6, 4)}, 0, 1).args[0]["samples"]
+    return apt.APTSampler.execute(model, cond, {"samples": torch.zeros(1, 16, 2, 6, 4)}, 0, 1).args[0][
+        "samples"
+    ]
 
 
 def load(name: str):
@@ -78,7 +80,9 @@ with torch.inference_mode():
 
     shown.clear()
     model = MODELS["lora"]()
-    apt.APTSaveCheckpoint.hidden = SimpleNamespace(unique_id="7", prompt={"1": "a node"}, extra_pnginfo={"workflow": {"nodes": []}, "apt": 1})
+    apt.APTSaveCheckpoint.hidden = SimpleNamespace(
+        unique_id="7", prompt={"1": "a node"}, extra_pnginfo={"workflow": {"nodes": []}, "apt": 1}
+    )
     output = save(model, "lora")
     elsewhere = apt.APTSaveCheckpoint.execute(model, "elsewhere/lora", "default").ui.as_dict()["text"][0]
     bypassed = load("fp32")
@@ -86,6 +90,7 @@ with torch.inference_mode():
     result = {
         "said": output.ui.as_dict()["text"][0],
         "shown": shown[0],
+        "attached": model.get_attachment("apt"),
         "outputs": output.args,
         "elsewhere": elsewhere,
         "no metadata": sentence(save, stock("nameless"), "x"),
