@@ -58,7 +58,7 @@ def demo(
 ) -> None:
     """The whole method in miniature: clips in, one-step video and a weights file for ComfyUI out. About 8 minutes on two cores."""
     from trainer.config import load_preset
-    from trainer.mini.demo import Demo
+    from trainer.proof.demo import Demo
 
     Demo(out, load_preset(recipe).with_recipe(preset), preset, data, seed, samples, skip_bad, truncate_captions).run()
 
@@ -71,7 +71,7 @@ def measure(
     fp8: Annotated[bool, typer.Option("--fp8", help="With the APT model's blocks in 8 bits.")] = False,
 ) -> None:
     """Judge finished runs on many fresh samples and print one table: means over the runs."""
-    from trainer.mini.measure import measure_runs
+    from trainer.proof.measure import measure_runs
 
     measure_runs(runs, samples, out, fp8)
 
@@ -96,7 +96,7 @@ def ablate(
     import shlex
 
     from trainer.machines.machine import pick_device
-    from trainer.mini.ablate import ablation
+    from trainer.proof.ablate import ablation
 
     names = [name.strip() for part in only or () for name in part.split(",")]
     table = ablation(out, preset, recipe, phase, samples, run or (), pick_device(device))

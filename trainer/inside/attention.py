@@ -14,7 +14,7 @@ from apt_core.method.flow import shift
 from apt_core.method.noise import APT, draw
 from apt_core.engine.pipeline import OneStepPipeline
 from trainer.data.batches import held_positions
-from trainer.cli.commands import LATENTS
+from trainer.cli.plan import LATENTS
 from trainer.files import write_json
 from trainer.inside.opening import embed_all, frames_of, show_frame
 from trainer.run.folders import is_state, whole_states

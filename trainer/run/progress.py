@@ -108,7 +108,7 @@ def columns_table(title: str, columns: dict[str, dict]) -> Table:
 
 
 def criteria_table(rows: list[dict]) -> Table:
-    """What was asked of a measurement and in how many runs it holds; see trainer.mini.criteria."""
+    """What was asked of a measurement and in how many runs it holds; see trainer.proof.criteria."""
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     for name in ("asked", "ratio by run", "holds in"):
         table.add_column(name, justify="left")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainer.mini.criteria import CRITERIA, check
-from trainer.mini.evaluate import ALL_COLUMNS
+from trainer.proof.criteria import CRITERIA, check
+from trainer.proof.evaluate import ALL_COLUMNS
 
 
 def rows(**changes):

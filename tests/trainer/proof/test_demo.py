@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-import trainer.mini.demo
+import trainer.proof.demo
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.errors import AptError
@@ -18,17 +18,18 @@ from apt_core.files.media_write import write_video
 from apt_core.files.tensorfile import read_tensors
 from trainer.config import load_preset
 from trainer.checkpoints.starting_models import with_defaults
-from trainer.mini.demo import Demo, RunState, draw_files
+from trainer.proof.demo import Demo, RunState
+from trainer.mini.drawn_files import draw_files
 from trainer.inside.attention import find_state, look, run_attention
 from trainer.inside.opening import open_pipeline
 from trainer.mini import ASSETS
-from trainer.mini.evaluate import ALL_COLUMNS, COLUMNS
-from trainer.mini.measure import measure_runs
-from trainer.mini.report import drawn_prompts
+from trainer.proof.evaluate import ALL_COLUMNS, COLUMNS
+from trainer.proof.measure import measure_runs
+from trainer.proof.report import drawn_prompts
 from trainer.data.shards import ShardDataset
 from trainer.checkpoints.trained_models import open_discriminator, open_generator
 
-TINY = load_preset(Path(__file__).parent / "tiny.toml")
+TINY = load_preset(Path(__file__).parents[1] / "tiny.toml")
 KEYS = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "calls", "samples")
 SAMPLES = 6
 
@@ -57,7 +58,7 @@ def test_the_report_has_every_column_and_number(run):
             assert all(np.isfinite(row[key]) for key in KEYS)
         assert result[name]["real"]["structure"] == result[name]["real"]["alignment"] == 1.0
         assert [row["calls"] for row in result[name].values()] == [0, 0, 4, 1, 1, 1, 2]
-    stages = {"data", "precompute", "distill", "adversarial_image", "adversarial_video", "export", "report"}
+    stages = {"precompute", "distill", "adversarial_image", "adversarial_video", "report"}
     assert set(result["seconds"]) == stages and result["seconds"]["report"] > 0
     assert len(result["losses"]["distill"]) == 3 and len(result["losses"]["adversarial_video"]) == 2
     assert {"d_loss", "r1", "g_loss", "logit_real", "logit_fake"} <= result["losses"]["adversarial_video"][0].keys()
@@ -77,21 +78,21 @@ def test_the_pictures_and_the_video_open(run):
 
 def test_the_export_is_a_trained_generator_in_official_keys(run):
     out, _ = run
-    header = read_header(out / "apt-mini.safetensors")
+    header = read_header(out / "apt-tiny.safetensors")
     apt = json.loads(header.metadata["apt"])
     assert (apt["kind"], apt["phase"], apt["timestep"], apt["base"]) == ("generator", "video", 1000, "mini")
-    for name, frames in (("distilled", 9), ("apt-image", 1), ("apt-mini", 9)):
+    for name, frames in (("distilled", 9), ("apt-image", 1), ("apt-tiny", 9)):
         apt = read_metadata(out / f"{name}.safetensors")
         assert apt["native"] == {"height": 48, "width": 48, "frames": frames, "fps": 8} and apt["second_time"] == 0.6
     assert "blocks.0.self_attn.q.weight" in header.shapes and "head.modulation" in header.shapes
-    final, start = load_transformer(out / "apt-mini.safetensors"), load_transformer(out / "distilled.safetensors")
+    final, start = load_transformer(out / "apt-tiny.safetensors"), load_transformer(out / "distilled.safetensors")
     moved = [not torch.equal(a, b) for a, b in zip(final.parameters(), start.parameters())]
     assert all(moved)
 
 
 def test_its_states_hold_the_generator_and_the_discriminator(run):
     out, _ = run
-    for phase, file in (("image", "apt-image.safetensors"), ("video", "apt-mini.safetensors")):
+    for phase, file in (("image", "apt-image.safetensors"), ("video", "apt-tiny.safetensors")):
         state = find_state(out, phase)
         assert state == out / "states" / phase / "step-000002"
         found, expected = open_generator(state), load_transformer(out / file)
@@ -136,11 +137,11 @@ def test_a_finished_run_trains_nothing_again_and_an_interrupted_one_goes_on(run,
     state = json.loads((out / "state.json").read_text(encoding="utf-8"))
     del state["stages"]["adversarial_video"]
     (out / "state.json").write_text(json.dumps(state))
-    (out / "apt-mini.safetensors").unlink()
-    monkeypatch.setattr(trainer.mini.demo, "distill", None)
-    monkeypatch.setattr(trainer.mini.demo, "precompute", None)
+    (out / "apt-tiny.safetensors").unlink()
+    monkeypatch.setattr(trainer.proof.demo, "run_distill", None)
+    monkeypatch.setattr(trainer.proof.demo, "run_precompute", None)
     result = Demo(out, TINY, samples=SAMPLES).run()
-    assert_same_file(out / "apt-mini.safetensors", run[0] / "apt-mini.safetensors")
+    assert_same_file(out / "apt-tiny.safetensors", run[0] / "apt-tiny.safetensors")
     assert result["columns"] == run[1]["columns"]
 
 
@@ -153,10 +154,10 @@ def test_ctrl_c_leaves_finished_stages(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer.mini.demo, "distill", interrupted)
+    monkeypatch.setattr(trainer.proof.demo, "run_distill", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Demo(tmp_path, TINY, samples=SAMPLES).run()
-    assert set(json.loads((tmp_path / "state.json").read_text(encoding="utf-8"))["stages"]) == {"data", "precompute"}
+    assert set(json.loads((tmp_path / "state.json").read_text(encoding="utf-8"))["stages"]) == {"precompute"}
     assert (tmp_path / "latents" / "index.json").exists()
 
 
@@ -170,11 +171,11 @@ def test_the_stable_preset_runs_on_other_peoples_pictures(tmp_path):
     large = TINY.model_copy(update={"data": TINY.data.model_copy(update={"image_height": 64, "image_width": 80})})
     result = Demo(tmp_path / "out", large, variant="stable", data=folder, samples=4).run()
     assert set(ShardDataset(tmp_path / "out" / "latents", "image").buckets) == {(16, 1, 8, 10)}
-    for name in ("distilled", "apt-mini"):
+    for name in ("distilled", "apt-tiny"):
         assert read_metadata(tmp_path / "out" / f"{name}.safetensors")["native"] == {"height": 64, "width": 80, "frames": 1, "fps": 8}
     assert result["columns"] == {} and tuple(result["image_columns"]) == COLUMNS
     assert result["image_columns"]["apt_1"]["structure"] is None and result["image_columns"]["apt_1"]["samples"] == 4
-    assert load_transformer(tmp_path / "out" / "apt-mini.safetensors") is not None
+    assert load_transformer(tmp_path / "out" / "apt-tiny.safetensors") is not None
     assert len(result["losses"]["adversarial_image"]) == 3
 
 
@@ -190,11 +191,11 @@ def test_data_without_captions_stops_before_any_training(tmp_path):
 def test_a_file_that_was_moved_away_is_made_again(run, tmp_path, monkeypatch):
     out = tmp_path / "again"
     shutil.copytree(run[0], out)
-    (out / "apt-mini.safetensors").unlink()
-    monkeypatch.setattr(trainer.mini.demo, "distill", None)
-    monkeypatch.setattr(trainer.mini.demo, "write_report", lambda *args: {})
+    (out / "apt-tiny.safetensors").unlink()
+    monkeypatch.setattr(trainer.proof.demo, "run_distill", None)
+    monkeypatch.setattr(trainer.proof.demo, "write_report", lambda *args: {})
     Demo(out, TINY, samples=SAMPLES).run()
-    assert_same_file(out / "apt-mini.safetensors", run[0] / "apt-mini.safetensors")
+    assert_same_file(out / "apt-tiny.safetensors", run[0] / "apt-tiny.safetensors")
 
 
 def test_one_clip_a_few_pictures_and_a_bad_file(tmp_path, capsys):
@@ -263,9 +264,9 @@ def test_measure_gives_the_mean_and_each_run(run, tmp_path, monkeypatch):
         first = result[f"{name}_criteria"][0]
         assert first["runs"] == 2 and first["ratios"] == pytest.approx([rows["apt_1"]["fd"] / rows["distilled_1"]["fd"] for rows in result[f"{name}_by_run"]], abs=1e-4)
 
-    monkeypatch.setattr("trainer.mini.measure.evaluate", None)  # what has been measured is not measured again
+    monkeypatch.setattr("trainer.proof.measure.evaluate", None)  # what has been measured is not measured again
     assert measure_runs([run[0], other], 4) == result
-    (other / "apt-mini.safetensors").write_bytes((other / "apt-image.safetensors").read_bytes())
+    (other / "apt-tiny.safetensors").write_bytes((other / "apt-image.safetensors").read_bytes())
     with pytest.raises(TypeError):  # but a file that has changed is
         measure_runs([other], 4)
 
@@ -279,7 +280,7 @@ def test_measure_names_an_unfinished_run_before_it_measures_any(run, tmp_path, m
     out = tmp_path / "unfinished"
     out.mkdir()
     shutil.copy(run[0] / "state.json", out)
-    monkeypatch.setattr("trainer.mini.measure.evaluate", None)
+    monkeypatch.setattr("trainer.proof.measure.evaluate", None)
     with pytest.raises(AptError, match="unfinished has no distilled.safetensors; let the demo finish there first"):
         measure_runs([run[0], out], 4)
     (out / "state.json").write_text('{"settings": {"data": null, "preset": {}}}')

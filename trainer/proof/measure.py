@@ -9,19 +9,21 @@ from apt_core.errors import AptError
 from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import load_vae
 from trainer.data.batches import Embedder
+from trainer.cli.plan import final_file
 from trainer.config import Preset
 from trainer.files import file_digest, write_json
+from trainer.run.folders import DISTILLED
 from trainer.run.progress import columns_table, console, criteria_table, stage_bar
 
-from . import ASSETS, VAE
+from trainer.mini import ASSETS, VAE
 from .criteria import check
 from .evaluate import ALL_COLUMNS, Models, Sampler
-from .features import load_features
+from trainer.mini.features import load_features
 from .report import drawn_prompts, evaluate
 from .verdict import half_width
 
+PHASES = ("image", "video")
 SAMPLE_SEED = 1_000_000  # no demo judges on these scenes or this noise
-FILES = {"image": "apt-image.safetensors", "video": "apt-mini.safetensors"}
 
 
 def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: bool = False) -> dict:
@@ -49,20 +51,20 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: b
 
 def _measure(run: Path, preset: Preset, seed: int, samples: int, fp8: bool) -> dict[str, dict]:
     """Figures of one run by kind and column, on scenes and noise that follow from its seed."""
-    files = [ASSETS / "transformer.safetensors", VAE, ASSETS / "features.safetensors", run / "distilled.safetensors", *(run / file for file in FILES.values())]
+    files = [ASSETS / "transformer.safetensors", VAE, ASSETS / "features.safetensors", run / DISTILLED, *results(run, preset).values()]
     identity = {"samples": samples, "fp8": fp8, "columns": list(ALL_COLUMNS), "files": {path.name: file_digest(path) for path in files}}
     kept = run / f"measured-{samples}{'-fp8' if fp8 else ''}.json"
     figures = _kept(kept, identity)
-    if len(figures) == len(FILES):
+    if len(figures) == len(PHASES):
         return figures
     vae, net = load_vae(VAE), load_features(ASSETS / "features.safetensors")
     text = Embedder(load_text_encoder(ASSETS / "text_encoder.safetensors"))
     negative = text.embed([preset.sampling.negative_prompt])
-    for kind, file in FILES.items():
+    for kind, file in results(run, preset).items():
         if kind in figures:
             continue
         prompts = drawn_prompts(text, kind, samples, SAMPLE_SEED + seed, preset.data.frames)
-        models = Models(ASSETS / "transformer.safetensors", run / "distilled.safetensors", run / file)
+        models = Models(ASSETS / "transformer.safetensors", run / DISTILLED, file)
         shape = (16, (prompts.real.shape[1] - 1) // 4 + 1, preset.data.height // 8, preset.data.width // 8)
         sampler = Sampler(models, preset.sampling, kind, prompts.text, negative, shape, SAMPLE_SEED + seed, fp8=fp8)
         with stage_bar(f"{run.name}: {kind}s") as bar:
@@ -87,6 +89,11 @@ def _kept(path: Path, identity: dict) -> dict[str, dict]:
         return {}
 
 
+def results(run: Path, preset: Preset) -> dict[str, Path]:
+    """The generators of a finished run by phase."""
+    return {phase: final_file(run, preset, phase) for phase in PHASES}
+
+
 def read_run(run: Path) -> tuple[Preset, dict]:
     """The preset of a finished run of the demo, and its other settings (seed, variant, ...).
 
@@ -99,9 +106,9 @@ def read_run(run: Path) -> tuple[Preset, dict]:
         raise AptError(f"{run} holds no run of the demo; give the folders that `demo --out` made.") from None
     if data:
         raise AptError(f"{run} was trained on other people's clips ({data}), which cannot be judged; give runs on drawn ones.")
-    for name in ("distilled.safetensors", *FILES.values()):
-        if not (run / name).is_file():
-            raise AptError(f"{run} has no {name}; let the demo finish there first.")
+    for file in (run / DISTILLED, *results(run, preset).values()):
+        if not file.is_file():
+            raise AptError(f"{run} has no {file.name}; let the demo finish there first.")
     return preset, settings
 
 

@@ -24,23 +24,24 @@ from trainer.stages.adversarial import adversarial
 from trainer.checkpoints.starting_models import describe_state
 from trainer.data.batches import Batches
 from trainer.config import Preset, load_preset
-from trainer.mini.demo import Demo
+from trainer.proof.demo import Demo
+from trainer.cli.plan import metadata as stage_metadata
 from trainer.machines.machine import versions
 from trainer.machines.distributed import World
 from trainer.checkpoints.export import export
 from trainer.files import make_folder, write_json
 from trainer.run.monitor import Monitor
-from trainer.run.folders import whole_states
+from trainer.run.folders import DISTILLED, whole_states
 from trainer.run.progress import console, stage_bar
 from trainer.run.state import Keep, Preempted
 from trainer.stages.update import NotFinite
 
-from . import ASSETS, VAE
+from trainer.mini import ASSETS, VAE
 from .ablation_page import write_page
 from .ablation_table import FIGURES, table
 from .evaluate import Models, Sampler
-from .features import load_features
-from .measure import FILES, SAMPLE_SEED, read_run
+from trainer.mini.features import load_features
+from .measure import SAMPLE_SEED, read_run, results
 from .report import Prompts, drawn_prompts, evaluate
 from .variants import REFERENCE, Variant, all_variants, choose
 
@@ -51,15 +52,11 @@ BASE = ASSETS / "transformer.safetensors"
 class Source:
     """What all variants of a seed share. start: the generator's first weights, those of the stage before."""
 
-    demo: Demo
+    seed: int
     batches: Batches
     distilled: Path
     start: Path
     prompts: Prompts
-
-    @property
-    def seed(self) -> int:
-        return self.demo.seed
 
     def fingerprint(self) -> str:
         """Of its data and weights."""
@@ -139,16 +136,16 @@ class Ablation:
             raise AptError(f"{self.out} holds an ablation with another {key}{values}: give another --out, or the settings of that one.")
 
     def _source(self, seed: int, run: Path | None) -> Source:
-        demo = Demo(run or self.out / "runs" / f"seed-{seed}", self.preset, self.recipe, seed=seed, device=self.device)
         if run:
             text = load_text_encoder(ASSETS / "text_encoder.safetensors")
             batches = Batches(run / "latents", text, seed, self.preset.data.held_out)
-            names = {"distilled": run / "distilled.safetensors"} | {kind: run / file for kind, file in FILES.items()}
+            names = {"distill": run / DISTILLED} | results(run, self.preset)
         else:
+            demo = Demo(self.out / "runs" / f"seed-{seed}", self.preset, self.recipe, seed=seed, device=self.device)
             _, batches, names = demo.train("distill" if self.phase == "image" else "image")
-        start = names["distilled" if self.phase == "image" else "image"]
+        start = names["distill" if self.phase == "image" else "image"]
         prompts = drawn_prompts(batches, self.phase, self.samples, SAMPLE_SEED + seed, self.preset.data.frames)
-        return Source(demo, batches, names["distilled"], start, prompts)
+        return Source(seed, batches, names["distill"], start, prompts)
 
     def _row(self, variant: Variant, source: Source, net, vae) -> dict:
         """The figures of one variant and seed, from its file or made now."""
@@ -206,7 +203,7 @@ class Ablation:
         settings, train, states = variant.settings.model_copy(update={"updates": updates}), self.preset.train, folder / "states"
         if (newest := _newest(folder)) and newest.name > f"step-{settings.warmup + updates:06d}":
             raise AptError(f"{file} is gone, and its training went on from there: delete {folder} to train it again.")
-        metadata = source.demo.metadata(source.batches.text_encoder, self.phase)
+        metadata = stage_metadata(self.preset, self.phase, self.phase, self.recipe, source.seed)
         describe_state(states, BASE, metadata, None)
         title = f"{variant.course}, seed {source.seed}"
         try:

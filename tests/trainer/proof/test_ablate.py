@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-import trainer.mini.ablate
+import trainer.proof.ablate
 from apt_core.errors import AptError
 from apt_core.files.tensorfile import read_tensors
 from trainer.config import load_preset
-from trainer.mini.ablate import BASE, Ablation, ablation
-from trainer.mini.ablation_table import table
-from trainer.mini.variants import UPDATES, all_variants, choose
-from trainer.mini.verdict import CANNOT_TELL, DOES_NOT, HOLDS, NO_CLAIM, difference, estimate, outcome, verdict
+from trainer.proof.ablate import BASE, Ablation, ablation
+from trainer.proof.ablation_table import table
+from trainer.proof.variants import UPDATES, all_variants, choose
+from trainer.proof.verdict import CANNOT_TELL, DOES_NOT, HOLDS, NO_CLAIM, difference, estimate, outcome, verdict
 from trainer.run.monitor import Monitor
 from trainer.stages.update import NotFinite
 
@@ -145,12 +145,12 @@ def test_every_variant_asks_the_same_function_for_what_it_names(tmp_path, monkey
 
     demo = SimpleNamespace(seed=3, metadata=lambda text, kind: {})
     source = SimpleNamespace(seed=3, demo=demo, batches=SimpleNamespace(text_encoder=None), start=Path("START"), distilled=Path("DISTILLED"), fingerprint=lambda: "")
-    monkeypatch.setattr(trainer.mini.ablate, "adversarial", adversarial)
+    monkeypatch.setattr(trainer.proof.ablate, "adversarial", adversarial)
     monkeypatch.setattr(Ablation, "_source", lambda self, seed, run: source)
     judged = {}
     monkeypatch.setattr(Ablation, "_judged", lambda self, variant, source, weights, net, vae: judged.setdefault(variant.name, (weights, variant.column)) and {"fd": 1.0})
     exported = []
-    monkeypatch.setattr(trainer.mini.ablate, "export", lambda source, out, form, dtype, ema: exported.append((out, form, dtype, ema)))
+    monkeypatch.setattr(trainer.proof.ablate, "export", lambda source, out, form, dtype, ema: exported.append((out, form, dtype, ema)))
     result = Ablation(tmp_path, MINI, "paper").run(1)
     assert len({folder for folder, *_ in asked}) == len(asked)  # steps and no_ema train nothing of their own
     runs = {folder.split("/")[1]: rest for folder, *rest in asked}
@@ -211,7 +211,7 @@ def test_a_finished_one_trains_and_judges_nothing_again_and_a_lost_row_is_made_a
     out = tmp_path / "again"
     shutil.copytree(made[0], out)
     (out / "results" / "no_ema-seed-1.json").unlink()
-    monkeypatch.setattr(trainer.mini.ablate, "adversarial", None)
+    monkeypatch.setattr(trainer.proof.ablate, "adversarial", None)
     judged, whole = [], Ablation._judged
     monkeypatch.setattr(Ablation, "_judged", lambda self, variant, source, *rest: judged.append((variant.name, source.seed)) or whole(self, variant, source, *rest))
     assert Ablation(out, TINY, "paper", samples=4).run(2, NAMES, "the command") == made[1] and judged == [("no_ema", 1)]
@@ -226,7 +226,7 @@ def finished(made, tmp_path):
     """What a finished demo of the same preset and seed 1 would have left, as far as anybody here reads it."""
     run = tmp_path / "demo"
     shutil.copytree(made[0] / "runs" / "seed-1", run)
-    for name in ("apt-image", "apt-mini"):
+    for name in ("apt-image", "apt-tiny"):
         shutil.copy(run / "distilled.safetensors", run / f"{name}.safetensors")
     return run
 
@@ -241,7 +241,7 @@ def test_a_training_that_is_stopped_goes_on_on_the_run_that_is_given(made, tmp_p
             if updates == [1]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(trainer.mini.ablate, "Monitor", Stopped)
+    monkeypatch.setattr(trainer.proof.ablate, "Monitor", Stopped)
     one = ablation(out, None, None, "image", 4, [run], "cpu")
     with pytest.raises(SystemExit) as stop:
         one.run(1, ["t0"])
@@ -264,8 +264,8 @@ def test_runs_that_cannot_be_used_are_one_sentence(made, tmp_path):
         Ablation(tmp_path / "out", other, "paper", runs=(run,)).run(2, ["t0"])
     with pytest.raises(AptError, match="no stage 2 named 'wild'; it has paper, stable"):
         ablation(tmp_path / "out", None, "wild", "image", 4, [run], "cpu")
-    (run / "apt-mini.safetensors").unlink()
-    with pytest.raises(AptError, match="demo has no apt-mini.safetensors; let the demo finish there first."):
+    (run / "apt-tiny.safetensors").unlink()
+    with pytest.raises(AptError, match="demo has no apt-tiny.safetensors; let the demo finish there first."):
         ablation(tmp_path / "out", None, None, "image", 4, [run], "cpu")
     assert not (tmp_path / "out").exists()
 
@@ -277,7 +277,7 @@ def test_a_training_that_breaks_off_is_a_row_that_says_so(made, tmp_path, monkey
     def broken(*args, **options):
         raise NotFinite("g_loss of the generator became nan")
 
-    monkeypatch.setattr(trainer.mini.ablate, "adversarial", broken)
+    monkeypatch.setattr(trainer.proof.ablate, "adversarial", broken)
     row = Ablation(out, TINY, "paper", samples=4).run(2, ["no_distillation"])["rows"]["no_distillation"]
     assert row["failed"] == {"0": "g_loss of the generator became nan", "1": "g_loss of the generator became nan"}
     assert row["verdict"] == CANNOT_TELL and row["figures"] == {} and "broke off: g_loss" in (out / "ablations.html").read_text()

@@ -33,7 +33,7 @@ class Variant:
     what: in a few words; claim, section: the paper's, "" for none; tests: what decides whether it holds here. settings: of its training, None for
     a row without one; course: the folder of that training, which rows may share; from_base: the generator starts from the base; points: at how
     many updates its weights are written, the last of which is judged; raw: with the weights themselves in the place of their average; column:
-    how it is sampled (see trainer.mini.evaluate.Sampler).
+    how it is sampled (see trainer.proof.evaluate.Sampler).
     """
 
     name: str

@@ -10,7 +10,7 @@ from apt_core.method.generator import few_step, one_step
 from apt_core.method.steps import step_times
 from trainer.config import load_preset
 from trainer.mini import ASSETS, GENERATOR
-from trainer.mini.evaluate import Models, Sampler, network_calls
+from trainer.proof.evaluate import Models, Sampler, network_calls
 
 SHAPE = (16, 1, 6, 6)
 

@@ -1,0 +1,64 @@
+"""What a run tells on the console, and its log: from the main process, once."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainer.cli.plan import Plan
+from trainer.data.precompute import SKIPPED, Report
+from trainer.machines.distributed import World
+from trainer.run.folders import whole_states
+from trainer.run.monitor import Monitor
+from trainer.run.progress import console, stage_bar
+from trainer.run.state import best_state
+
+
+def say(line: str) -> None:
+    """A line as it is: no markup, no wrapping."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(title: str, world: World) -> Iterator[Callable]:
+    """A bar, on the main process alone."""
+    if not world.main:
+        yield lambda *_: None
+        return
+    with stage_bar(title) as report:
+        yield report
+
+
+@contextmanager
+def monitor(plan: Plan, world: World, bar: Callable) -> Iterator[Callable]:
+    """The log of a stage, which tells `bar` too."""
+    if not world.main:
+        yield bar
+        return
+    relativistic = plan.stage != "distill" and plan.settings.relativistic
+    options = {"device": world.device, "relativistic": relativistic, "wandb": plan.preset.train.wandb}
+    with Monitor(plan.log, plan.work, settings=plan.preset.model_dump(mode="json"), forward=bar, **options) as log:
+        yield log
+
+
+def tell_result(plan: Plan) -> None:
+    """Which file is the result, and which state was judged better."""
+    newest, best = max(whole_states(plan.states), default=None), best_state(plan.states)
+    if best is None:
+        say(f"{plan.result} is the result.")
+    elif best[0] == newest:
+        say(f"{plan.result} is the result, and the best that was judged ({best[1]:.3g}).")
+    else:
+        say(
+            f"{plan.result} is the result; an earlier state was judged better ({best[1]:.3g}): "
+            f"to have that one, export {best[0]}."
+        )
+
+
+def tell_precomputed(made: Report, folder: Path) -> None:
+    """How many samples lie in `folder` now, and what was left out."""
+    for bad in made.skipped:
+        say(f"left out: {bad.reason}")
+    if made.skipped:
+        say(f"{len(made.skipped)} left out, listed in {folder / SKIPPED}")
+    counts = ", ".join(f"{count} {kind}s" for kind, count in made.samples.items())
+    say(f"{counts} in {folder}; {made.encoded} encoded now, {made.clips_per_second:.2f} a second.")

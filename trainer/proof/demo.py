@@ -1,0 +1,143 @@
+"""The whole way in miniature: captioned clips, precompute, stage 1, both phases of stage 2, export, samples, report."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.markup import escape
+
+from apt_core.errors import AptError
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.models.text import load_text_encoder
+from trainer.cli.commands import run_adversarial, run_distill, run_precompute
+from trainer.cli.plan import LATENTS, final_file
+from trainer.config import Preset
+from trainer.data.batches import Batches
+from trainer.data.shards import INDEX
+from trainer.files import make_folder, replacing, write_json
+from trainer.machines.machine import versions
+from trainer.mini import ASSETS
+from trainer.mini.clips import SIZE
+from trainer.proof.report import write_report
+from trainer.run.plot import plot_run
+from trainer.run.progress import console, stage_bar
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run of the demo. `preset` has the recipe `variant` applied; `data` is a folder of captioned clips and pictures, or None for drawn ones."""
+
+    out: Path
+    preset: Preset
+    variant: str = "paper"
+    data: Path | None = None
+    seed: int = 0
+    samples: int = 128
+    skip_bad: bool = False
+    truncate_captions: bool = False
+    device: str = "cpu"
+
+    def run(self) -> dict:
+        """Run every stage that is not finished yet and return the report.
+
+        Raises AptError as `train`.
+        """
+        state, batches, names = self.train()
+        kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
+        load_transformer(names["video"])  # as a user will read it: every key, shape and number
+        files = {kind: {"base": ASSETS / "transformer.safetensors", "distilled": names["distill"], "apt": names[kind]} for kind in kinds}
+        with stage_bar("Sampling and judging") as report:
+            result = write_report(self, files, batches, state.record(), report)
+        plot_run(self.out)
+        where = f"[bold]{escape(str(names['video']))}[/] opens in ComfyUI's Load Diffusion Model"
+        console.print(f"{where}; see compare.png, sample.mp4 and report.json beside it.", soft_wrap=True)
+        return result
+
+    def train(self, last: str = "video") -> tuple["RunState", Batches, dict[str, Path]]:
+        """The stages up to `last` ("distill", "image" or "video"), as far as they are not finished, by the functions of the commands.
+
+        Returns what is finished, the samples, and the files by stage. Raises AptError for unusable data, before any training starts, and
+        for an `out` that cannot be written or holds a run with other settings.
+        """
+        size = self.preset.data
+        for height, width in (size.size("video"), size.size("image")):
+            if self.data is None and (height, width) != (SIZE, SIZE):
+                raise AptError(
+                    f"preset {self.preset.name} asks for {width}x{height} pixels, but drawn clips have {SIZE}x{SIZE}; give --data."
+                )
+        make_folder(self.out)
+        state, latents = RunState(self.out / "state.json", self._identity()), self.out / LATENTS
+        # One state of each stage, the last, is enough to go on from, and to look into the discriminator.
+        train = self.preset.train.model_copy(update={"device": self.device, "keep_last": 1, "keep_best": 0})
+        preset = self.preset.model_copy(update={"train": train})
+        names = {stage: final_file(self.out, preset, stage) for stage in ("distill", "image", "video")}
+        options = {"skip_bad": self.skip_bad, "truncate_captions": self.truncate_captions, "seed": self.seed}
+
+        def encode() -> list:
+            run_precompute(preset, self.data, self.out, **options)
+            return []
+
+        state.stage("precompute", encode, latents / INDEX)
+        state.stage("distill", partial(run_distill, preset, self.out, seed=self.seed), names["distill"])
+        batches = Batches(latents, load_text_encoder(ASSETS / "text_encoder.safetensors"), self.seed, size.held_out)
+        kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
+        for kind in kinds[: {"distill": 0, "image": 1}.get(last)]:
+            work = partial(run_adversarial, preset, kind, self.out, variant=self.variant, seed=self.seed)
+            state.stage(f"adversarial_{kind}", work, names[kind])
+        if kinds == ["image"] and last == "video":  # without clips, the images are all there is
+            with replacing(names["video"]) as path:
+                shutil.copyfile(names["image"], path)
+        return state, batches, names
+
+    def _identity(self) -> dict:
+        """What makes two runs the same run."""
+        keys = ("variant", "seed", "skip_bad", "truncate_captions")
+        facts = {key: getattr(self, key) for key in keys} | {"data": str(self.data.resolve()) if self.data else None}
+        return facts | {"preset": self.preset.model_dump()}
+
+
+class RunState:
+    """Which stages of a run are finished, with their wall seconds and losses, in one small file.
+
+    Raises AptError for a file that is damaged or of a run with another identity.
+    """
+
+    def __init__(self, path: Path, identity: dict) -> None:
+        self.path = path
+        identity = json.loads(json.dumps(identity))
+        self.state = {"settings": identity, "stages": {}}
+        if path.exists():
+            try:
+                self.state = json.loads(path.read_text(encoding="utf-8"))
+                old = dict(self.state["settings"])
+                self.record()
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                raise AptError(f"{path} is damaged; delete it to start over, or give another --out.") from None
+            changed = sorted(key for key in identity if old.get(key) != identity[key])
+            if changed:
+                raise AptError(f"{path.parent} holds a run with another {', '.join(changed)}; give another --out, or the settings of that run.")
+
+    def stage(self, name: str, work: Callable[[], list], made: Path) -> None:
+        """Do `work()` unless it is done and what it `made` is still there; what it returns is kept as the stage's losses."""
+        if name in self.state["stages"] and made.exists():
+            console.print(f"[dim]{name}: done before, in {self.state['stages'][name]['seconds']:.0f} s[/]")
+            return
+        started = time.perf_counter()
+        losses = work()
+        self.state["stages"][name] = {"seconds": round(time.perf_counter() - started, 2), "losses": losses}
+        write_json(self.path, self.state)
+
+    def record(self) -> dict:
+        """Wall seconds, losses, settings and versions, for the report."""
+        stages = self.state["stages"]
+        return {
+            "settings": self.state["settings"],
+            "seed": self.state["settings"]["seed"],
+            "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+            "losses": {name: stage["losses"] for name, stage in stages.items() if stage["losses"]},
+            "versions": versions(),
+        }
