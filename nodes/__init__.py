@@ -21,6 +21,7 @@ async def comfy_entrypoint():
     from .load_text_encoder import APTLoadTextEncoder
     from .noise_walk import APTNoiseWalk
     from .sampler import APTSampler
+    from .save_checkpoint import APTSaveCheckpoint
 
     # ComfyUI shows the full name of an exception's type, and a pack's modules are named by the path of its folder.
     AptError.__module__ = "apt"
@@ -38,6 +39,7 @@ async def comfy_entrypoint():
                 APTNoiseWalk,
                 APTVAEDecode,
                 APTVAEDecodeToVideo,
+                APTSaveCheckpoint,
             ]
 
     return AptExtension()

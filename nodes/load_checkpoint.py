@@ -116,7 +116,7 @@ def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
             if config[name] != given[name]:
                 raise AptError(
                     f"{path}: its {name} is {config[name]}, but its metadata entry `config` does not say so and ComfyUI takes {given[name]}: "
-                    "use the file that the trainer wrote, for saving a model from ComfyUI loses its metadata."
+                    "use the file that the trainer wrote, or save the model with Save APT Checkpoint, which keeps the metadata."
                 )
     return prefix, layout == "diffusers"
 

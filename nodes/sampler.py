@@ -23,6 +23,9 @@ from .wan_model import WanModel, read_model
 from .warn import warn
 
 NAME = "APT One-Step Sampler"
+OF_FILE = "file"
+PRESETS = {"4 steps, shift 5": (4, 5.0), "4 steps, shift 8": (4, 8.0)}
+"""Steps and shift of public few-step models: 1000, 750, 500, 250 under the shift, as KSampler's simple has them."""
 
 
 class APTSampler(io.ComfyNode):
@@ -62,7 +65,8 @@ class APTSampler(io.ComfyNode):
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="The times of the calls in place of steps: the first is 1, they decrease, a last 0 is allowed. Default none.",
+                    tooltip="The times of the calls in place of steps and times: the first is 1, they decrease, "
+                    "a last 0 is allowed. Default none.",
                 ),
                 # Last and optional: graphs and prompts from before it go on working.
                 io.Combo.Input(
@@ -73,6 +77,14 @@ class APTSampler(io.ComfyNode):
                     tooltip="What a seed becomes. Default comfyui: the noise of stock nodes, so that KSampler with the same seed makes the same clip. "
                     "apt: that of apt_core's pipeline and of `generate`, so that they do.",
                 ),
+                io.Combo.Input(
+                    "times",
+                    options=[OF_FILE, *PRESETS],
+                    default=OF_FILE,
+                    optional=True,
+                    tooltip="The times of the steps. Default file: by the model's file. 4 steps, shift 5 or 8: "
+                    "in place of steps, for public few-step models such as LightX2V's, 1000, 750, 500 and 250 under that shift.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="The samples, for APT VAE Decode or any other.")],
             hidden=[io.Hidden.unique_id],
@@ -80,11 +92,26 @@ class APTSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, latent: dict, seed: int, steps: int, noise=None, sigmas: Tensor | None = None, seed_noise: str = COMFYUI
+        cls,
+        model,
+        positive,
+        latent: dict,
+        seed: int,
+        steps: int,
+        noise=None,
+        sigmas: Tensor | None = None,
+        seed_noise: str = COMFYUI,
+        times: str = OF_FILE,
     ) -> io.NodeOutput:
         wan = read_model(NAME, model)
         _check_flow(model)
-        times = step_times(steps, wan.second_time) if sigmas is None else _times(sigmas)
+        if sigmas is not None:
+            moments = _times(sigmas)
+        elif times in PRESETS:
+            steps, shift = PRESETS[times]
+            moments = step_times(steps, shift / (1 + shift))
+        else:
+            moments = step_times(steps, wan.second_time)
         latent = _read_latent(wan, model, latent)
         _check_text(wan, positive)
         warnings = [*_too_long(wan, positive), *_ignored(model.model.diffusion_model, wan, positive, latent)]
@@ -99,9 +126,9 @@ class APTSampler(io.ComfyNode):
             first.generate_noise(latent),
             latent["samples"],
             KSAMPLER(few_step, {"fresh_noise": partial(later.generate_noise, latent)}),
-            torch.tensor([*times, 0.0]),
+            torch.tensor([*moments, 0.0]),
             denoise_mask=latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, len(times)),
+            callback=latent_preview.prepare_callback(model, len(moments)),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )

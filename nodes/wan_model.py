@@ -50,7 +50,7 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
     if not isinstance(model.model, WAN21):
         kind = type(model.model).__name__
         raise AptError(f"{node}: the model is {kind}, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.")
-    format, network, apt = model.model.latent_format, model.model.diffusion_model, _apt(node, model)
+    format, network, apt = model.model.latent_format, model.model.diffusion_model, apt_of(node, model)
     released = network.text_dim == ASSUMED["text_dim"]
     text_length = apt.get("text_length")
     if not isinstance(text_length, int):
@@ -68,7 +68,11 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
     )
 
 
-def _apt(node: str, model: ModelPatcher) -> dict:
+def apt_of(node: str, model: ModelPatcher) -> dict:
+    """What the MODEL's file says of its training, and that of an APT LoRA on a base; {} where nobody knows.
+
+    Not to be written into: clones share it. Raises AptError for a broken one.
+    """
     file = model.get_attachment(ATTACHMENT)
     if file is None:
         file = _of_stock_loader(model)

@@ -7,7 +7,7 @@ from server import PromptServer
 
 
 _warned: set[str] = set()
-"""Ids of nodes that show a warning: it is taken away when there is nothing to say any more."""
+"""Ids of nodes that show a text: it is taken away when there is nothing to say any more."""
 
 
 def warn(node: str, hidden, sentences: list[str]) -> ui.PreviewText | None:
@@ -17,7 +17,12 @@ def warn(node: str, hidden, sentences: list[str]) -> ui.PreviewText | None:
     """
     for sentence in sentences:
         logging.warning(f"{node}: {sentence}")
-    text, unique_id = "\n".join(sentences), hidden and hidden.unique_id
+    return show("\n".join(sentences), hidden)
+
+
+def show(text: str, hidden) -> ui.PreviewText | None:
+    """The `ui` of an output with `text`, which the node shows too; an empty one takes away an earlier run's."""
+    unique_id = hidden and hidden.unique_id
     if text or unique_id in _warned:
         # On the node itself; what is in `ui` goes to the history only. ComfyUI's frontend passes over an empty text.
         PromptServer.instance.send_progress_text(text or " ", unique_id)

@@ -12,7 +12,7 @@ import typer
 from trainer.__main__ import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "workflows" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "example_workflows" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 TERMINAL = re.compile(r"```sh\n(.*?)```", re.S)
 COMMAND = re.compile(r"-m trainer\s+(.+)$")

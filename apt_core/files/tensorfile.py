@@ -57,6 +57,8 @@ def read_header(path: str | Path) -> Header:
         raise AptError(f"{path} does not exist: give the path of a .safetensors file.") from None
     except IsADirectoryError:
         raise AptError(f"{path} is a folder: give the path of a .safetensors file.") from None
+    except AptError:  # itself a ValueError
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         raise AptError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): give the path of a readable .safetensors file.") from None
     if len(text) < length:

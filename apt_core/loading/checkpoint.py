@@ -68,19 +68,26 @@ def save_generator(
     if comfy := comfy_config(config):
         strings["config"] = json.dumps({"transformer": comfy})
     check_finite(path, state)
-    write_tensors(path, _cast(path, state, dict.fromkeys(state, dtype)), strings)
+    write_tensors(path, cast_tensors(path, state, dict.fromkeys(state, dtype)), strings)
 
 
 def comfy_config(config: Mapping) -> dict:
     """The WanModel arguments that ComfyUI would guess wrong from the shapes of a model with this diffusers config; mostly {}."""
     full = {name: p.default for name, p in _arguments().items()} | dict(config)
-    out = {"num_heads": full["num_attention_heads"]} if full["attention_head_dim"] != HEAD_DIM else {}
+    heads, head_dim = full["num_attention_heads"], full["attention_head_dim"]
+    values, out_channels = {name: full[name] for name in ASSUMED}, full["out_channels"] or full["in_channels"]
+    return unguessed(heads, head_dim, values, out_channels)
+
+
+def unguessed(heads: int, head_dim: int, values: Mapping, out_channels: int) -> dict:
+    """The same from the number and width of heads, `values` by the names of ASSUMED, and the channels that come out."""
+    out = {"num_heads": heads} if head_dim != HEAD_DIM else {}
     for name, assumed in ASSUMED.items():
-        value = list(full[name]) if name == "patch_size" else full[name]
+        value = list(values[name]) if name == "patch_size" else values[name]
         if value != assumed:
             out[name] = value
     if "patch_size" in out:
-        out["out_dim"] = full["out_channels"] or full["in_channels"]
+        out["out_dim"] = out_channels
     return out
 
 
@@ -177,7 +184,7 @@ def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dty
     state = {key: tensors.pop(name) for key, name in name_in_file.items()}
     # A copy: what safetensors hands out is a window on the file, which someone may write over while we train.
     dtypes = {key: weight_dtype(model, key, dtype) for key in state}
-    model.load_state_dict(_cast(path, state, dtypes, device, copy=True), assign=True)
+    model.load_state_dict(cast_tensors(path, state, dtypes, device, copy=True), assign=True)
     # Its tables are the one thing that no file holds.
     built = model.config
     model.rope = type(model.rope)(built.attention_head_dim, built.patch_size, built.rope_max_seq_len).to(device)
@@ -252,7 +259,14 @@ def _meta_transformer(path, cls: type | None, config: Mapping):
         raise AptError(f"{path}: no Wan transformer can be built from its config ({reason}): export or download it again.") from None
 
 
-def _cast(path, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], device="cpu", copy: bool = False) -> dict[str, Tensor]:
+def cast_tensors(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    device: str | torch.device = "cpu",
+    copy: bool = False,
+) -> dict[str, Tensor]:
+    """`state` in the dtype of each key. Raises AptError, which names the key, for weights that fp16 cannot hold."""
     out = {}
     for key, value in state.items():
         out[key] = value.to(device, dtypes[key], copy=copy)

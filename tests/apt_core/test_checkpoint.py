@@ -55,6 +55,7 @@ def refuse(path, *words, load=load_transformer):
     message = str(caught.value)
     assert all(word in message for word in (str(path), *words)), message
     assert message.endswith(".") and "\n" not in message, message
+    assert message.count(str(path)) == 1, "one sentence inside another"
 
 
 def test_what_is_written(file, model):

@@ -1,5 +1,5 @@
-"""Writes workflows/ (graphs and pictures) and the tests' snapshot of /object_info: builds each graph of graphs.py in ComfyUI's own
-frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else it says what is needed.
+"""Writes example_workflows/ (graphs and pictures) and the tests' snapshots of /object_info, interface and words: builds each graph of
+graphs.py in ComfyUI's own frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else it says what is needed.
 
 COMFYUI_DIR=... COMFYUI_PYTHON=... CHROMIUM=... python tests/comfyui/build_workflows.py [--screenshots FOLDER] [NAME ...]
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 from browser import Frontend
 from cards import card_of_videos, card_of_words
 from graphs import CARDS, GROUPS, PUBLIC, ROOM, RUNNABLE, WIDTH, WORKFLOWS, Graph
-from interface import write_snapshot
+from interface import write_snapshot, write_words
 from server import ROOT, Server
 from stand_ins import make_stand_ins
 
-FOLDER = ROOT / "workflows"
+FOLDER = ROOT / "example_workflows"
 BUILD = """async ({nodes, links}) => {
     await window.app.loadGraphData({nodes: [], links: [], groups: [], version: 0.4, last_node_id: 0, last_link_id: 0})
     const graph = window.app.graph, made = {}
@@ -27,6 +27,7 @@ BUILD = """async ({nodes, links}) => {
         const node = made[item.id] = window.LiteGraph.createNode(item.type)
         graph.add(node)
         if (item.title) node.title = item.title
+        if (item.mode) node.mode = item.mode
         for (const [name, value] of item.widgets) {
             const widget = node.widgets.find(w => w.name === name)
             if (!widget) throw new Error(`${item.type} has no widget ${name}, but ${node.widgets.map(w => w.name)}`)
@@ -108,6 +109,7 @@ def main() -> None:
         with Server(Path(os.environ["COMFYUI_DIR"]).resolve(), Path(scratch)) as server:
             frontend = Frontend(server.url, os.environ["CHROMIUM"], 2200, 1200)
             version = server.get("/system_stats")["system"]["comfyui_version"]
+            write_words(server.get("/object_info"))
             write_snapshot(server.get("/object_info"), {node.type for make in WORKFLOWS.values() for node in make().nodes})
             for name in arguments.names:
                 made = WORKFLOWS[name]()

@@ -1,4 +1,4 @@
-"""The graphs of workflows/, in code: `build_workflows.py` has ComfyUI's frontend turn them into files.
+"""The graphs of example_workflows/, in code: `build_workflows.py` has ComfyUI's frontend turn them into files.
 
 Positions and sizes are pixels of the canvas. ComfyUI opens a graph at 3/4 of the window and leaves text away below 8 pixels, so at 1366x768 a
 graph has room for 1,790 x 1,000. Every link goes to a column further right, and a lane is left free for one that skips a column.
@@ -41,6 +41,7 @@ GROUPS = {"1 Model": "#3f789e", "2 Prompt": "#b58b2a", "3 Result": "#88aa88"}
 # Of columns: a lane for MODEL above the prompt, and one for fps between sampler and VAE.
 TEXT, LATENT, VAE, DECODE = 80, 260, 360, 240
 SECOND = 150  # the second loader
+MUTED = 2  # a mode of LiteGraph
 ROOM = 310  # that a decode takes with its preview
 
 
@@ -56,6 +57,7 @@ class Node:
     title: str | None
     inputs: dict
     span: int = 1
+    off: bool = False
 
     def __getitem__(self, slot: int) -> tuple["Node", int]:
         return self, slot
@@ -69,10 +71,22 @@ class Graph:
     about: str = ""
     about_height: int = 0
 
-    def add(self, type: str, column: int, y: int, title: str | None = None, /, *, tall: int = 0, span: int = 1, **inputs) -> Node:
+    def add(
+        self,
+        type: str,
+        column: int,
+        y: int,
+        title: str | None = None,
+        /,
+        *,
+        tall: int = 0,
+        span: int = 1,
+        off: bool = False,
+        **inputs,
+    ) -> Node:
         """`inputs` are values of widgets, in the order in which a user would set them, or nodes to link from. `tall`: pixels, where the node's
-        own height will not do; `span`: over how many columns."""
-        node = Node(len(self.nodes) + 1, type, column, y, tall, title, inputs, span)
+        own height will not do; `span`: over how many columns; `off`: muted, to be turned on by who wants it."""
+        node = Node(len(self.nodes) + 1, type, column, y, tall, title, inputs, span, off)
         self.nodes.append(node)
         return node
 
@@ -101,7 +115,9 @@ class Graph:
                 else:
                     widgets.append([name, value])
             place = {"at": (self.columns[node.column], node.y), "size": (self.width(node), node.tall)}
-            nodes.append({"id": node.id, "type": node.type, "title": node.title, "widgets": widgets} | place)
+            mode = {"mode": MUTED} if node.off else {}
+            made = {"id": node.id, "type": node.type, "title": node.title, "widgets": widgets}
+            nodes.append(made | place | mode)
         note = {"id": len(nodes) + 1, "type": "MarkdownNote", "title": "About this workflow", "widgets": [["text", self.about]]}
         nodes.append(note | {"at": (0, 0), "size": (WIDTH, self.about_height)})
         return {"nodes": nodes, "links": links}
@@ -218,11 +234,15 @@ def lora_text_to_video() -> Graph:
     samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=1)
     g.detour(model, samples, (right + 45, 14))
     video_out(g, vae, samples, latent[1], "video/apt_lora")
+    prefix = "diffusion_models/apt_wan21"
+    save = g.add("APTSaveCheckpoint", 2, 470, off=True, model=model, filename_prefix=prefix)
+    g.detour(model, save, (right + 30, 484))
     g.note(
         "The base model as released, and APT as a **LoRA** on top: the stock loaders do",
         "Needs " + trained("wan2.1_1.3B_apt_lora.safetensors", "loras"),
         f"and {public('wan2.1_t2v_1.3B_fp16.safetensors')}, {public(UMT5)}, {public('wan_2.1_vae.safetensors')}",
         "Keep its strength at 1: the scale is inside the file. LoRAs of a style go before it, for the last LoRA tells sizes and times.",
+        "*Save APT Checkpoint* is muted: select it and press **Ctrl+M** to keep model and LoRA as one file.",
     )
     return g
 

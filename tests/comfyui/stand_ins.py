@@ -35,7 +35,7 @@ WAN22 = {
 
 
 def make_stand_ins(models: Path) -> None:
-    """Fill `models` (its folders are made) with what the graphs of workflows/ ask for."""
+    """Fill `models` (its folders are made) with what the graphs of example_workflows/ ask for."""
     torch.manual_seed(0)
     wan21, wan22 = WanBackbone(**TINY), WanBackbone(**TINY, in_channels=48, out_channels=48)
     folders = {name: models / name for name in ("diffusion_models", "loras", "text_encoders", "vae")}

@@ -116,6 +116,17 @@ def test_a_few_steps_are_apt_cores(run, generator, text):
     assert result["timesteps"][2] == pytest.approx([1000, 875, 700, 437.5], abs=1e-3)
 
 
+def test_presets_have_the_times_of_ksampler_under_the_shift(run, generator, text):
+    latents, result = run
+    assert result["presets"]["5"] == pytest.approx([1000, 937.5, 2500 / 3, 625], abs=1e-3)
+    assert result["presets"]["8"] == pytest.approx([1000, 960, 8000 / 9, 8000 / 11], abs=1e-3)
+    for shift in ("5", "8"):
+        assert result["presets"][shift] == pytest.approx(result["KSampler's"][shift], abs=1e-2)
+    assert result["sigmas before preset"] == pytest.approx([1000, 500], abs=1e-3)
+    z, *fresh = noise(SEED, 4)
+    close(latents["shift 5"], few_step(generator, z, text, (1.0, 0.9375, 5 / 6, 0.625), lambda i: fresh[i - 1]))
+
+
 @pytest.mark.parametrize("file", ["model", "early"])
 @pytest.mark.parametrize("rule", ["apt", "comfyui"])
 def test_every_steps_and_noise_are_the_pipelines(run, text, files, file, rule):

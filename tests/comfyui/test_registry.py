@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 def test_the_zip_holds_what_the_nodes_need_and_no_more():
     files = set(packed_files())
     assert {file.split("/")[0] for file in files} == {
-        "LICENSE", "README.md", "__init__.py", "apt_core", "nodes", "pyproject.toml", "requirements.txt", "workflows",
+        "LICENSE", "README.md", "__init__.py", "apt_core", "example_workflows", "locales", "nodes", "pyproject.toml", "requirements.txt",
     }  # fmt: skip
     code = {path.relative_to(ROOT).as_posix() for folder in ("apt_core", "nodes") for path in (ROOT / folder).rglob("*.py")}
     assert code <= files

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from cards import read_video
-from interface import interface, is_ours, read_snapshot
+from interface import WORDS, interface, is_ours, read_snapshot, words
 from prompts import MINI, NATIVE, custom, mini_image, mini_latents, mini_video, node, saving_latents, stock_latents
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from server import Rejected, failure
 
+from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.generator import one_step
 from apt_core.models.text import load_text_encoder
@@ -33,6 +34,18 @@ def test_the_public_interface_is_that_of_the_snapshot(server):
     snapshot = {name: nodes for name, nodes in read_snapshot().items() if name.startswith("APT")}
     # As text, for the order of inputs is part of it.
     assert json.dumps(ours, indent=1) == json.dumps(snapshot, indent=1)
+
+
+def test_the_words_are_those_that_were_translated(server):
+    translated = json.loads(WORDS.read_text(encoding="utf-8"))
+    assert words(server.get("/object_info")) == translated, "translate what has changed, then build_workflows.py"
+
+
+def test_the_locales_are_served(server):
+    served = server.get("/i18n")
+    for folder in (WORDS.parents[2] / "locales").iterdir():
+        ours = json.loads((folder / "nodeDefs.json").read_text(encoding="utf-8"))
+        assert served[folder.name]["nodeDefs"] == ours
 
 
 def test_every_node_is_explained(server):
@@ -92,6 +105,22 @@ def test_latents_of_our_sampler_of_ksampler_and_of_apt_core_are_equal(server, he
     mean, std = (torch.tensor(values["2.1"]).view(-1, 1, 1, 1) for values in (LATENTS_MEAN, LATENTS_STD))
     assert torch.equal(latents["ours"], latents["stock"])
     torch.testing.assert_close((latents["ours"] - mean) / std, clean, rtol=0, atol=1e-4)
+
+
+def test_a_saved_checkpoint_is_listed_and_makes_the_same_latents(server):
+    prompt = mini_latents(CAPTION, 7, custom(48, 48, 1))
+    save = node("APTSaveCheckpoint", model=["model", 0], filename_prefix="diffusion_models/kept", dtype="default")
+    entry = server.wait(server.queue(saving_latents(prompt | {"keep": save}, "before")))
+    assert entry["outputs"]["keep"]["text"] == ["Saved diffusion_models/kept_00001_.safetensors"], failure(entry)
+    (before,) = server.files(entry["outputs"]["save"])
+    inputs = server.get("/object_info/APTLoadCheckpoint")["APTLoadCheckpoint"]["input"]["required"]
+    assert "kept_00001_.safetensors" in inputs["checkpoint"][1]["options"]
+    prompt = mini_latents(CAPTION, 7, custom(48, 48, 1), "kept_00001_.safetensors")
+    (after,) = server.run(saving_latents(prompt, "after"))["save"]
+    assert torch.equal(load_file(before)["latent_tensor"], load_file(after)["latent_tensor"])
+    saved = server.output / "diffusion_models" / "kept_00001_.safetensors"
+    assert read_metadata(saved) == read_metadata(GENERATOR)
+    assert json.loads(read_header(saved).metadata["prompt"])["keep"]["class_type"] == "APTSaveCheckpoint"
 
 
 def test_an_item_of_a_batch_is_the_same_alone(server):

@@ -51,7 +51,7 @@ def test_the_pack_loads_in_silence(comfyui, tmp_path):
     pack.mkdir(parents=True)
     for name in ("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, pack)
-    for name in ("nodes", "apt_core", "workflows"):
+    for name in ("nodes", "apt_core", "example_workflows", "locales"):
         shutil.copytree(ROOT / name, pack / name, ignore=shutil.ignore_patterns("__pycache__"))
     result = comfyui("load_pack", pack=pack)
     assert result.pop("seconds") < 0.2, "what the pack adds to ComfyUI's start"
@@ -65,6 +65,7 @@ def test_the_pack_loads_in_silence(comfyui, tmp_path):
             "APTLoadTextEncoder",
             "APTNoiseWalk",
             "APTSampler",
+            "APTSaveCheckpoint",
             "APTVAEDecode",
             "APTVAEDecodeToVideo",
         ],

@@ -1,4 +1,4 @@
-"""Every graph of workflows/ in ComfyUI's own frontend, in a real browser: opens whole, converts, validates, and runs where it can."""
+"""Every graph of example_workflows/ in ComfyUI's own frontend, in a real browser: opens whole, converts, validates, and runs where it can."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cards import read_video
-from graphs import RUNNABLE, WORKFLOWS
+from graphs import MUTED, RUNNABLE, WORKFLOWS
 from server import failure
 
 from trainer.mini.judge import read_clip
 
-FOLDER = Path(__file__).parents[2] / "workflows"
+FOLDER = Path(__file__).parents[2] / "example_workflows"
 NAMES = sorted(WORKFLOWS)
 
 
@@ -123,7 +123,7 @@ def outputs(server, prompt: dict) -> dict[str, Path]:
 @pytest.mark.parametrize("name", NAMES)
 def test_opens_whole_and_its_prompt_validates(frontend, server, name):
     prompt = convert(frontend, name)
-    nodes = {str(node["id"]): node for node in load(name)["nodes"] if node["type"] != "MarkdownNote"}
+    nodes = {str(node["id"]): node for node in load(name)["nodes"] if node["type"] != "MarkdownNote" and node["mode"] != MUTED}
     assert {key: node["class_type"] for key, node in prompt.items()} == {key: node["type"] for key, node in nodes.items()}
     for key, node in nodes.items():
         values = {name: value for name, value in node.get("widgets_values_named", {}).items() if name != "control_after_generate"}
@@ -158,14 +158,16 @@ def test_is_what_the_frontend_itself_would_save(frontend, name):
 def test_a_graph_from_before_a_setting_opens_with_its_default(frontend, server):
     workflow = load("apt_mini_text_to_video")
     (sampler,) = (node for node in workflow["nodes"] if node["type"] == "APTSampler")
-    assert sampler["inputs"].pop()["name"] == "seed_noise"
-    assert sampler["widgets_values"].pop() == sampler["widgets_values_named"].pop("seed_noise") == "comfyui"
+    defaults = {"times": "file", "seed_noise": "comfyui"}  # last things first
+    for name, value in defaults.items():
+        assert sampler["inputs"].pop()["name"] == name
+        assert sampler["widgets_values"].pop() == sampler["widgets_values_named"].pop(name) == value
     frontend.open(workflow)
     assert frontend.missing() == []
     prompt = frontend.prompt()
     inputs = prompt[str(sampler["id"])]["inputs"]
-    assert (inputs["seed"], inputs["steps"], inputs["seed_noise"]) == (5, 1, "comfyui")
-    del inputs["seed_noise"]  # a prompt from before it
+    assert (inputs["seed"], inputs["steps"]) == (5, 1)
+    assert {name: inputs.pop(name) for name in defaults} == defaults  # what is left is a prompt from before them
     server.run(prompt)
 
 

@@ -1,4 +1,4 @@
-"""The graphs of workflows/ against a snapshot of ComfyUI's /object_info: what can be known without ComfyUI and a browser.
+"""The graphs of example_workflows/ against a snapshot of ComfyUI's /object_info: what can be known without ComfyUI and a browser.
 
 `python tests/comfyui/build_workflows.py` writes both; tests/comfyui opens the same files in the real frontend.
 """
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "workflows"
+FOLDER = ROOT / "example_workflows"
 NODES = json.loads(Path(__file__).with_name("object_info.json").read_text(encoding="utf-8"))
 NAMES = [
     "apt_mini_text_to_video",
@@ -164,3 +164,10 @@ def test_files_that_are_public_come_with_their_address(name):
 def test_each_of_our_nodes_is_shown_in_a_workflow():
     shown = {node["type"] for name in NAMES for node in ours_and_stock(name)}
     assert shown >= {name for name in NODES if name.startswith("APT")}
+
+
+def test_a_clone_of_the_repository_offers_its_templates_too():
+    # ComfyUI lists *.json of all these folders, and serves those of the first one that is there.
+    known = [ROOT / name for name in ("example_workflows", "example", "examples", "workflow", "workflows")]
+    there = [folder for folder in known if folder.is_dir()]
+    assert there[0] == FOLDER and [path for folder in there[1:] for path in folder.glob("*.json")] == []

@@ -19,7 +19,7 @@ def show_on_nodes(apt: SimpleNamespace) -> list:
     shown = []
     server.PromptServer.instance = SimpleNamespace(send_progress_text=lambda text, node_id: shown.append([text, node_id]))
     for name, node in vars(apt).items():
-        node.hidden = SimpleNamespace(unique_id=name)
+        node.hidden = SimpleNamespace(unique_id=name, prompt=None, extra_pnginfo=None)
     return shown
 
 

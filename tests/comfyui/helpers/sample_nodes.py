@@ -42,15 +42,21 @@ def stock(model, latent: dict, seed: int = SEED) -> torch.Tensor:
     return nodes.common_ksampler(model, seed, 1, 1.0, "euler", "simple", cond, cond, latent)[0]["samples"]
 
 
+def simple(model) -> list[float]:
+    """Timesteps of KSampler with 4 steps and simple."""
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    return (1000 * sigmas[:-1]).tolist()
+
+
 def with_lora(model):
     return nodes.LoraLoaderModelOnly().load_lora_model_only(model, "lora.safetensors", 1.0)[0]
 
 
-def timesteps(steps: int, model) -> list[float]:
+def timesteps(steps: int, model, **more) -> list[float]:
     """What the network itself is told."""
     seen, spied = [], model.clone()
     spied.add_wrapper(WrappersMP.DIFFUSION_MODEL, lambda executor, x, t, *rest, **more: (seen.extend(t.tolist()), executor(x, t, *rest, **more))[1])
-    sample(spied, empty(1), steps=steps)
+    sample(spied, empty(1), steps=steps, **more)
     return seen
 
 
@@ -76,6 +82,7 @@ with torch.inference_mode():
         "two": sample(model, empty(2), steps=2),
         "times": sample(model, empty(1), sigmas=torch.tensor([1, 0.75, 0.25, 0])),
         "times without 0": sample(model, empty(1), sigmas=torch.tensor([1, 0.75, 0.25])),
+        "shift 5": sample(model, empty(1), times="4 steps, shift 5"),
         "walk": sample(model, empty(3), noise=walk, steps=2),
         "stock noise": sample(model, empty(2), 77, 2, noise=RandomNoise.execute(SEED).args[0]),
         "no noise": sample(model, empty(1), noise=DisableNoise.execute().args[0]),
@@ -126,6 +133,9 @@ with torch.inference_mode():
             "a picture to go on with": shown(model, filled),
         },
         "timesteps": [timesteps(steps, model) for steps in (1, 2, 4)],
+        "presets": {shift: timesteps(1, model, times=f"4 steps, shift {shift}") for shift in (5, 8)},
+        "KSampler's": {shift: simple(ModelSamplingSD3().patch(model, float(shift))[0]) for shift in (5, 8)},
+        "sigmas before preset": timesteps(1, model, times="4 steps, shift 5", sigmas=torch.tensor([1.0, 0.5])),
         "LoRA's timesteps": [timesteps(2, with_lora(under)) for under in late],
         "sentences": {
             "channels": says({"samples": torch.zeros(1, 48, 2, 6, 4)}),
