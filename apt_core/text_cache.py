@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from .atomic import replacing
 from .errors import AptError
 from .tensorfile import read_tensors
 from .text import clean_prompt
@@ -83,11 +84,9 @@ class TextCache:
     def _write(self, path: Path, embedding: Tensor) -> None:
         half = embedding.bfloat16()
         embedding = half if torch.equal(half.float(), embedding) else embedding  # an encoder in bf16 loses nothing
-        with suppress(OSError):  # a full or read-only disk costs time, not the video
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
-                file.write(save({"embedding": embedding.contiguous()}, {"digest": _of(embedding)}))
-            os.replace(file.name, path)
+        # A full or read-only disk costs time, not the video.
+        with suppress(AptError), replacing(path) as partial:
+            partial.write_bytes(save({"embedding": embedding.contiguous()}, {"digest": _of(embedding)}))
 
     def _shrink(self) -> None:
         facts = []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from apt_core.atomic import make_folder
 from apt_core.errors import AptError
 from apt_core.sources import MINI, load_backbone
 from apt_core.text import TextEncoder
@@ -25,7 +26,6 @@ from trainer.demo import draw_files
 from trainer.distill import distill
 from trainer.distributed import World, connect
 from trainer.dry_run import check_fit
-from trainer.files import make_folder
 from trainer.judge import LatentJudge
 from trainer.machine import pick_device, this_machine
 from trainer.mini.clips import SIZE

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from apt_core.atomic import make_folder
 from apt_core.errors import AptError
 from apt_core.lora import fold
 from apt_core.pipeline import OneStepPipeline
@@ -18,7 +19,6 @@ from apt_core.sources import TransformerSource, load_backbone
 from trainer.base import read_about
 from trainer.config import Files
 from trainer.distributed import World
-from trainer.files import make_folder
 from trainer.places import FACTS, is_state, resolve
 from trainer.progress import console, stage_bar
 from trainer.weights import ROLE, base_of, open_generator

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from apt_core.atomic import replacing
 from trainer.aside import Aside, warn
-from trainer.files import replacing
 from trainer.progress import console
 
 try:

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from apt_core.atomic import make_folder
 from apt_core.errors import AptError
 from apt_core.vae import encode, stride
 from trainer.captions import Bad, Item, find_items, item_id, refuse_bad
 from trainer.cuts import Clip, Cut
 from trainer.distributed import World
-from trainer.files import make_folder, write_json
+from trainer.files import write_json
 from trainer.prompts import write_prompts
 from trainer.shards import Sample, ShardWriter
 

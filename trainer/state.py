@@ -17,10 +17,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
+from apt_core.atomic import make_folder
 from apt_core.errors import AptError
 from apt_core.jsonfile import read_object
 from trainer.distributed import World
-from trainer.files import make_folder, write_json
+from trainer.files import write_json
 from trainer.lock import Lock
 from trainer.places import FACTS, UNFINISHED, unfinished_states, whole_states
 from trainer.sampling import ORDER

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from apt_core.atomic import make_folder, replacing
 from apt_core.errors import AptError
-from trainer.files import make_folder, replacing, write_json
+from trainer.files import write_json
 
 
 def test_json_makes_its_folder_and_leaves_nothing_beside_it(tmp_path):

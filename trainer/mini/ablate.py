@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from apt_core.atomic import make_folder
 from apt_core.errors import AptError
 from apt_core.text import load_text_encoder
 from apt_core.vae import load_vae
@@ -27,7 +28,7 @@ from trainer.config import Preset, load_preset
 from trainer.demo import Demo, versions
 from trainer.distributed import World
 from trainer.export import export
-from trainer.files import make_folder, write_json
+from trainer.files import write_json
 from trainer.monitor import Monitor
 from trainer.places import whole_states
 from trainer.progress import console, stage_bar

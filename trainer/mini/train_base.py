@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apt_core.atomic import replacing
 from apt_core.checkpoint import load_transformer
 from apt_core.flow import interpolate, shift, velocity
 from apt_core.generator import euler_cfg
 from apt_core.text import load_text_encoder
 from apt_core.vae import decode, encode, load_vae
 from apt_core.wan import WanBackbone, predict_velocity
-from trainer.files import replacing
 
 from .clips import COLOR_NAMES, DIRECTION_NAMES, NEGATIVE_PROMPT, SHAPES, Scene, draw
 from .judge import read_clip
