@@ -27,7 +27,11 @@ _open: dict[Path, tuple[int, Path]] = {}  # by temporary: the process that write
 
 @contextmanager
 def replacing(
-    path: str | Path, *, durable: bool = False, keep_equal: bool = False, also: tuple[type[Exception], ...] = ()
+    path: str | Path,
+    *,
+    durable: bool = False,
+    keep_equal: bool = False,
+    also: tuple[type[Exception], ...] = (),
 ) -> Iterator[Path]:
     """An empty file beside `path` to write to, which becomes `path` when all went well and is gone when not.
     Parent folders are made.
@@ -88,7 +92,8 @@ def make_folder(path: Path) -> None:
         why = "it or a parent of it is a file"
         raise AptError(f"{path} cannot be made, because {why}: give another folder.") from None
     except OSError as error:
-        raise AptError(f"{path} cannot be made ({error.strerror}): give a folder that can be written to.") from None
+        why = error.strerror or error
+        raise AptError(f"{path} cannot be made ({why}): give a folder that can be written to.") from None
 
 
 @contextmanager
@@ -97,7 +102,9 @@ def _said(path: Path, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         yield
     except (OSError, *also) as error:
         why, remedy = getattr(error, "strerror", None) or error, "check the folder and its free space"
-        raise AptError(f"{path} could not be written ({why}): {remedy}; nothing there has changed.") from error
+        raise AptError(
+            f"{path} could not be written ({why}): {remedy}; nothing there has changed."
+        ) from error
 
 
 def _prepare(path: Path) -> None:

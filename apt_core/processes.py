@@ -56,6 +56,8 @@ def is_alive(pid: int, start: int) -> bool:
         import psutil
     except ImportError:
         return True
+    if not 0 < pid < 2**31:  # of a name that is not ours
+        return True
     if not psutil.pid_exists(pid):
         return False
     try:

@@ -21,7 +21,11 @@ def say_stopped() -> None:
     """What a stopped command says, once for all processes of a run."""
     if int(os.environ.get("RANK", 0)) == 0:
         with suppress(OSError, ValueError):
-            print("stopped; what is finished is kept, and the same command goes on from there.", file=sys.stderr, flush=True)
+            print(
+                "stopped; what is finished is kept, and the same command goes on from there.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -253,6 +254,13 @@ class Vote:
         return bool(found)
 
 
+def _kept(folder: Path) -> str:
+    """What is left when the processes of a run end all at once, for a sentence."""
+    if newest := max(whole_states(folder), default=None):
+        return f"{newest.name} in {folder} is saved, and the same command goes on from there"
+    return f"{folder} holds no state yet, and the same command begins this stage again"
+
+
 class Run:
     """The course of one training: rows of metrics, the number of the next update, states on disk, and the end that a signal asks for.
 
@@ -277,6 +285,8 @@ class Run:
 
         if keep and keep.describe and world.main:
             keep.describe()
+        if keep and world.pulse:
+            world.pulse.kept = partial(_kept, keep.folder)
 
     def __enter__(self) -> "Run":
         if self.keep:

@@ -30,7 +30,11 @@ with (replacing_folder if sys.argv[2] == "folder" else replacing)(path) as part:
 
 def start(path: Path, kind: str = "file") -> subprocess.Popen:
     """A process in the middle of writing `path`."""
-    process = subprocess.Popen([sys.executable, "-c", WRITE.format(root=str(ROOT)), str(path), kind], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE.format(root=str(ROOT)), str(path), kind],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "writing\n"
     return process
 
@@ -64,7 +68,11 @@ def test_what_a_killed_process_left_goes_with_the_next_write_and_a_live_ones_sta
         with write(path) as part:
             (part / "weights" if part.is_dir() else part).write_text("whole")
         left = temporaries(tmp_path)
-        assert len(left) == 2 and any(f".{live.pid}-" in p.name for p in left) and any(f".{other.pid}-" in p.name for p in left)
+        assert (
+            len(left) == 2
+            and any(f".{live.pid}-" in p.name for p in left)
+            and any(f".{other.pid}-" in p.name for p in left)
+        )
         assert ((path / "weights") if kind == "folder" else path).read_text() == "whole"
     finally:
         for process in (killed, live, other):
@@ -75,10 +83,14 @@ def test_what_a_killed_process_left_goes_with_the_next_write_and_a_live_ones_sta
 def test_only_own_kind_is_taken_away(tmp_path, dead):
     path, (pid, started) = tmp_path / "x", own()
     stay = [
-        fake(path, "other-host-01234567", dead, 1), fake(path, host(), pid, started), fake(tmp_path / "x2", host(), dead, 1), tmp_path / "x.partial",
-        tmp_path / "step-000003.bak", tmp_path / f".x.{dead}.partial", tmp_path / f".x.{host()}.{dead}-1-0.partial.bak", tmp_path / "x.part",
+        fake(path, "other-host-01234567", dead, 1), fake(path, host(), pid, started), fake(tmp_path / "x2",
+        host(), dead, 1), tmp_path / "x.partial", tmp_path / "step-000003.bak", tmp_path /
+        f".x.{dead}.partial", tmp_path / f".x.{host()}.{dead}-1-0.partial.bak", tmp_path / "x.part",
     ]  # fmt: skip
-    go = [fake(path, host(), dead, 1), fake(path, host(), pid, started + 1)]  # the number of a live process, used again
+    go = [
+        fake(path, host(), dead, 1),
+        fake(path, host(), pid, started + 1),
+    ]  # the number of a live process, used again
     for file in (*stay, *go):
         file.write_text("kept")
     with replacing(path) as part:
@@ -101,7 +113,9 @@ def test_what_may_not_be_cleaned_is_no_error(tmp_path, dead, monkeypatch):
     monkeypatch.setattr(Path, "unlink", refuse)
     with replacing(path) as part:
         part.write_text("new")
-    monkeypatch.setattr("os.scandir", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        "os.scandir", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
     with replacing(path) as part:
         part.write_text("newer")
     assert path.read_text() == "newer" and left.exists()
@@ -119,7 +133,9 @@ def test_a_folder_that_was_set_aside_by_a_dead_process_comes_back(tmp_path, dead
 
 
 @pytest.mark.parametrize("write", [replacing, replacing_folder])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(1)])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(1)]
+)
 def test_a_failed_write_removes_its_own(tmp_path, write, error):
     with pytest.raises(AptError if isinstance(error, OSError) else type(error)), write(tmp_path / "x"):
         assert len(temporaries(tmp_path)) == 1
@@ -150,7 +166,10 @@ def test_names_of_any_length(tmp_path):
         with replacing(path) as part:
             part.write_text(text)
     assert path.read_text() == "two" and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(AptError, match="could not be written .File name too long"), replacing(tmp_path / ("e" * 256)):
+    with (
+        pytest.raises(AptError, match="could not be written .File name too long"),
+        replacing(tmp_path / ("e" * 256)),
+    ):
         raise AssertionError("the work was begun")
 
 

@@ -36,8 +36,14 @@ with ended_by_sigterm(patience=0.5), replacing("x") as part:
     part.write_text("half")
     print("writing", flush=True)
 """.format(root=str(ROOT))
-BLOCKED = BEGIN + "    lock = ctypes.create_string_buffer(64)\n" + "    ctypes.CDLL(None).pthread_mutex_lock(lock)\n" * 2
-FORKED = BEGIN + """
+BLOCKED = (
+    BEGIN
+    + "    lock = ctypes.create_string_buffer(64)\n"
+    + "    ctypes.CDLL(None).pthread_mutex_lock(lock)\n" * 2
+)
+FORKED = (
+    BEGIN
+    + """
     child = os.fork()
     if not child:
         time.sleep(60)
@@ -47,11 +53,18 @@ FORKED = BEGIN + """
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -15
     time.sleep(1)
 """
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a call into C that hears no signal")
 def test_a_call_that_never_returns_ends_too(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", BLOCKED], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "writing\n" and len(list(tmp_path.iterdir())) == 1
     process.terminate()
     said = process.communicate(timeout=30)[1]
@@ -62,7 +75,9 @@ def test_a_call_that_never_returns_ends_too(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_childs_signal_is_its_own(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FORKED], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
@@ -83,9 +98,22 @@ app()
 
 
 def test_generate_leaves_nothing(tmp_path):
-    command = [sys.executable, "-c", GENERATE.format(root=str(ROOT)), "generate", "mini", "a red circle", "--out", "samples", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-c",
+        GENERATE.format(root=str(ROOT)),
+        "generate",
+        "mini",
+        "a red circle",
+        "--out",
+        "samples",
+        "--device",
+        "cpu",
+    ]
     command += ["--vae", "mini", "--text-encoder", "mini", "--height", "48", "--width", "48", "--frames", "5"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if line == "writing\n":
             break
@@ -93,5 +121,8 @@ def test_generate_leaves_nothing(tmp_path):
     process.terminate()
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 143, said
-    assert "stopped; what is finished is kept, and the same command goes on from there." in said and "Traceback" not in said
+    assert (
+        "stopped; what is finished is kept, and the same command goes on from there." in said
+        and "Traceback" not in said
+    )
     assert not list((tmp_path / "samples").iterdir())
