@@ -9,21 +9,23 @@ import typer
 import typer.core
 
 from apt_core.errors import AptError
+from trainer.machines.ending import CODE, Terminated, ended_by_sigterm, say_stopped
 
 
 class Commands(typer.core.TyperGroup):
-    """A user's mistake is one sentence on stderr and exit code 2; Ctrl-C says what is kept and exits with 130."""
+    """A user's mistake is one sentence on stderr and exit code 2; Ctrl-C and SIGTERM say what is kept and exit with 130 and 143."""
 
     def invoke(self, ctx):
         try:
-            return super().invoke(ctx)
+            with ended_by_sigterm():
+                return super().invoke(ctx)
         except AptError as error:
             rank = int(os.environ.get("RANK", 0))
             print(f"error: {error}" if rank == 0 else f"error in process {rank}: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            print("stopped; what is finished is kept, and the same command goes on from there.", file=sys.stderr)
-            raise typer.Exit(130) from None
+        except (KeyboardInterrupt, Terminated) as stop:
+            say_stopped()
+            raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else CODE) from None
 
 
 for stream in (sys.stdout, sys.stderr):  # a letter that the terminal does not know is shown as an escape, and ends nothing

@@ -13,9 +13,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import AptError
+from ..files.atomic import replacing
 from ..files.tensorfile import read_tensors
-from ..models.text import clean_prompt
 from ..loading.text_files import TextFacts
+from ..models.text import clean_prompt
 
 LIMIT = 2 * 2**30
 SAMPLES, SAMPLE = 64, 2**16
@@ -83,11 +84,9 @@ class TextCache:
     def _write(self, path: Path, embedding: Tensor) -> None:
         half = embedding.bfloat16()
         embedding = half if torch.equal(half.float(), embedding) else embedding  # an encoder in bf16 loses nothing
-        with suppress(OSError):  # a full or read-only disk costs time, not the video
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
-                file.write(save({"embedding": embedding.contiguous()}, {"digest": _of(embedding)}))
-            os.replace(file.name, path)
+        # A full or read-only disk costs time, not the video.
+        with suppress(AptError), replacing(path) as partial:
+            partial.write_bytes(save({"embedding": embedding.contiguous()}, {"digest": _of(embedding)}))
 
     def _shrink(self) -> None:
         facts = []

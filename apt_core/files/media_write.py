@@ -1,9 +1,8 @@
 """Pixels to video and image files (PyAV, Pillow), also while they are still being made. Pixels are uint8 RGB arrays."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,24 +11,28 @@ import numpy as np
 from PIL import Image
 
 from ..errors import AptError
+from .atomic import replacing
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 16, pixel_format: str = "yuv420p") -> None:
+def write_video(
+    path: str | Path, frames: np.ndarray, fps: float, crf: int = 16, pixel_format: str = "yuv420p", *, keep_equal: bool = False
+) -> None:
     """Write uint8 `[F, H, W, 3]` as H.264 in an .mp4 that plays while it loads; tagged BT.709. The file appears whole or not at all.
 
     crf: 0 (largest) to 51; pixel_format: "yuv420p" for players, "yuv444p" with a crf of 10 or less for clips to train on.
+    keep_equal: leave a file alone that holds just these bytes.
     Raises AptError for pixels of another shape or type, odd sides in yuv420p, another suffix, and a place that cannot be written.
     """
     frames = _checked(Path(path), frames, 4)
-    with video_writer(path, *frames.shape[1:3], fps, crf, pixel_format) as write:
+    with video_writer(path, *frames.shape[1:3], fps, crf, pixel_format, keep_equal=keep_equal) as write:
         write(frames)
 
 
 @contextmanager
 def video_writer(
-    path: str | Path, height: int, width: int, fps: float, crf: int = 16, pixel_format: str = "yuv420p"
+    path: str | Path, height: int, width: int, fps: float, crf: int = 16, pixel_format: str = "yuv420p", *, keep_equal: bool = False
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is as with `write_video`."""
     path = Path(path)
@@ -40,7 +43,10 @@ def video_writer(
         raise AptError(f"{path}: this PyAV cannot write {pixel_format} with libx264: use yuv420p or yuv444p, and a PyAV from PyPI.")
     if pixel_format == "yuv420p" and (height % 2 or width % 2):
         raise AptError(f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: crop them or use yuv444p.")
-    with _replacing(path) as partial, av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with (
+        replacing(path, also=(av.FFmpegError,), keep_equal=keep_equal) as partial,
+        av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
         stream = container.add_stream("libx264", rate=rational(fps))
         stream.width, stream.height, stream.pix_fmt, stream.options = width, height, pixel_format, {"crf": str(crf)}
         stream.options |= {"x264-params": "no-mbtree=1"}  # with it the same frames give other files from run to run
@@ -59,12 +65,12 @@ def video_writer(
         container.mux(stream.encode())
 
 
-def write_image(path: str | Path, pixels: np.ndarray) -> None:
+def write_image(path: str | Path, pixels: np.ndarray, *, keep_equal: bool = False) -> None:
     """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`."""
     path, pixels = Path(path), np.asarray(pixels)
     pixels = _checked(path, pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels, 3)
     check_name(path, frames=1)
-    with _replacing(path) as partial:
+    with replacing(path, keep_equal=keep_equal) as partial:
         Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
 
 
@@ -88,18 +94,3 @@ def _checked(path: Path, pixels, dims: int) -> np.ndarray:
         want = "[F, H, W, 3]" if dims == 4 else "[H, W, 3]"
         raise AptError(f"{path}: pixels of shape {list(pixels.shape)} and type {pixels.dtype} were given, but {want} in uint8 are needed.")
     return pixels
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` if all goes well."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except (OSError, av.FFmpegError) as error:
-        raise AptError(f"{path} could not be written ({error.strerror or error}): check the folder and its free space.") from None
-    finally:
-        with suppress(OSError):  # of a name that cannot be, for one
-            partial.unlink(missing_ok=True)

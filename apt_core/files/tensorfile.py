@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import stat
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AptError
+from .atomic import replacing
 
 FLOATS = {"F32", "F16", "BF16"}
 BITS = {
@@ -209,23 +208,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         if storage in seen:
             ready[key] = ready[key].clone()
         seen.add(storage)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode
+    with replacing(path, durable=True, also=(SafetensorError,)) as partial:
         save_file(ready, partial, metadata={"format": "pt", **metadata})
         _sort_metadata(partial)
-        partial.chmod(mode)  # safetensors leaves a file that only its owner can read
-        _sync(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise AptError(f"{path} could not be written ({error}): check the folder and its free space; nothing there has changed.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-    with suppress(OSError):  # the rename itself: not every system lets a folder be synced
-        _sync(path.parent)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -240,9 +225,3 @@ def _sort_metadata(path: Path) -> None:
             file.write(text.ljust(length))
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

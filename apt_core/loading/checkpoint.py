@@ -8,8 +8,6 @@ The second form is a diffusers folder: transformer and scheduler.
 import inspect
 import json
 import math
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from ..errors import AptError
 from ..files import keys
+from ..files.atomic import replacing_folder
 from ..files.checkpoint_header import read_header
 from ..files.contract import claims_lora, metadata_json, metadata_strings, read_apt
 from ..files.jsonfile import read_object
@@ -206,22 +205,11 @@ def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Ma
     expected = {key: value.shape for key, value in stock.state_dict().items()}
     check_shapes(path, {key: value.shape for key, value in state.items()}, expected, "Wan transformer of its config")
     apt = json.loads(metadata_strings(path, metadata)["apt"])
-    new, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
-    try:
+    with replacing_folder(path) as new:
         write_tensors(new / "transformer" / WEIGHTS, state, {"apt": json.dumps(apt)})
         stock.save_config(new / "transformer")
         FlowMatchEulerDiscreteScheduler(shift=5.0).save_pretrained(new / "scheduler")
         (new / "apt.json").write_text(json.dumps(apt, indent=2) + "\n", encoding="utf-8")
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-    except OSError as error:
-        raise AptError(f"{path} could not be written ({error}): check the folder and its free space; nothing there has changed.") from error
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _folder(path: Path) -> tuple[list[Path], dict]:

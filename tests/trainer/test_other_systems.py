@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from apt_core.engine.text_cache import cache_folder
-from trainer.files import replacing
+from apt_core.files.atomic import replacing
 
 ROOT = Path(__file__).parents[2]
 HIDE = """
 import os, signal, sys, multiprocessing
-import av, filelock, matplotlib.figure, scipy.linalg, torch.utils.tensorboard, torch.distributed.run, torch.distributed.fsdp  # others, for this system
+import av, filelock, psutil, matplotlib.figure, scipy.linalg, torch.utils.tensorboard, torch.distributed.run, torch.distributed.fsdp  # others, for this system
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 for name in ("resource", "fcntl", "pwd", "grp"):
@@ -84,7 +84,11 @@ def test_a_cache_in_a_shared_folder_is_ones_own(tmp_path, monkeypatch):
 def test_a_planted_link_is_not_written_through(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("mine", encoding="utf-8")
-    (tmp_path / "run.json.part").symlink_to(victim)
+    with replacing(tmp_path / "run.json") as part:
+        pass
+    name, _, end = part.name.rpartition("-")
+    for number in range(int(end.split(".")[0]) + 1, 20 + int(end.split(".")[0])):  # whichever comes next
+        part.with_name(f"{name}-{number}.partial").symlink_to(victim)
     with replacing(tmp_path / "run.json") as part:
         part.write_text("new", encoding="utf-8")
     assert victim.read_text(encoding="utf-8") == "mine" and (tmp_path / "run.json").read_text(encoding="utf-8") == "new"

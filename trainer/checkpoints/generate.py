@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 
-from apt_core.errors import AptError
-from apt_core.models.lora import fold
 from apt_core.engine.pipeline import OneStepPipeline
-from apt_core.models.precision import cast
 from apt_core.engine.request import Request
+from apt_core.errors import AptError
+from apt_core.files.atomic import make_folder
 from apt_core.loading.sources import TransformerSource, load_backbone
+from apt_core.models.lora import fold
+from apt_core.models.precision import cast
 from trainer.checkpoints.starting_models import read_about
+from trainer.checkpoints.trained_models import ROLE, base_of, open_generator
 from trainer.config import Files
 from trainer.machines.distributed import World
-from trainer.files import make_folder
 from trainer.run.folders import FACTS, is_state, resolve
 from trainer.run.progress import console, stage_bar
-from trainer.checkpoints.trained_models import ROLE, base_of, open_generator
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -14,9 +14,16 @@ from pathlib import Path
 import torch
 
 from apt_core.errors import AptError
+from apt_core.files.atomic import make_folder
 from apt_core.loading.sources import MINI, load_backbone
 from apt_core.models.vae import decode
-from trainer.checkpoints.starting_models import RANDOM, describe_state, open_text_encoder, open_vae, write_random_base
+from trainer.checkpoints.starting_models import (
+    RANDOM,
+    describe_state,
+    open_text_encoder,
+    open_vae,
+    write_random_base,
+)
 from trainer.cli.checks import check_parts, check_shards
 from trainer.cli.plan import LATENTS, Plan, find_start, make_plan
 from trainer.cli.tell import monitor, progress, say, tell_precomputed, tell_result
@@ -25,7 +32,6 @@ from trainer.data.batches import Batches
 from trainer.data.precompute import Report, precompute
 from trainer.data.prompts import PROMPTS, Prompts
 from trainer.data.shards import INDEX
-from trainer.files import make_folder
 from trainer.machines.distributed import World, connect
 from trainer.machines.machine import pick_device
 from trainer.mini.clips import SIZE

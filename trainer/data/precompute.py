@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from apt_core.errors import AptError
+from apt_core.files.atomic import make_folder
 from apt_core.models.vae import encode, stride
 from trainer.data.captions import Bad, Item, find_items, item_id, refuse_bad
 from trainer.data.cuts import Clip, Cut
-from trainer.machines.distributed import World
-from trainer.files import make_folder, write_json
 from trainer.data.prompts import write_prompts
 from trainer.data.shards import Sample, ShardWriter
+from trainer.files import write_json
+from trainer.machines.distributed import World
 
 SKIPPED = "skipped.json"
 PART = "#"  # between a file and the number of a clip after its first

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from apt_core.errors import AptError
+from trainer.machines.pulse import Pulse, limit, open_pulse
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class World:
 
     `mesh` has the dimensions (dp, cp); `everyone` has the same processes in one dimension, which weights are sharded over; both are None
     in a process that stands alone without sharding. `control` is a group that talks over the CPU, for words about the run itself.
+    `pulse` watches the other processes, where there are any.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
     everyone: DeviceMesh | None = None
     control: dist.ProcessGroup | None = None
+    pulse: Pulse | None = None
 
     @property
     def size(self) -> int:
@@ -109,13 +112,14 @@ def connect(
 
     device: "cpu", "cuda" (each process takes the card of its local rank) or one card, "cuda:1". context_parallel: how many processes share
     one sample's tokens. sharded: also when alone, keep the weights as FSDP2 does (fp32 masters, bf16 compute).
-    patience: how long processes wait for one another.
+    patience: how long processes wait for one another; one that no longer answers ends all of them before, see trainer.machines.pulse.
     Raises AptError for a device that torch cannot use and for a number of processes that context parallelism does not divide.
     """
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     size = int(os.environ["WORLD_SIZE"]) if started else 1
     if size % context_parallel:
         raise AptError(f"{size} processes cannot form groups of {context_parallel} for context parallelism: use a multiple of {context_parallel}.")
+    watched = limit()
     place = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if not started and not sharded:
         yield World(place)
@@ -123,11 +127,19 @@ def connect(
     backend = "gloo" if place.type == "cpu" else f"cpu:gloo,{place.type}:{dist.get_default_backend_for_device(place)}"
     alone = {} if started else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=patience, **alone)
+    pulse, problem = open_pulse(dist.get_rank(), size, watched), None
     try:
         mesh = init_device_mesh(place.type, (size // context_parallel, context_parallel), mesh_dim_names=("dp", "cp"))
         everyone = init_device_mesh(place.type, (size,))
-        yield World(place, mesh, everyone, dist.new_group(backend="gloo", timeout=patience))
+        yield World(place, mesh, everyone, dist.new_group(backend="gloo", timeout=patience), pulse)
+    except BaseException as error:
+        problem = error
+        if pulse:
+            pulse.explain(error)
+        raise
     finally:
+        if pulse:
+            pulse.leave(problem)
         dist.destroy_process_group()
 
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from apt_core.errors import AptError
 from apt_core.engine.fast import check_device
-from trainer.files import make_folder
+from apt_core.errors import AptError
+from apt_core.files.atomic import make_folder
 from trainer.run.progress import console
 
 from . import ASSETS

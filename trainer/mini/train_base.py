@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apt_core.files.atomic import replacing
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.flow import interpolate, shift, velocity
 from apt_core.method.generator import euler_cfg
 from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import decode, encode, load_vae
 from apt_core.models.wan import WanBackbone, predict_velocity
-from trainer.files import replacing
+from trainer.stages.muon import Muon
 
 from .clips import COLOR_NAMES, DIRECTION_NAMES, NEGATIVE_PROMPT, SHAPES, Scene, draw
 from .judge import read_clip
-from trainer.stages.muon import Muon
 
 TRANSFORMER = dict(num_attention_heads=4, attention_head_dim=32, ffn_dim=512, num_layers=6, freq_dim=256)
 SHIFT = {"image": 1.5, "video": 3.0}

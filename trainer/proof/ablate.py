@@ -18,29 +18,30 @@ from pathlib import Path
 import torch
 
 from apt_core.errors import AptError
+from apt_core.files.atomic import make_folder
 from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import load_vae
-from trainer.stages.adversarial import adversarial
-from trainer.checkpoints.starting_models import describe_state
-from trainer.data.batches import Batches
-from trainer.config import Preset, load_preset
-from trainer.proof.demo import Demo
-from trainer.cli.plan import metadata as stage_metadata
-from trainer.machines.machine import versions
-from trainer.machines.distributed import World
 from trainer.checkpoints.export import export
-from trainer.files import make_folder, write_json
-from trainer.run.monitor import Monitor
+from trainer.checkpoints.starting_models import describe_state
+from trainer.cli.plan import metadata as stage_metadata
+from trainer.config import Preset, load_preset
+from trainer.data.batches import Batches
+from trainer.files import write_json
+from trainer.machines.distributed import World
+from trainer.machines.machine import versions
+from trainer.mini import ASSETS, VAE
+from trainer.mini.features import load_features
+from trainer.proof.demo import Demo
 from trainer.run.folders import DISTILLED, whole_states
+from trainer.run.monitor import Monitor
 from trainer.run.progress import console, stage_bar
 from trainer.run.state import Keep, Preempted
+from trainer.stages.adversarial import adversarial
 from trainer.stages.update import NotFinite
 
-from trainer.mini import ASSETS, VAE
 from .ablation_page import write_page
 from .ablation_table import FIGURES, table
 from .evaluate import Models, Sampler
-from trainer.mini.features import load_features
 from .measure import SAMPLE_SEED, read_run, results
 from .report import Prompts, drawn_prompts, evaluate
 from .variants import REFERENCE, Variant, all_variants, choose

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
-from trainer.files import replacing
+from apt_core.files.atomic import replacing
 from trainer.run.plot import BLACK, BLUE, RED
 
 from .variants import REFERENCE

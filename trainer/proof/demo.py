@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from apt_core.errors import AptError
+from apt_core.files.atomic import make_folder, replacing
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.models.text import load_text_encoder
 from trainer.cli.commands import run_adversarial, run_distill, run_precompute
@@ -18,7 +19,7 @@ from trainer.cli.plan import LATENTS, final_file
 from trainer.config import Preset
 from trainer.data.batches import Batches
 from trainer.data.shards import INDEX
-from trainer.files import make_folder, replacing, write_json
+from trainer.files import write_json
 from trainer.machines.machine import versions
 from trainer.mini import ASSETS
 from trainer.mini.clips import SIZE

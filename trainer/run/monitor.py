@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.run.aside import Aside, warn
-from trainer.files import replacing
+from apt_core.files.atomic import replacing
+from trainer.aside import Aside, warn
 from trainer.run.progress import console
 
 try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apt_core.errors import AptError
-from trainer.files import replacing
+from apt_core.files.atomic import replacing
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; each also has a line style of its own.
 BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"

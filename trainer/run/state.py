@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from apt_core.errors import AptError
+from apt_core.files.atomic import make_folder
 from apt_core.files.jsonfile import read_object
-from trainer.machines.distributed import World
-from trainer.files import make_folder, write_json
-from trainer.run.lock import Lock
-from trainer.run.folders import FACTS, UNFINISHED, unfinished_states, whole_states
 from trainer.data.sampling import ORDER
+from trainer.files import write_json
+from trainer.machines.distributed import World
+from trainer.run.folders import FACTS, UNFINISHED, unfinished_states, whole_states
+from trainer.run.lock import Lock
 from trainer.run.state_files import StateReader, StateWriter, check_digests, gather_digests
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
@@ -252,6 +254,13 @@ class Vote:
         return bool(found)
 
 
+def _kept(folder: Path) -> str:
+    """What is left when the processes of a run end all at once, for a sentence."""
+    if newest := max(whole_states(folder), default=None):
+        return f"{newest.name} in {folder} is saved, and the same command goes on from there"
+    return f"{folder} holds no state yet, and the same command begins this stage again"
+
+
 class Run:
     """The course of one training: rows of metrics, the number of the next update, states on disk, and the end that a signal asks for.
 
@@ -276,6 +285,8 @@ class Run:
 
         if keep and keep.describe and world.main:
             keep.describe()
+        if keep and world.pulse:
+            world.pulse.kept = partial(_kept, keep.folder)
 
     def __enter__(self) -> "Run":
         if self.keep:

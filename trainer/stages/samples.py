@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apt_core.files.media_write import write_image, write_video
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import one_step
-from apt_core.files.media_write import write_image, write_video
-from trainer.run.aside import Aside
-from trainer.stages.averages import Averages
+from trainer.aside import Aside
 from trainer.machines.distributed import World
+from trainer.stages.averages import Averages
 
 
 @dataclass(frozen=True)
