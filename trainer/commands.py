@@ -279,6 +279,8 @@ def _tell_result(path: Path, states: Path) -> None:
 
 
 def _tell_report(made: Report, out: Path) -> None:
+    for name, done in made.converted.items():
+        _say(f"{name}: {', '.join(done)}.")
     for bad in made.skipped:
         _say(f"left out: {bad.reason}")
     if made.skipped:
