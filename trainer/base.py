@@ -8,6 +8,7 @@ from apt_core.checkpoint import read_config
 from apt_core.errors import AptError
 from apt_core.jsonfile import read_object
 from apt_core.mmdit import MMDiTBackbone, load_mmdit, save_mmdit
+from apt_core.quantised import form_of
 from apt_core.sources import MINI, WHAT, is_mmdit
 from apt_core.sources import locate as find_part
 from apt_core.tensorfile import metadata_json, read_header
@@ -52,6 +53,8 @@ def check_base(path: Path, model: Model, name: str) -> None:
     if is_mmdit(path) != (model.kind == "mmdit"):
         kind = "an MMDiT" if is_mmdit(path) else "a Wan transformer"
         raise AptError(f"base {path} is {kind}, which preset {name} is not for: give a base of its kind.")
+    if path.is_file() and (form := form_of(read_header(path))):
+        raise AptError(f"base {path} is in {form}, too coarse to train from: give the model in fp32, bf16 or fp16.")
     if model.kind == "mmdit":
         config = load_mmdit(path, device="meta").config
     else:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from apt_core.checkpoint import comfy_config, load_transformer, read_config
 from apt_core.errors import AptError
+from apt_core.folders import refuse_shard
 from apt_core.keys import detect_layout, detect_vae_layout
+from apt_core.quantised import BESIDE, form_of, plain_header
 from apt_core.tensorfile import Header, check_finite, metadata_json, read_header, read_tensors
 from apt_core.text import TOKENIZER_KEY
+from apt_core.text_files import EMBEDDINGS
 from apt_core.vae import load_vae
 from trainer.places import is_state, resolve
 from trainer.shards import INDEX, ShardDataset
 from trainer.state import score_of
 from trainer.weights import State, base_of
-
-SCALES = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant")
 
 
 def inspect(path: Path, deep: bool = False) -> dict[str, str]:
@@ -29,7 +30,7 @@ def inspect(path: Path, deep: bool = False) -> dict[str, str]:
     if is_state(path):
         return _state(path, deep)
     if path.is_dir():
-        return {"what": "diffusers folder of a Wan transformer", **_numbers(read_config(path)), "loads": _loads(path, deep)}
+        return {"what": "folder of a Wan transformer", **_numbers(read_config(path)), "loads": _loads(path, deep)}
     header = read_header(path)
     apt = metadata_json(path, header.metadata, "apt")
     facts = {
@@ -49,19 +50,19 @@ def _what(header: Header) -> str:
         return "LoRA"
     if "mmdit" in header.metadata:
         return "MMDiT of this trainer"
-    if any(key.endswith(SCALES) for key in keys):
-        return f"{'Wan transformer' if any('self_attn' in key for key in keys) else 'weights'} in ComfyUI's fp8"
+    form = f", in {form_of(header)}" if form_of(header) else ""
     if "encoder.final_layer_norm.weight" in keys:
-        return "UMT5 text encoder"
+        return f"UMT5 text encoder{form}"
     if {"latents", "text", "offsets"} <= keys.keys():
         return "shard of latents"
     for name, detect in (("Wan transformer", detect_layout), ("Wan VAE", detect_vae_layout)):
         try:
-            layout = detect(keys)
+            layout = detect([key for key in keys if key.rpartition(".")[2] not in BESIDE])
         except AptError:
             continue
-        return f"{name}, {layout[0]} keys" + (f", version {layout[1]}" if detect is detect_vae_layout else "")
-    return f"unknown ({next(iter(keys), 'empty')} is its first key)"
+        version = f", version {layout[1]}" if detect is detect_vae_layout else ""
+        return f"{name}, {layout[0]} keys{version}{form}"
+    return f"unknown ({next(iter(keys), 'empty')} is its first key){form}"
 
 
 def _by_kind(path: Path, header: Header, deep: bool) -> dict[str, str]:
@@ -75,11 +76,18 @@ def _by_kind(path: Path, header: Header, deep: bool) -> dict[str, str]:
         return {**_numbers(config), "ComfyUI reads": needs, "loads": _loads(path, deep)}
     if what.startswith("Wan VAE"):
         return {"loads": _attempt(lambda: load_vae(path))}
-    if what == "UMT5 text encoder":
+    if what.startswith("UMT5 text encoder"):
+        if form_of(header) and (problem := _attempt(lambda: plain_header(path, header, EMBEDDINGS))) != "yes":
+            return {"loads": problem}
         return {"tokenizer": "inside" if TOKENIZER_KEY in header.shapes else "not inside: needs tokenizer=PATH"}
     if what == "LoRA":
         rank = {shape[0] for key, shape in header.shapes.items() if ".lora_A." in key}
         return {"rank": ", ".join(map(str, sorted(rank))), "loads": _attempt(lambda: read_tensors(path)) if deep else "needs its base"}
+    try:
+        refuse_shard(path)
+        plain_header(path, header)
+    except AptError as error:
+        return {"loads": f"no: {error}"}
     return {"loads": _attempt(lambda: check_finite(path, read_tensors(path, floats_only=False)[0]))} if deep else {}
 
 
