@@ -147,9 +147,20 @@ def _vae(key: str, names: dict[str, str], version: str) -> str:
     return f"{names[module]}.{leaf}"
 
 
+VAE_PREFIXES = ("model.", "vae.", "first_stage_model.")
+"""What other programs put before all keys of a VAE; stripped on reading, never written."""
+
+
+def vae_prefix(keys: Iterable[str]) -> str:
+    """The prefix that every key of a VAE's file has; "" for none."""
+    keys = list(keys)
+    return next((prefix for prefix in VAE_PREFIXES if keys and all(key.startswith(prefix) for key in keys)), "")
+
+
 def detect_vae_layout(keys: Iterable[str]) -> tuple[str, str]:
-    """("official" or "diffusers", "2.1" or "2.2") of a Wan VAE. Raises AptError when it is neither."""
-    keys = set(keys)
+    """("official" or "diffusers", "2.1" or "2.2") of a Wan VAE, with a prefix or without. Raises AptError when it is neither."""
+    prefix = vae_prefix(keys := list(keys))
+    keys = {key.removeprefix(prefix) for key in keys}
     if "decoder.middle.0.residual.0.gamma" in keys:
         return "official", "2.2" if "decoder.upsamples.0.upsamples.0.residual.2.weight" in keys else "2.1"
     if "decoder.mid_block.resnets.0.norm1.gamma" in keys:

@@ -137,6 +137,9 @@ def _refuse_foreign(path: Path, start: bytes, length: int) -> None:
         raise AptError(f"{path} is a pickle (.pt, .pth, .ckpt), which can run code when it is opened: convert it to safetensors.")
     if start.startswith(b"version https:/"):
         raise AptError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull`.")
+    if start.startswith(b"GGUF"):
+        instead = "give the model in safetensors (bf16, fp16 or scaled fp8)"
+        raise AptError(f"{path} is a GGUF file, whose quantised weights are not read: {instead}.")
     raise AptError(f"{path} is not a safetensors file: give one, or download it again.")
 
 

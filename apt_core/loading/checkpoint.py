@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from ..files import keys
 from ..files.atomic import replacing_folder
 from ..files.checkpoint_header import read_header
 from ..files.contract import claims_lora, metadata_json, metadata_strings, read_apt
+from ..files.folders import pickle_hint, refuse_shard, transformer_folder, weight_files
 from ..files.jsonfile import read_object
 from ..files.lora_keys import is_lora
+from ..files.quantised import plain_header, restore
 from ..files.tensorfile import (
     check_count,
     check_finite,
@@ -141,35 +144,23 @@ def transformer_config_from(shapes: Mapping[str, tuple], metadata: Mapping[str, 
 
 def read_config(path: str | Path) -> dict:
     """The arguments of the transformer in a file or a diffusers folder, without reading a weight. Raises AptError as `load_transformer` does."""
-    path = Path(path)
-    if path.is_dir():
-        return _folder(path)[1]
-    header = read_header(path)
-    return transformer_config_from(header.shapes, header.metadata, path)
+    return _parts(Path(path)).config
 
 
 def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
     """A transformer with every weight from `path`, or an error. Trainable, in train mode as diffusers builds it.
 
-    path: one safetensors file (official or diffusers keys; fp32, fp16 or bf16), or a diffusers folder (itself, or with a subfolder
-    transformer; sharded or not). cls: a WanTransformer3DModel or subclass, by default apt_core.models.wan.WanBackbone. dtype: of the weights; beside
-    16 bits those of `precision.stays_fp32` are fp32, as in diffusers. device "meta" gives the model without weights, from the header alone.
+    path: one safetensors file (official or diffusers keys; fp32, fp16, bf16 or fp8, see `quantised`), or a folder of
+    diffusers or of Wan-AI (itself, or with a subfolder transformer or high_noise_model; sharded or not, of any variant).
+    cls: a WanTransformer3DModel or subclass, by default apt_core.models.wan.WanBackbone. dtype: of the weights; beside 16 bits
+    those of `precision.stays_fp32` are fp32, as in diffusers. device "meta" gives the model without weights, from the
+    header alone.
     Raises AptError that names the file and, where there is one, the key: see `read_header` and `tensorfile.read_tensors`; missing, extra or
-    wrongly shaped keys; a LoRA. Nothing is built before all checks have passed.
+    wrongly shaped keys; a LoRA; one shard of several; other quantised weights. Nothing is built before all checks have passed.
     """
     path = Path(path)
-    files, config = _folder(path) if path.is_dir() else ([path], None)
-    headers = [read_header(file) for file in files]
-    shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
-    for file, header in zip(files, headers):
-        if claims_lora(read_apt(file, header.metadata)) or is_lora(header.shapes):
-            raise AptError(
-                f"{file} is a LoRA, not a whole Wan transformer: give a whole model here; "
-                "`python -m trainer export LORA --base MODEL` makes one of both."
-            )
-        check_floats(file, header)
+    files, shapes, config = _parts(path)
     layout, prefix = _layout(path, shapes)
-    config = config or transformer_config_from(shapes, headers[0].metadata, path)
     check_count(path, "num_layers", config.get("num_layers", 1), shapes)
     model = _meta_transformer(path, cls, config)
     official = layout == "official"
@@ -179,11 +170,15 @@ def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dty
     if torch.device(device).type == "meta":
         return cast(model, dtype)
 
-    tensors = {key: tensor for file in files for key, tensor in read_tensors(file)[0].items()}
-    state = {key: tensors.pop(name) for key, name in name_in_file.items()}
-    # A copy: what safetensors hands out is a window on the file, which someone may write over while we train.
-    dtypes = {key: weight_dtype(model, key, dtype) for key in state}
-    model.load_state_dict(cast_tensors(path, state, dtypes, device, copy=True), assign=True)
+    tensors, state = {}, {}
+    for file in files:
+        tensors |= read_tensors(file, floats_only=False)[0]
+    for key, name in name_in_file.items():
+        # A copy: what safetensors hands out is a window on the file, which someone may write over while we train.
+        wanted = {key: weight_dtype(model, key, dtype)}
+        state |= cast_tensors(path, {key: restore(tensors, name)}, wanted, device, copy=True)
+        del tensors[name]
+    model.load_state_dict(state, assign=True)
     # Its tables are the one thing that no file holds.
     built = model.config
     model.rope = type(model.rope)(built.attention_head_dim, built.patch_size, built.rope_max_seq_len).to(device)
@@ -212,18 +207,52 @@ def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Ma
         (new / "apt.json").write_text(json.dumps(apt, indent=2) + "\n", encoding="utf-8")
 
 
-def _folder(path: Path) -> tuple[list[Path], dict]:
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
+class _Parts(NamedTuple):
+    """Of a transformer on disk: its files, the shapes of its weights by their names there, and what builds it."""
+
+    files: list[Path]
+    shapes: dict[str, tuple[int, ...]]
+    config: dict
+
+
+def _parts(path: Path) -> _Parts:
+    """From headers and configs alone. Raises AptError as `load_transformer` does for what shows there."""
+    files, config, strings = _folder(path) if path.is_dir() else ([path], None, None)
+    if not path.is_dir():
+        refuse_shard(path)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        header = read_header(file)
+        if claims_lora(read_apt(file, header.metadata)) or is_lora(header.shapes):
+            raise AptError(
+                f"{file} is a LoRA, not a whole Wan transformer: give a whole model here; "
+                "`python -m trainer export LORA --base MODEL` makes one of both."
+            )
+        strings = header.metadata if strings is None else strings
+        header = plain_header(file, header)
+        check_floats(file, header)
+        shapes |= header.shapes
+    return _Parts(files, shapes, config or transformer_config_from(shapes, strings, path))
+
+
+def _folder(path: Path) -> tuple[list[Path], dict | None, dict | None]:
+    """(files, config, None) of diffusers' folder; of Wan-AI's own (files, None, metadata for what no shape tells)."""
+    folder = transformer_folder(path)
+    kind = None
     try:
         config = read_object(folder / "config.json", "")
-        if config["_class_name"] not in ("WanTransformer3DModel", "WanBackbone"):
-            raise KeyError
-        index = folder / f"{WEIGHTS}.index.json"
-        names = sorted(set(read_object(index, "")["weight_map"].values())) if index.exists() else [WEIGHTS]
-        files = [folder / Path(n).name for n in names]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        raise AptError(f"{folder} is not a diffusers folder of a Wan transformer: give one with its config.json, or a .safetensors file.") from None
-    return files, _known_arguments(config)
+        kind = config.get("_class_name")
+    except AptError:
+        pass
+    if kind in ("WanTransformer3DModel", "WanBackbone"):
+        return weight_files(folder), _known_arguments(config), None
+    if kind == "WanModel":
+        known = {name: config[name] for name in ("num_heads", "eps") if name in config}
+        return weight_files(folder), None, {"config": json.dumps({"transformer": known})}
+    raise AptError(
+        f"{folder} is not a folder of a Wan transformer, of diffusers or of Wan-AI{pickle_hint(folder)}: "
+        "give one with its config.json, or a .safetensors file."
+    )
 
 
 def _arguments() -> Mapping[str, inspect.Parameter]:

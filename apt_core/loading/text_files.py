@@ -4,14 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..errors import AptError
+from ..files.folders import pickle_hint, refuse_shard, variant_of, weight_files
 from ..files.jsonfile import read_object
-from ..files.tensorfile import check_finite, check_shapes, read_header
+from ..files.quantised import plain_header, restore
+from ..files.tensorfile import FLOATS, Header, check_shapes, read_header, read_tensors
 from ..models.text import TIED_KEY, TOKENIZER_KEY, TextEncoder, load_text_encoder
 
-SCALES = ("scale_weight", "weight_scale", "scale_input", "input_scale", "comfy_quant", "scaled_fp8")
+STEM = "model"  # of the weights' names in a folder of transformers
+EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "relative_attention_bias.weight")
+"""Matrices that are looked up in and not multiplied with: in files of fp8 they have no scales."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,15 @@ def read_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> 
     path = Path(path)
     if path.is_dir():
         folder, spiece = _folder(path)
-        weights = tuple(sorted(folder.glob("*.safetensors")))
         try:
             width = read_object(folder / "config.json", "")["d_model"]
-        except (OSError, ValueError, KeyError, TypeError):
-            weights = ()
-        if not weights:
-            raise AptError(f"text_encoder {folder} is not a folder of a UMT5 encoder (config.json and .safetensors): download it again.")
+            weights = tuple(weight_files(folder, STEM))
+        except (ValueError, KeyError):
+            what = "is not a folder of a UMT5 encoder (config.json and .safetensors)"
+            what += pickle_hint(folder)
+            raise AptError(f"text_encoder {folder} {what}: download it again, in safetensors.") from None
     else:
-        weights, shapes = (path,), read_header(path).shapes
+        weights, shapes = (path,), _plain(path).shapes
         width, spiece = _umt5_fields(path, shapes)["d_model"], path if TOKENIZER_KEY in shapes else None
     if tokenizer:
         spiece = _find_spiece(Path(tokenizer).expanduser())
@@ -69,20 +72,6 @@ def load_text_encoder_files(path: str | Path, tokenizer: str | Path | None, text
     return TextEncoder(model.requires_grad_(False), spiece, text_length)
 
 
-def unpack_fp8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ComfyUI's scaled fp8 as bf16: `X.weight` times `X.scale_weight` (or `X.weight_scale`), without the entries that only describe it."""
-    out = {}
-    for key, value in tensors.items():
-        module, _, leaf = key.rpartition(".")
-        if leaf in SCALES:
-            continue
-        if value.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-            scale = tensors.get(f"{module}.scale_weight", tensors.get(f"{module}.weight_scale", torch.ones(())))
-            value = (value.float() * scale.float()).bfloat16()
-        out[key] = value
-    return out
-
-
 def _folder(path: Path) -> tuple[Path, Path | None]:
     folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
     places = (path / "tokenizer" / "spiece.model", folder.parent / "tokenizer" / "spiece.model", folder / "spiece.model")
@@ -94,7 +83,10 @@ def _from_folder(path: Path):
 
     folder, spiece = _folder(path)
     try:
-        model, report = UMT5EncoderModel.from_pretrained(folder, local_files_only=True, dtype="auto", output_loading_info=True)
+        variant = variant_of(folder, STEM)
+        model, report = UMT5EncoderModel.from_pretrained(
+            folder, local_files_only=True, dtype="auto", output_loading_info=True, variant=variant
+        )
     except Exception as error:  # transformers raises a dozen types
         raise AptError(f"text_encoder {folder} is not a folder of a UMT5 encoder ({' '.join(str(error).split())}): download it again.") from None
     if missing := sorted(set(report["missing_keys"]) - {TIED_KEY}):
@@ -103,24 +95,34 @@ def _from_folder(path: Path):
 
 
 def _from_file(path: Path):
-    from safetensors.torch import load_file
     from transformers import UMT5Config, UMT5EncoderModel
 
-    tensors = load_file(path)
-    spiece = bytes(tensors.pop(TOKENIZER_KEY).tolist()) if TOKENIZER_KEY in tensors else None
-    tensors = {key: value for key, value in unpack_fp8(tensors).items() if key != TIED_KEY}
-    if wrong := next((key for key, value in tensors.items() if not value.is_floating_point()), None):
-        raise AptError(f"text_encoder {path}: {wrong} is stored as {tensors[wrong].dtype}, which this cannot read: give a file in fp16, bf16 or scaled fp8.")
-    check_finite(path, tensors)
-    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    shapes = {key: shape for key, shape in _plain(path).shapes.items() if key not in (TOKENIZER_KEY, TIED_KEY)}
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**_umt5_fields(path, shapes), dropout_rate=0.0))
     expected = {key: value.shape for key, value in model.state_dict().items() if key != TIED_KEY}
     check_shapes(path, shapes, expected, "UMT5 encoder")
+    tensors, _ = read_tensors(path, floats_only=False)
+    spiece = bytes(tensors[TOKENIZER_KEY].tolist()) if TOKENIZER_KEY in tensors else None
     dtype = _compute_dtype(tensors["shared.weight"].dtype)
-    weights = {key: torch.nn.Parameter(value.to(dtype, copy=True), requires_grad=False) for key, value in tensors.items()}
+    found = {key: restore(tensors, key).to(dtype, copy=True) for key in shapes}
+    weights = {key: torch.nn.Parameter(value, requires_grad=False) for key, value in found.items()}
     model.load_state_dict({**weights, TIED_KEY: weights["shared.weight"]}, assign=True)
     return model, spiece
+
+
+def _plain(path: Path) -> Header:
+    """The header of an encoder's file without what only describes fp8.
+
+    Raises AptError for weights that are not floats, and for a shard.
+    """
+    refuse_shard(path)
+    header = plain_header(path, read_header(path), EMBEDDINGS)
+    for key, dtype in header.dtypes.items():
+        if dtype not in FLOATS and key != TOKENIZER_KEY:
+            instead = "give a file in fp16, bf16 or scaled fp8"
+            raise AptError(f"text_encoder {path}: {key} is stored as {dtype}, which is not read: {instead}.")
+    return header
 
 
 def _umt5_fields(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:

@@ -10,10 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import keys
 from ..errors import AptError
+from ..files import keys
+from ..files.folders import pickle_hint, refuse_shard, weight_files
 from ..files.jsonfile import read_object
-from ..files.tensorfile import check_count, check_floats, check_shapes, read_header, read_tensors, write_tensors
+from ..files.quantised import plain_header, restore
+from ..files.tensorfile import (
+    check_count,
+    check_floats,
+    check_shapes,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 
 # Of the released models; ComfyUI's latent formats Wan21 and Wan22 and diffusers' configs hold the same.
 LATENTS_MEAN = {
@@ -46,13 +55,16 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32):
     """An AutoencoderKLWan in eval mode, its weights frozen, on the CPU.
 
     path: one safetensors file in official keys (Wan 2.1 of any base width, read from decoder.head.0.gamma, or 2.2) or in diffusers'
-    keys, or a diffusers folder (config.json and diffusion_pytorch_model.safetensors, itself or in its subfolder vae).
+    keys, with a prefix of `keys.VAE_PREFIXES` or without, or a diffusers folder (config.json and
+    diffusion_pytorch_model.safetensors, sharded or of a variant, itself or in its subfolder vae).
     Raises AptError for a file that is not a whole Wan VAE: see `tensorfile.read_tensors`; missing, extra or wrongly shaped keys.
     """
-    path, vae, rename = _checked_meta_vae(Path(path))
-    tensors, _ = read_tensors(path)
-    back = {rename(key): key for key in vae.state_dict()}
-    vae.load_state_dict({back[key]: tensor.to(dtype, copy=True) for key, tensor in tensors.items()}, assign=True)
+    files, vae, rename = _checked_meta_vae(Path(path))
+    tensors = {}
+    for file in files:
+        tensors |= read_tensors(file, floats_only=False)[0]
+    state = {key: restore(tensors, rename(key)).to(dtype, copy=True) for key in vae.state_dict()}
+    vae.load_state_dict(state, assign=True)
     return vae.eval().requires_grad_(False)
 
 
@@ -62,27 +74,38 @@ def read_vae(path: str | Path):
 
 
 def _checked_meta_vae(path: Path):
-    """(the weights' file, the VAE on meta, diffusers' key -> the file's key)."""
-    config = None
+    """(the weights' files, the VAE on meta, diffusers' key -> the file's key)."""
+    config, files, found = None, [path], {}
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
-        config, path = _folder_config(folder), folder / "diffusion_pytorch_model.safetensors"
-    header = read_header(path)
+        config, files = _folder_config(folder), weight_files(folder)
+        path = files[0]
+    else:
+        refuse_shard(path)
+    headers = [plain_header(file, read_header(file)) for file in files]
+    for header in headers:
+        found |= header.shapes
+    prefix = keys.vae_prefix(found)
+    shapes = {key.removeprefix(prefix): shape for key, shape in found.items()}
     try:
-        layout, version = keys.detect_vae_layout(header.shapes)
-        config = config or _config_from_shapes(header.shapes, layout, version)
+        layout, version = keys.detect_vae_layout(shapes)
+        config = config or _config_from_shapes(shapes, layout, version)
     except AptError as error:
         raise AptError(f"{path}: {error}") from None
-    check_floats(path, header)
+    for file, header in zip(files, headers):
+        check_floats(file, header)
     depth = config.get("dim_mult", ())
-    check_count(path, "num_res_blocks", config.get("num_res_blocks", 1), header.shapes)
-    if not isinstance(depth, list | tuple) or len(depth) > len(header.shapes):
-        raise AptError(f"{path}: its config has a dim_mult that its {len(header.shapes)} tensors cannot fill: download it again.")
+    check_count(path, "num_res_blocks", config.get("num_res_blocks", 1), shapes)
+    if not isinstance(depth, list | tuple) or len(depth) > len(shapes):
+        raise AptError(f"{path}: its config has a dim_mult that its {len(shapes)} tensors cannot fill: download it again.")
     vae = _meta_vae(path, config)
-    rename = (lambda key: keys.vae_to_official(key, version)) if layout == "official" else str
+
+    def rename(key: str) -> str:
+        return prefix + (keys.vae_to_official(key, version) if layout == "official" else key)
+
     expected = {rename(key): value.shape for key, value in vae.state_dict().items()}
-    check_shapes(path, header.shapes, expected, f"Wan {version} VAE")
-    return path, vae, rename
+    check_shapes(path, found, expected, f"Wan {version} VAE")
+    return files, vae, rename
 
 
 def save_vae(path: str | Path, vae) -> None:
@@ -221,7 +244,8 @@ def _folder_config(folder: Path) -> dict:
             return config
     except (OSError, ValueError, TypeError, KeyError):
         pass
-    raise AptError(f"{folder} has no config.json of an AutoencoderKLWan: give a diffusers folder of a Wan VAE, or its .safetensors file.")
+    what = f"has no config.json of an AutoencoderKLWan{pickle_hint(folder)}"
+    raise AptError(f"{folder} {what}: give a diffusers folder of a Wan VAE, or its .safetensors file.")
 
 
 def _meta_vae(path, config: dict):

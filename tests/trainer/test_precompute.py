@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from apt_core.errors import AptError
 from apt_core.files.media_write import write_image, write_video
-from trainer.mini import ASSETS, VAE
+from trainer.cli.commands import _tell_report
 from trainer.data.precompute import fingerprint, precompute
 from trainer.data.prompts import Prompts
 from trainer.data.shards import ShardDataset
+from trainer.mini import ASSETS, VAE
 
 SIZE = {"height": 32, "width": 32, "frames": 5, "fps": 8}
 
@@ -383,3 +385,14 @@ def test_shards_from_before_digests_open(data, tmp_path):
         strings = {name: value for name, value in read_header(path).metadata.items() if name != "digest"}
         save_file(load_file(path), path, metadata=strings)
     assert all(torch.equal(ShardDataset(out, "video").get(i)[0], x) for i, x in enumerate(before)) and run(data, out).encoded == 0
+
+
+def test_what_was_converted_is_said_once_a_file(data, tmp_path, capsys):
+    clear = np.full((32, 32, 4), 60, np.uint8)
+    clear[:16, :, 3] = 0
+    Image.fromarray(clear).save(data / "image1.png")
+    report = run(data, tmp_path / "out", clips_per_file=2)
+    assert report.converted == {"image1.png": ["transparent parts laid over white"]}
+    _tell_report(report, tmp_path)
+    assert "image1.png: transparent parts laid over white." in capsys.readouterr().out
+    assert run(data, tmp_path / "out", clips_per_file=2).converted == {}

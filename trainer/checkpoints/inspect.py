@@ -8,11 +8,14 @@ from pathlib import Path
 
 from apt_core.errors import AptError
 from apt_core.files.contract import metadata_json
+from apt_core.files.folders import refuse_shard
 from apt_core.files.keys import detect_layout, detect_vae_layout
 from apt_core.files.lora_keys import is_lora
+from apt_core.files.quantised import BESIDE, form_of, plain_header
 from apt_core.files.tensorfile import Header, check_finite, read_header, read_tensors
 from apt_core.loading.checkpoint import comfy_config, load_transformer, read_config
 from apt_core.loading.sources import load_backbone, locate
+from apt_core.loading.text_files import EMBEDDINGS
 from apt_core.models.lora_files import LoraFile, official_shapes, own_names, read_lora
 from apt_core.models.text import TOKENIZER_KEY
 from apt_core.models.vae import load_vae
@@ -20,8 +23,6 @@ from trainer.checkpoints.trained_models import State, base_of
 from trainer.data.shards import INDEX, ShardDataset
 from trainer.run.folders import is_state, resolve
 from trainer.run.state import score_of
-
-SCALES = (".scale_weight", ".weight_scale", "scaled_fp8", ".comfy_quant")
 
 
 def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str, str]:
@@ -39,7 +40,7 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
     if is_state(path):
         return _state(path, deep)
     if path.is_dir():
-        return {"what": "diffusers folder of a Wan transformer", **_numbers(read_config(path)), "loads": _loads(path, deep)}
+        return {"what": "folder of a Wan transformer", **_numbers(read_config(path)), "loads": _loads(path, deep)}
     header = read_header(path)
     apt = metadata_json(path, header.metadata, "apt")
     facts = {
@@ -59,19 +60,19 @@ def _what(header: Header) -> str:
         return "LoRA"
     if "mmdit" in header.metadata:
         return "MMDiT of this trainer"
-    if any(key.endswith(SCALES) for key in keys):
-        return f"{'Wan transformer' if any('self_attn' in key for key in keys) else 'weights'} in ComfyUI's fp8"
+    form = f", in {form_of(header)}" if form_of(header) else ""
     if "encoder.final_layer_norm.weight" in keys:
-        return "UMT5 text encoder"
+        return f"UMT5 text encoder{form}"
     if {"latents", "text", "offsets"} <= keys.keys():
         return "shard of latents"
     for name, detect in (("Wan transformer", detect_layout), ("Wan VAE", detect_vae_layout)):
         try:
-            layout = detect(keys)
+            layout = detect([key for key in keys if key.rpartition(".")[2] not in BESIDE])
         except AptError:
             continue
-        return f"{name}, {layout[0]} keys" + (f", version {layout[1]}" if detect is detect_vae_layout else "")
-    return f"unknown ({next(iter(keys), 'empty')} is its first key)"
+        version = f", version {layout[1]}" if detect is detect_vae_layout else ""
+        return f"{name}, {layout[0]} keys{version}{form}"
+    return f"unknown ({next(iter(keys), 'empty')} is its first key){form}"
 
 
 def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[str, str]:
@@ -85,10 +86,17 @@ def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[s
         return {**_numbers(config), "ComfyUI reads": needs, "loads": _loads(path, deep)}
     if what.startswith("Wan VAE"):
         return {"loads": _attempt(lambda: load_vae(path))}
-    if what == "UMT5 text encoder":
+    if what.startswith("UMT5 text encoder"):
+        if form_of(header) and (problem := _attempt(lambda: plain_header(path, header, EMBEDDINGS))) != "yes":
+            return {"loads": problem}
         return {"tokenizer": "inside" if TOKENIZER_KEY in header.shapes else "not inside: needs tokenizer=PATH"}
     if what == "LoRA":
         return _lora(path, deep, base)
+    try:
+        refuse_shard(path)
+        plain_header(path, header)
+    except AptError as error:
+        return {"loads": f"no: {error}"}
     return {"loads": _attempt(lambda: check_finite(path, read_tensors(path, floats_only=False)[0]))} if deep else {}
 
 

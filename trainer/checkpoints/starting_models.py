@@ -4,17 +4,18 @@ from pathlib import Path
 
 import torch
 
-from apt_core.loading.checkpoint import read_config
 from apt_core.errors import AptError
+from apt_core.files.contract import metadata_json
 from apt_core.files.jsonfile import read_object
-from apt_core.models.mmdit import MMDiTBackbone
+from apt_core.files.quantised import form_of
+from apt_core.files.tensorfile import read_header
+from apt_core.loading.checkpoint import read_config
 from apt_core.loading.mmdit_files import load_mmdit, save_mmdit
 from apt_core.loading.sources import MINI, WHAT, is_mmdit
 from apt_core.loading.sources import locate as find_part
-from apt_core.files.contract import metadata_json
-from apt_core.files.tensorfile import read_header
-from apt_core.models.text import TextEncoder
 from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.models.mmdit import MMDiTBackbone
+from apt_core.models.text import TextEncoder
 from apt_core.models.vae import load_vae
 from trainer.config import Files, Model, Preset
 from trainer.files import write_json
@@ -54,6 +55,8 @@ def check_base(path: Path, model: Model, name: str) -> None:
     if is_mmdit(path) != (model.kind == "mmdit"):
         kind = "an MMDiT" if is_mmdit(path) else "a Wan transformer"
         raise AptError(f"base {path} is {kind}, which preset {name} is not for: give a base of its kind.")
+    if path.is_file() and (form := form_of(read_header(path))):
+        raise AptError(f"base {path} is in {form}, too coarse to train from: give the model in fp32, bf16 or fp16.")
     if model.kind == "mmdit":
         config = load_mmdit(path, device="meta").config
     else:

@@ -58,6 +58,8 @@ def tell_precomputed(made: Report, folder: Path) -> None:
     """How many samples lie in `folder` now, and what was left out."""
     for bad in made.skipped:
         say(f"left out: {bad.reason}")
+    for name, done in made.converted.items():
+        say(f"{name}: {', '.join(done)}.")
     if made.skipped:
         say(f"{len(made.skipped)} left out, listed in {folder / SKIPPED}")
     counts = ", ".join(f"{count} {kind}s" for kind, count in made.samples.items())

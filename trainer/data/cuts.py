@@ -10,6 +10,7 @@ from apt_core.errors import AptError
 from apt_core.models.vae import check_size
 from trainer.data.captions import Item
 from trainer.data.media import check_image, probe, read_image, read_video, shown, too_short
+from trainer.data.stills import Note, silent
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ class Cut:
         size = self._nearest(item)
         return [Clip(item, *size, frames, start, number) for number, start in enumerate(starts) if start + (frames - 1) / rate < seconds]
 
-    def read(self, clip: Clip) -> np.ndarray:
-        """uint8 `[F, H, W, 3]`. Raises AptError for a damaged file."""
+    def read(self, clip: Clip, note: Note = silent) -> np.ndarray:
+        """uint8 `[F, H, W, 3]`. note: told what was converted. Raises AptError for a damaged file."""
         if clip.item.kind == "video":
-            return read_video(clip.item.path, clip.frames, self.fps, clip.height, clip.width, clip.start)
-        return read_image(clip.item.path, clip.height, clip.width).repeat(clip.frames, axis=0)
+            return read_video(clip.item.path, clip.frames, self.fps, clip.height, clip.width, clip.start, note)
+        return read_image(clip.item.path, clip.height, clip.width, note).repeat(clip.frames, axis=0)
 
     @property
     def _lengths(self) -> list[int]:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from apt_core.errors import AptError
 from apt_core.files.media_write import IMAGE_SUFFIXES, rational
+from trainer.data.footage import check_footage, frames_of, picture
+from trainer.data.stills import MIB, Note, plain, silent, why_unknown
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
 KNOWN = " ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
@@ -43,7 +45,10 @@ def kind_of(path: str | Path) -> str:
 
 
 def probe(path: str | Path) -> Media:
-    """Kind, length and size; of a video the first frame alone is decoded. Raises AptError for a file that cannot be opened."""
+    """Kind, length and size; of a video the first frame alone is decoded.
+
+    Raises AptError for a file that cannot be opened, and for a video whose colours cannot be converted.
+    """
     if kind_of(path) == "image":
         with _image(path) as image:
             width, height = image.size
@@ -53,6 +58,7 @@ def probe(path: str | Path) -> Media:
         frame = next(container.decode(stream), None)
         if frame is None:
             raise AptError(f"{path} holds no frame that can be decoded: {AGAIN}.")
+        check_footage(path, stream, frame)
         height, width = (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
         rate = float(stream.average_rate or 0)
         duration = float(stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base) or None
@@ -60,24 +66,29 @@ def probe(path: str | Path) -> Media:
         return Media("video", frames, duration, height, width, rate)
 
 
-def read_video(path: str | Path, frames: int, fps: float, height: int, width: int, start: float = 0.0) -> np.ndarray:
+def read_video(
+    path: str | Path, frames: int, fps: float, height: int, width: int, start: float = 0.0, note: Note = silent
+) -> np.ndarray:
     """uint8 `[frames, height, width, 3]`: `frames` moments `start + k / fps` seconds, each the source frame nearest in time.
 
     Frames are resized (Lanczos, antialiased) until they cover height x width and cropped in the centre; rotation flags and pixels
     that are not square are honoured, frame rates may vary. The clip must still be showing at the last moment, (frames - 1) / fps.
-    Raises AptError for a file that is unreadable, damaged or too short, and for one without a video stream.
+    Interlaced frames are made whole, PQ, HLG and wide gamuts become BT.709 (trainer.data.colour), transparent parts lie
+    over white; `note` is told so.
+    Raises AptError for a file that is unreadable, damaged or too short, for one without a video stream, and for
+    colours that cannot be converted.
     """
     out = np.empty((frames, height, width, 3), np.uint8)
     moments = [rational(start) + k / rational(fps) for k in range(frames)]
     done, before = 0, None
     with _video(path) as (container, stream):
         origin, aspect = _seek(container, stream, start), float(stream.sample_aspect_ratio or 1)
-        for frame, time, length in _timed(container, stream):
+        for frame, time, length in _timed(path, container, stream, note):
             origin = time if origin is None else origin
             now = time - origin
             while done < frames and moments[done] <= now:
                 chosen = before if before and moments[done] - before[1] <= now - moments[done] else (frame, now)
-                out[done] = _pixels(path, chosen[0], height, width, aspect)
+                out[done] = _pixels(path, stream, chosen[0], height, width, aspect, note)
                 done += 1
             before = frame, now
             if done == frames:
@@ -87,7 +98,7 @@ def read_video(path: str | Path, frames: int, fps: float, height: int, width: in
         end = before[1] + length
         if moments[-1] >= end:
             raise too_short(path, end - rational(start), frames, fps)
-        out[done:] = _pixels(path, before[0], height, width, aspect)
+        out[done:] = _pixels(path, stream, before[0], height, width, aspect, note)
         return out
 
 
@@ -123,27 +134,24 @@ def shown(path: str | Path, until: float, start: float = 0.0) -> Fraction:
     return end - (origin or 0) - rational(start)
 
 
-def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
+def read_image(path: str | Path, height: int, width: int, note: Note = silent) -> np.ndarray:
     """uint8 `[1, height, width, 3]`, turned by its EXIF orientation, resized to cover and cropped as `read_video` does.
 
-    Transparent pixels lie over white; palettes, grey, 16 bit and CMYK become RGB; of an animation the first frame is taken.
-    Raises AptError for a file that is unreadable or damaged.
+    Transparent pixels lie over white; palettes, grey, 16 bit and CMYK become RGB, colours of an ICC profile sRGB
+    (trainer.data.stills), and `note` is told so; of an animation the first frame is taken.
+    Raises AptError for a file that is unreadable or damaged, and for pixels that nothing says how to show.
     """
     with _image(path) as image:
         image.draft("RGB", (2 * max(height, width),) * 2)  # lets a large JPEG be decoded at a fraction of its size
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
-            image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return _cover(image.convert("RGB"), height, width)[None]
+        form = image.format
+        return _cover(plain(path, ImageOps.exif_transpose(image), note, form), height, width)[None]
 
 
 def check_image(path: str | Path) -> None:
     """Raises the AptError that `read_image` would; a JPEG is decoded at an eighth of its size."""
     with _image(path) as image:
         image.draft("RGB", (1, 1))
-        image.load()
+        plain(path, image)
 
 
 @contextmanager
@@ -171,7 +179,17 @@ def _image(path: str | Path) -> Iterator[Image.Image]:
             yield image
     except AptError:
         raise
+    except Image.DecompressionBombError:
+        most = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        what = f"has more than the {most} million pixels that can be read"
+        raise AptError(f"{path} {what}: make it smaller.") from None
     except Exception as error:  # Pillow's decoders raise a dozen types
+        if "MAX_TEXT" in str(error):
+            one, all_of_them = PngImagePlugin.MAX_TEXT_CHUNK // MIB, PngImagePlugin.MAX_TEXT_MEMORY // MIB
+            limit = f"{one} MiB, or {all_of_them} MiB in all"
+            raise AptError(f"{path} has a text or a colour profile of more than {limit}: save it without.") from None
+        if isinstance(error, UnidentifiedImageError) and (pixels := why_unknown(path)):
+            raise AptError(f"{path} has {pixels}, which cannot be read: save it in 8 or 16 bits.") from None
         reason = type(error).__name__ if str(path) in str(error) else " ".join(str(error).split()).rstrip(".")
         raise AptError(f"{path} cannot be read as an image ({reason}): {AGAIN}.") from None
 
@@ -193,10 +211,10 @@ def _seek(container, stream, start: float) -> Fraction | None:
     return origin
 
 
-def _timed(container, stream) -> Iterator[tuple]:
+def _timed(path, container, stream, note: Note) -> Iterator[tuple]:
     """(frame, time, duration) in order of display, in seconds; frames without a time stamp follow at the average rate."""
     next_time, gap, counted = Fraction(0), _gap(stream), _counted(container)
-    for frame in container.decode(stream):
+    for frame in frames_of(path, container, stream, note):
         time = next_time if counted or frame.pts is None else frame.pts * frame.time_base
         length = frame.duration * frame.time_base if frame.duration and not counted else gap
         next_time = time + length
@@ -211,13 +229,12 @@ def _gap(stream) -> Fraction:
     return 1 / stream.average_rate if stream.average_rate else Fraction(0)
 
 
-def _pixels(path, frame, height: int, width: int, aspect: float) -> np.ndarray:
+def _pixels(path, stream, frame, height: int, width: int, aspect: float, note: Note) -> np.ndarray:
     if frame.is_corrupt:
         raise AptError(f"{path} is damaged (a frame cannot be decoded whole): {AGAIN}.")
-    # Players take untagged HD to be BT.709; FFmpeg would take it for BT.601.
-    matrix = "ITU709" if frame.colorspace == 2 and frame.height >= 720 and not frame.format.is_rgb else None
     turns = _turns(frame)
-    image = Image.fromarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", src_colorspace=matrix), turns)))
+    upright = np.rot90(np.asarray(picture(path, stream, frame, note)), turns)
+    image = Image.fromarray(np.ascontiguousarray(upright))
     return _cover(image, height, width, 1 / aspect if turns % 2 else aspect)
 
 

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +29,15 @@ PROBE = "A red circle, moving left: 3 \u00e9toiles \u5728\u5929\u7a7a."  # its t
 @dataclass(frozen=True)
 class Report:
     """What a run did. samples: in the index, by kind; encoded: by this run, the others were there; skipped: what was left out
-    and why; seconds: of encoding alone; clips_per_second: clips and images encoded in a second."""
+    and why; seconds: of encoding alone; clips_per_second: clips and images encoded in a second;
+    converted: what this run did to a file beyond reading it, by the file's name in the index."""
 
     samples: dict[str, int]
     encoded: int
     skipped: list[Bad]
     seconds: float
     clips_per_second: float
+    converted: dict[str, list[str]] = field(default_factory=dict)
 
 
 def precompute(
@@ -97,8 +99,8 @@ def precompute(
         todo = [clip for clip, sample in clips.items() if sample.key not in writer.done]
         started, done = time.perf_counter(), len(clips) - len(todo)
         _tell(progress, done, len(clips))
-        failed = []
-        for part, pixels in _decoded(todo, cut, batch, failed):
+        failed, said = [], {}
+        for part, pixels in _decoded(todo, cut, batch, failed, said):
             if not skip_bad:
                 refuse_bad(failed)
             _encode([clips[clip] for clip in part], pixels, vae, text_encoder, truncate_captions, writer)
@@ -111,7 +113,8 @@ def precompute(
 
         encoded = len(todo) - len(failed)
         present = [(item_id(root, clip.item.path), clip.number, sample) for clip, sample in clips.items() if sample.key in writer.done]
-        everyone = world.gather((present, bad + failed, encoded, seconds))
+        converted = {item_id(root, path): sorted(words) for path, words in said.items()}
+        everyone = world.gather((present, bad + failed, encoded, seconds, converted))
 
     placed = sorted((entry for part in everyone for entry in part[0]), key=lambda entry: entry[:2])
     present = [sample for _, _, sample in placed]
@@ -130,7 +133,8 @@ def precompute(
     world.barrier()
     counts = {kind: sum(sample.kind == kind for sample in present) for kind in ("image", "video")}
     encoded, seconds = sum(part[2] for part in everyone), max(part[3] for part in everyone)
-    return Report(counts, encoded, bad, seconds, encoded / seconds if seconds > 0 else 0.0)
+    converted = dict(sorted(entry for part in everyone for entry in part[4].items()))
+    return Report(counts, encoded, bad, seconds, encoded / seconds if seconds > 0 else 0.0, converted)
 
 
 def fingerprint(model) -> str:
@@ -187,15 +191,22 @@ def _plan(root: Path, items: list[Item], cut: Cut, done: dict) -> tuple[dict[Cli
     return good, [plan for plan in plans if isinstance(plan, Bad)]
 
 
-def _decoded(clips: list[Clip], cut: Cut, batch: int, failed: list[Bad]) -> Iterator[tuple[list[Clip], np.ndarray]]:
-    """Batches of one bucket with their pixels uint8 `[B, F, H, W, 3]`, read ahead in threads; unreadable files go to `failed`."""
+def _decoded(
+    clips: list[Clip], cut: Cut, batch: int, failed: list[Bad], said: dict[Path, set[str]]
+) -> Iterator[tuple[list[Clip], np.ndarray]]:
+    """Batches of one bucket with their pixels uint8 `[B, F, H, W, 3]`, read ahead in threads; unreadable files go to
+    `failed`, and what was done to the others to `said`."""
     buckets: dict[tuple, list[Clip]] = {}
     for clip in clips:
         buckets.setdefault(clip.bucket, []).append(clip)
     parts = [same[i : i + batch] for _, same in sorted(buckets.items()) for i in range(0, len(same), batch)]
     pool = ThreadPoolExecutor(_workers())
+
+    def read(clip: Clip) -> np.ndarray:
+        return cut.read(clip, lambda what: said.setdefault(clip.item.path, set()).add(what))
+
     try:
-        ahead = [[pool.submit(cut.read, clip) for clip in part] for part in parts[:2]]
+        ahead = [[pool.submit(read, clip) for clip in part] for part in parts[:2]]
         for number, part in enumerate(parts):
             good, pixels = [], []
             for clip, future in zip(part, ahead.pop(0)):
@@ -205,7 +216,7 @@ def _decoded(clips: list[Clip], cut: Cut, batch: int, failed: list[Bad]) -> Iter
                 except AptError as error:
                     failed.append(Bad(clip.item.path, str(error)))
             if number + 2 < len(parts):
-                ahead.append([pool.submit(cut.read, clip) for clip in parts[number + 2]])
+                ahead.append([pool.submit(read, clip) for clip in parts[number + 2]])
             if good:
                 yield good, np.stack(pixels)
     finally:

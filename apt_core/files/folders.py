@@ -1,0 +1,84 @@
+"""Folders of models as people have them: diffusers' with shards and variants, and Wan-AI's own."""
+
+import re
+from pathlib import Path
+
+from ..errors import AptError
+from .jsonfile import read_object
+
+STEM = "diffusion_pytorch_model"
+SHARD = re.compile(r"-(\d+)-of-(\d+)$")
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+HALVES = {"transformer": "transformer_2", "high_noise_model": "low_noise_model"}
+"""Subfolders of the high-noise half, and the low-noise half beside it, in diffusers' folders and in
+Wan-AI's.
+"""
+
+
+def transformer_folder(path: Path) -> Path:
+    """Where the transformer lies in a folder: the subfolder `transformer` or `high_noise_model`, else the
+    folder itself.
+    """
+    return next((path / name for name in HALVES if (path / name).is_dir()), path)
+
+
+def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
+    """The weights in a folder: one file or all shards, without a variant (`.fp16.`) where there is such, else
+    of the one that is there.
+
+    Raises AptError for a folder without any, and for a damaged index.
+    """
+    variants = ["", *sorted(_variants(folder, stem))]
+    for variant in variants:
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if index.is_file():
+            remedy = "copy or download it again"
+            names = read_object(index, remedy).get("weight_map")
+            if (
+                not isinstance(names, dict)
+                or not names
+                or not all(isinstance(name, str) for name in names.values())
+            ):
+                raise AptError(f"{index} is damaged: {remedy}.")
+            return [folder / Path(name).name for name in sorted(set(names.values()))]
+        if (file := folder / f"{stem}{variant}.safetensors").is_file():
+            return [file]
+        shards = sorted(folder.glob(f"{stem}{variant}-*-of-*.safetensors"))
+        if shards and (found := SHARD.search(shards[0].stem)):
+            if len(shards) < int(found[2]):
+                what = f"{len(shards)} of {int(found[2])} shards and no index"
+                raise AptError(f"{folder} has {what}: download the others too.")
+            return shards
+    raise AptError(
+        f"{folder} has no {stem}.safetensors{pickle_hint(folder)}: download it again, in safetensors."
+    )
+
+
+def variant_of(folder: Path, stem: str) -> str | None:
+    """ "fp16" of a folder whose weights are there in that variant alone; None where they need no variant."""
+    found = weight_files(folder, stem)[0].name.removeprefix(stem)
+    return next((variant[1:] for variant in _variants(folder, stem) if found.startswith(variant)), None)
+
+
+def pickle_hint(folder: Path) -> str:
+    """Names the pickle that a folder holds in the place of safetensors, in brackets; "" where there is
+    none.
+    """
+    name = next((path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES), None)
+    return f" (its {name} is a pickle, which can run code when it is opened)" if name else ""
+
+
+def refuse_shard(path: Path) -> None:
+    """Raises AptError for a file that is by its name one of several."""
+    found = SHARD.search(path.stem)
+    if found and int(found[2]) > 1:
+        of = f"shard {int(found[1])} of {int(found[2])} of a model"
+        raise AptError(f"{path} is {of}: give the folder that holds all of them, with its config.json.")
+
+
+def _variants(folder: Path, stem: str) -> set[str]:
+    """With their dots: ".fp16", ".bf16"."""
+    pattern = re.compile(re.escape(stem) + r"(\.[A-Za-z0-9_]+)(-\d+-of-\d+)?\.safetensors")
+    return {
+        found[1] for path in folder.glob(f"{stem}.*.safetensors") if (found := pattern.fullmatch(path.name))
+    }
