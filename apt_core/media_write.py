@@ -1,8 +1,9 @@
 """Pixels to video and image files (PyAV, Pillow), also while they are still being made. Pixels are uint8 RGB arrays."""
 
+import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .errors import AptError
 
+ABOUT = "comment"
+"""The entry of a file's header that holds what the file is about, as JSON."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -29,9 +33,11 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 16,
 
 @contextmanager
 def video_writer(
-    path: str | Path, height: int, width: int, fps: float, crf: int = 16, pixel_format: str = "yuv420p"
+    path: str | Path, height: int, width: int, fps: float, crf: int = 16, pixel_format: str = "yuv420p", about: Mapping | None = None
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is as with `write_video`."""
+    """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is as with `write_video`.
+
+    about: what stands in the file's header, JSON values by name (`trainer.media.read_about`)."""
     path = Path(path)
     check_name(path, frames=2)
     if not (math.isfinite(fps) and fps > 0):
@@ -41,6 +47,8 @@ def video_writer(
     if pixel_format == "yuv420p" and (height % 2 or width % 2):
         raise AptError(f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: crop them or use yuv444p.")
     with _replacing(path) as partial, av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        if about:
+            container.metadata[ABOUT] = json.dumps(about)
         stream = container.add_stream("libx264", rate=rational(fps))
         stream.width, stream.height, stream.pix_fmt, stream.options = width, height, pixel_format, {"crf": str(crf)}
         stream.options |= {"x264-params": "no-mbtree=1"}  # with it the same frames give other files from run to run
@@ -59,13 +67,19 @@ def video_writer(
         container.mux(stream.encode())
 
 
-def write_image(path: str | Path, pixels: np.ndarray) -> None:
-    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`."""
+def write_image(path: str | Path, pixels: np.ndarray, about: Mapping | None = None) -> None:
+    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`.
+
+    about: as in `video_writer`; of pictures only a .png keeps it."""
     path, pixels = Path(path), np.asarray(pixels)
     pixels = _checked(path, pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels, 3)
     check_name(path, frames=1)
+    header = {}
+    if about and path.suffix.lower() == ".png":
+        header["pnginfo"] = PngInfo()
+        header["pnginfo"].add_text(ABOUT, json.dumps(about))
     with _replacing(path) as partial:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
+        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=Image.registered_extensions()[path.suffix.lower()], **header)
 
 
 def check_name(path: str | Path, frames: int) -> None:

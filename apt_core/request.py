@@ -44,6 +44,10 @@ class Request:
     def prompt(self, number: int) -> str:
         return self.prompts[number // self.count]
 
+    def about(self, number: int) -> dict:
+        """What a sample's file says of itself: which prompt, seed and number it was made from."""
+        return {"prompt": self.prompt(number), "seed": int(self.seed), "number": number}
+
     def fitted(self, sources: Sources) -> "Request":
         """With every size filled in. Raises AptError for sizes that the model cannot make, for values that are none, and for nothing to make."""
         if not self.prompts:

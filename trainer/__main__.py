@@ -315,6 +315,32 @@ def attention(
         print(picture)
 
 
+@app.command()
+def preference(
+    paths: Annotated[list[Path], typer.Argument(help="Two folders of samples, A and B; with --votes the raters' files.", metavar="A B | VOTES...")],
+    votes: Annotated[bool, typer.Option("--votes", help="Count votes instead of making a page.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The page, by default preference.html; with --votes a JSON file for the figures.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the order of the pairs and the sides.")] = 0,
+    link: Annotated[bool, typer.Option("--link", help="Samples in a folder beside the page, not in it.")] = False,
+    key: Annotated[Path | None, typer.Option(help="With --votes: the page's .key.json; by default the one beside the votes or here.")] = None,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="With --votes: count those who did not answer everything, too.")] = False,
+) -> None:
+    """The paper's user study: a page on which people compare two models' samples, blind, and the scores from their votes."""
+    from trainer.preference.page import make_page
+    from trainer.preference.votes import show_votes
+
+    if votes:
+        if link:
+            raise AptError("--link is for making a page: leave it out with --votes.")
+        show_votes(paths, key, unfinished, out)
+        return
+    if key is not None or unfinished:
+        raise AptError(f"{'--unfinished' if key is None else '--key'} is for counting votes: add --votes, or leave it out.")
+    if len(paths) != 2:
+        raise AptError(f"{len(paths)} path{'s were' if len(paths) > 1 else ' was'} given: a page needs two folders of samples, and to count votes takes --votes.")
+    make_page(*paths, out or Path("preference.html"), seed, link)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory on this machine, with random weights of the true shapes.")
 app.add_typer(bench, name="bench")
 Json = Annotated[Path | None, typer.Option(help="Write the figures here as JSON too.")]

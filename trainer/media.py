@@ -1,5 +1,7 @@
 """Video and image files to pixels and back (PyAV, Pillow). Pixels are uint8 RGB arrays `[frames, height, width, 3]`."""
 
+import io
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +14,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from apt_core.errors import AptError
-from apt_core.media_write import IMAGE_SUFFIXES, rational
+from apt_core.media_write import ABOUT, IMAGE_SUFFIXES, rational
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
 KNOWN = " ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
+WEB_CODECS = ("h264", "vp9", "av1")  # every browser of today plays them
 AGAIN = "export or download it again"
 
 
@@ -131,12 +134,7 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
     """
     with _image(path) as image:
         image.draft("RGB", (2 * max(height, width),) * 2)  # lets a large JPEG be decoded at a fraction of its size
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
-            image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return _cover(image.convert("RGB"), height, width)[None]
+        return _cover(_rgb(image), height, width)[None]
 
 
 def check_image(path: str | Path) -> None:
@@ -144,6 +142,57 @@ def check_image(path: str | Path) -> None:
     with _image(path) as image:
         image.draft("RGB", (1, 1))
         image.load()
+
+
+def read_about(path: str | Path) -> dict:
+    """What `media_write` left in a file's header as its `about`; empty where there is none. Raises AptError for a file that cannot be opened."""
+    if kind_of(path) == "image":
+        with _image(path) as image:
+            text = image.info.get(ABOUT)
+    else:
+        with _video(path) as (container, _):
+            text = container.metadata.get(ABOUT)
+    try:
+        about = json.loads(text or "{}")
+    except (TypeError, ValueError, RecursionError):  # another program's comment
+        about = {}
+    return about if isinstance(about, dict) else {}
+
+
+def bare(path: str | Path) -> bytes:
+    """The file as browsers show it, without anything that its header says: the video stream as it is in an .mp4, or the picture as .png.
+
+    Raises AptError for a file that is unreadable or damaged, and for a video that browsers do not play.
+    """
+    out = io.BytesIO()
+    if kind_of(path) == "image":
+        with _image(path) as image:
+            _rgb(image).save(out, "PNG")
+        return out.getvalue()
+    with _video(path) as (container, stream):
+        codec = stream.codec_context.codec.canonical_name
+        if codec not in WEB_CODECS:
+            raise AptError(f"{path} is in {codec}, which not every browser plays: convert it to H.264 in an .mp4.")
+        with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as copy:
+            target = copy.add_stream_from_template(stream)
+            target.metadata.clear()
+            for packet in container.demux(stream):
+                if packet.is_corrupt:
+                    raise AptError(f"{path} is truncated or damaged: {AGAIN}.")
+                if packet.dts is not None:
+                    packet.stream = target
+                    copy.mux(packet)
+    return out.getvalue()
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The picture upright, in 8 bits RGB, transparent pixels over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
+        image = Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 @contextmanager
