@@ -33,9 +33,11 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, crf: int = 16,
 
 @contextmanager
 def video_writer(
-    path: str | Path, height: int, width: int, fps: float, crf: int = 16, pixel_format: str = "yuv420p", about: Mapping | None = None
-) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is as with `write_video`.
+    path: str | Path, height: int, width: int, fps: float, crf: int = 16, pixel_format: str = "yuv420p",
+    about: Mapping | None = None,
+) -> Iterator[Callable[[np.ndarray], None]]:  # fmt: skip
+    """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once. The rest
+    is as with `write_video`.
 
     about: what stands in the file's header, JSON values by name (`trainer.media.read_about`)."""
     path = Path(path)
@@ -79,7 +81,8 @@ def write_image(path: str | Path, pixels: np.ndarray, about: Mapping | None = No
         header["pnginfo"] = PngInfo()
         header["pnginfo"].add_text(ABOUT, json.dumps(about))
     with _replacing(path) as partial:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=Image.registered_extensions()[path.suffix.lower()], **header)
+        kind = Image.registered_extensions()[path.suffix.lower()]
+        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=kind, **header)
 
 
 def check_name(path: str | Path, frames: int) -> None:

@@ -317,15 +317,17 @@ def attention(
 
 @app.command()
 def preference(
-    paths: Annotated[list[Path], typer.Argument(help="Two folders of samples, A and B; with --votes the raters' files.", metavar="A B | VOTES...")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="A B | VOTES...", help="Two folders of samples; with --votes raters' files.")
+    ],
     votes: Annotated[bool, typer.Option("--votes", help="Count votes instead of making a page.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The page, by default preference.html; with --votes a JSON file for the figures.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the order of the pairs and the sides.")] = 0,
-    link: Annotated[bool, typer.Option("--link", help="Samples in a folder beside the page, not in it.")] = False,
-    key: Annotated[Path | None, typer.Option(help="With --votes: the page's .key.json; by default the one beside the votes or here.")] = None,
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="With --votes: count those who did not answer everything, too.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The page, or a file for the figures.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the pairs' order and sides.")] = 0,
+    link: Annotated[bool, typer.Option("--link", help="Samples beside the page, not in it.")] = False,
+    key: Annotated[Path | None, typer.Option(help="With --votes: the page's .key.json.")] = None,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="With --votes: partial ones too.")] = False,
 ) -> None:
-    """The paper's user study: a page on which people compare two models' samples, blind, and the scores from their votes."""
+    """The paper's user study: a blind page that compares two models' samples, and the votes' scores."""
     from trainer.preference.page import make_page
     from trainer.preference.votes import show_votes
 
@@ -335,9 +337,11 @@ def preference(
         show_votes(paths, key, unfinished, out)
         return
     if key is not None or unfinished:
-        raise AptError(f"{'--unfinished' if key is None else '--key'} is for counting votes: add --votes, or leave it out.")
+        option = "--unfinished" if key is None else "--key"
+        raise AptError(f"{option} is for counting votes: add --votes, or leave it out.")
     if len(paths) != 2:
-        raise AptError(f"{len(paths)} path{'s were' if len(paths) > 1 else ' was'} given: a page needs two folders of samples, and to count votes takes --votes.")
+        given = "1 path was" if len(paths) == 1 else f"{len(paths)} paths were"
+        raise AptError(f"{given} given: a page needs two folders of samples, and votes need --votes.")
     make_page(*paths, out or Path("preference.html"), seed, link)
 
 

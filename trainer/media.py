@@ -145,7 +145,9 @@ def check_image(path: str | Path) -> None:
 
 
 def read_about(path: str | Path) -> dict:
-    """What `media_write` left in a file's header as its `about`; empty where there is none. Raises AptError for a file that cannot be opened."""
+    """What `media_write` left in a file's header as its `about`; empty where there is none.
+
+    Raises AptError for a file that cannot be opened."""
     if kind_of(path) == "image":
         with _image(path) as image:
             text = image.info.get(ABOUT)
@@ -160,7 +162,7 @@ def read_about(path: str | Path) -> dict:
 
 
 def bare(path: str | Path) -> bytes:
-    """The file as browsers show it, without anything that its header says: the video stream as it is in an .mp4, or the picture as .png.
+    """The file as browsers show it, without what its header says: video in an .mp4, a picture as .png.
 
     Raises AptError for a file that is unreadable or damaged, and for a video that browsers do not play.
     """
@@ -172,7 +174,7 @@ def bare(path: str | Path) -> bytes:
     with _video(path) as (container, stream):
         codec = stream.codec_context.codec.canonical_name
         if codec not in WEB_CODECS:
-            raise AptError(f"{path} is in {codec}, which not every browser plays: convert it to H.264 in an .mp4.")
+            raise AptError(f"{path} is in {codec}, which not every browser plays: convert it to H.264.")
         with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as copy:
             target = copy.add_stream_from_template(stream)
             target.metadata.clear()

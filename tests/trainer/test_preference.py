@@ -1,81 +1,31 @@
-"""The preference study: samples find their partners, the page does not tell the sides, and votes become the paper's score."""
+"""The preference study: samples find their partners, and the page shows them and does not tell the sides."""
 
 import base64
 import json
 import re
 import tomllib
 from importlib.resources import files
-from itertools import product
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.stats import binom
-from typer.testing import CliRunner
+from two_models import clip, folders, one_sentence, picture
 
 import trainer.preference
 from apt_core.errors import AptError
-from apt_core.media_write import video_writer, write_image
-from trainer.__main__ import app
+from apt_core.media_write import write_image
 from trainer.media import bare, probe, read_about, read_image
-from trainer.preference import QUESTIONS
 from trainer.preference.page import arrange, make_page
 from trainer.preference.pairs import match, read_samples
-from trainer.preference.statistics import alpha, bootstrap, score
-from trainer.preference.votes import count_votes, read_key
-
-N = np.nan
-
-
-def one_sentence(error, *parts: str) -> None:
-    text = str(error.value)
-    assert "\n" not in text and text.endswith(".") and ". " not in text, text
-    for part in parts:
-        assert part in text, text
-
-
-def picture(path: Path, level: int, prompt: str = "", seed: int = 0, number: int = 0, size: int = 8) -> Path:
-    about = {"prompt": prompt, "seed": seed, "number": number} if prompt else None
-    write_image(path, np.full((size, size, 3), level, np.uint8), about)
-    return path
-
-
-def clip(path: Path, level: int, noise: float = 0.0, about: dict | None = None) -> Path:
-    frames = np.clip(np.random.default_rng(0).normal(level, noise, (4, 32, 48, 3)), 0, 255).astype(np.uint8)
-    with video_writer(path, 32, 48, 8, about=about) as write:
-        write(frames)
-    return path
-
-
-def folders(root: Path, pairs: int = 4) -> tuple[Path, Path]:
-    """Two folders of pictures as generate names them: another model is another mark."""
-    for n, (name, level) in product(range(pairs), {"a": 0, "b": 128}.items()):
-        picture(root / name / f"{n:04d}-thing-{n}-seed0-{name * 6}.png", level + n, f"thing {n}", 0, n)
-    return root / "a", root / "b"
+from trainer.preference.votes import read_key
 
 
 @pytest.fixture
 def study(tmp_path):
     a, b = folders(tmp_path)
     return make_page(a, b, tmp_path / "page.html", seed=3)
-
-
-def ballot(study, path: Path, rater: str, choices: dict[str, str], changes: dict | None = None) -> Path:
-    """A rater's file. choices: by question "ABS-...", for the pairs in the order of A's names: the better model, S for the same, - for no answer."""
-    order = sorted(range(len(study.pairs)), key=lambda n: study.pairs[n].a.path.name)
-    rows = {}
-    for place, n in enumerate(order):
-        sides = {"A": "left" if study.left[n] == "a" else "right", "B": "right" if study.left[n] == "a" else "left", "S": "same", "-": None}
-        rows[n] = {"pair": study.mark(n)} | {question: sides[choices[question][place]] for question in QUESTIONS}
-    content = {"kind": "apt-preference-votes", "format": 1, "study": study.id, "rater": rater, "votes": [rows[n] for n in sorted(rows)]}
-    path.write_text(json.dumps(content | (changes or {})))
-    return path
-
-
-def same(letters: str) -> dict[str, str]:
-    return dict.fromkeys(QUESTIONS, letters)
 
 
 # Samples and their partners.
@@ -108,7 +58,9 @@ def test_generate_leaves_prompt_seed_and_number_in_its_files(tmp_path):
 
     request = Request(["a red circle", "a blue square"], frames=1, count=2, seed=5)
     written = generate(Path("mini"), request, tmp_path, Files(vae="mini", text_encoder="mini", tokenizer=""))
-    assert [read_about(path) for path in written] == [{"prompt": request.prompt(n), "seed": 5, "number": n} for n in range(4)]
+    assert [read_about(path) for path in written] == [
+        {"prompt": request.prompt(n), "seed": 5, "number": n} for n in range(4)
+    ]
     pipe = OneStepPipeline.from_checkpoint("mini")
     pipe.write("a red circle", tmp_path / "clip.mp4", seed=6, frames=5)
     assert read_about(tmp_path / "clip.mp4") == {"prompt": "a red circle", "seed": 6, "number": 0}
@@ -116,7 +68,11 @@ def test_generate_leaves_prompt_seed_and_number_in_its_files(tmp_path):
 
 def partners(a: Path, b: Path) -> tuple[list[tuple[str, str]], list[str], list[str]]:
     pairs, left_a, left_b = match(read_samples(a), read_samples(b))
-    return [(p.a.path.name, p.b.path.name) for p in pairs], [s.path.name for s in left_a], [s.path.name for s in left_b]
+    return (
+        [(p.a.path.name, p.b.path.name) for p in pairs],
+        [s.path.name for s in left_a],
+        [s.path.name for s in left_b],
+    )
 
 
 def test_partners_by_name_by_prompt_and_seed_and_by_generates_name(tmp_path):
@@ -132,7 +88,11 @@ def test_partners_by_name_by_prompt_and_seed_and_by_generates_name(tmp_path):
     picture(a / "0005-long-seed1-000000.png", 3, "long one", 1, 5)
     picture(b / "0005-long-seed1-111111.png", 3, "long other", 1, 5)
     pairs, left_a, left_b = partners(a, b)
-    assert pairs == [("0003-cat-seed1-0123ab.png", "0003-cat-seed1-ba3210.png"), ("same.png", "same.png"), ("x.png", "y.png")]
+    assert pairs == [
+        ("0003-cat-seed1-0123ab.png", "0003-cat-seed1-ba3210.png"),
+        ("same.png", "same.png"),
+        ("x.png", "y.png"),
+    ]
     assert left_a == ["0004-cat-seed1-0123ab.png", "0005-long-seed1-000000.png"]
     assert left_b == ["0005-long-seed1-111111.png", "other-seed.png"]
 
@@ -161,7 +121,10 @@ def test_captions_beside_the_files_are_prompts(tmp_path):
 def contents(page: Path) -> tuple[dict, dict[str, bytes]]:
     text = page.read_text(encoding="utf-8")
     data = json.loads(re.search(r'<script type="application/json" id="study">(.*?)</script>', text, re.S)[1])
-    return data, {name: base64.b64decode(content) for name, content in re.findall(r'<script type="text/plain" id="(.*?)">(.*?)</script>', text)}
+    return data, {
+        name: base64.b64decode(content)
+        for name, content in re.findall(r'<script type="text/plain" id="(.*?)">(.*?)</script>', text)
+    }
 
 
 def test_the_page_shows_the_samples_where_the_key_says(study, tmp_path):
@@ -179,11 +142,24 @@ def test_the_page_shows_the_samples_where_the_key_says(study, tmp_path):
 
 
 def test_the_page_does_not_tell_the_sides(tmp_path):
-    """Files of A are named and sized unlike those of B, and say so in their headers; nothing of it is in the page."""
+    """Files of A are named and sized unlike those of B, and say so in their headers; nothing of it is in the
+    page."""
     for n in range(6):
-        clip(tmp_path / "sharp" / f"sample-{n}.mp4", 90 + n, noise=40, about={"prompt": f"thing {n}", "model": "sharpmodel"})
-        clip(tmp_path / "blurred" / f"sample-{n}.mp4", 90 + n, about={"prompt": f"thing {n}", "model": "blurredmodel"})
-    sizes = [[(tmp_path / name / f"sample-{n}.mp4").stat().st_size for n in range(6)] for name in ("sharp", "blurred")]
+        clip(
+            tmp_path / "sharp" / f"sample-{n}.mp4",
+            90 + n,
+            noise=40,
+            about={"prompt": f"thing {n}", "model": "sharpmodel"},
+        )
+        clip(
+            tmp_path / "blurred" / f"sample-{n}.mp4",
+            90 + n,
+            about={"prompt": f"thing {n}", "model": "blurredmodel"},
+        )
+    sizes = [
+        [(tmp_path / name / f"sample-{n}.mp4").stat().st_size for n in range(6)]
+        for name in ("sharp", "blurred")
+    ]
     assert min(sizes[0]) > max(sizes[1])
     made = make_page(tmp_path / "sharp", tmp_path / "blurred", tmp_path / "page.html")
     data, media = contents(tmp_path / "page.html")
@@ -198,7 +174,10 @@ def test_the_page_does_not_tell_the_sides(tmp_path):
             path = tmp_path / "shown.mp4"
             path.write_bytes(content)
             with av.open(str(path)) as shown, av.open(str(made.side(n, side).path)) as source:
-                pixels = [np.stack([f.to_ndarray(format="gray") for f in container.decode(video=0)]) for container in (shown, source)]
+                pixels = [
+                    np.stack([f.to_ndarray(format="gray") for f in container.decode(video=0)])
+                    for container in (shown, source)
+                ]
             np.testing.assert_array_equal(*pixels)
             assert probe(path).fps == 8 and read_about(path) == {}
 
@@ -208,8 +187,14 @@ def test_order_and_sides_follow_from_the_seed(tmp_path):
     studies = [arrange(a, b, seed)[0] for seed in (0, 0, 1)]
     orders = [[pair.prompt for pair in study.pairs] for study in studies]
     assert studies[0].id == studies[1].id != studies[2].id
-    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2]) and orders[0] != sorted(orders[0])
-    assert studies[0].left == studies[1].left and all(sorted(study.left) == ["a"] * 6 + ["b"] * 6 for study in studies)
+    assert (
+        orders[0] == orders[1] != orders[2]
+        and sorted(orders[0]) == sorted(orders[2])
+        and orders[0] != sorted(orders[0])
+    )
+    assert studies[0].left == studies[1].left and all(
+        sorted(study.left) == ["a"] * 6 + ["b"] * 6 for study in studies
+    )
     swapped = arrange(b, a, 0)[0]
     assert swapped.id != studies[0].id
 
@@ -234,13 +219,21 @@ def test_linked_samples_lie_beside_the_page(tmp_path):
     make_page(a, b, tmp_path / "page.html", link=True, limit=1)
     data, media = contents(tmp_path / "page.html")
     names = [pair[side] for pair in data["pairs"] for side in ("left", "right")]
-    assert media == {} and sorted(names) == sorted(f"page.files/{path.name}" for path in (tmp_path / "page.files").iterdir())
-    assert all(re.fullmatch(r"page\.files/[0-9a-f]{16}\.png", name) for name in names) and len(set(names)) == 8
+    assert media == {} and sorted(names) == sorted(
+        f"page.files/{path.name}" for path in (tmp_path / "page.files").iterdir()
+    )
+    assert (
+        all(re.fullmatch(r"page\.files/[0-9a-f]{16}\.png", name) for name in names) and len(set(names)) == 8
+    )
 
 
 def test_the_template_goes_into_the_package():
-    globs = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["trainer"]
-    packed = {path for pattern in globs for path in Path(trainer.preference.__file__).parents[1].glob(pattern)}
+    globs = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "package-data"
+    ]["trainer"]
+    packed = {
+        path for pattern in globs for path in Path(trainer.preference.__file__).parents[1].glob(pattern)
+    }
     assert {Path(str(path)) for path in files("trainer.preference").joinpath("template").iterdir()} <= packed
 
 
@@ -313,206 +306,9 @@ def test_what_cannot_become_a_page_is_one_sentence(case, parts, tmp_path):
         make_page(a, b, out, seed=2, limit=limit)
     one_sentence(error, *parts)
     if case == "another key":
-        assert out.read_bytes() == before and read_key(tmp_path / "page.key.json").study == arrange(a, b, 1)[0].id
+        assert (
+            out.read_bytes() == before
+            and read_key(tmp_path / "page.key.json").study == arrange(a, b, 1)[0].id
+        )
     else:
         assert not list(tmp_path.glob("page*"))
-
-
-# Votes.
-
-
-def test_scores_are_the_papers(study, tmp_path):
-    """Over 4 pairs and 3 raters: fidelity 7 good, 3 same, 2 bad; the others all one way."""
-    for rater, fidelity in (("Ann", "AAAS"), ("Ben", "AASB"), ("Cy", "AASB")):
-        ballot(study, tmp_path / f"{rater}.json", rater, {"fidelity": fidelity, "structure": "BBBB", "text": "SSSS"})
-    count = count_votes([tmp_path / f"{rater}.json" for rater in ("Ann", "Ben", "Cy")])
-    fidelity, structure, text = count.scores.values()
-    assert (fidelity.good, fidelity.same, fidelity.bad) == (7, 3, 2) and fidelity.score == pytest.approx(5 / 12)
-    assert -0.5 < fidelity.low < fidelity.score < fidelity.high <= 1 and fidelity.agreement > 0.4
-    assert (structure.score, structure.low, structure.high, structure.agreement) == (-1, -1, -1, None)
-    assert (text.good, text.same, text.bad, text.score) == (0, 12, 0, 0)
-    assert count.json()["raters"] == ["Ann", "Ben", "Cy"] and count.json()["questions"]["fidelity"]["good"] == 7
-
-
-def test_sides_change_nothing(tmp_path):
-    """The same opinions under other orders and sides, and with A and B in each other's place."""
-    a, b = folders(tmp_path, 7)
-    for seed in range(4):
-        made = make_page(a, b, tmp_path / f"{seed}.html", seed)
-        vote = ballot(made, tmp_path / f"votes{seed}.json", "Ann", same("AABSAAA"))
-        one = count_votes([vote], tmp_path / f"{seed}.key.json").scores["text"]
-        assert (one.good, one.same, one.bad) == (5, 1, 1)
-
-
-def test_the_interval_is_the_binomials():
-    """One vote a pair, none the same: the number of good ones among n drawn again is binomial."""
-    n, good = 200, 140
-    values = np.where(np.arange(n) < good, 1.0, -1.0)[None]
-    low, high = bootstrap(values)
-    exact = [2 * binom.ppf(q, n, good / n) / n - 1 for q in (0.025, 0.975)]
-    assert (low, high) == pytest.approx(exact, abs=2 / n)  # one vote more or less
-
-
-def test_the_interval_follows_pairs_not_votes():
-    """Three raters who agree on everything are no more than one."""
-    values = np.random.default_rng(1).choice([-1.0, 0.0, 1.0], (1, 60))
-    assert bootstrap(np.repeat(values, 3, 0)) == pytest.approx(bootstrap(values), abs=1e-12)
-    deviation = values.std() / np.sqrt(60)
-    low, high = bootstrap(values)
-    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.05)
-
-
-def test_of_one_pair_there_is_no_interval():
-    one = score(np.array([[1.0], [1.0]]))
-    assert (one.score, one.low, one.high, one.agreement) == (1, None, None, None)
-    nothing = score(np.full((2, 3), N))
-    assert (nothing.good, nothing.score, nothing.low, nothing.agreement) == (0, None, None, None)
-
-
-# Krippendorff's example of four observers and twelve units (Computing Krippendorff's Alpha-Reliability, 2011, part C).
-EXAMPLE = np.array([[1, 2, 3, 3, 2, 1, 4, 1, 2, N, N, N], [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, N, 3], [N, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, N], [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, N]])  # fmt: skip
-
-
-@pytest.mark.parametrize("metric, published", [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
-def test_agreement_is_the_published_one(metric, published):
-    assert alpha(EXAMPLE, metric) == pytest.approx(published, abs=5e-4)
-
-
-def test_agreement_of_votes():
-    """1 for the same votes, near 0 for votes by chance, below 0 for opposite ones, None for one rater."""
-    values = np.random.default_rng(0).choice([-1.0, 0.0, 1.0], (3, 400))
-    assert alpha(np.repeat(values[:1], 3, 0)) == 1
-    assert abs(alpha(values)) < 0.1
-    assert alpha(np.stack([values[0], -values[0]])) < -0.4
-    assert alpha(values[:1]) is None
-
-
-def test_the_key_is_found_beside_the_votes_and_among_them(study, tmp_path, monkeypatch):
-    vote = ballot(study, tmp_path / "votes.json", "Ann", same("AAAA"))
-    assert count_votes([vote]).scores["text"].score == 1
-    (tmp_path / "other.key.json").write_text("{}")  # a file that happens to be called so
-    assert count_votes([vote]).key.study == study.id
-    monkeypatch.chdir(tmp_path)
-    elsewhere = tmp_path / "in" / "votes.json"
-    elsewhere.parent.mkdir()
-    elsewhere.write_text(vote.read_text())
-    assert count_votes([elsewhere]).key.study == study.id
-    (tmp_path / "page.key.json").rename(tmp_path / "in" / "key.json")
-    with pytest.raises(AptError) as error:
-        count_votes([vote])
-    one_sentence(error, f"no key of the study {study.id} lies beside", "--key page.key.json")
-    assert count_votes([vote, tmp_path / "in" / "key.json"]).scores["text"].score == 1
-    assert count_votes([vote], tmp_path / "in" / "key.json").scores["text"].score == 1
-
-
-def test_unfinished_votes_are_counted_when_asked(study, tmp_path):
-    vote = ballot(study, tmp_path / "votes.json", "Ann", same("AA--") | {"text": "AB-S"})
-    with pytest.raises(AptError) as error:
-        count_votes([vote])
-    one_sentence(error, "votes.json is not finished, 2 of 4 pairs lack an answer", "--unfinished")
-    scores = count_votes([vote], unfinished=True).scores
-    assert (scores["fidelity"].good, scores["fidelity"].same, scores["fidelity"].bad) == (2, 0, 0)
-    assert (scores["text"].good, scores["text"].same, scores["text"].bad) == (1, 1, 1)
-
-
-@pytest.mark.parametrize(
-    "changes, parts",
-    [
-        ({"study": "0123"}, ("holds votes on another page (study 0123, the key's is",)),
-        ({"kind": "something"}, ("holds no votes: give the files that the raters saved",)),
-        ({"format": 2}, ("has format 2, but 1 can be read",)),
-        ({"rater": " "}, ("is damaged: have the rater open the page and save the votes again",)),
-        ({"rater": None}, ("is damaged",)),
-        ({"votes": {}}, ("is damaged",)),
-        ({"votes": [None]}, ("is damaged",)),
-        ({"votes": [{"pair": []}]}, ("is damaged",)),
-        ({"votes": [{"pair": "0"}]}, ("is damaged",)),
-        ({"votes": "twice"}, ("is damaged",)),
-        ({"votes": "answer"}, ("is damaged",)),
-        ({"votes": []}, ("has no answer in it",)),
-        ({"study": 5}, ("is damaged",)),
-    ],
-)
-def test_votes_that_are_none_are_one_sentence(changes, parts, study, tmp_path):
-    good = {"fidelity": "left", "structure": "left", "text": "left"}
-    if changes.get("votes") == "twice":
-        changes = {"votes": [{"pair": study.mark(0)} | good] * 2}
-    if changes.get("votes") == "answer":
-        changes = {"votes": [{"pair": study.mark(0)} | good | {"text": ["left"]}]}
-    vote = ballot(study, tmp_path / "votes.json", "Ann", same("AAAA"), changes)
-    for unfinished in (False, True):
-        with pytest.raises(AptError) as error:
-            count_votes([vote], unfinished=unfinished)
-        one_sentence(error, "votes.json", *parts)
-
-
-def test_damaged_files_are_one_sentence(study, tmp_path):
-    vote = ballot(study, tmp_path / "votes.json", "Ann", same("AAAA"))
-    (tmp_path / "cut.json").write_text(vote.read_text()[:50])
-    with pytest.raises(AptError) as error:
-        count_votes([vote, tmp_path / "cut.json"])
-    one_sentence(error, "cut.json is damaged")
-    key = json.loads((tmp_path / "page.key.json").read_text())
-    damaged = [key | {"pairs": []}, key | {"pairs": [{"pair": "x", "left": "c"}]}, key | {"pairs": key["pairs"][:1] * 2}, key | {"a": 1}]
-    for content in damaged:
-        (tmp_path / "bad.json").write_text(json.dumps(content))
-        with pytest.raises(AptError) as error:
-            count_votes([vote], tmp_path / "bad.json")
-        one_sentence(error, "bad.json is damaged")
-    with pytest.raises(AptError) as error:
-        count_votes([vote], vote)
-    one_sentence(error, "votes.json is no key of a preference study")
-    with pytest.raises(AptError) as error:
-        count_votes([tmp_path / "page.key.json"])
-    one_sentence(error, "there are no votes to count")
-
-
-def test_one_rater_counts_once(study, tmp_path):
-    votes = [ballot(study, tmp_path / f"{n}.json", name, same("AAAA")) for n, name in enumerate(("Ann  Lee", "ann lee "))]
-    with pytest.raises(AptError) as error:
-        count_votes(votes)
-    one_sentence(error, "0.json and ", "1.json are both of the rater 'ann lee'")
-    assert count_votes([votes[0], votes[0]]).raters == ["Ann  Lee"]
-
-
-# The command line.
-
-
-def command(*arguments: str):
-    return CliRunner().invoke(app, ["preference", *map(str, arguments)], catch_exceptions=False)
-
-
-def test_the_command_makes_a_page_and_counts(tmp_path):
-    a, b = folders(tmp_path)
-    picture(a / "alone.png", 3, "alone", 0, 0)
-    made = command(a, b, "--out", tmp_path / "page.html", "--seed", 3)
-    assert made.exit_code == 0, made.output
-    assert "1 sample of " in made.output and "alone.png" in made.output and "page.html: 4 pairs, for the raters." in made.output
-    study = arrange(a, b, 3)[0]
-    votes = [ballot(study, tmp_path / f"{n}.json", f"rater {n}", {"fidelity": "AAAS", "structure": "SBBB", "text": "ABSS"}) for n in range(3)]
-    done = command("--votes", *votes, tmp_path / "page.key.json", "--out", tmp_path / "scores.json")
-    assert done.exit_code == 0, done.output
-    rows = {line.split("  ")[0]: line.split() for line in done.output.splitlines()}
-    assert rows["Visual fidelity"][2] == "+75.0%" and rows["Visual fidelity"][-4:] == ["9", "3", "0", "1.00"]
-    assert rows["Structural integrity"][2] == "-75.0%" and rows["Text alignment"][2] == "+0.0%"
-    assert "4 pairs, 3 raters." in done.output
-    kept = json.loads((tmp_path / "scores.json").read_text())
-    assert kept["study"] == study.id and kept["questions"]["structure"] == json.loads(json.dumps(count_votes(votes).json()))["questions"]["structure"]
-    assert kept["questions"]["structure"]["score"] == -0.75 and kept["bootstrap"]["seed"] == 0
-
-
-@pytest.mark.parametrize(
-    "arguments, sentence",
-    [
-        (("a",), "1 path was given: a page needs two folders of samples"),
-        (("a", "b", "c"), "3 paths were given"),
-        (("a", "b", "--key", "k"), "--key is for counting votes"),
-        (("a", "b", "--unfinished"), "--unfinished is for counting votes"),
-        (("--votes", "a.json", "--link"), "--link is for making a page"),
-        (("--votes", "a.json"), "a.json does not exist: have the rater"),
-    ],
-)
-def test_options_of_the_other_kind_are_refused(arguments, sentence, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = command(*arguments)
-    assert result.exit_code == 2 and sentence in result.output

@@ -1,4 +1,5 @@
-"""The paper's user study (section 4.2): people compare two models' samples pair by pair, without knowing which is whose."""
+"""The paper's user study (section 4.2): people compare two models' samples pair by pair, without knowing
+which is whose."""
 
 QUESTIONS = {
     "fidelity": ("Visual fidelity", "Which is sharper and cleaner, with better colours and details?"),

@@ -15,7 +15,8 @@ MARK = re.compile(r"(.*-seed\d+)-[0-9a-f]{6}")  # generate's names end in a mark
 
 @dataclass(frozen=True)
 class Sample:
-    """prompt, seed, number: as the file says, or for the prompt a caption beside it; None where neither does."""
+    """prompt, seed, number: as the file says, or for the prompt a caption beside it; None where neither
+    does."""
 
     path: Path
     prompt: str | None = None
@@ -38,7 +39,8 @@ class Pair:
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """The videos and pictures of a folder, by name. Captions are read as `precompute` reads them, for files that do not tell their prompt.
+    """The videos and pictures of a folder, by name. Captions are read as `precompute` reads them, for files
+    that do not tell their prompt.
 
     Raises AptError for a folder that is missing or holds none, and for files that cannot be opened.
     """
@@ -50,9 +52,13 @@ def read_samples(folder: Path) -> list[Sample]:
         raise AptError(f"{folder} cannot be read ({error.strerror}): check its permissions.") from None
     media = [path for path in files if path.suffix.lower() in ALL_SUFFIXES]
     if not media:
-        raise AptError(f"{folder} holds no videos or pictures: give a folder of samples, as generate writes them.")
+        raise AptError(
+            f"{folder} holds no videos or pictures: give a folder of samples, as generate writes them."
+        )
     stems = {path.stem for path in media}
-    captioned = any(path.name in METADATA or path.suffix.lower() == ".txt" and path.stem in stems for path in files)
+    captioned = any(
+        path.name in METADATA or path.suffix.lower() == ".txt" and path.stem in stems for path in files
+    )
     captions = {item.path: item.caption for item in find_items(folder, skip_bad=True)[0]} if captioned else {}
     return [_sample(path, captions.get(path)) for path in media]
 
@@ -60,7 +66,8 @@ def read_samples(folder: Path) -> list[Sample]:
 def match(a: Sequence[Sample], b: Sequence[Sample]) -> tuple[list[Pair], list[Sample], list[Sample]]:
     """Pairs, and what is left over of each side.
 
-    In turn by: file name; prompt, seed and number; prompt and seed; generate's name without the mark at its end. Never two of different prompts.
+    In turn by: file name; prompt, seed and number; prompt and seed; generate's name without the mark at its
+    end. Never two of different prompts.
     Raises AptError when there is no pair, and when a picture and a video make one.
     """
     pairs: list[Pair] = []
@@ -71,12 +78,16 @@ def match(a: Sequence[Sample], b: Sequence[Sample]) -> tuple[list[Pair], list[Sa
         b = [sample for sample in b if not any(sample is pair.b for pair in found)]
     if not pairs:
         raise AptError(
-            f"{a[0].path.parent} and {b[0].path.parent} share no sample: make both with generate from the same prompts and seed, "
+            f"{a[0].path.parent} and {b[0].path.parent} share no sample: make both with generate from the "
+            "same prompts and seed, "
             "or give their files the same names."
         )
     for pair in pairs:
         if pair.a.kind != pair.b.kind:
-            raise AptError(f"{pair.a.path} and {pair.b.path} cannot be compared, one is a picture and one a video: make both alike.")
+            raise AptError(
+                f"{pair.a.path} and {pair.b.path} cannot be compared, one is a picture and one a video: make "
+                "both alike."
+            )
     return sorted(pairs, key=lambda pair: pair.a.path.name), a, b
 
 
@@ -88,7 +99,14 @@ def _zip(a: Sequence[Sample], b: Sequence[Sample], key: Callable[[Sample], Hasha
     pairs = []
     for sample in a:
         others = waiting[key(sample)] if key(sample) is not None else []
-        other = next((other for other in others if None in (sample.prompt, other.prompt) or sample.prompt == other.prompt), None)
+        other = next(
+            (
+                other
+                for other in others
+                if None in (sample.prompt, other.prompt) or sample.prompt == other.prompt
+            ),
+            None,
+        )
         if other is not None:
             others.remove(other)
             pairs.append(Pair(sample, other))
@@ -118,5 +136,7 @@ def _sample(path: Path, caption: str | None) -> Sample:
     about = read_about(path)
     prompt, seed, number = (about.get(name) for name in ("prompt", "seed", "number"))
     written = " ".join(prompt.split()) if isinstance(prompt, str) else ""
-    whole = [value if isinstance(value, int) and not isinstance(value, bool) else None for value in (seed, number)]
+    whole = [
+        value if isinstance(value, int) and not isinstance(value, bool) else None for value in (seed, number)
+    ]
     return Sample(path, written or caption, *whole)

@@ -1,4 +1,5 @@
-"""What a matrix of votes says: the paper's score (section 4.2), its interval, and whether the raters agree."""
+"""What a matrix of votes says: the paper's score (section 4.2), its interval, and whether the raters
+agree."""
 
 from dataclasses import asdict, dataclass
 
@@ -10,7 +11,8 @@ CHUNK = 500
 
 @dataclass(frozen=True)
 class Score:
-    """good, same, bad: votes for A, for neither and for B. score: (good - bad) / all, -1 to 1; low, high: the ends of its interval.
+    """good, same, bad: votes for A, for neither and for B. score: (good - bad) / all, -1 to 1; low, high: the
+    ends of its interval.
     agreement: Krippendorff's alpha. None for what the votes do not tell."""
 
     good: int
@@ -30,11 +32,16 @@ def score(values: np.ndarray) -> Score:
     good, same, bad = (int((values == value).sum()) for value in (1, 0, -1))
     votes = good + same + bad
     interval = bootstrap(values) or (None, None)
-    return Score(good, same, bad, (good - bad) / votes if votes else None, *interval, alpha(values, "ordinal"))
+    return Score(
+        good, same, bad, (good - bad) / votes if votes else None, *interval, alpha(values, "ordinal")
+    )
 
 
-def bootstrap(values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Percentile interval of the mean of `values` [raters, pairs], NaN for none. Pairs are drawn again, each with all votes on it: votes on one pair
+def bootstrap(
+    values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED, confidence: float = CONFIDENCE
+) -> tuple[float, float] | None:
+    """Percentile interval of the mean of `values` [raters, pairs], NaN for none. Pairs are drawn again, each
+    with all votes on it: votes on one pair
     are not independent. None for fewer than two pairs with votes."""
     there = ~np.isnan(values)
     sums, counts = np.where(there, values, 0).sum(0), there.sum(0)
@@ -52,9 +59,11 @@ def bootstrap(values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED, 
 
 
 def alpha(values: np.ndarray, metric: str = "ordinal") -> float | None:
-    """Krippendorff's alpha of `values` [raters, units], NaN for none: 1 is agreement, 0 chance, below 0 worse than chance.
+    """Krippendorff's alpha of `values` [raters, units], NaN for none: 1 is agreement, 0 chance, below 0 worse
+    than chance.
 
-    metric: "nominal", "ordinal" or "interval" (K. Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011). None where no unit has two values, and
+    metric: "nominal", "ordinal" or "interval" (K. Krippendorff, Computing Krippendorff's Alpha-Reliability,
+    2011). None where no unit has two values, and
     where all values are equal: then chance would agree as well.
     """
     values = values[:, (~np.isnan(values)).sum(0) >= 2]

@@ -32,7 +32,8 @@ class Key:
 
 @dataclass(frozen=True)
 class Ballot:
-    """One rater's votes. values: by question an array [pairs], 1 where A is better, 0 for the same, -1 where B is better, NaN for no answer."""
+    """One rater's votes. values: by question an array [pairs], 1 where A is better, 0 for the same, -1 where
+    B is better, NaN for no answer."""
 
     path: Path
     rater: str
@@ -52,15 +53,18 @@ class Count:
         questions = {name: score.json() for name, score in self.scores.items()}
         key = self.key
         return {
-            "study": key.study, "a": key.a, "b": key.b, "pairs": len(key.left), "raters": list(self.raters), "bootstrap": about, "questions": questions,
+            "study": key.study, "a": key.a, "b": key.b, "pairs": len(key.left), "raters": list(self.raters),
+            "bootstrap": about, "questions": questions,
         }  # fmt: skip
 
 
 def count_votes(paths: Sequence[Path], key: Path | None = None, unfinished: bool = False) -> Count:
-    """The scores of A against B from raters' files. key: by default the one beside them, in the folder at hand or among `paths`.
+    """The scores of A against B from raters' files. key: by default the one beside them, in the folder at
+    hand or among `paths`.
 
     unfinished: also count those who did not answer everything.
-    Raises AptError for files that are no votes, damaged, of another study, unfinished, or of one rater twice, and without a key.
+    Raises AptError for files that are no votes, damaged, of another study, unfinished, or of one rater twice,
+    and without a key.
     """
     keys, ballots = _parted(paths)
     if not ballots:
@@ -71,19 +75,31 @@ def count_votes(paths: Sequence[Path], key: Path | None = None, unfinished: bool
     for ballot in read:
         name = " ".join(ballot.rater.casefold().split())
         if name in names:
-            raise AptError(f"{names[name]} and {ballot.path} are both of the rater {ballot.rater!r}: keep one of them, or mend the name in one.")
+            raise AptError(
+                f"{names[name]} and {ballot.path} are both of the rater {ballot.rater!r}: keep one of them, "
+                "or mend the name in one."
+            )
         names[name] = ballot.path
-    scores = {question: score(np.stack([ballot.values[question] for ballot in read])) for question in QUESTIONS}
+    scores = {
+        question: score(np.stack([ballot.values[question] for ballot in read])) for question in QUESTIONS
+    }
     return Count(found, [ballot.rater for ballot in read], scores)
 
 
-def show_votes(paths: Sequence[Path], key: Path | None = None, unfinished: bool = False, out: Path | None = None) -> Count:
-    """Count, print, and write the figures to `out`. Raises AptError as `count_votes` does."""
+def show_votes(
+    paths: Sequence[Path], key: Path | None = None, unfinished: bool = False, out: Path | None = None
+) -> Count:
+    """Count, print, and write the figures to `out`.
+
+    Raises AptError as `count_votes` does, and where `out` is one of the files that are read."""
+    if out is not None and out.exists() and any(path.exists() and path.samefile(out) for path in paths):
+        raise AptError(f"--out {out} is one of the files of votes, which would be lost: give another name.")
     count = count_votes(paths, key, unfinished)
     raters = len(count.raters)
     pairs = len(count.key.left)
     console.print(
-        f"A {count.key.a} against B {count.key.b}: {pairs} pair{'s' if pairs > 1 else ''}, {raters} rater{'s' if raters > 1 else ''}.",
+        f"A {count.key.a} against B {count.key.b}: {pairs} pair{'s' if pairs > 1 else ''}, {raters} "
+        f"rater{'s' if raters > 1 else ''}.",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(box=None, padding=(0, 1), pad_edge=False)
@@ -97,7 +113,8 @@ def show_votes(paths: Sequence[Path], key: Path | None = None, unfinished: bool 
         table.add_row(escape(QUESTIONS[question][0]), *cells)
     console.print(table)
     console.print(
-        f"Score: (A better - B better) / all. Interval: {RESAMPLES:,} resamples of the pairs, seed {SEED}. Alpha: Krippendorff's, ordinal; 1 is agreement, 0 chance.",
+        f"Score: (A better - B better) / all. Interval: {RESAMPLES:,} resamples of the pairs, seed {SEED}. "
+        "Alpha: Krippendorff's, ordinal; 1 is agreement, 0 chance.",
         markup=False, highlight=False,
     )  # fmt: skip
     if out is not None:
@@ -115,7 +132,9 @@ def find_key(votes: Sequence[Path], study: str, given: Path | None, among: Seque
         return read_key(given)
     folders = dict.fromkeys([*(path.parent for path in votes), Path(".")])
     found = []
-    for path in dict.fromkeys([*among, *(path for folder in folders for path in sorted(folder.glob("*.key.json")))]):
+    for path in dict.fromkeys(
+        [*among, *(path for folder in folders for path in sorted(folder.glob("*.key.json")))]
+    ):
         try:
             found.append(read_key(path))
         except AptError:
@@ -123,7 +142,10 @@ def find_key(votes: Sequence[Path], study: str, given: Path | None, among: Seque
                 raise
     fitting = [key for key in found if key.study == study]
     if not fitting and len(found) != 1:
-        raise AptError(f"no key of the study {study} lies beside {votes[0]}: give the page's own with --key page.key.json.")
+        raise AptError(
+            f"no key of the study {study} lies beside {votes[0]}: give the page's own with --key "
+            "page.key.json."
+        )
     return (fitting or found)[0]
 
 
@@ -131,11 +153,17 @@ def read_key(path: Path) -> Key:
     """Raises AptError for a file that is missing, damaged or no key."""
     content = read_object(path, PAGE_AGAIN)
     if content.get("kind") != KEY:
-        raise AptError(f"{path} is no key of a preference study: give the .key.json that lies beside the page.")
+        raise AptError(
+            f"{path} is no key of a preference study: give the .key.json that lies beside the page."
+        )
     _check_format(path, content)
     pairs, texts = content.get("pairs"), [content.get(name) for name in ("study", "a", "b")]
     rows = pairs if isinstance(pairs, list) and all(isinstance(row, dict) for row in pairs) else []
-    left = {row.get("pair"): row.get("left") for row in rows if isinstance(row.get("pair"), str) and row.get("left") in ("a", "b")}
+    left = {
+        row.get("pair"): row.get("left")
+        for row in rows
+        if isinstance(row.get("pair"), str) and row.get("left") in ("a", "b")
+    }
     if not all(isinstance(text, str) for text in texts) or not left or len(left) != len(rows):
         raise AptError(f"{path} is damaged: {PAGE_AGAIN}.")
     return Key(*texts, left)
@@ -160,12 +188,18 @@ def _parted(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, dict]]:
 
 def _check_format(path: Path, content: Mapping) -> None:
     if content.get("format") != FORMAT:
-        raise AptError(f"{path} has format {content.get('format')!r}, but {FORMAT} can be read: use the version that made the page.")
+        raise AptError(
+            f"{path} has format {content.get('format')!r}, but {FORMAT} can be read: use the version that "
+            "made the page."
+        )
 
 
 def _ballot(path: Path, content: Mapping, key: Key, unfinished: bool) -> Ballot:
     if content["study"] != key.study:
-        raise AptError(f"{path} holds votes on another page (study {content['study']}, the key's is {key.study}): give its own key, or leave it out.")
+        raise AptError(
+            f"{path} holds votes on another page (study {content['study']}, the key's is {key.study}): give "
+            "its own key, or leave it out."
+        )
     rater, votes = content.get("rater"), content.get("votes")
     rows = votes if isinstance(votes, list) and all(isinstance(row, dict) for row in votes) else None
     damaged = AptError(f"{path} is damaged: {VOTES_AGAIN}.")
@@ -192,6 +226,7 @@ def _ballot(path: Path, content: Mapping, key: Key, unfinished: bool) -> Ballot:
     open_pairs = int((~answered.all(0)).sum())
     if open_pairs and not unfinished:
         raise AptError(
-            f"{path} is not finished, {open_pairs} of {len(numbers)} pairs lack an answer: have {rater.strip()} go on, or count what there is with --unfinished."
+            f"{path} is not finished, {open_pairs} of {len(numbers)} pairs lack an answer: have "
+            f"{rater.strip()} go on, or count what there is with --unfinished."
         )
     return Ballot(path, rater.strip(), values)

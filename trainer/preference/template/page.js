@@ -55,7 +55,7 @@ function go(to) {
     const missing = study.pairs.length - count;
     $("where").textContent = missing ? "Not finished" : "Finished";
     $("thanks").textContent = missing
-      ? `${many(missing)} still to answer. The votes so far can be saved, but only whole ones are counted by default.`
+      ? `${many(missing)} still to answer. The votes so far can be saved, but are not counted by default.`
       : `Thank you, ${state.rater}. Save your votes and send the file to whoever asked you.`;
     $("saved").textContent = "";
   }
@@ -95,7 +95,7 @@ function sample(pair, side) {
   const name = side === "left" ? "left or top" : "right or bottom";
   element.onerror = () => {
     const sorry = document.createElement("p");
-    sorry.textContent = "This browser cannot show this sample. Try another one, and tell who sent you the page.";
+    sorry.textContent = "This browser cannot show this sample. Try another one, and tell who sent the page.";
     element.replaceWith(sorry);
   };
   if (pair.kind === "video") {
@@ -166,7 +166,9 @@ function paint() {
   const given = answersOf(at);
   document.querySelectorAll("#questions fieldset").forEach((set, index) => {
     set.setAttribute("aria-current", index === active);
-    for (const button of set.querySelectorAll("button")) button.setAttribute("aria-pressed", given[set.dataset.name] === button.dataset.value);
+    for (const button of set.querySelectorAll("button")) {
+      button.setAttribute("aria-pressed", given[set.dataset.name] === button.dataset.value);
+    }
   });
   const last = at === study.pairs.length - 1;
   $("forward").setAttribute("aria-disabled", !isAnswered(at));
