@@ -317,6 +317,36 @@ def attention(
         print(picture)
 
 
+@app.command()
+def preference(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="A B | VOTES...", help="Two folders of samples; with --votes raters' files.")
+    ],
+    votes: Annotated[bool, typer.Option("--votes", help="Count votes instead of making a page.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The page, or a file for the figures.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the pairs' order and sides.")] = 0,
+    link: Annotated[bool, typer.Option("--link", help="Samples beside the page, not in it.")] = False,
+    key: Annotated[Path | None, typer.Option(help="With --votes: the page's .key.json.")] = None,
+    unfinished: Annotated[bool, typer.Option("--unfinished", help="With --votes: partial ones too.")] = False,
+) -> None:
+    """The paper's user study: a blind page that compares two models' samples, and the votes' scores."""
+    from trainer.preference.page import make_page
+    from trainer.preference.votes import show_votes
+
+    if votes:
+        if link:
+            raise AptError("--link is for making a page: leave it out with --votes.")
+        show_votes(paths, key, unfinished, out)
+        return
+    if key is not None or unfinished:
+        option = "--unfinished" if key is None else "--key"
+        raise AptError(f"{option} is for counting votes: add --votes, or leave it out.")
+    if len(paths) != 2:
+        given = "1 path was" if len(paths) == 1 else f"{len(paths)} paths were"
+        raise AptError(f"{given} given: a page needs two folders of samples, and votes need --votes.")
+    make_page(*paths, out or Path("preference.html"), seed, link)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory on this machine, with random weights of the true shapes.")
 app.add_typer(bench, name="bench")
 Json = Annotated[Path | None, typer.Option(help="Write the figures here as JSON too.")]

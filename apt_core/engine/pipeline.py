@@ -214,12 +214,12 @@ class OneStepPipeline:
             for _ in self._decode(latents):
                 pass
             return
-        parts = self.frames(latents)
+        parts, about = self.frames(latents), request.about(number)
         if request.frames == 1:
-            write_image(path, next(parts))
+            write_image(path, next(parts), about=about)
         else:
             with ExitStack() as stack:  # left from below: the encoder's thread is done before the file is closed
-                write = stack.enter_context(video_writer(path, request.height, request.width, request.fps))
+                write = stack.enter_context(video_writer(path, request.height, request.width, request.fps, about=about))
                 thread = stack.enter_context(ThreadPoolExecutor(1))
                 before = None
                 for part in parts:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 from ..errors import AptError
-from ..method.noise import APT, check_noise
 from ..loading.sources import Sources
+from ..method.noise import APT, check_noise
 from ..models.vae import check_size
+
 
 @dataclass(frozen=True)
 class Request:
@@ -43,6 +44,10 @@ class Request:
 
     def prompt(self, number: int) -> str:
         return self.prompts[number // self.count]
+
+    def about(self, number: int) -> dict:
+        """What a sample's file says of itself: which prompt, seed and number it was made from."""
+        return {"prompt": self.prompt(number), "seed": int(self.seed), "number": number}
 
     def fitted(self, sources: Sources) -> "Request":
         """With every size filled in. Raises AptError for sizes that the model cannot make, for values that are none, and for nothing to make."""

@@ -1,7 +1,8 @@
 """Pixels to video and image files (PyAV, Pillow), also while they are still being made. Pixels are uint8 RGB arrays."""
 
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..errors import AptError
 from .atomic import replacing
 
+ABOUT = "comment"
+"""The entry of a file's header that holds what the file is about, as JSON."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -32,9 +36,20 @@ def write_video(
 
 @contextmanager
 def video_writer(
-    path: str | Path, height: int, width: int, fps: float, crf: int = 16, pixel_format: str = "yuv420p", *, keep_equal: bool = False
+    path: str | Path,
+    height: int,
+    width: int,
+    fps: float,
+    crf: int = 16,
+    pixel_format: str = "yuv420p",
+    *,
+    keep_equal: bool = False,
+    about: Mapping | None = None,
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is as with `write_video`."""
+    """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is as with `write_video`.
+
+    about: what stands in the file's header, JSON values by name (`trainer.data.media.read_about`).
+    """
     path = Path(path)
     check_name(path, frames=2)
     if not (math.isfinite(fps) and fps > 0):
@@ -47,6 +62,8 @@ def video_writer(
         replacing(path, also=(av.FFmpegError,), keep_equal=keep_equal) as partial,
         av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
+        if about:
+            container.metadata[ABOUT] = json.dumps(about)
         stream = container.add_stream("libx264", rate=rational(fps))
         stream.width, stream.height, stream.pix_fmt, stream.options = width, height, pixel_format, {"crf": str(crf)}
         stream.options |= {"x264-params": "no-mbtree=1"}  # with it the same frames give other files from run to run
@@ -65,13 +82,21 @@ def video_writer(
         container.mux(stream.encode())
 
 
-def write_image(path: str | Path, pixels: np.ndarray, *, keep_equal: bool = False) -> None:
-    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`."""
+def write_image(path: str | Path, pixels: np.ndarray, *, keep_equal: bool = False, about: Mapping | None = None) -> None:
+    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`.
+
+    about: as in `video_writer`; of pictures only a .png keeps it.
+    """
     path, pixels = Path(path), np.asarray(pixels)
     pixels = _checked(path, pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels, 3)
     check_name(path, frames=1)
+    header = {}
+    if about and path.suffix.lower() == ".png":
+        header["pnginfo"] = PngInfo()
+        header["pnginfo"].add_text(ABOUT, json.dumps(about))
     with replacing(path, keep_equal=keep_equal) as partial:
-        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=Image.registered_extensions()[path.suffix.lower()])
+        kind = Image.registered_extensions()[path.suffix.lower()]
+        Image.fromarray(np.ascontiguousarray(pixels)).save(partial, format=kind, **header)
 
 
 def check_name(path: str | Path, frames: int) -> None:

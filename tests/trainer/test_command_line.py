@@ -24,7 +24,7 @@ def command(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
 def test_help_names_the_commands():
     result = command("--help")
     assert result.returncode == 0
-    for name in ("precompute", "distill", "adversarial", "generate", "export", "inspect", "demo", "measure", "ablate", "probe", "walk", "attention", "pretrain-mini"):
+    for name in ("precompute", "distill", "adversarial", "generate", "export", "inspect", "demo", "measure", "ablate", "probe", "walk", "attention", "preference", "pretrain-mini"):
         assert name in result.stdout
 
 

@@ -1,5 +1,7 @@
 """Video and image files to pixels and back (PyAV, Pillow). Pixels are uint8 RGB arrays `[frames, height, width, 3]`."""
 
+import io
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +14,13 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from apt_core.errors import AptError
-from apt_core.files.media_write import IMAGE_SUFFIXES, rational
+from apt_core.files.media_write import ABOUT, IMAGE_SUFFIXES, rational
 from trainer.data.footage import check_footage, frames_of, picture
 from trainer.data.stills import MIB, Note, plain, silent, why_unknown
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
 KNOWN = " ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
+WEB_CODECS = ("h264", "vp9", "av1")  # every browser of today plays them
 AGAIN = "export or download it again"
 
 
@@ -152,6 +155,50 @@ def check_image(path: str | Path) -> None:
     with _image(path) as image:
         image.draft("RGB", (1, 1))
         plain(path, image)
+
+
+def read_about(path: str | Path) -> dict:
+    """What `media_write` left in a file's header as its `about`; empty where there is none.
+
+    Raises AptError for a file that cannot be opened."""
+    if kind_of(path) == "image":
+        with _image(path) as image:
+            text = image.info.get(ABOUT)
+    else:
+        with _video(path) as (container, _):
+            text = container.metadata.get(ABOUT)
+    try:
+        about = json.loads(text or "{}")
+    except (TypeError, ValueError, RecursionError):  # another program's comment
+        about = {}
+    return about if isinstance(about, dict) else {}
+
+
+def bare(path: str | Path) -> bytes:
+    """The file as browsers show it, without what its header says: video in an .mp4, a picture as .png.
+
+    Raises AptError for a file that is unreadable or damaged, and for a video that browsers do not play.
+    """
+    out = io.BytesIO()
+    if kind_of(path) == "image":
+        with _image(path) as image:
+            form = image.format
+            plain(path, ImageOps.exif_transpose(image), form=form).save(out, "PNG")
+        return out.getvalue()
+    with _video(path) as (container, stream):
+        codec = stream.codec_context.codec.canonical_name
+        if codec not in WEB_CODECS:
+            raise AptError(f"{path} is in {codec}, which not every browser plays: convert it to H.264.")
+        with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as copy:
+            target = copy.add_stream_from_template(stream)
+            target.metadata.clear()
+            for packet in container.demux(stream):
+                if packet.is_corrupt:
+                    raise AptError(f"{path} is truncated or damaged: {AGAIN}.")
+                if packet.dts is not None:
+                    packet.stream = target
+                    copy.mux(packet)
+    return out.getvalue()
 
 
 @contextmanager

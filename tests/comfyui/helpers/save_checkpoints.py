@@ -8,7 +8,6 @@ from comfyui import start
 
 paths, _ = start()
 
-import comfy.sd
 import folder_paths
 import nodes
 import torch
