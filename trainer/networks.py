@@ -11,6 +11,7 @@ from apt_core.checkpoint import metadata_strings, save_generator
 from apt_core.discriminator import Discriminator
 from apt_core.ema import Ema
 from apt_core.lora import add_adapters, load_lora, lora_state, role
+from apt_core.lora_files import read_lora_for
 from apt_core.mmdit import MMDiTBackbone, save_mmdit
 from apt_core.tensorfile import write_tensors
 from apt_core.wan import PAPER_FRACTIONS
@@ -126,6 +127,8 @@ def _shared_base(
     starts: of each role a LoRA file over the base, or the base itself; still: roles that are not trained.
     """
     dtype = torch.bfloat16 if parallel.compute == "bf16" else torch.float32
+    for start in {start for start in starts.values() if start != base}:  # from headers, before a large base is read
+        read_lora_for(start, load(base, device=torch.device("meta")), base)
 
     def make(device: torch.device) -> nn.Module:
         model = load(base, device=device, dtype=dtype)
