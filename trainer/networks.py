@@ -127,7 +127,7 @@ def _shared_base(
     starts: of each role a LoRA file over the base, or the base itself; still: roles that are not trained.
     """
     dtype = torch.bfloat16 if parallel.compute == "bf16" else torch.float32
-    for start in {start for start in starts.values() if start != base}:  # from headers, before a large base is read
+    for start in set(starts.values()) - {base}:  # from headers, before a large base is read
         read_lora_for(start, load(base, device=torch.device("meta")), base)
 
     def make(device: torch.device) -> nn.Module:

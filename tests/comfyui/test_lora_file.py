@@ -1,5 +1,5 @@
-"""Stock ComfyUI loads our LoRA files, every weight of them, and computes what the merged model computes; and we merge
-others' files as it does."""
+"""Stock ComfyUI loads our LoRA files, every weight of them, and computes what the merged model computes; and
+we merge others' files as it does."""
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -41,8 +41,8 @@ def test_one_step_with_a_lora(comfyui, tmp_path):
 def test_a_foreign_lora_is_merged_as_comfyui_does(comfyui, tmp_path):
     """Two forms of names in one file, ranks 2 and 5, alphas, and whole differences of weights and biases.
 
-    Not of modulation tables: ComfyUI 0.33 takes their `diff` for loaded, but leaves out a module's own weights
-    where it has layers inside (ModelPatcher._load_list).
+    Not of modulation tables: ComfyUI 0.33 takes their `diff` for loaded, but leaves out the own weights of a
+    module that has layers inside (ModelPatcher._load_list).
     """
     torch.manual_seed(0)
     config = dict(num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3)
