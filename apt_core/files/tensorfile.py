@@ -52,6 +52,8 @@ def read_header(path: str | Path) -> Header:
             _refuse_foreign(path, start, length)
             file.seek(8)
             text = file.read(length)
+    except AptError:  # which is a ValueError too
+        raise
     except FileNotFoundError:
         raise AptError(f"{path} does not exist: give the path of a .safetensors file.") from None
     except IsADirectoryError:

@@ -457,3 +457,16 @@ def test_importing_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_file_of_another_kind_gets_its_own_sentence_alone(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for start, says in [
+        (b"version https://git-lfs", "is a git-lfs pointer, not the file itself: run `git lfs pull`."),
+        (b"", "is empty: copy or download it again."),
+        (b"<html>not found</html>", "is not a safetensors file: give one, or download it again."),
+    ]:
+        path.write_bytes(start)
+        with pytest.raises(AptError) as error:
+            read_header(path)
+        assert str(error.value) == f"{path} {says}"

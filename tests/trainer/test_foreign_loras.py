@@ -17,6 +17,13 @@ from trainer.checkpoints.export import export
 from trainer.checkpoints.generate import find_source
 from trainer.checkpoints.inspect import inspect
 from trainer.checkpoints.trained_models import open_generator
+from trainer.checkpoints.export import export
+from trainer.machines.distributed import World
+from trainer.checkpoints.generate import find_source
+from trainer.checkpoints.inspect import inspect
+from trainer.stages.networks import Lora, adversarial_networks
+from trainer.machines.parallel import Parallel
+from trainer.checkpoints.trained_models import open_generator
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +62,7 @@ def test_inspect_says_what_a_lora_is_and_whether_it_fits(base, kohya, tmp_path):
     path, _ = kohya
     blocks = base.config.num_layers
     facts = inspect(path)
-    assert (
-        facts["what"] == "LoRA" and facts["loads"] == "needs its base: --base PATH compares it with one"
-    )
+    assert facts["what"] == "LoRA" and facts["loads"] == "needs its base: --base PATH compares it with one"
     assert {name: facts[name] for name in ("form", "rank", "alpha", "changes")} == {
         "form": "kohya",
         "rank": "2, 4",
@@ -139,3 +144,23 @@ def test_a_lora_of_our_shape_keeps_its_adapters_in_any_form(base, tmp_path):
             and opened.metadata.get("phase") == phase
         )
         assert all(torch.equal(found[key], value) for key, value in adapters.items())
+
+
+def test_training_compares_the_lora_that_it_starts_from_with_the_headers(tmp_path):
+    path = tmp_path / "start.safetensors"
+    save_file(
+        {
+            "blocks.0.ffn.0.lora_A.weight": torch.ones(2, 5120),
+            "blocks.0.ffn.0.lora_B.weight": torch.ones(9, 2),
+        },
+        path,
+    )
+
+    def load(place, dtype=torch.float32, device="cpu"):
+        assert torch.device(device).type == "meta", "a weight was read"
+        return load_backbone(place, dtype, device)
+
+    with pytest.raises(
+        AptError, match=r"start\.safetensors changes blocks\.0\.ffn\.0\.weight by \(9, 5120\), but in "
+    ):
+        adversarial_networks(path, SHIPPED["base"], load, World(), Parallel(), Lora(2, None))

@@ -18,6 +18,18 @@ from apt_core.files.tensorfile import write_tensors
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel, place, reshard, shard_heads, whole_state
+from apt_core.files.contract import metadata_strings
+from apt_core.loading.checkpoint import save_generator
+from apt_core.method.discriminator import Discriminator
+from apt_core.method.ema import Ema
+from apt_core.models.lora import add_adapters, load_lora, lora_state, role
+from apt_core.models.lora_files import read_lora_for
+from apt_core.models.mmdit import MMDiTBackbone
+from apt_core.loading.mmdit_files import save_mmdit
+from apt_core.files.tensorfile import write_tensors
+from apt_core.models.wan import PAPER_FRACTIONS
+from trainer.machines.distributed import World
+from trainer.machines.parallel import Parallel, place, reshard, shard_heads, whole_state
 
 Load = Callable[..., nn.Module]
 
@@ -128,6 +140,8 @@ def _shared_base(
     starts: of each role a LoRA file over the base, or the base itself; still: roles that are not trained.
     """
     dtype = torch.bfloat16 if parallel.compute == "bf16" else torch.float32
+    for start in set(starts.values()) - {base}:  # from headers, before a large base is read
+        read_lora_for(start, load(base, device=torch.device("meta")), base)
 
     def make(device: torch.device) -> nn.Module:
         model = load(base, device=device, dtype=dtype)
