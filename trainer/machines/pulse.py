@@ -175,9 +175,7 @@ class Pulse:
             self._look.clear()
             now = time.monotonic()
             with self._lock:
-                if (
-                    now - last > 3 * tick + 0.5
-                ):  # it was this process that stood still, perhaps with all others
+                if now - last > 3 * tick + 0.5:  # this process stood still itself, perhaps with all others
                     self._answered = now
                     self._grace(now)
                 last = now
@@ -189,9 +187,8 @@ class Pulse:
                 self._end(lost, _what(lost[0]) + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""))
             elif silent:
                 where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-                self._end(
-                    [], f"the store of the processes at {where} has not answered for {self.seconds:g} s"
-                )
+                for_long = f"has not answered for {self.seconds:g} s"
+                self._end([], f"the store of the processes at {where} {for_long}")
 
     def _grace(self, now: float) -> None:
         for peer in self.peers:
@@ -211,12 +208,8 @@ class Pulse:
         return still > self.seconds and fresh and not self._is_busy(peer, now)
 
     def _is_gone(self, peer: Peer) -> bool:
-        return (
-            bool(peer.pid)
-            and not peer.left
-            and peer.host == self._host
-            and not is_alive(peer.pid, peer.start)
-        )
+        here = bool(peer.pid) and peer.host == self._host
+        return here and not peer.left and not is_alive(peer.pid, peer.start)
 
     def _is_busy(self, peer: Peer, now: float) -> bool:
         """Whether a process of this host computes without letting its threads count: one call may hold
@@ -268,11 +261,8 @@ class Pulse:
         asking.start()
         asking.join(min(2.0, self.seconds))
         left = {peer.rank for peer in self.peers if peer.left} | {peer.rank for peer in lost}
-        return (
-            first[0]
-            if first
-            else not any(peer.rank < self.rank and peer.rank not in left for peer in self.peers)
-        )
+        lower = any(peer.rank < self.rank and peer.rank not in left for peer in self.peers)
+        return first[0] if first else not lower
 
 
 def open_pulse(rank: int, size: int, seconds: float) -> Pulse | None:
@@ -289,9 +279,8 @@ def open_pulse(rank: int, size: int, seconds: float) -> Pulse | None:
             use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        warn(
-            f"the other processes cannot be watched ({_first_line(error)}): one that dies may be waited for."
-        )
+        why = _first_line(error)
+        warn(f"the other processes cannot be watched ({why}): one that dies may be waited for.")
         return None
     prefix = f"apt/pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{_opened}"
     keeper = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
