@@ -6,13 +6,13 @@
 import torch
 
 from apt_core.loading.checkpoint import load_transformer
+from apt_core.loading.sources import SHIPPED
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.ema import Ema
 from apt_core.method.flow import shift
 from apt_core.method.generator import one_step
 from apt_core.method.objectives import Objective, discriminator_backward, generator_backward
 from apt_core.method.optim import make_rmsprop
-from apt_core.loading.sources import SHIPPED
 
 torch.manual_seed(0)
 generator = load_transformer(SHIPPED["base"])

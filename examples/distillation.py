@@ -8,9 +8,9 @@ import copy
 import torch
 
 from apt_core.loading.checkpoint import load_transformer
+from apt_core.loading.sources import SHIPPED
 from apt_core.method.consistency import ConsistencySettings, consistency_backward
 from apt_core.method.ema import Ema
-from apt_core.loading.sources import SHIPPED
 
 torch.manual_seed(0)
 teacher = load_transformer(SHIPPED["base"]).requires_grad_(False)

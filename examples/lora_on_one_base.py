@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from apt_core.loading.checkpoint import load_transformer
+from apt_core.loading.sources import SHIPPED
 from apt_core.method.discriminator import Discriminator
-from apt_core.models.lora import add_adapters, role, save_lora
 from apt_core.method.objectives import Objective, generator_backward
 from apt_core.method.optim import make_rmsprop
-from apt_core.loading.sources import SHIPPED
+from apt_core.models.lora import add_adapters, role, save_lora
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "examples-out")
 torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import torch
 from comfy import model_management
 from comfy_api.latest import io
+
 from nodes import MAX_RESOLUTION
 
 from ..apt_core.errors import AptError

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import torch
 from comfy import model_management
-from comfy.ldm.wan import vae as wan21, vae2_2 as wan22
+from comfy.ldm.wan import vae as wan21
+from comfy.ldm.wan import vae2_2 as wan22
 from comfy.sd import VAE
 from comfy.utils import ProgressBar
 from latent_preview import MAX_PREVIEW_RESOLUTION, preview_to_image

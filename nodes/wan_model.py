@@ -6,11 +6,11 @@ import comfy.sd
 from comfy.model_base import WAN21
 from comfy.model_patcher import ModelPatcher
 
-from ..apt_core.loading.checkpoint import ASSUMED
-from ..apt_core.files.checkpoint_header import read_metadata
 from ..apt_core.errors import AptError
 from ..apt_core.files import contract
+from ..apt_core.files.checkpoint_header import read_metadata
 from ..apt_core.files.contract import metadata_json
+from ..apt_core.loading.checkpoint import ASSUMED
 
 ATTACHMENT = "apt"
 """Under this name a MODEL carries the `apt` metadata of its file."""

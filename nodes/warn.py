@@ -5,7 +5,6 @@ import logging
 from comfy_api.latest import ui
 from server import PromptServer
 
-
 _warned: set[str] = set()
 """Ids of nodes that show a text: it is taken away when there is nothing to say any more."""
 

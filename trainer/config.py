@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from apt_core.method.consistency import ConsistencySettings
 from apt_core.errors import AptError
+from apt_core.method.consistency import ConsistencySettings
 from apt_core.method.objectives import Objective
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.overrides import apply, known_names, nearest

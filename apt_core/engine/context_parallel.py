@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..models.attention import attend
-from ..method.discriminator import Discriminator
 from ..errors import AptError
+from ..method.discriminator import Discriminator
+from ..models.attention import attend
 from ..models.lora import Role
 from ..models.mmdit import MMDiTBackbone, rotate
 

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..errors import AptError
+from ..models.vae import denormalize
 from .decoder_layers import Bands, Stream, Whole, decoder_layers
 from .decoder_memory import Plan, choose
-from ..errors import AptError
-from .torch_limits import allow_many_graphs, out_of_memory
 from .parallel_vae import Rows, Shapes, any_failed
-from ..models.vae import denormalize
+from .torch_limits import allow_many_graphs, out_of_memory
 
 
 class Decoder:

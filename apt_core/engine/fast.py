@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..models.attention import best_backend
-from .context_parallel import enable
 from ..errors import AptError
+from ..models.attention import best_backend
+from ..models.mmdit import MMDiTBackbone
+from .context_parallel import enable
 from .fp8 import check_fp8, to_fp8
 from .torch_limits import allow_many_graphs
-from ..models.mmdit import MMDiTBackbone
 
 
 @dataclass(frozen=True)

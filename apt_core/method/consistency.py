@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import AptError
-from .flow import clean_from_velocity, interpolate, per_sample, shift as shift_times
-from .generator import guided_velocity
 from ..models.wan import predict_velocity
+from .flow import clean_from_velocity, interpolate, per_sample
+from .flow import shift as shift_times
+from .generator import guided_velocity
 
 
 @dataclass(frozen=True)

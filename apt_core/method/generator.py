@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import AptError
-from .flow import clean_from_velocity, interpolate, shift as shift_times
 from ..models.wan import predict_velocity
+from .flow import clean_from_velocity, interpolate
+from .flow import shift as shift_times
 
 
 def one_step(model, z: Tensor, text: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from .attention import attend
 from ..errors import AptError
+from .attention import attend
 from .wan import check_taps
 
 EPS = 1e-6

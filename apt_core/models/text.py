@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AptError
-from ..files.tensorfile import check_count, check_shapes, read_tensors, write_tensors
 from ..files.contract import metadata_json
+from ..files.tensorfile import check_count, check_shapes, read_tensors, write_tensors
 
 PAD, EOS, UNK = 0, 1, 2
 TOKENIZER_KEY = "spiece_model"

@@ -8,8 +8,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from ..files import keys
 from ..errors import AptError
+from ..files import keys
 
 PAPER_FRACTIONS = (4 / 9, 13 / 18, 1.0)
 """Blocks 16, 26 and 36 of 36 (3.3) as shares of the depth."""

@@ -5,9 +5,9 @@ import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+from apt_core.errors import AptError
 from apt_core.models import attention
 from apt_core.models.attention import attend, best_backend, choose_backend
-from apt_core.errors import AptError
 from apt_core.models.mmdit import MMDiTBackbone
 
 

@@ -1,8 +1,13 @@
 import pytest
 import torch
 
-from apt_core.method.consistency import ConsistencySettings, choose_intervals, consistency_backward, discrete_times
 from apt_core.errors import AptError
+from apt_core.method.consistency import (
+    ConsistencySettings,
+    choose_intervals,
+    consistency_backward,
+    discrete_times,
+)
 
 
 @pytest.fixture

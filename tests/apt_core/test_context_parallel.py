@@ -12,11 +12,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from apt_core.engine.context_parallel import enable
-from apt_core.method.discriminator import Discriminator
 from apt_core.errors import AptError
+from apt_core.method.discriminator import Discriminator
+from apt_core.method.objectives import Objective, discriminator_backward, generator_backward
 from apt_core.models.lora import add_adapters, role
 from apt_core.models.mmdit import MMDiTBackbone
-from apt_core.method.objectives import Objective, discriminator_backward, generator_backward
 from apt_core.models.wan import WanBackbone, predict_velocity
 
 SHAPES = {"even": (4, 2, 4, 12), "odd": (4, 1, 4, 10), "few": (4, 1, 2, 6)}

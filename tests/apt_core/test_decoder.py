@@ -12,11 +12,11 @@ from live_bytes import LiveBytes
 from moved_bytes import MovedBytes
 
 import apt_core
-from apt_core.models import vae as wan_vae
 from apt_core.engine.decoder import Decoder, psnr
 from apt_core.engine.decoder_layers import CausalConv, Stream, Whole, decoder_layers
 from apt_core.engine.decoder_memory import Plan, account, choose, largest
 from apt_core.errors import AptError
+from apt_core.models import vae as wan_vae
 
 MINI = Path(apt_core.__file__).parent / "assets/mini/vae/apt_mini_vae.safetensors"
 VERSIONS = {

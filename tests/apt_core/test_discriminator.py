@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from apt_core.method.discriminator import CrossAttentionHead, Discriminator
 from apt_core.errors import AptError
+from apt_core.method.discriminator import CrossAttentionHead, Discriminator
 
 
 def rms(x, weight, eps=1e-6):

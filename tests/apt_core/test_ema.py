@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from apt_core.method.ema import Ema
 from apt_core.errors import AptError
+from apt_core.method.ema import Ema
 
 
 class Model(nn.Module):

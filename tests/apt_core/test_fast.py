@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from apt_core.engine import fast
-from apt_core.errors import AptError
 from apt_core.engine.fast import Speed, check_compile, fuse_projections, make_fast
 from apt_core.engine.fp8 import FP8, Fp8Linear, check_fp8, quantise, to_fp8
-from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.errors import AptError
+from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import WanBackbone, predict_velocity
 
 CPU = torch.device("cpu")

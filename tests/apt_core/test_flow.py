@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from apt_core.errors import AptError
-from apt_core.method.flow import clean_from_velocity, interpolate, sample_noise, sample_uniform, shift, velocity
+from apt_core.method.flow import (
+    clean_from_velocity,
+    interpolate,
+    sample_noise,
+    sample_uniform,
+    shift,
+    velocity,
+)
 
 
 def test_path_by_hand():

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from apt_core.files import keys
 from apt_core.errors import AptError
+from apt_core.files import keys
 
 # heads, ffn, layers, in = out channels, parameters, tensors
 RELEASED = {

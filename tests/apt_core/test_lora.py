@@ -5,15 +5,23 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch.utils.checkpoint import checkpoint
 
-from apt_core.loading.checkpoint import load_transformer, save_generator
+from apt_core.errors import AptError
 from apt_core.files.checkpoint_header import read_metadata
+from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.ema import Ema
-from apt_core.errors import AptError
 from apt_core.method.generator import one_step
-from apt_core.models.lora import add_adapters, adapter_state, load_lora, lora_state, merged_state, role, save_lora
 from apt_core.method.objectives import Objective, discriminator_backward, generator_backward
 from apt_core.method.optim import make_rmsprop
+from apt_core.models.lora import (
+    adapter_state,
+    add_adapters,
+    load_lora,
+    lora_state,
+    merged_state,
+    role,
+    save_lora,
+)
 from apt_core.models.wan import WanBackbone
 
 ROLES = ("generator", "discriminator")

@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.generator import one_step
-from apt_core.models.lora import add_adapters, lora_state, merged_state, role
-from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.method.objectives import Objective, discriminator_backward, generator_backward
 from apt_core.method.optim import make_rmsprop
+from apt_core.models.lora import add_adapters, lora_state, merged_state, role
+from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import WanBackbone
 
 

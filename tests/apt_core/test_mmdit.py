@@ -5,13 +5,13 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from apt_core.method.discriminator import Discriminator
 from apt_core.errors import AptError
+from apt_core.loading.mmdit_files import load_mmdit, save_mmdit
+from apt_core.method.discriminator import Discriminator
 from apt_core.method.generator import one_step
+from apt_core.method.objectives import MODES, Objective, discriminator_backward, generator_backward
 from apt_core.models.lora import add_adapters, load_lora, merged_state, role, save_lora
 from apt_core.models.mmdit import MMDiTBackbone
-from apt_core.loading.mmdit_files import load_mmdit, save_mmdit
-from apt_core.method.objectives import MODES, Objective, discriminator_backward, generator_backward
 from apt_core.models.wan import predict_velocity
 
 TINY = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, axes_dims_rope=(4, 4, 4))

@@ -13,18 +13,18 @@ from ranks import double as in_double
 from ranks import start
 
 import apt_core
-from apt_core.loading import sources
-from apt_core.files.checkpoint_header import read_metadata
-from apt_core.loading.checkpoint import save_generator
 from apt_core.engine.decoder import Decoder
+from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.engine.residence import ALL, BLOCKS, PARTS
 from apt_core.errors import AptError
+from apt_core.files.checkpoint_header import read_metadata
+from apt_core.loading import sources
+from apt_core.loading.checkpoint import save_generator
+from apt_core.loading.sources import SHIPPED, TransformerSource, load_backbone
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import euler_cfg, few_step, one_step
-from apt_core.models.lora import add_adapters, role, save_lora
-from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.method.noise import draw
-from apt_core.engine.residence import ALL, BLOCKS, PARTS
-from apt_core.loading.sources import SHIPPED, TransformerSource, load_backbone
+from apt_core.models.lora import add_adapters, role, save_lora
 from apt_core.models.text import load_text_encoder, save_text_encoder
 from apt_core.models.vae import decode, load_vae
 from apt_core.models.wan import WanBackbone

@@ -6,12 +6,12 @@ import torch
 from card import CARD, CPU, Card, on_card
 from torch import nn
 
-from apt_core.errors import AptError
 from apt_core.engine.fast import Speed, make_fast
 from apt_core.engine.fp8 import Fp8Linear
-from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.engine.residence import ALL, BLOCKS, PARTS, BlockStream, Residence, blocks_of
+from apt_core.errors import AptError
+from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import WanBackbone, predict_velocity
 
 PROMPTS = ["a red circle moving left on a green background", "a blue square"]

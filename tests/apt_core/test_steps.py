@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from apt_core.errors import AptError
-from apt_core.method.flow import shift
 from apt_core.files.contract import SECOND_TIME, is_few_step, second_time
+from apt_core.method.flow import shift
 from apt_core.method.steps import step_times
 
 

@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from apt_core.errors import AptError
 from apt_core.files.tensorfile import read_header
-from apt_core.models.text import TextEncoder, clean_prompt, load_text_encoder, save_text_encoder, train_tokenizer
+from apt_core.models.text import (
+    TextEncoder,
+    clean_prompt,
+    load_text_encoder,
+    save_text_encoder,
+    train_tokenizer,
+)
 
 CAPTIONS = [f"a {c} {s} moving {d}" for c in ("red", "green", "blue") for s in ("circle", "square") for d in ("left", "right", "up", "down")] * 5
 LENGTH = 24

@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from apt_core.engine.text_cache import TextCache, encoder_fingerprint
 from apt_core.errors import AptError
 from apt_core.loading.sources import SHIPPED
-from apt_core.engine.text_cache import TextCache, encoder_fingerprint
 from apt_core.loading.text_files import read_text_encoder
 
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from apt_core.errors import AptError
 from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.errors import AptError
 from apt_core.models.tiny_decoder import TinyDecoder, load_tiny_decoder
 
 

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.files.checkpoint_header import read_metadata
+from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.models.vae import save_vae
 from apt_core.models.wan import WanBackbone
 from trainer.mini import GENERATOR

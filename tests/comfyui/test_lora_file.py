@@ -8,11 +8,6 @@ from safetensors.torch import load_file, save_file
 from apt_core.loading.checkpoint import save_generator
 from apt_core.method.generator import one_step
 from apt_core.models.lora import add_adapters, merged_state, role, save_lora
-from apt_core.models.vae import normalize
-from apt_core.models.wan import WanBackbone
-from apt_core.loading.checkpoint import save_generator
-from apt_core.method.generator import one_step
-from apt_core.models.lora import add_adapters, merged_state, role, save_lora
 from apt_core.models.lora_files import merge, read_lora_for
 from apt_core.models.vae import normalize
 from apt_core.models.wan import WanBackbone

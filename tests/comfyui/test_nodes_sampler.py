@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from stand_ins import save_plain
 from torch.testing import assert_close
 
-from apt_core.loading.checkpoint import save_generator
-from apt_core.method.generator import few_step, one_step
-from apt_core.method.noise import draw
 from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.loading.checkpoint import save_generator
 from apt_core.loading.sources import Sources, TextSource, VaeSource, read_transformer
 from apt_core.loading.text_files import TextFacts
+from apt_core.method.generator import few_step, one_step
+from apt_core.method.noise import draw
 from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD
 from apt_core.models.wan import WanBackbone
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_nodes_loader import NATIVE, PACK, TEXT, MEAN, STD, Z, tiny, write_good_files
+from test_nodes_loader import MEAN, NATIVE, PACK, STD, TEXT, Z, tiny, write_good_files
 from torch.testing import assert_close
 
 from apt_core.files.checkpoint_header import read_header, read_metadata

@@ -12,7 +12,17 @@ import pytest
 import torch
 from cards import read_video
 from interface import WORDS, interface, is_ours, read_snapshot, words
-from prompts import MINI, NATIVE, custom, mini_image, mini_latents, mini_video, node, saving_latents, stock_latents
+from prompts import (
+    MINI,
+    NATIVE,
+    custom,
+    mini_image,
+    mini_latents,
+    mini_video,
+    node,
+    saving_latents,
+    stock_latents,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from server import Rejected, failure

@@ -20,14 +20,14 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageMeta
 
 from apt_core.errors import AptError
-from trainer.checkpoints.starting_models import describe_state
-from trainer.machines.distributed import World
-from trainer.files import file_digest
 from trainer.checkpoints.inspect import inspect
+from trainer.checkpoints.starting_models import describe_state
+from trainer.checkpoints.trained_models import open_discriminator, open_generator
+from trainer.files import file_digest
+from trainer.machines.distributed import World
 from trainer.run.folders import resolve, unfinished_states, whole_states
 from trainer.run.state import Checkpoints, Keep
 from trainer.run.state_files import StateReader, check_digests
-from trainer.checkpoints.trained_models import open_discriminator, open_generator
 
 ROOT = Path(__file__).parents[2]
 TWO = Layout(settings={"updates": 2})

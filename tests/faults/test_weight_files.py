@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.errors import AptError, readable
-from apt_core.loading.sources import read_sources
 from apt_core.files.tensorfile import read_header, read_tensors, write_tensors
+from apt_core.loading.checkpoint import load_transformer, save_generator
+from apt_core.loading.sources import read_sources
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.inspect import inspect
-from trainer.mini import VAE
 from trainer.checkpoints.trained_models import open_generator
+from trainer.mini import VAE
 
 GOOD = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16), "c": torch.zeros(2)}
 

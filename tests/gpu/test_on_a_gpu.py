@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from apt_core.models.attention import attend, best_backend
 from apt_core.engine.decoder import Decoder, psnr
 from apt_core.engine.decoder_memory import Plan, account
 from apt_core.engine.fp8 import Fp8Linear, check_fp8
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.engine.residence import ALL, BLOCKS, PARTS
+from apt_core.models.attention import attend, best_backend
 from apt_core.models.vae import decode
 from trainer.bench.shapes import find_shapes
 

@@ -3,9 +3,17 @@
 import pytest
 
 from apt_core.errors import AptError
-from trainer.machines.account import account, block_parameters, forward_flops, head_parameters, parameters, summary, tokens
-from trainer.config import PRESETS, load_preset
 from trainer.cli.dry_run import check_fit
+from trainer.config import PRESETS, load_preset
+from trainer.machines.account import (
+    account,
+    block_parameters,
+    forward_flops,
+    head_parameters,
+    parameters,
+    summary,
+    tokens,
+)
 from trainer.machines.machine import GIB, imagined
 
 REAL = sorted(path.stem for path in PRESETS.glob("*.toml") if path.stem != "mini")

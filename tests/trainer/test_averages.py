@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.stages.averages import Averages
 from trainer.config import load_preset
+from trainer.stages.averages import Averages
 
 
 def averages_of(steps: int, decays, warmup: float) -> Averages:

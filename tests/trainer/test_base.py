@@ -9,7 +9,13 @@ from transformers import UMT5Config, UMT5EncoderModel
 from apt_core.errors import AptError
 from apt_core.loading.sources import load_backbone
 from apt_core.models.text import TOKENIZER_KEY, train_tokenizer
-from trainer.checkpoints.starting_models import check_base, find_base, open_text_encoder, open_vae, write_random_base
+from trainer.checkpoints.starting_models import (
+    check_base,
+    find_base,
+    open_text_encoder,
+    open_vae,
+    write_random_base,
+)
 from trainer.config import Files, load_preset
 
 TEXTS = ["a red circle moving left", "a blue square on a green background"] * 20

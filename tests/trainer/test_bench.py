@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from apt_core.errors import AptError
 from trainer.__main__ import app
-from trainer.machines.account import account, parameters
 from trainer.bench.floors import count_work
 from trainer.bench.many import model_of_many
 from trainer.bench.rates import Rates, peak_memory
 from trainer.bench.shapes import find_shapes
 from trainer.config import load_preset
+from trainer.machines.account import account, parameters
 
 PARTS = ("text", "dit", "vae", "total")
 CPU = torch.device("cpu")

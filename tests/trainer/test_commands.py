@@ -12,25 +12,25 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from apt_core.loading.checkpoint import load_transformer, save_generator
-from apt_core.files.checkpoint_header import read_header, read_metadata
+from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
+from apt_core.files.checkpoint_header import read_header, read_metadata
+from apt_core.files.tensorfile import read_tensors, write_tensors
+from apt_core.loading.checkpoint import load_transformer, save_generator
+from apt_core.loading.sources import load_backbone
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import one_step
 from apt_core.models.mmdit import MMDiTBackbone
-from apt_core.engine.pipeline import OneStepPipeline
-from apt_core.loading.sources import load_backbone
-from apt_core.files.tensorfile import read_tensors, write_tensors
 from apt_core.models.tiny_decoder import TinyDecoder
 from trainer.__main__ import app
-from trainer.data import shards
 from trainer.checkpoints.export import FP8
 from trainer.checkpoints.generate import find_source
 from trainer.checkpoints.inspect import inspect
+from trainer.checkpoints.trained_models import State, open_discriminator, open_generator
+from trainer.data import shards
+from trainer.data.prompts import Prompts
 from trainer.mini import ASSETS, GENERATOR
 from trainer.run.folders import resolve
-from trainer.data.prompts import Prompts
-from trainer.checkpoints.trained_models import State, open_discriminator, open_generator
 
 TINY = str(Path(__file__).parent / "tiny.toml")
 TINY_MMDIT = str(Path(__file__).parent / "tiny_mmdit.toml")

@@ -17,13 +17,9 @@ from trainer.checkpoints.export import export
 from trainer.checkpoints.generate import find_source
 from trainer.checkpoints.inspect import inspect
 from trainer.checkpoints.trained_models import open_generator
-from trainer.checkpoints.export import export
 from trainer.machines.distributed import World
-from trainer.checkpoints.generate import find_source
-from trainer.checkpoints.inspect import inspect
-from trainer.stages.networks import Lora, adversarial_networks
 from trainer.machines.parallel import Parallel
-from trainer.checkpoints.trained_models import open_generator
+from trainer.stages.networks import Lora, adversarial_networks
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.machines.account import forward_flops, tokens
 from trainer.bench.shapes import Shapes
+from trainer.machines.account import forward_flops, tokens
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A model, and no measurement: what the parts would take on several GPUs that share one clip."""
 
-from trainer.machines.account import tokens
 from trainer.bench.shapes import Shapes
+from trainer.machines.account import tokens
 
 NVLINK = 450e9  # bytes/s of each direction of a Hopper card, all its links together
 EXCHANGE = 30e-6  # seconds that a collective or a halo takes before its first byte arrives

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from apt_core.errors import AptError
+from apt_core.loading.sources import SHIPPED, Sources, TextSource, TransformerSource, VaeSource
+from apt_core.loading.text_files import TextFacts
 from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.precision import cast
-from apt_core.loading.sources import SHIPPED, Sources, TextSource, TransformerSource, VaeSource
 from apt_core.models.text import TextEncoder, load_text_encoder
-from apt_core.loading.text_files import TextFacts
 from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD, load_vae, stride
 from apt_core.models.wan import WanBackbone
 from trainer.config import Model, Preset, load_preset

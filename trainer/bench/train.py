@@ -10,20 +10,19 @@ from rich.table import Table
 from torch import nn
 
 from apt_core.errors import AptError
-from trainer.machines.account import account, batch_of
-from trainer.stages.adversarial import adversarial
-from trainer.data.batches import Micro
 from trainer.bench.rates import peak_memory, synchronise
 from trainer.bench.shapes import build_backbone
 from trainer.config import Preset
-from trainer.machines.machine import versions
-from trainer.machines.distributed import World, connect
+from trainer.data.batches import Micro
+from trainer.data.sampling import split
 from trainer.files import write_json
-from trainer.machines.machine import pick_device, this_machine
-from trainer.stages.networks import Lora
+from trainer.machines.account import account, batch_of
+from trainer.machines.distributed import World, connect
+from trainer.machines.machine import pick_device, this_machine, versions
 from trainer.machines.parallel import attention_of, parallel_of
 from trainer.run.progress import console
-from trainer.data.sampling import split
+from trainer.stages.adversarial import adversarial
+from trainer.stages.networks import Lora
 
 MODES = ("full", "lora")
 GIB = 2**30

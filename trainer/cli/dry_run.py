@@ -5,8 +5,8 @@ from itertools import combinations
 from rich.table import Table
 
 from apt_core.errors import AptError
-from trainer.machines.account import Account, account, batch_of, check_split, tokens
 from trainer.config import Preset
+from trainer.machines.account import Account, account, batch_of, check_split, tokens
 from trainer.machines.machine import GIB, Machine
 from trainer.overrides import apply, known_names
 from trainer.run.progress import console

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from apt_core.errors import AptError
-from trainer.machines.distributed import World
 from trainer.data.sampling import BucketSampler, split
 from trainer.data.shards import ShardDataset
+from trainer.machines.distributed import World
 
 
 class Embedder:

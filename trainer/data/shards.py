@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from apt_core.errors import AptError
-from apt_core.files.tensorfile import Header, read_header, write_tensors
 from apt_core.files.contract import metadata_json
+from apt_core.files.tensorfile import Header, read_header, write_tensors
 from trainer.files import write_json
 
 FORMAT, VERSION = "apt-shards", 1

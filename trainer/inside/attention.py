@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apt_core.method.discriminator import Discriminator
+from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
+from apt_core.method.discriminator import Discriminator
 from apt_core.method.flow import shift
 from apt_core.method.noise import APT, draw
-from apt_core.engine.pipeline import OneStepPipeline
-from trainer.data.batches import held_positions
+from trainer.checkpoints.trained_models import open_discriminator
 from trainer.cli.plan import LATENTS
+from trainer.data.batches import held_positions
+from trainer.data.shards import ShardDataset
 from trainer.files import write_json
 from trainer.inside.opening import embed_all, frames_of, show_frame
 from trainer.run.folders import is_state, whole_states
 from trainer.run.plot import BLACK, BLUE, GREEN, ORANGE, RED, save_figure
-from trainer.data.shards import ShardDataset
-from trainer.checkpoints.trained_models import open_discriminator
 
 TIMES = 8
 """Of t's distribution, so many equally likely values: eq. 6 asks for the mean over t."""

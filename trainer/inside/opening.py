@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from apt_core.errors import AptError
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.engine.request import Request
+from apt_core.errors import AptError
 from apt_core.loading.sources import MINI
-from trainer.config import Files
 from trainer.checkpoints.generate import find_source
-from trainer.mini.clips import scene
+from trainer.config import Files
 from trainer.data.shards import ShardDataset
+from trainer.mini.clips import scene
 
 PROMPT_SEED = 60_000  # of drawn captions; no other command's
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
 from apt_core.files.media_write import write_video
 from apt_core.method.noise import draw, walk
-from apt_core.engine.pipeline import OneStepPipeline
 from trainer.files import write_json
 from trainer.inside.opening import embed_all, find_captions, frames_of, show_frame
 from trainer.run.pictures import enlarge

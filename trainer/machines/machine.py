@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from apt_core.errors import AptError
 from apt_core.engine.fast import check_device
+from apt_core.errors import AptError
 
 GIB = 2**30
 SPARE = 0.94  # of a device's memory: the rest goes to the CUDA context and to fragments

@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from apt_core.models.attention import Backend, choose_backend
 from apt_core.engine.context_parallel import enable
-from apt_core.method.discriminator import Discriminator
-from apt_core.errors import AptError
 from apt_core.engine.fast import check_compile, keep_compiled
-from apt_core.models.precision import stays_fp32
 from apt_core.engine.text_cache import cache_folder
-from trainer.machines.checkpointing import offloaded
+from apt_core.errors import AptError
+from apt_core.method.discriminator import Discriminator
+from apt_core.models.attention import Backend, choose_backend
+from apt_core.models.precision import stays_fp32
 from trainer.config import Preset
+from trainer.machines.checkpointing import offloaded
 from trainer.machines.distributed import World
-
 
 # Said of every output that is a view; nobody here changes one in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

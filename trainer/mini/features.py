@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apt_core.files.tensorfile import read_tensors, write_tensors
+from trainer.stages.muon import Muon
 
 from .clips import COLOR_NAMES, SHAPES, draw
-from trainer.stages.muon import Muon
 
 CHANNELS = 32
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from apt_core.models.vae import decode, encode, fold_statistics, load_vae, save_vae
+from trainer.stages.muon import Muon
 
 from .clips import draw
-from trainer.stages.muon import Muon
 
 BASE_DIM = 12
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apt_core.loading.checkpoint import load_transformer
-from apt_core.files.checkpoint_header import read_metadata
 from apt_core.engine.fast import Speed, make_fast
+from apt_core.files.checkpoint_header import read_metadata
+from apt_core.files.contract import second_time
+from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import euler_cfg, few_step, one_step
-from apt_core.files.contract import second_time
 from apt_core.method.steps import step_times
 from apt_core.models.vae import decode, encode
 from trainer.config import Sampling

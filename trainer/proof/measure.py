@@ -8,17 +8,17 @@ import numpy as np
 from apt_core.errors import AptError
 from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import load_vae
-from trainer.data.batches import Embedder
 from trainer.cli.plan import final_file
 from trainer.config import Preset
+from trainer.data.batches import Embedder
 from trainer.files import file_digest, write_json
+from trainer.mini import ASSETS, VAE
+from trainer.mini.features import load_features
 from trainer.run.folders import DISTILLED
 from trainer.run.progress import columns_table, console, criteria_table, stage_bar
 
-from trainer.mini import ASSETS, VAE
 from .criteria import check
 from .evaluate import ALL_COLUMNS, Models, Sampler
-from trainer.mini.features import load_features
 from .report import drawn_prompts, evaluate
 from .verdict import half_width
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from apt_core.models.vae import load_vae
 from trainer.files import write_json
+from trainer.mini import ASSETS, VAE
+from trainer.mini.clips import Scene, draw
+from trainer.mini.features import load_features
+from trainer.mini.metrics import Reference
 from trainer.run.pictures import comparison, sample_video
 from trainer.run.progress import columns_table, console
 
-from trainer.mini import ASSETS, VAE
-from trainer.mini.clips import Scene, draw
 from .evaluate import COLUMNS, TITLES, Models, Sampler, network_calls, through_vae, to_pixels
-from trainer.mini.features import load_features
-from trainer.mini.metrics import Reference
 
 ROWS = 6
 # Scenes that no training and no other measurement has seen: see the seeds of the other commands.

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import one_step
 from trainer.data.batches import Batches
-from trainer.machines.distributed import World
 from trainer.data.sampling import EpochSampler
+from trainer.machines.distributed import World
 
 
 class LatentJudge:

@@ -7,23 +7,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apt_core.loading.checkpoint import load_transformer
 from apt_core.errors import AptError
+from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import one_step
 from apt_core.method.objectives import Objective, discriminator_backward, generator_backward, penalty_floor
 from apt_core.method.optim import make_rmsprop
-from trainer.stages.averages import Averages
-from trainer.data.batches import Batches, Micro
 from trainer.config import Adversarial
-from trainer.stages.update import Report
-from trainer.machines.distributed import World
-from trainer.stages.networks import Load, Lora, adversarial_networks
-from trainer.machines.parallel import Parallel
-from trainer.stages.samples import Samples
+from trainer.data.batches import Batches, Micro
 from trainer.data.sampling import discriminator_times, split
+from trainer.machines.distributed import World
+from trainer.machines.parallel import Parallel
 from trainer.run.state import Keep, Run
-from trainer.stages.update import Learner
+from trainer.stages.averages import Averages
+from trainer.stages.networks import Load, Lora, adversarial_networks
+from trainer.stages.samples import Samples
+from trainer.stages.update import Learner, Report
 from trainer.stages.watch import Watch
 
 

@@ -8,16 +8,16 @@ import torch
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.consistency import consistency_backward
 from apt_core.method.flow import sample_noise, sample_uniform
-from trainer.stages.averages import Averages
-from trainer.data.batches import Batches
 from trainer.config import Preset
+from trainer.data.batches import Batches
+from trainer.data.sampling import split
 from trainer.machines.distributed import World
+from trainer.machines.parallel import Parallel
+from trainer.run.state import Keep, Run
+from trainer.stages.averages import Averages
 from trainer.stages.muon import Muon
 from trainer.stages.networks import Load, Lora, distillation_networks
-from trainer.machines.parallel import Parallel
 from trainer.stages.samples import Samples
-from trainer.data.sampling import split
-from trainer.run.state import Keep, Run
 from trainer.stages.update import Learner, Report
 
 

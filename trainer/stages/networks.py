@@ -8,25 +8,14 @@ import torch
 from torch import nn
 
 from apt_core.files.contract import metadata_strings
-from apt_core.loading.checkpoint import save_generator
-from apt_core.method.discriminator import Discriminator
-from apt_core.method.ema import Ema
-from apt_core.models.lora import add_adapters, load_lora, lora_state, role
-from apt_core.models.mmdit import MMDiTBackbone
-from apt_core.loading.mmdit_files import save_mmdit
 from apt_core.files.tensorfile import write_tensors
-from apt_core.models.wan import PAPER_FRACTIONS
-from trainer.machines.distributed import World
-from trainer.machines.parallel import Parallel, place, reshard, shard_heads, whole_state
-from apt_core.files.contract import metadata_strings
 from apt_core.loading.checkpoint import save_generator
+from apt_core.loading.mmdit_files import save_mmdit
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.ema import Ema
 from apt_core.models.lora import add_adapters, load_lora, lora_state, role
 from apt_core.models.lora_files import read_lora_for
 from apt_core.models.mmdit import MMDiTBackbone
-from apt_core.loading.mmdit_files import save_mmdit
-from apt_core.files.tensorfile import write_tensors
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel, place, reshard, shard_heads, whole_state

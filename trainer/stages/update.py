@@ -9,11 +9,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from apt_core.errors import AptError
 from trainer.data.batches import Micro, Microbatches
-from trainer.machines.distributed import World
 from trainer.files import write_json
-from trainer.stages.networks import Networks
+from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel
-
+from trainer.stages.networks import Networks
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Told after each update: its number, how many there are, its figures."""

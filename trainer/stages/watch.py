@@ -8,9 +8,9 @@ from torch import nn
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import one_step
 from apt_core.method.objectives import verdict
-from trainer.machines.distributed import World
 from trainer.data.sampling import discriminator_times
 from trainer.data.shards import ShardDataset
+from trainer.machines.distributed import World
 
 
 class Watch:

@@ -4,8 +4,9 @@ import asyncio
 from types import SimpleNamespace
 
 import folder_paths
-import nodes
 import server
+
+import nodes
 
 
 def load_nodes(pack: str) -> SimpleNamespace:

@@ -5,10 +5,11 @@ import asyncio
 import comfy.model_management
 import comfy.sd
 import comfy.utils
-import nodes
 import torch
 from comfy.ldm.wan import vae2_2
 from comfy.taesd.taehv import TAEHV
+
+import nodes
 
 
 def load_nodes(pack: str):

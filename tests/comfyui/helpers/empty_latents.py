@@ -8,9 +8,10 @@ from comfyui import start
 paths, _ = start()
 
 import execution
-import nodes
 import torch
 from apt_nodes import load_nodes, offer, sentence, show_on_nodes
+
+import nodes
 
 apt = load_nodes(paths["pack"])
 on_node = show_on_nodes(apt)

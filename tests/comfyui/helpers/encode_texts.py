@@ -7,10 +7,11 @@ from comfyui import start
 
 paths, complaints = start()
 
-import nodes
 import torch
 from apt_nodes import load_nodes, offer, sentence
 from safetensors.torch import save_file
+
+import nodes
 
 apt = load_nodes(paths["pack"])
 offer(paths["files"], "text_encoders")

@@ -22,6 +22,7 @@ class Warnings(logging.Handler):
 
 
 import folder_paths
+
 import nodes
 
 asyncio.run(nodes.init_builtin_extra_nodes())

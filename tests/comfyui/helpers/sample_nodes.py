@@ -8,7 +8,6 @@ from comfyui import start
 paths, _ = start()
 
 import comfy.samplers
-import nodes
 import torch
 from apt_nodes import load_nodes, offer, sentence, show_on_nodes
 from comfy.patcher_extension import WrappersMP
@@ -17,6 +16,8 @@ from comfy_extras.nodes_hunyuan import EmptyHunyuanLatentVideo
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow, ModelSamplingDiscrete, ModelSamplingSD3
 from comfy_extras.nodes_sd3 import EmptySD3LatentImage
 from safetensors.torch import load_file, save_file
+
+import nodes
 
 apt = load_nodes(paths["pack"])
 offer(paths["files"], "diffusion_models", "loras")

@@ -9,11 +9,12 @@ from comfyui import start
 paths, _ = start()
 
 import folder_paths
-import nodes
 import torch
 from apt_nodes import load_nodes, offer, sentence, show_on_nodes
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from safetensors.torch import load_file, save_file
+
+import nodes
 
 apt = load_nodes(paths["pack"])
 offer(paths["files"], "diffusion_models", "loras")

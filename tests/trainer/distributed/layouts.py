@@ -15,21 +15,21 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import apt_core.loading.checkpoint
 import apt_core.models.mmdit
 import trainer.stages.networks
+from apt_core.files.tensorfile import write_tensors
 from apt_core.loading.checkpoint import load_transformer, save_generator
-from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.loading.mmdit_files import load_mmdit, save_mmdit
 from apt_core.loading.sources import load_backbone
-from apt_core.files.tensorfile import write_tensors
+from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import WanBackbone
-from trainer.stages.adversarial import adversarial
-from trainer.data.batches import Batches
 from trainer.config import Adversarial, Distill, Sampling
-from trainer.stages.distill import distill
-from trainer.machines.distributed import connect
-from trainer.run.judge import LatentJudge
-from trainer.machines.parallel import Parallel
+from trainer.data.batches import Batches
 from trainer.data.shards import Sample, ShardWriter
+from trainer.machines.distributed import connect
+from trainer.machines.parallel import Parallel
+from trainer.run.judge import LatentJudge
 from trainer.run.state import Keep
+from trainer.stages.adversarial import adversarial
+from trainer.stages.distill import distill
 
 SHAPE, TEXT_LENGTH, TEXT_DIM = (4, 2, 4, 6), 5, 10
 SAMPLES = 11

@@ -14,8 +14,8 @@ from layouts import Layout, assert_close, in_double, mmdit, run_workers, train_a
 
 from apt_core.loading.sources import load_backbone
 from trainer.machines.distributed import World
-from trainer.stages.networks import Lora, adversarial_networks, distillation_networks
 from trainer.machines.parallel import Parallel
+from trainer.stages.networks import Lora, adversarial_networks, distillation_networks
 
 WANTED = "_native_math"
 

@@ -12,9 +12,9 @@ from layouts import SHAPE, TEXT_DIM
 
 from apt_core.method.flow import sample_noise
 from apt_core.method.objectives import Objective
-from trainer.stages.adversarial import draw_noises, share_of_penalties
 from trainer.data.batches import Batches, Micro
 from trainer.machines.distributed import World
+from trainer.stages.adversarial import draw_noises, share_of_penalties
 
 THREADS = """
 import os, sys, torch

@@ -6,17 +6,17 @@ import pytest
 import torch
 from layouts import Layout, assert_close, mmdit, run_layout, run_layouts, state_of, train_adversarial
 
-from apt_core.loading.checkpoint import load_transformer
-from apt_core.method.discriminator import Discriminator
 from apt_core.errors import AptError
-from apt_core.models.lora import LORA_PREFIX
-from apt_core.loading.sources import load_backbone
 from apt_core.files.tensorfile import read_tensors
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.loading.sources import load_backbone
+from apt_core.method.discriminator import Discriminator
+from apt_core.models.lora import LORA_PREFIX
 from trainer.checkpoints.starting_models import describe_state
-from trainer.machines.distributed import World
-from trainer.stages.networks import Lora, adversarial_networks
-from trainer.machines.parallel import Parallel
 from trainer.checkpoints.trained_models import open_discriminator, open_generator
+from trainer.machines.distributed import World
+from trainer.machines.parallel import Parallel
+from trainer.stages.networks import Lora, adversarial_networks
 
 LORA = Lora(4, 8.0)
 CHANGED = {"train_backbone": False, "taps": [0.5, 0.75], "discriminator_start": "start", "discriminator_time": 0.25, "lr_generator": 1e-3, "lr_discriminator": 1e-3}

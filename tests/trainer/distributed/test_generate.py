@@ -10,9 +10,9 @@ from layouts import TIMEOUT, WORKERS
 
 from apt_core.engine.request import Request
 from apt_core.loading.sources import SHIPPED
+from trainer.checkpoints.generate import generate
 from trainer.config import Files
 from trainer.machines.distributed import connect
-from trainer.checkpoints.generate import generate
 
 FILES = Files(vae="mini", text_encoder="mini")
 REQUEST = Request(["a red circle", "a blue square moving left", "a green triangle"], height=48, width=48, frames=5, fps=8)

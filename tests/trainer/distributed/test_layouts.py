@@ -2,13 +2,23 @@
 
 import pytest
 import torch
-from layouts import STABLE, Layout, assert_close, load_and_watch, mmdit, run_layouts, state_of, train_adversarial, train_distill
+from layouts import (
+    STABLE,
+    Layout,
+    assert_close,
+    load_and_watch,
+    mmdit,
+    run_layouts,
+    state_of,
+    train_adversarial,
+    train_distill,
+)
 
-from apt_core.loading.checkpoint import load_transformer
 from apt_core.files.tensorfile import read_tensors
+from apt_core.loading.checkpoint import load_transformer
 from apt_core.loading.sources import load_backbone
-from trainer.stages.networks import Lora
 from trainer.machines.parallel import Parallel
+from trainer.stages.networks import Lora
 
 LORA = Lora(4, 8.0)
 TWO_PASS, SEPARATE = {"discriminator_step": "two_pass"}, {"discriminator_step": "separate"}

@@ -6,22 +6,32 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import Layout, load_and_watch, mmdit, run_layouts, run_workers, state_of, tiny_wan, train_adversarial, write_shards
+from layouts import (
+    Layout,
+    load_and_watch,
+    mmdit,
+    run_layouts,
+    run_workers,
+    state_of,
+    tiny_wan,
+    train_adversarial,
+    write_shards,
+)
 from torch import nn
 
-from apt_core.loading.checkpoint import load_transformer
 from apt_core.errors import AptError
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.loading.sources import load_backbone
 from apt_core.method.objectives import Objective
 from apt_core.method.optim import make_rmsprop
 from apt_core.models.precision import stays_fp32
-from apt_core.loading.sources import load_backbone
-from trainer.machines.account import base_bytes
-from trainer.stages.adversarial import check_batch
-from trainer.data.batches import Micro
 from trainer.config import Model
+from trainer.data.batches import Micro
+from trainer.machines.account import base_bytes
 from trainer.machines.distributed import World, connect
-from trainer.stages.networks import Lora, Networks, distillation_networks
 from trainer.machines.parallel import Parallel, place
+from trainer.stages.adversarial import check_batch
+from trainer.stages.networks import Lora, Networks, distillation_networks
 from trainer.stages.update import Learner
 
 BF16 = Parallel(compute="bf16")

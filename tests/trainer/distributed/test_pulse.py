@@ -39,27 +39,6 @@ def saved(folder: Path) -> int:
     return int((folder / "1.pid").read_text() or 0) if ready else 0
 
 
-<<<<<<< HEAD
-def test_torchrun_a_killed_process_is_one_sentence(tmp_path):
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        trainer.machines.pulse.VARIABLE: str(SECONDS),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--log-dir",
-        tmp_path / "log",
-        "--redirects",
-        "3",
-    ]
-    script = [Path(__file__).with_name("pulse_worker.py"), tmp_path / "states"]
-=======
 @pytest.mark.parametrize("kind, what", [("SIGKILL", "is gone"), ("SIGSTOP", "has not answered")])
 def test_under_torchrun_a_lost_process_is_one_sentence(tmp_path, kind, what):
     environment = os.environ | {"PYTHONPATH": str(ROOT), trainer.machines.pulse.VARIABLE: str(SECONDS)}
@@ -67,7 +46,6 @@ def test_under_torchrun_a_lost_process_is_one_sentence(tmp_path, kind, what):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--log-dir", str(tmp_path / "log"), "--redirects", "3"]
     command += [str(Path(__file__).with_name("pulse_worker.py")), str(tmp_path / "states")]
->>>>>>> part2
     with (tmp_path / "torchrun").open("w") as file:
         run = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     pid = wait_for(lambda: saved(tmp_path) or run.poll(), 120)

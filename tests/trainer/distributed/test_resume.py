@@ -11,15 +11,25 @@ from types import SimpleNamespace
 import layouts
 import pytest
 import torch
-from layouts import STABLE, Layout, assert_close, mmdit, run_layout, start_workers, state_of, train_adversarial, train_distill
+from layouts import (
+    STABLE,
+    Layout,
+    assert_close,
+    mmdit,
+    run_layout,
+    start_workers,
+    state_of,
+    train_adversarial,
+    train_distill,
+)
 
 import trainer.stages.adversarial
 from apt_core.errors import AptError
 from apt_core.loading.sources import load_backbone
 from trainer.data.batches import Batches
-from trainer.stages.networks import Lora
 from trainer.machines.parallel import Parallel
 from trainer.run.state import Keep, Preempted, Vote, best_state
+from trainer.stages.networks import Lora
 
 ACCUMULATED = Parallel(microbatch=1)
 

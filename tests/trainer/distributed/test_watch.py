@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from layouts import SHAPE, Text, write_shards
 
 from apt_core.method.flow import sample_noise
 from trainer.data.batches import Batches
 from trainer.machines.distributed import World
 from trainer.run.monitor import ChanceWarning, FloorWarning
 from trainer.stages.watch import Watch
-
-from layouts import SHAPE, Text, write_shards
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from apt_core.loading.checkpoint import load_transformer
 from apt_core.errors import AptError
+from apt_core.loading.checkpoint import load_transformer
 from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD, decode, encode, load_vae
 from trainer.mini import ASSETS, VAE, train_base, train_vae
 from trainer.mini.clips import draw
 from trainer.mini.features import load_features, train_features
-from trainer.stages.muon import Muon
 from trainer.mini.metrics import edge_energy
 from trainer.mini.pretrain import SHIPPED, pretrain
 from trainer.mini.train_text import train_text_encoder
+from trainer.stages.muon import Muon
 
 SHIPPED_LIMIT = 24 * 2**20
 

@@ -19,7 +19,16 @@ from trainer.config import load_preset
 from trainer.proof.ablate import BASE, Ablation, ablation
 from trainer.proof.ablation_table import table
 from trainer.proof.variants import UPDATES, all_variants, choose
-from trainer.proof.verdict import CANNOT_TELL, DOES_NOT, HOLDS, NO_CLAIM, difference, estimate, outcome, verdict
+from trainer.proof.verdict import (
+    CANNOT_TELL,
+    DOES_NOT,
+    HOLDS,
+    NO_CLAIM,
+    difference,
+    estimate,
+    outcome,
+    verdict,
+)
 from trainer.run.monitor import Monitor
 from trainer.stages.update import NotFinite
 

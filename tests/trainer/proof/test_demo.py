@@ -11,23 +11,23 @@ import torch
 from PIL import Image
 
 import trainer.proof.demo
-from apt_core.loading.checkpoint import load_transformer
-from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.errors import AptError
+from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.files.media_write import write_video
 from apt_core.files.tensorfile import read_tensors
-from trainer.config import load_preset
+from apt_core.loading.checkpoint import load_transformer
 from trainer.checkpoints.starting_models import with_defaults
-from trainer.proof.demo import Demo, RunState
-from trainer.mini.drawn_files import draw_files
+from trainer.checkpoints.trained_models import open_discriminator, open_generator
+from trainer.config import load_preset
+from trainer.data.shards import ShardDataset
 from trainer.inside.attention import find_state, look, run_attention
 from trainer.inside.opening import open_pipeline
 from trainer.mini import ASSETS
+from trainer.mini.drawn_files import draw_files
+from trainer.proof.demo import Demo, RunState
 from trainer.proof.evaluate import ALL_COLUMNS, COLUMNS
 from trainer.proof.measure import measure_runs
 from trainer.proof.report import drawn_prompts
-from trainer.data.shards import ShardDataset
-from trainer.checkpoints.trained_models import open_discriminator, open_generator
 
 TINY = load_preset(Path(__file__).parents[1] / "tiny.toml")
 KEYS = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "calls", "samples")

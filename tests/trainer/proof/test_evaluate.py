@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.files.checkpoint_header import read_metadata
+from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import few_step, one_step
 from apt_core.method.steps import step_times
