@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .engine.pipeline import OneStepPipeline, Video
     from .errors import AptError
+    from .loading.backbones import load_backbone
     from .loading.checkpoint import load_transformer, save_generator
-    from .loading.sources import load_backbone
     from .method.consistency import ConsistencySettings, consistency_backward
     from .method.discriminator import Discriminator
     from .method.ema import Ema
@@ -29,7 +29,7 @@ _MODULES = {
     ".engine.pipeline": ("OneStepPipeline", "Video"),
     ".errors": ("AptError",),
     ".loading.checkpoint": ("load_transformer", "save_generator"),
-    ".loading.sources": ("load_backbone",),
+    ".loading.backbones": ("load_backbone",),
     ".method.consistency": ("ConsistencySettings", "consistency_backward"),
     ".method.discriminator": ("Discriminator",),
     ".method.ema": ("Ema",),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from apt_core.errors import AptError
+from apt_core.loading.backbones import kinds
 from apt_core.method.consistency import ConsistencySettings
 from apt_core.method.objectives import Objective
 from apt_core.models.wan import PAPER_FRACTIONS
@@ -21,9 +22,9 @@ class Settings(BaseModel):
 
 
 class Model(Settings):
-    """Shape of the base model, so that accounts can be made without a weight. vae: the version whose latents it has."""
+    """Shape of the base model, so that accounts can be made without a weight. vae: the version whose latents it has; kind: see apt_core.loading.backbones."""
 
-    kind: Literal["wan", "mmdit"] = "wan"
+    kind: str = "wan"
     layers: int = Field(ge=1)
     heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
@@ -32,6 +33,13 @@ class Model(Settings):
     text_dim: int = Field(4096, ge=1)
     text_length: int = Field(512, ge=2)
     vae: Literal["2.1", "2.2"] = "2.1"
+
+    @field_validator("kind")
+    @classmethod
+    def _is_registered(cls, kind: str) -> str:
+        if kind not in kinds():
+            raise ValueError(f"it must be one of {', '.join(kinds())}")
+        return kind
 
     @property
     def width(self) -> int:

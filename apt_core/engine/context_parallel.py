@@ -25,11 +25,11 @@ from ..errors import AptError
 from ..method.discriminator import Discriminator
 from ..models.attention import attend
 from ..models.lora import Role
-from ..models.mmdit import MMDiTBackbone, rotate
+from ..models.mmdit import rotate
 
 
 def enable(model: nn.Module, group: ProcessGroup) -> None:
-    """Makes a backbone (WanBackbone, MMDiTBackbone), a role of one, or a Discriminator compute over the group's processes, in place.
+    """Makes a Backbone, a role of one, or a Discriminator compute over the group's processes, in place.
 
     Weights, state dict and interface stay. To be done before compilation. Features of taps are whole, except on their way to the heads of
     a discriminator. Any number of tokens fits; raises AptError when the group does not divide the attention heads.
@@ -41,12 +41,7 @@ def enable(model: nn.Module, group: ProcessGroup) -> None:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise AptError(f"{heads} attention heads cannot be split over {size} context-parallel processes: use one of {fitting}.")
     split = Split(group)
-    backbone.split = split
-    for block in backbone.blocks:
-        if isinstance(backbone, MMDiTBackbone):
-            block.split = split
-        else:
-            block.attn1.set_processor(UlyssesProcessor(split, block.attn1.processor._attention_backend))
+    backbone.share_tokens(split)
     if isinstance(model, Discriminator):
         split.local_taps = True
         for head in model.heads:
@@ -58,6 +53,10 @@ class Split:
 
     def __init__(self, group: ProcessGroup):
         self.group, self.size, self.rank = group, group.size(), group.rank()
+
+    def processor(self, backend) -> "UlyssesProcessor":
+        """What diffusers' attention layers then compute with."""
+        return UlyssesProcessor(self, backend)
         self.local_taps = False
 
     def __deepcopy__(self, memo) -> "Split":

@@ -11,7 +11,6 @@ from torch import nn
 
 from ..errors import AptError
 from ..models.attention import best_backend
-from ..models.mmdit import MMDiTBackbone
 from .context_parallel import enable
 from .fp8 import check_fp8, to_fp8
 from .torch_limits import allow_many_graphs
@@ -29,12 +28,12 @@ class Speed:
 
 @torch.no_grad()
 def make_fast(model: nn.Module, device: torch.device, speed: Speed = Speed(), group=None, place: torch.device | None = None) -> nn.Module:
-    """Prepares a WanBackbone or MMDiTBackbone, in place, for forward passes without gradients on `device`; returns it.
+    """Prepares a Backbone, in place, for forward passes without gradients on `device`; returns it.
 
     place: where its weights are to wait, None: where they are. group: processes that share each sample's tokens. Raises AptError where the card
     has no fp8 and where the group does not divide the heads.
     """
-    fuse_projections(model)
+    model.fuse_projections()
     model.eval().requires_grad_(False)
     if speed.fp8:
         to_fp8(model, check_fp8(device), place)
@@ -49,19 +48,6 @@ def make_fast(model: nn.Module, device: torch.device, speed: Speed = Speed(), gr
         for block in model.blocks:  # not block.compile, which takes the block's hooks into the graph, and with them BlockStream's moves
             block.forward = torch.compile(block.forward, dynamic=False)
     return model
-
-
-@torch.no_grad()
-def fuse_projections(model: nn.Module) -> None:
-    """One product for queries, keys and values that read the same tokens, with the weights of the three in the place of theirs."""
-    for block in model.blocks:
-        for stream in (block.visual, block.text) if isinstance(model, MMDiTBackbone) else ():
-            stream.fuse()
-        for attention in () if isinstance(model, MMDiTBackbone) else (block.attn1, block.attn2):
-            attention.fuse_projections()
-            attention.to_k = attention.to_v = None
-            if not attention.is_cross_attention:
-                attention.to_q = None
 
 
 def check_device(name: str | torch.device) -> None:

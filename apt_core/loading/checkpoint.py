@@ -34,6 +34,7 @@ from ..files.tensorfile import (
     write_tensors,
 )
 from ..models.precision import cast, weight_dtype
+from .backbones import WAN, Kind
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -304,3 +305,37 @@ def _renamed(path, key: str, rename) -> str:
         return rename(key)
     except AptError as error:
         raise AptError(f"{path}: {error}") from None
+
+
+def _build(layers: int, heads: int, head_dim: int, ffn: int, channels: int, text_dim: int):
+    from ..models.wan import WanBackbone
+
+    return WanBackbone(
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=text_dim,
+        freq_dim=256,
+        ffn_dim=ffn,
+        num_layers=layers,
+    )
+
+
+def _is_wan(model: object) -> bool:
+    from diffusers import WanTransformer3DModel
+
+    return isinstance(model, WanTransformer3DModel)
+
+
+WAN_KIND = Kind(
+    name=WAN,
+    words="a Wan transformer",
+    is_model=_is_wan,
+    is_file=lambda path: True,
+    config=read_config,
+    load=load_transformer,
+    save=save_generator,
+    build=_build,
+    public=True,
+)

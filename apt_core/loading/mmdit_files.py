@@ -13,6 +13,7 @@ from ..files.contract import metadata_json, metadata_strings
 from ..files.tensorfile import check_count, check_shapes, read_tensors, write_tensors
 from ..models.mmdit import MMDiTBackbone
 from ..models.precision import cast, weight_dtype
+from .backbones import Kind
 
 
 def save_mmdit(
@@ -60,3 +61,25 @@ def _on_meta(path: str | Path, arguments: Mapping) -> MMDiTBackbone:
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and "mmdit" in read_header(path).metadata
+
+
+def _build(layers: int, heads: int, head_dim: int, ffn: int, channels: int, text_dim: int) -> MMDiTBackbone:
+    side = head_dim * 11 // 52 * 2  # 44 of 104 channels for rows and for columns
+    axes = (head_dim - 2 * side, side, side)
+    return MMDiTBackbone(layers, heads, head_dim, channels, channels, text_dim, axes_dims_rope=axes)
+
+
+MMDIT_KIND = Kind(
+    name="mmdit",
+    words="an MMDiT",
+    is_model=lambda model: isinstance(model, MMDiTBackbone),
+    is_file=_is_file,
+    config=lambda path: load_mmdit(path, device="meta").config,
+    load=load_mmdit,
+    save=save_mmdit,
+    build=_build,
+)

@@ -15,8 +15,7 @@ from ..files.lora_keys import is_lora
 from ..models.lora_files import merge, read_lora, read_lora_for
 from ..models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
 from ..models.vae import load_vae, read_vae, stride
-from .checkpoint import load_transformer
-from .mmdit_files import load_mmdit
+from .backbones import load_backbone
 from .text_files import TextFacts, load_text_encoder_files, read_text_encoder
 
 MINI = "mini"
@@ -133,18 +132,6 @@ def base_metadata(path: Path) -> dict:
     if path.is_dir():
         return read_folder_metadata(path)
     return metadata_json(path, read_header(path).metadata, "apt")
-
-
-def load_backbone(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
-    """The transformer at `path`, a Wan or an MMDiT, as its file says. Raises AptError as `load_transformer` and `load_mmdit` do."""
-    if is_mmdit(Path(path)):
-        return load_mmdit(path, dtype, device)
-    return load_transformer(path, dtype=dtype, device=device)
-
-
-def is_mmdit(path: Path) -> bool:
-    """Whether the file is an MMDiT of this project."""
-    return path.is_file() and "mmdit" in read_header(path).metadata
 
 
 @dataclass(frozen=True)

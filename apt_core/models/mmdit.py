@@ -249,6 +249,18 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         for block in self.blocks:
             block.attention_backend = backend
 
+    def fuse_projections(self) -> None:
+        """One product for queries, keys and values of each stream, with the weights of the three in the place of theirs."""
+        for block in self.blocks:
+            block.visual.fuse()
+            block.text.fuse()
+
+    def share_tokens(self, split) -> None:
+        """Computes over the processes of a `context_parallel.Split`."""
+        self.split = split
+        for block in self.blocks:
+            block.split = split
+
     def drop_output_head(self) -> None:
         """Removes norm_out, modulation_out and proj_out: the discriminator never uses them."""
         for name in self.output_head:

@@ -126,6 +126,21 @@ class WanBackbone(WanTransformer3DModel):
         for block in self.blocks:
             block.attn1.processor._attention_backend = block.attn2.processor._attention_backend = backend
 
+    def fuse_projections(self) -> None:
+        """One product for queries, keys and values that read the same tokens, with the weights of the three in the place of theirs."""
+        for block in self.blocks:
+            for attention in (block.attn1, block.attn2):
+                attention.fuse_projections()
+                attention.to_k = attention.to_v = None
+                if not attention.is_cross_attention:
+                    attention.to_q = None
+
+    def share_tokens(self, split) -> None:
+        """Computes over the processes of a `context_parallel.Split`."""
+        self.split = split
+        for block in self.blocks:
+            block.attn1.set_processor(split.processor(block.attn1.processor._attention_backend))
+
     def drop_output_head(self) -> None:
         """Removes proj_out, norm_out and scale_shift_table: the discriminator never uses them.
 

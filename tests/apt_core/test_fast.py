@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from apt_core.engine import fast
-from apt_core.engine.fast import Speed, check_compile, fuse_projections, make_fast
+from apt_core.engine.fast import Speed, check_compile, make_fast
 from apt_core.engine.fp8 import FP8, Fp8Linear, check_fp8, quantise, to_fp8
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
@@ -46,7 +46,7 @@ def test_fused_projections_give_the_same_numbers_with_as_many_weights(double, ma
     model, expected = make().double(), velocity(make().double(), torch.float64)
     count = sum(p.numel() for p in model.parameters())
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
-    fuse_projections(model)
+    model.fuse_projections()
     assert sum(p.numel() for p in model.parameters()) == count
     # Wan: 3 -> 1 and 2 -> 1 in each of 3 blocks; MMDiT: 3 -> 1 in each stream but the last text, of which only keys are left.
     assert linears - sum(isinstance(module, nn.Linear) for module in model.modules()) == (9 if make is wan else 10)

@@ -16,8 +16,9 @@ from apt_core.errors import AptError
 from apt_core.files import keys, lora_keys
 from apt_core.files.lora_keys import find_place, is_lora, wan_layers
 from apt_core.loading import checkpoint, sources
+from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer, save_generator
-from apt_core.loading.sources import ASSETS, SHIPPED, load_backbone, read_transformer
+from apt_core.loading.sources import ASSETS, SHIPPED, read_transformer
 from apt_core.models import lora_files
 from apt_core.models.lora import (
     add_adapters,

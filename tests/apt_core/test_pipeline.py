@@ -19,8 +19,9 @@ from apt_core.engine.residence import ALL, BLOCKS, PARTS
 from apt_core.errors import AptError
 from apt_core.files.checkpoint_header import read_metadata
 from apt_core.loading import sources
+from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import save_generator
-from apt_core.loading.sources import SHIPPED, TransformerSource, load_backbone
+from apt_core.loading.sources import SHIPPED, TransformerSource
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import euler_cfg, few_step, one_step
 from apt_core.method.noise import draw

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from apt_core.errors import AptError
-from apt_core.loading.sources import load_backbone
+from apt_core.loading.backbones import load_backbone
 from apt_core.models.text import TOKENIZER_KEY, train_tokenizer
 from trainer.checkpoints.starting_models import (
     check_base,
@@ -108,5 +108,5 @@ def test_an_mmdit_starts_from_noise_and_is_known_by_its_file(tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
     with pytest.raises(AptError, match="is an MMDiT, which preset mini is not for"):
         check_base(tmp_path / "a.safetensors", load_preset("mini").model, "mini")
-    with pytest.raises(AptError, match="base=random is for MMDiTs, and mini is a Wan"):
+    with pytest.raises(AptError, match="base=random is for backbones without public weights, and mini is a Wan transformer"):
         write_random_base(tmp_path / "c.safetensors", load_preset("mini"))

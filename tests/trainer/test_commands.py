@@ -16,8 +16,8 @@ from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
 from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.files.tensorfile import read_tensors, write_tensors
+from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer, save_generator
-from apt_core.loading.sources import load_backbone
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import one_step
 from apt_core.models.mmdit import MMDiTBackbone

@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 from apt_core.errors import AptError
 from apt_core.files.keys import transformer_to_official
+from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.sources import SHIPPED, load_backbone
+from apt_core.loading.sources import SHIPPED
 from apt_core.models.lora import add_adapters, role, save_lora
 from trainer.__main__ import app
 from trainer.checkpoints.export import export

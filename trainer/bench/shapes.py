@@ -11,11 +11,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 from apt_core.errors import AptError
 from apt_core.loading.sources import SHIPPED, Sources, TextSource, TransformerSource, VaeSource
 from apt_core.loading.text_files import TextFacts
-from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.precision import cast
 from apt_core.models.text import TextEncoder, load_text_encoder
 from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD, load_vae, stride
-from apt_core.models.wan import WanBackbone
+from trainer.checkpoints.starting_models import build
 from trainer.config import Model, Preset, load_preset
 
 PRESETS = {"mini": "mini", "wan2.2-5b": "wan2.2-5b", "wan2.1-1.3b": "wan2.1-1.3b-720p", "wan2.1-14b": "wan2.1-14b", "seaweed-8b": "seaweed-8b"}
@@ -91,23 +90,8 @@ def find_shapes(name: str) -> Shapes:
 
 def build_backbone(model: Model, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """An untrained transformer of this shape."""
-    if model.kind == "mmdit":
-        side = model.head_dim * 11 // 52 * 2
-        axes = (model.head_dim - 2 * side, side, side)
-        network = random_weights(
-            lambda: MMDiTBackbone(model.layers, model.heads, model.head_dim, model.channels, model.channels, model.text_dim, axes_dims_rope=axes),
-            device, dtype,
-        )  # fmt: skip
-        return cast(network, dtype)
-
-    def make() -> WanBackbone:
-        return WanBackbone(
-            num_attention_heads=model.heads, attention_head_dim=model.head_dim, in_channels=model.channels, out_channels=model.channels,
-            text_dim=model.text_dim, freq_dim=256, ffn_dim=model.ffn, num_layers=model.layers,
-        )  # fmt: skip
-
-    built = cast(random_weights(make, device, dtype), dtype)
-    if torch.device(device).type != "meta":  # its tables are in no state dict
+    built = cast(random_weights(lambda: build(model), device, dtype), dtype)
+    if hasattr(built, "rope") and torch.device(device).type != "meta":  # Wan's tables are in no state dict
         config = built.config
         built.rope = type(built.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(device)
     return built

@@ -11,13 +11,13 @@ from apt_core.files import keys
 from apt_core.files.contract import metadata_strings
 from apt_core.files.lora_keys import is_lora
 from apt_core.files.tensorfile import read_header, write_tensors
+from apt_core.loading.backbones import kind_of
 from apt_core.loading.checkpoint import (
     comfy_config,
     save_diffusers_folder,
     save_generator,
 )
 from apt_core.models.lora import merged_state, save_lora
-from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import WanBackbone
 from trainer.checkpoints.trained_models import ROLE, Generator, cast, open_generator
 from trainer.run.folders import resolve
@@ -45,8 +45,9 @@ def export(source: Path, out: Path, form: str = "file", dtype: str = "bf16", bas
     if out.exists() and out.resolve() in (resolve(source).resolve(), base and Path(base).resolve()):
         raise AptError(f"{out} is what is to be exported, or what it was trained from: give another --out.")
     generator = open_generator(source, base, ema)
-    if isinstance(generator.base or generator.model, MMDiTBackbone):
-        raise AptError(f"{source} is an MMDiT, which neither ComfyUI nor diffusers know: use the file as it is, with this trainer.")
+    kind = kind_of(generator.base or generator.model)
+    if not kind.public:
+        raise AptError(f"{source} is {kind.words}, which neither ComfyUI nor diffusers know: use the file as it is, with this trainer.")
     metadata = generator.metadata | {"kind": "generator"}
     if form == "lora":
         if generator.base is None:

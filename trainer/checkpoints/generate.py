@@ -13,7 +13,8 @@ from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.engine.request import Request
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder
-from apt_core.loading.sources import TransformerSource, load_backbone
+from apt_core.loading.backbones import load_backbone
+from apt_core.loading.sources import TransformerSource
 from apt_core.models.lora import fold
 from apt_core.models.precision import cast
 from trainer.checkpoints.starting_models import read_about

@@ -13,8 +13,9 @@ from apt_core.files.keys import detect_layout, detect_vae_layout
 from apt_core.files.lora_keys import is_lora
 from apt_core.files.quantised import BESIDE, form_of, plain_header
 from apt_core.files.tensorfile import Header, check_finite, read_header, read_tensors
+from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import comfy_config, load_transformer, read_config
-from apt_core.loading.sources import load_backbone, locate
+from apt_core.loading.sources import locate
 from apt_core.loading.text_files import EMBEDDINGS
 from apt_core.models.lora_files import LoraFile, official_shapes, own_names, read_lora
 from apt_core.models.text import TOKENIZER_KEY

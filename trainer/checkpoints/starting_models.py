@@ -3,25 +3,24 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from apt_core.errors import AptError
 from apt_core.files.contract import metadata_json
 from apt_core.files.jsonfile import read_object
 from apt_core.files.quantised import form_of
 from apt_core.files.tensorfile import read_header
-from apt_core.loading.checkpoint import read_config
-from apt_core.loading.mmdit_files import load_mmdit, save_mmdit
-from apt_core.loading.sources import MINI, WHAT, is_mmdit
+from apt_core.loading.backbones import kind_named, kind_of_file
+from apt_core.loading.sources import MINI, WHAT
 from apt_core.loading.sources import locate as find_part
 from apt_core.loading.text_files import load_text_encoder_files
-from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.text import TextEncoder
 from apt_core.models.vae import load_vae
 from trainer.config import Files, Model, Preset
 from trainer.files import write_json
 from trainer.run.folders import ABOUT, resolve
 
-RANDOM = "random"  # an MMDiT, of which no weights are public, may start from noise
+RANDOM = "random"  # a backbone of which no weights are public may start from noise
 
 
 def locate(files: Files, part: str) -> Path:
@@ -52,15 +51,12 @@ def find_base(preset: Preset) -> Path:
 
 def check_base(path: Path, model: Model, name: str) -> None:
     """Raises AptError when the transformer at `path` has not the shape of `model`, which preset `name` is for."""
-    if is_mmdit(path) != (model.kind == "mmdit"):
-        kind = "an MMDiT" if is_mmdit(path) else "a Wan transformer"
-        raise AptError(f"base {path} is {kind}, which preset {name} is not for: give a base of its kind.")
+    kind = kind_of_file(path)
+    if kind.name != model.kind:
+        raise AptError(f"base {path} is {kind.words}, which preset {name} is not for: give a base of its kind.")
     if path.is_file() and (form := form_of(read_header(path))):
         raise AptError(f"base {path} is in {form}, too coarse to train from: give the model in fp32, bf16 or fp16.")
-    if model.kind == "mmdit":
-        config = load_mmdit(path, device="meta").config
-    else:
-        config = read_config(path)
+    config = kind.config(path)
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     found = {
         "blocks": config["num_layers"], "heads": heads, "width": heads * head_dim, "ffn": config.get("ffn_dim", 4 * heads * head_dim),
@@ -75,16 +71,23 @@ def check_base(path: Path, model: Model, name: str) -> None:
 
 
 def write_random_base(path: Path, preset: Preset) -> None:
-    """An untrained MMDiT of the preset's shape, the same each time. Raises AptError for a preset of another kind."""
-    model = preset.model
-    if model.kind != "mmdit":
-        raise AptError(f"base={RANDOM} is for MMDiTs, and {preset.name} is a Wan: give base=PATH of {WHAT['base']}.")
-    side = model.head_dim * 11 // 52 * 2  # 44 of 104 channels for rows and for columns
-    axes = (model.head_dim - 2 * side, side, side)
+    """An untrained backbone of the preset's shape, the same each time. Raises AptError for a kind with public weights, which are better."""
+    model, kind = preset.model, kind_named(preset.model.kind)
+    if kind.public:
+        raise AptError(
+            f"base={RANDOM} is for backbones without public weights, and {preset.name} is {kind.words}: "
+            f"give base=PATH of {WHAT['base']}."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = MMDiTBackbone(model.layers, model.heads, model.head_dim, model.channels, model.channels, model.text_dim, axes_dims_rope=axes)
-    save_mmdit(path, network, network.config, {"kind": "base", "base": preset.name})
+        network = build(model)
+    kind.save(path, network, network.config, {"kind": "base", "base": preset.name})
+
+
+def build(model: Model) -> nn.Module:
+    """An untrained backbone of this shape."""
+    make = kind_named(model.kind).build
+    return make(model.layers, model.heads, model.head_dim, model.ffn, model.channels, model.text_dim)
 
 
 def describe_state(folder: Path, base: Path, metadata: dict, lora: tuple[int, float | None] | None) -> None:

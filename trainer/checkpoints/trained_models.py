@@ -15,8 +15,9 @@ from apt_core.files.checkpoint_header import read_folder_metadata, read_header
 from apt_core.files.contract import metadata_json
 from apt_core.files.jsonfile import read_object
 from apt_core.files.lora_keys import is_lora
+from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.sources import base_metadata, load_backbone
+from apt_core.loading.sources import base_metadata
 from apt_core.method.discriminator import Discriminator
 from apt_core.models.lora import add_adapters, load_lora, role
 from apt_core.models.lora_files import LoraFile, merge, read_lora, read_lora_for

@@ -15,7 +15,8 @@ import torch
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder
-from apt_core.loading.sources import MINI, load_backbone
+from apt_core.loading.backbones import load_backbone
+from apt_core.loading.sources import MINI
 from apt_core.models.vae import decode
 from trainer.checkpoints.starting_models import (
     RANDOM,

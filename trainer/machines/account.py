@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from apt_core.errors import AptError
 from apt_core.models.wan import PAPER_FRACTIONS, tap_blocks
 from trainer.config import Model, Preset
+from trainer.machines.counts import counts_of
 
 STAGES = ("distill", "image", "video")
 TAPS = len(PAPER_FRACTIONS)
@@ -37,36 +38,20 @@ class Account:
         return self.flops * self.updates / flops_per_second / 3600
 
 
-def block_parameters(model: Model) -> int:
-    d = model.width
-    if model.kind == "mmdit":  # two streams, each q, k, v, out, MLP of 4 d and modulation of 6 d
-        return 2 * (4 * (d * d + d) + 2 * 4 * d * d + 5 * d + 6 * (d * d + d)) + 4 * model.head_dim
-    attention = 4 * (d * d + d) + 2 * d
-    return 2 * attention + 2 * d + 2 * d * model.ffn + model.ffn + d + 6 * d
-
-
-def outer_parameters(model: Model) -> int:
-    """All but the blocks: embedders and the output head."""
-    d, patch, time = model.width, 4 * model.channels, time_parameters(model)
-    if model.kind == "mmdit":
-        return time + model.text_dim * d + d + model.text_dim + patch * d + d + 2 * (d * d + d) + d * patch + patch
-    return time + 6 * (d * d + d) + model.text_dim * d + d + d * d + d + patch * d + d + d * patch + patch + 2 * d
-
-
 def time_parameters(model: Model) -> int:
     """Of the time embedder, which is in fp32 whatever the rest is."""
     d = model.width
     return 256 * d + d + d * d + d
 
 
-def exact_parameters(model: Model) -> int:
-    """Modulation tables and affine norms of Wan's, in fp32 in a base of 16 bits, and whole on every GPU."""
-    return model.layers * (6 + 2) * model.width + 2 * model.width if model.kind == "wan" else 0
+def outer_parameters(model: Model) -> int:
+    """All but the blocks: embedders and the output head."""
+    return time_parameters(model) + counts_of(model).outer(model)
 
 
 def parameters(model: Model) -> int:
     """Of the transformer."""
-    return model.layers * block_parameters(model) + outer_parameters(model)
+    return model.layers * counts_of(model).block(model) + outer_parameters(model)
 
 
 def head_parameters(model: Model, inner: int, taps: int = TAPS) -> int:
@@ -78,16 +63,14 @@ def head_parameters(model: Model, inner: int, taps: int = TAPS) -> int:
 
 def adapter_parameters(model: Model, rank: int) -> int:
     """Of one LoRA on all linear layers of the blocks."""
-    d, ffn = model.width, model.ffn
-    per_block = 48 * d if model.kind == "mmdit" else (8 * 2 * d + 2 * (d + ffn))
-    return model.layers * rank * per_block
+    return model.layers * rank * counts_of(model).adapter_widths(model)
 
 
 def base_bytes(model: Model, compute: str, gpus: int) -> float:
     """Of the frozen base of LoRA mode on each GPU: in the dtype of the compute, but for what stays in fp32."""
     if compute == "fp32":
         return 4 * parameters(model) / gpus
-    time, exact = time_parameters(model), exact_parameters(model)
+    time, exact = time_parameters(model), counts_of(model).exact(model)
     return (2 * (parameters(model) - time - exact) + 4 * time) / gpus + 4 * exact
 
 
@@ -100,12 +83,7 @@ def tokens(preset: Preset, kind: str) -> int:
 
 def forward_flops(model: Model, n: int) -> tuple[float, float]:
     """(linear layers, attention) of one forward pass of one sample of n tokens."""
-    d, text = model.width, model.text_length
-    if model.kind == "mmdit":  # text tokens go through as many layers as visual ones, and all attend to all
-        every = n + text
-        return model.layers * every * 24.0 * d * d, model.layers * every**2 * 4.0 * d
-    linear = model.layers * (n * (12.0 * d * d + 4.0 * d * model.ffn) + text * 4.0 * d * d)
-    return linear, model.layers * 4.0 * d * (n * n + n * text)
+    return counts_of(model).forward(model, n)
 
 
 def account(preset: Preset, stage: str, variant: str | None = None, gpus: int = 1) -> Account:
@@ -195,7 +173,7 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
         memory = {"frozen base": base_bytes(model, train.compute, gpus)}
     else:
         output = 4 * model.channels * (model.width + 1) + (2 * model.width if model.kind == "wan" else 0)
-        body_of_d = body - output - (model.layers - taps[-1]) * block_parameters(model)
+        body_of_d = body - output - (model.layers - taps[-1]) * counts_of(model).block(model)
         counted = {"generator": body, "discriminator": body_of_d, "discriminator's heads": heads}
         trained, memory = body, {}
     still = 0 if settings.train_backbone else body_of_d
@@ -207,7 +185,7 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
         "optimizer": 4 * sum(states) * shard,
         "averages": 4 * averages * trained * shard,
         "gradients": 4 * max(states) * (1 if whole_gradients else shard),
-        "gathered weights": _gathered(preset, gpus, max(block_parameters(model), heads // len(taps) * 4 // _width(train.compute)), lora),
+        "gathered weights": _gathered(preset, gpus, max(counts_of(model).block(model), heads // len(taps) * 4 // _width(train.compute)), lora),
     }
     kept, block = _activations(preset, n, micro)
     at_heads = len(taps) * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)  # in fp32, see trainer.machines.parallel.shard
@@ -242,7 +220,7 @@ def _distill(preset: Preset, gpus: int) -> Account:
         "optimizer": 8 * trained * shard,
         "averages": 4 * (averages + target) * trained * shard,
         "gradients": 4 * trained * (1 if whole_gradients else shard),
-        "gathered weights": _gathered(preset, gpus, block_parameters(model), lora),
+        "gathered weights": _gathered(preset, gpus, counts_of(model).block(model), lora),
         "activations": kept + block,
     }
     return Account(counted, flops, memory, settings.updates)

@@ -9,13 +9,11 @@ from torch import nn
 
 from apt_core.files.contract import metadata_strings
 from apt_core.files.tensorfile import write_tensors
-from apt_core.loading.checkpoint import save_generator
-from apt_core.loading.mmdit_files import save_mmdit
+from apt_core.loading.backbones import kind_of
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.ema import Ema
 from apt_core.models.lora import add_adapters, load_lora, lora_state, role
 from apt_core.models.lora_files import read_lora_for
-from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel, place, reshard, shard_heads, whole_state
@@ -51,8 +49,7 @@ class Networks:
         if self.base is None:
             state = whole_state(average.shadow, world)
             if world.main:
-                write = save_mmdit if isinstance(self.generator, MMDiTBackbone) else save_generator
-                write(path, state, self.generator.config, metadata, torch.float32)
+                kind_of(self.generator).save(path, state, self.generator.config, metadata, torch.float32)
         else:
             self.reshard()
             with average.applied(self.generator):

@@ -16,9 +16,9 @@ import apt_core.loading.checkpoint
 import apt_core.models.mmdit
 import trainer.stages.networks
 from apt_core.files.tensorfile import write_tensors
+from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.loading.mmdit_files import load_mmdit, save_mmdit
-from apt_core.loading.sources import load_backbone
 from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import WanBackbone
 from trainer.config import Adversarial, Distill, Sampling

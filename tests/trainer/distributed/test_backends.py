@@ -12,7 +12,7 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from layouts import Layout, assert_close, in_double, mmdit, run_workers, train_adversarial, train_distill
 
-from apt_core.loading.sources import load_backbone
+from apt_core.loading.backbones import load_backbone
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel
 from trainer.stages.networks import Lora, adversarial_networks, distillation_networks

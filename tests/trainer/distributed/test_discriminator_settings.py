@@ -8,8 +8,8 @@ from layouts import Layout, assert_close, mmdit, run_layout, run_layouts, state_
 
 from apt_core.errors import AptError
 from apt_core.files.tensorfile import read_tensors
+from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.sources import load_backbone
 from apt_core.method.discriminator import Discriminator
 from apt_core.models.lora import LORA_PREFIX
 from trainer.checkpoints.starting_models import describe_state

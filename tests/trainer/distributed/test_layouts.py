@@ -15,8 +15,8 @@ from layouts import (
 )
 
 from apt_core.files.tensorfile import read_tensors
+from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.sources import load_backbone
 from trainer.machines.parallel import Parallel
 from trainer.stages.networks import Lora
 

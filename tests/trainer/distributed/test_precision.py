@@ -20,8 +20,8 @@ from layouts import (
 from torch import nn
 
 from apt_core.errors import AptError
+from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.sources import load_backbone
 from apt_core.method.objectives import Objective
 from apt_core.method.optim import make_rmsprop
 from apt_core.models.precision import stays_fp32

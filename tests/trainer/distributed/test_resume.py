@@ -25,7 +25,7 @@ from layouts import (
 
 import trainer.stages.adversarial
 from apt_core.errors import AptError
-from apt_core.loading.sources import load_backbone
+from apt_core.loading.backbones import load_backbone
 from trainer.data.batches import Batches
 from trainer.machines.parallel import Parallel
 from trainer.run.state import Keep, Preempted, Vote, best_state

@@ -1,0 +1,83 @@
+"""The one list of kinds of backbone: how each is recognised, loaded, saved and built. `register` adds to it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import AptError
+from ..models.lora import Role
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of backbone.
+
+    words: "a Wan transformer". is_model(object), is_file(path): whether this is one; of a file, by its header. config(path): its
+    arguments, without a weight. load(path, dtype, device); save(path, state or model, config, metadata, dtype). build(layers, heads, head_dim, ffn,
+    channels, text_dim): an untrained one. public: whether ComfyUI and diffusers read its files.
+    """
+
+    name: str
+    words: str
+    is_model: Callable[[object], bool]
+    is_file: Callable[[Path], bool]
+    config: Callable[[Path], Mapping]
+    load: Callable[..., nn.Module]
+    save: Callable[..., None]
+    build: Callable[[int, int, int, int, int, int], nn.Module]
+    public: bool = False
+
+
+WAN = "wan"
+_TARGETS: dict[str, str | Kind] = {
+    WAN: ".checkpoint:WAN_KIND",
+    "mmdit": ".mmdit_files:MMDIT_KIND",
+}
+
+
+def register(kind: Kind) -> None:
+    """Make a kind known to loading, training, export and presets (`model.kind`). Raises AptError for a name that is taken."""
+    if kind.name in _TARGETS and _TARGETS[kind.name] is not kind:
+        raise AptError(f"there is a backbone named {kind.name!r} already: give the new one another name.")
+    _TARGETS[kind.name] = kind
+
+
+def kinds() -> list[str]:
+    """The names that `kind_named` knows."""
+    return list(_TARGETS)
+
+
+def kind_named(name: str) -> Kind:
+    """Raises AptError for a name that is not registered."""
+    if name not in _TARGETS:
+        raise AptError(f"there is no backbone named {name!r}: use one of {', '.join(_TARGETS)}.")
+    target = _TARGETS[name]
+    if isinstance(target, str):
+        module, _, attribute = target.partition(":")
+        target = _TARGETS[name] = getattr(import_module(module, __package__), attribute)
+    return target
+
+
+def kind_of_file(path: str | Path) -> Kind:
+    """Whose file this is: Wan's, if nobody else's. Raises AptError as `read_header` does."""
+    path = Path(path)
+    others = (kind_named(name) for name in _TARGETS if name != WAN)
+    return next((kind for kind in others if kind.is_file(path)), kind_named(WAN))
+
+
+def kind_of(model: object) -> Kind:
+    """The kind of a model, also of one that FSDP wraps, or of the base under a role of it. Raises AptError for what is no backbone."""
+    model = model.base if isinstance(model, Role) else model
+    for kind in map(kind_named, _TARGETS):
+        if kind.is_model(model):
+            return kind
+    raise AptError(f"{type(model).__name__} is no registered backbone: add it with apt_core.loading.backbones.register.")
+
+
+def load_backbone(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+    """The transformer at `path`, of the kind that its file says. Raises AptError as the kind's own `load`."""
+    return kind_of_file(path).load(path, dtype=dtype, device=device)

@@ -1,0 +1,90 @@
+"""Parameters and FLOPs of each kind of backbone, counted from a preset's `model`. A new kind adds a class and an entry in COUNTS.
+
+Notation: d width, L blocks, n visual tokens of one sample. A product of matrices takes two FLOPs per multiplication.
+"""
+
+from typing import Protocol
+
+from apt_core.errors import AptError
+from trainer.config import Model
+
+
+class Counts(Protocol):
+    """Of one kind of backbone."""
+
+    def block(self, model: Model) -> int:
+        """Parameters of a block."""
+        ...
+
+    def outer(self, model: Model) -> int:
+        """Parameters of embedders and output head, without the time embedder."""
+        ...
+
+    def exact(self, model: Model) -> int:
+        """Parameters beside the time embedder that are fp32 in a base of 16 bits, and whole on every GPU."""
+        ...
+
+    def adapter_widths(self, model: Model) -> int:
+        """Inputs and outputs of all linear layers of a block: what one rank of a LoRA on them has."""
+        ...
+
+    def forward(self, model: Model, n: int) -> tuple[float, float]:
+        """FLOPs of (linear layers, attention) of one forward pass of one sample."""
+        ...
+
+
+class WanCounts:
+    """Self-attention, cross-attention, FFN and a modulation table."""
+
+    def block(self, model: Model) -> int:
+        d = model.width
+        attention = 4 * (d * d + d) + 2 * d
+        return 2 * attention + 2 * d + 2 * d * model.ffn + model.ffn + d + 6 * d
+
+    def outer(self, model: Model) -> int:
+        d, patch = model.width, 4 * model.channels
+        return 6 * (d * d + d) + model.text_dim * d + d + d * d + d + patch * d + d + d * patch + patch + 2 * d
+
+    def exact(self, model: Model) -> int:
+        return model.layers * (6 + 2) * model.width + 2 * model.width
+
+    def adapter_widths(self, model: Model) -> int:
+        d = model.width
+        return 8 * 2 * d + 2 * (d + model.ffn)
+
+    def forward(self, model: Model, n: int) -> tuple[float, float]:
+        d, text = model.width, model.text_length
+        linear = model.layers * (n * (12.0 * d * d + 4.0 * d * model.ffn) + text * 4.0 * d * d)
+        return linear, model.layers * 4.0 * d * (n * n + n * text)
+
+
+class MMDiTCounts:
+    """Two streams, each q, k, v, out, an MLP of 4 d and a modulation of 6 d; text goes through as many layers, and all attend to all."""
+
+    def block(self, model: Model) -> int:
+        d = model.width
+        return 2 * (4 * (d * d + d) + 2 * 4 * d * d + 5 * d + 6 * (d * d + d)) + 4 * model.head_dim
+
+    def outer(self, model: Model) -> int:
+        d, patch = model.width, 4 * model.channels
+        return model.text_dim * d + d + model.text_dim + patch * d + d + 2 * (d * d + d) + d * patch + patch
+
+    def exact(self, model: Model) -> int:
+        return 0
+
+    def adapter_widths(self, model: Model) -> int:
+        return 48 * model.width
+
+    def forward(self, model: Model, n: int) -> tuple[float, float]:
+        d, every = model.width, n + model.text_length
+        return model.layers * every * 24.0 * d * d, model.layers * every**2 * 4.0 * d
+
+
+COUNTS: dict[str, Counts] = {"wan": WanCounts(), "mmdit": MMDiTCounts()}
+
+
+def counts_of(model: Model) -> Counts:
+    """Raises AptError for a kind that nobody counted."""
+    if model.kind not in COUNTS:
+        raise AptError(f"nobody has counted what a {model.kind} needs: add it to trainer.machines.counts.COUNTS.")
+    return COUNTS[model.kind]
