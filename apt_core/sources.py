@@ -11,6 +11,7 @@ from torch import nn
 
 from .checkpoint import load_transformer, read_folder_metadata, read_header
 from .errors import AptError
+from .folders import half_note
 from .lora import add_adapters, fold, load_lora
 from .mmdit import load_mmdit
 from .steps import is_few_step, second_time
@@ -53,13 +54,15 @@ def locate(part: str, given: str | Path | None) -> Path:
 @dataclass(frozen=True)
 class TransformerSource:
     """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file; parameters: how many;
-    load(dtype, device): the model, whole and without adapters. Raises AptError for metadata with sizes, lengths or a second time that are none."""
+    load(dtype, device): the model, whole and without adapters; note: a sentence to say when it is opened, or "".
+    Raises AptError for metadata with sizes, lengths or a second time that are none."""
 
     name: str
     config: Mapping
     metadata: Mapping
     parameters: int
     load: Callable[[torch.dtype, torch.device], nn.Module]
+    note: str = ""
 
     def __post_init__(self) -> None:
         native = self.metadata.get("native", {})
@@ -110,7 +113,11 @@ def read_transformer(path: Path, base: str | Path | None = None) -> TransformerS
         if any(".lora_A." in key for key in header.shapes):
             return _read_lora(path, header.shapes, metadata, base)
     model = load_backbone(path, device="meta")
-    return TransformerSource(str(path), dict(model.config), metadata, _count(model), lambda dtype, device: load_backbone(path, dtype, device))
+
+    def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
+        return load_backbone(path, dtype, device)
+
+    return TransformerSource(str(path), dict(model.config), metadata, _count(model), load, half_note(path))
 
 
 def _read_lora(path: Path, shapes: Mapping, metadata: Mapping, base: str | Path | None) -> TransformerSource:
@@ -125,7 +132,7 @@ def _read_lora(path: Path, shapes: Mapping, metadata: Mapping, base: str | Path 
         load_lora(path, adapted, "generator")
         return fold(adapted, "generator")
 
-    return TransformerSource(str(path), dict(model.config), metadata, _count(model), load)
+    return TransformerSource(str(path), dict(model.config), metadata, _count(model), load, half_note(below))
 
 
 def load_backbone(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from apt_core.errors import AptError
+from apt_core.folders import half_note
 from apt_core.sources import MINI, load_backbone
 from apt_core.text import TextEncoder
 from apt_core.vae import decode
@@ -154,6 +155,8 @@ def _ready(preset: Preset, stage: str, variant: str | None, out: Path, seed: int
         if world.main:
             make_folder(out)
             _say(f"attention: {attention}")
+            if note := half_note(base):
+                _say(note)
         about = _metadata(preset, stage, batches.available("video" if stage == "distill" else stage), variant or preset.variant, seed)
         states = out / "states" / stage
         lora = (train.lora_rank, train.lora_alpha) if train.mode == "lora" else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apt_core.checkpoint import comfy_config, load_transformer, read_config
 from apt_core.errors import AptError
-from apt_core.folders import refuse_shard
+from apt_core.folders import half_note, refuse_shard
 from apt_core.keys import detect_layout, detect_vae_layout
 from apt_core.quantised import BESIDE, form_of, plain_header
 from apt_core.tensorfile import Header, check_finite, metadata_json, read_header, read_tensors
@@ -30,7 +30,8 @@ def inspect(path: Path, deep: bool = False) -> dict[str, str]:
     if is_state(path):
         return _state(path, deep)
     if path.is_dir():
-        return {"what": "folder of a Wan transformer", **_numbers(read_config(path)), "loads": _loads(path, deep)}
+        what, numbers = {"what": "folder of a Wan transformer"}, _numbers(read_config(path))
+        return what | numbers | _note(path) | {"loads": _loads(path, deep)}
     header = read_header(path)
     apt = metadata_json(path, header.metadata, "apt")
     facts = {
@@ -73,7 +74,7 @@ def _by_kind(path: Path, header: Header, deep: bool) -> dict[str, str]:
             return {"loads": config}
         missing = "" if "config" in header.metadata else "missing "
         needs = f"with the {missing}metadata entry config" if comfy_config(config) else "all from the shapes"
-        return {**_numbers(config), "ComfyUI reads": needs, "loads": _loads(path, deep)}
+        return {**_numbers(config), "ComfyUI reads": needs, **_note(path), "loads": _loads(path, deep)}
     if what.startswith("Wan VAE"):
         return {"loads": _attempt(lambda: load_vae(path))}
     if what.startswith("UMT5 text encoder"):
@@ -89,6 +90,10 @@ def _by_kind(path: Path, header: Header, deep: bool) -> dict[str, str]:
     except AptError as error:
         return {"loads": f"no: {error}"}
     return {"loads": _attempt(lambda: check_finite(path, read_tensors(path, floats_only=False)[0]))} if deep else {}
+
+
+def _note(path: Path) -> dict[str, str]:
+    return {"note": note} if (note := half_note(path)) else {}
 
 
 def _config_or_reason(path: Path) -> dict | str:
