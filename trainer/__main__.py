@@ -428,5 +428,10 @@ def pretrain_mini(
     pretrain(part, out, seed=seed, device=device, amp=amp, compiled=compiled)
 
 
+def main() -> None:
+    """What `comfyui-apt` and `python -m trainer` run."""
+    app(prog_name=None if sys.argv[0].endswith("__main__.py") else "comfyui-apt")
+
+
 if __name__ == "__main__":
     app()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -62,7 +63,7 @@ class OneStepPipeline:
     backend, compile, fp8: see `fast.Speed`; on a GPU compile also compiles the decoder. memory: GiB of the device that may be used, None for
     what is free; what does not fit waits in the CPU's memory. cache: folder of what can be made again (text embeddings, compiled code), None
     for `cache_folder()`. group: processes that make each sample together, all called alike. report: told in a sentence when memory made the
-    pipeline step down, and what is assumed of a LoRA without metadata; by default that goes to stderr.
+    pipeline step down, what is assumed of a LoRA without metadata, and which half of a Wan 2.2 A14B is used; by default that goes to stderr.
     """
 
     def __init__(
@@ -89,8 +90,8 @@ class OneStepPipeline:
             check_compile(self.device)
             keep_compiled(self.cache / "compiled")
         self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
-        if sources.transformer.assumed:
-            self.report(sources.transformer.assumed)
+        if sources.transformer.note and not (dist.is_initialized() and dist.get_rank()):
+            self.report(sources.transformer.note)
         self._residence = Residence(self.device, self._first_level(), self.report, self._left)
         self._text_cache: TextCache | None = None
         self._decoder: Decoder | None = None

@@ -1,4 +1,5 @@
-"""Folders of models as people have them: diffusers' with shards and variants, and Wan-AI's own."""
+"""Folders of models as people have them: diffusers' with shards and variants, Wan-AI's own,
+and the two halves of a Wan 2.2 A14B."""
 
 import re
 from pathlib import Path
@@ -20,6 +21,21 @@ def transformer_folder(path: Path) -> Path:
     folder itself.
     """
     return next((path / name for name in HALVES if (path / name).is_dir()), path)
+
+
+def half_note(path: str | Path) -> str:
+    """A sentence on which half of a Wan 2.2 A14B is taken from `path`; "" for any other model."""
+    path = Path(path)
+    for high, low in HALVES.items():
+        if transformer_folder(path) == path / high and (path / low).is_dir():
+            what = f"{high} (high noise) is taken and {low} (low noise) is not"
+            why = "for a one-step model needs the first only"
+            return f"{path} holds both halves of a Wan 2.2 A14B: {what}, {why}."
+    name = path.name.lower()
+    if name in HALVES.values() or re.search(r"low[-_ ]?noise", name):
+        what = "is by its name the low-noise half of a Wan 2.2 A14B"
+        return f"{path} {what}: a one-step model needs the high-noise half, give that."
+    return ""
 
 
 def weight_files(folder: Path, stem: str = STEM) -> list[Path]:

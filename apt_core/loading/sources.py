@@ -11,6 +11,7 @@ from ..errors import AptError
 from ..files import contract
 from ..files.checkpoint_header import read_folder_metadata, read_header
 from ..files.contract import is_few_step, metadata_json
+from ..files.folders import half_note
 from ..files.lora_keys import is_lora
 from ..models.lora_files import merge, read_lora, read_lora_for
 from ..models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
@@ -50,7 +51,7 @@ def locate(part: str, given: str | Path | None) -> Path:
 @dataclass(frozen=True)
 class TransformerSource:
     """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file; parameters: how many;
-    load(dtype, device): the model, whole and without adapters; assumed: in words, what a LoRA leaves open.
+    load(dtype, device): the model, whole and without adapters; note: a sentence to say when it is opened, or "".
     Raises AptError for metadata with sizes, lengths or a second time that are none."""
 
     name: str
@@ -58,7 +59,7 @@ class TransformerSource:
     metadata: Mapping
     parameters: int
     load: Callable[[torch.dtype, torch.device], nn.Module]
-    assumed: str = ""
+    note: str = ""
 
     def __post_init__(self) -> None:
         contract.native(self.name, self.metadata)
@@ -102,7 +103,11 @@ def read_transformer(path: Path, base: str | Path | None = None) -> TransformerS
         if metadata.get("kind") == "lora" or is_lora(header.shapes):
             return _read_lora(path, metadata, base)
     model = load_backbone(path, device="meta")
-    return TransformerSource(str(path), dict(model.config), metadata, _count(model), lambda dtype, device: load_backbone(path, dtype, device))
+
+    def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
+        return load_backbone(path, dtype, device)
+
+    return TransformerSource(str(path), dict(model.config), metadata, _count(model), load, half_note(path))
 
 
 def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> TransformerSource:
@@ -117,14 +122,14 @@ def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> Transf
     def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
         return merge(load_backbone(below, dtype, device), lora.load())
 
-    about, assumed = base_metadata(below) | metadata, ""
+    about, notes = base_metadata(below) | metadata, [half_note(below)]
     if not metadata:
         how = "by Euler steps; a LoRA for few steps wants its own steps and guidance"
-        assumed = (
+        notes.append(
             f"{path} has no metadata of this project: it is added to {below} at strength 1 "
             f"(alpha {lora.alpha}) and sampled as that is, {'in one step' if is_few_step(about) else how}."
         )
-    return TransformerSource(str(path), dict(model.config), about, _count(model), load, assumed)
+    return TransformerSource(str(path), dict(model.config), about, _count(model), load, " ".join(filter(None, notes)))
 
 
 def base_metadata(path: Path) -> dict:

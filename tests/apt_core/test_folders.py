@@ -9,9 +9,12 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
+from apt_core.files.folders import half_note
 from apt_core.files.keys import detect_vae_layout
 from apt_core.loading.checkpoint import load_transformer, read_config, save_generator
+from apt_core.loading.sources import SHIPPED, read_transformer
 from apt_core.loading.text_files import read_text_encoder
 from apt_core.models.vae import load_vae, save_vae
 from trainer.checkpoints.inspect import inspect
@@ -162,3 +165,46 @@ def test_a_vae_with_a_prefix(prefix, tmp_path):
     assert (facts["what"], facts["loads"]) == ("Wan VAE, official keys, version 2.1", "yes")
     save_file(prefixed | {"stray": torch.ones(1)}, tmp_path / "c.safetensors")
     refuse(load_vae, tmp_path / "c.safetensors", "it is not a Wan VAE")
+
+
+@pytest.mark.parametrize(
+    "high, low", [("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")]
+)
+def test_which_half_is_taken_is_said(high, low, wan, tmp_path):
+    first, second = wan(seed=0), wan(seed=1)
+    for name, model in ((high, first), (low, second)):
+        if name.startswith("transformer"):
+            WanTransformer3DModel.save_pretrained(model, tmp_path / name)
+        else:
+            original(tmp_path / name, model)
+    note = (
+        f"{tmp_path} holds both halves of a Wan 2.2 A14B: {high} (high noise) is taken "
+        f"and {low} (low noise) is not, for a one-step model needs the first only."
+    )
+    assert equal(load_transformer(tmp_path), first) and not equal(load_transformer(tmp_path), second)
+    assert read_transformer(tmp_path).note == inspect(tmp_path)["note"] == note
+    assert half_note(tmp_path / high) == "" and "is by its name the low-noise half" in half_note(
+        tmp_path / low
+    )
+    assert "the high-noise half, give that." in inspect(tmp_path / low)["note"]
+
+
+def test_the_pipeline_says_it_once_when_it_is_opened(tmp_path, capsys):
+    mini = load_transformer(SHIPPED["base"])
+    for name in ("transformer", "transformer_2"):
+        WanTransformer3DModel.save_pretrained(mini, tmp_path / name)
+    parts = {"vae": "mini", "text_encoder": "mini", "device": "cpu"}
+    told: list[str] = []
+    OneStepPipeline.from_checkpoint(tmp_path, **parts, report=told.append)
+    assert told == [half_note(tmp_path)] and "transformer_2 (low noise) is not" in told[0]
+    OneStepPipeline.from_checkpoint(tmp_path, **parts)
+    assert capsys.readouterr().err.count("holds both halves") == 1
+    OneStepPipeline.from_checkpoint("mini", report=told.append, device="cpu")
+    assert len(told) == 1
+
+
+def test_a_file_of_the_other_half_is_known_by_its_name():
+    for name in ("wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors", "Wan2_2-T2V-A14B-LOW-NOISE.safetensors"):
+        assert "is by its name the low-noise half of a Wan 2.2 A14B" in half_note(name)
+    for name in ("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", "wan2.1_t2v_14B.safetensors", "mini"):
+        assert half_note(name) == ""

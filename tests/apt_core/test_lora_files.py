@@ -257,7 +257,7 @@ def test_a_pipeline_takes_a_foreign_lora_and_says_what_it_assumes(tmp_path):
         state_of(pipe.sources.transformer.load(torch.float64, torch.device("cpu"))), reference(plain, change)
     )
     over_apt = read_transformer(path, SHIPPED["checkpoint"])
-    assert over_apt.few_step and over_apt.assumed == begin.format(SHIPPED["checkpoint"]) + "in one step."
+    assert over_apt.few_step and over_apt.note == begin.format(SHIPPED["checkpoint"]) + "in one step."
     assert (
         over_apt.second_time == read_transformer(SHIPPED["checkpoint"]).second_time
         and over_apt.native["frames"] == 9

@@ -13,6 +13,7 @@ from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.engine.request import Request
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder
+from apt_core.files.folders import half_note
 from apt_core.loading.backbones import load_backbone
 from apt_core.loading.sources import TransformerSource
 from apt_core.models.lora import fold
@@ -85,13 +86,15 @@ def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> T
             open_generator(path, base or None, ema)  # says why not
         return path
     about = read_about(path.parent)
-    shape = load_backbone(base_of(path, about, base), device="meta")
+    below = base_of(path, about, base)
+    shape = load_backbone(below, device="meta")
 
     def load(dtype: torch.dtype, device: torch.device):
         found = open_generator(path, base or None, ema)
         return cast(found.model if found.base is None else fold(found.base, ROLE), dtype).to(device)
 
-    return TransformerSource(str(path), dict(shape.config), about["metadata"] | {"kind": "generator"}, sum(p.numel() for p in shape.parameters()), load)
+    metadata, count = about["metadata"] | {"kind": "generator"}, sum(p.numel() for p in shape.parameters())
+    return TransformerSource(str(path), dict(shape.config), metadata, count, load, half_note(below))
 
 
 def _common(checkpoint: Path, files: Files, ema: float | None, options: Mapping) -> list:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from apt_core.errors import AptError
 from apt_core.files.contract import metadata_json
-from apt_core.files.folders import refuse_shard
+from apt_core.files.folders import half_note, refuse_shard
 from apt_core.files.keys import detect_layout, detect_vae_layout
 from apt_core.files.lora_keys import is_lora
 from apt_core.files.quantised import BESIDE, form_of, plain_header
@@ -41,7 +41,8 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
     if is_state(path):
         return _state(path, deep)
     if path.is_dir():
-        return {"what": "folder of a Wan transformer", **_numbers(read_config(path)), "loads": _loads(path, deep)}
+        what, numbers = {"what": "folder of a Wan transformer"}, _numbers(read_config(path))
+        return what | numbers | _note(path) | {"loads": _loads(path, deep)}
     header = read_header(path)
     apt = metadata_json(path, header.metadata, "apt")
     facts = {
@@ -84,7 +85,7 @@ def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[s
             return {"loads": config}
         missing = "" if "config" in header.metadata else "missing "
         needs = f"with the {missing}metadata entry config" if comfy_config(config) else "all from the shapes"
-        return {**_numbers(config), "ComfyUI reads": needs, "loads": _loads(path, deep)}
+        return {**_numbers(config), "ComfyUI reads": needs, **_note(path), "loads": _loads(path, deep)}
     if what.startswith("Wan VAE"):
         return {"loads": _attempt(lambda: load_vae(path))}
     if what.startswith("UMT5 text encoder"):
@@ -129,6 +130,10 @@ def _lora_facts(lora: LoraFile) -> dict[str, str]:
         "alpha": lora.alpha,
         "changes": f"{inside} weights in {len(blocks)} blocks, {outside} outside: {', '.join(layers)}",
     }
+
+
+def _note(path: Path) -> dict[str, str]:
+    return {"note": note} if (note := half_note(path)) else {}
 
 
 def _config_or_reason(path: Path) -> dict | str:

@@ -15,6 +15,7 @@ import torch
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder
+from apt_core.files.folders import half_note
 from apt_core.loading.backbones import load_backbone
 from apt_core.loading.sources import MINI
 from apt_core.models.vae import decode
@@ -134,6 +135,8 @@ def _ready(plan: Plan) -> Iterator[tuple[World, Batches, dict]]:
         if world.main:
             make_folder(plan.out)
             say(f"attention: {plan.attention}")
+            if note := half_note(plan.base):
+                say(note)
         try:
             yield world, batches, _options(plan, batches, world)
         except Preempted as stop:
