@@ -1,4 +1,6 @@
-"""ComfyUI-APT: one-step video and image generation. ComfyUI loads this file; everything else lives in the packages beside it."""
+"""ComfyUI-APT: one-step video and image generation. ComfyUI loads this file; everything else lives in the
+packages beside it.
+"""
 
 # Help pages of the nodes: nodes/web/docs/<node id>.md
 WEB_DIRECTORY = "./nodes/web"

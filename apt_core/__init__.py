@@ -1,7 +1,8 @@
 """Adversarial Post-Training (APT, arXiv 2501.08316): the method as a plain torch library.
 
-What people need most, by short names: `from apt_core import OneStepPipeline, Discriminator, Objective`. All else is in the rooms of
-docs/architecture.md. A name's module is imported when it is asked for, since torch and diffusers take seconds.
+What people need most, by short names: `from apt_core import OneStepPipeline, Discriminator, Objective`. All
+else is in the rooms of docs/architecture.md. A name's module is imported when it is asked for, since torch
+and diffusers take seconds.
 """
 
 from importlib import import_module

@@ -6,8 +6,9 @@ LONGEST = 1000
 class AptError(ValueError):
     """Something the user gave cannot be used.
 
-    The message is one sentence: what is wrong, with the name and value, and what would do. Values come from files and people: control characters in them
-    are shown as escapes, and what is too long to read is cut in the middle.
+    The message is one sentence: what is wrong, with the name and value, and what would do. Values come from
+    files and people: control characters in them are shown as escapes, and what is too long to read is cut in
+    the middle.
     """
 
     def __init__(self, message: str = "") -> None:

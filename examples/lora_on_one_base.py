@@ -1,4 +1,6 @@
-"""Generator and discriminator as LoRAs on ONE frozen base, and the generator's saved for ComfyUI. `python examples/lora_on_one_base.py [FOLDER]`"""
+"""Generator and discriminator as LoRAs on ONE frozen base, and the generator's saved for ComfyUI. `python
+examples/lora_on_one_base.py [FOLDER]`
+"""
 
 import sys
 from pathlib import Path
@@ -28,5 +30,7 @@ for _ in range(3):
     print(f"G {metrics['g_loss']:.4f}")
 
 out.mkdir(parents=True, exist_ok=True)
-save_lora(out / "apt-lora.safetensors", base, "generator", {"kind": "lora", "base": "mini", "second_time": 0.7})
+save_lora(
+    out / "apt-lora.safetensors", base, "generator", {"kind": "lora", "base": "mini", "second_time": 0.7}
+)
 print(f"Load LoRA opens {out / 'apt-lora.safetensors'}")

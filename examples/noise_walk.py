@@ -1,4 +1,6 @@
-"""From the sample of one seed to that of another, along the arc between their noises (5.7 of the paper). `python examples/noise_walk.py [FOLDER]`"""
+"""From the sample of one seed to that of another, along the arc between their noises (5.7 of the paper).
+`python examples/noise_walk.py [FOLDER]`
+"""
 
 import sys
 from pathlib import Path

@@ -1,11 +1,14 @@
-"""ComfyUI nodes over apt_core, on stock types: MODEL, CLIP, LATENT, NOISE, IMAGE and VIDEO go to and come from any other node."""
+"""ComfyUI nodes over apt_core, on stock types: MODEL, CLIP, LATENT, NOISE, IMAGE and VIDEO go to and come
+from any other node.
+"""
 
 NEEDED = "0.33.0"
 """The oldest ComfyUI that the nodes are tested with; pyproject.toml tells it to the registry."""
 
 
 async def comfy_entrypoint():
-    """What ComfyUI calls when it loads the pack: the list of our nodes. Only here is anything of ComfyUI imported.
+    """What ComfyUI calls when it loads the pack: the list of our nodes. Only here is anything of ComfyUI
+    imported.
 
     Raises AptError, which ComfyUI writes to its log, in a ComfyUI that is too old.
     """
@@ -23,7 +26,8 @@ async def comfy_entrypoint():
     from .sampler import APTSampler
     from .save_checkpoint import APTSaveCheckpoint
 
-    # ComfyUI shows the full name of an exception's type, and a pack's modules are named by the path of its folder.
+    # ComfyUI shows the full name of an exception's type, and a pack's modules are named by the path of its
+    # folder.
     AptError.__module__ = "apt"
 
     class AptExtension(ComfyExtension):

@@ -22,8 +22,13 @@ class APTVAEDecode(io.ComfyNode):
             "of the last frame, a cancel that acts at once, and only the images themselves growing with the length of the clip.",
             search_aliases=["decode", "vae decode", "wan vae", "latent to image", "streamed decode"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model. Wan's are streamed, any other one is decoded as VAE Decode does."),
-                io.Latent.Input("samples", tooltip="The latents to decode. Clips of a batch come one after another."),
+                io.Vae.Input(
+                    "vae",
+                    tooltip="The VAE that belongs to the model. Wan's are streamed, any other one is decoded as VAE Decode does.",
+                ),
+                io.Latent.Input(
+                    "samples", tooltip="The latents to decode. Clips of a batch come one after another."
+                ),
             ],
             outputs=[io.Image.Output(tooltip="All frames of all clips, in order.")],
         )

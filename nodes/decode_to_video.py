@@ -17,7 +17,9 @@ from . import streaming
 
 NAME = "APT VAE Decode to Video"
 FPS = 1.0, 120.0  # as stock Create Video
-CRF = "17"  # Save Video copies the stream as it is, so this is the last encoding: no loss that an eye could see
+CRF = (
+    "17"  # Save Video copies the stream as it is, so this is the last encoding: no loss that an eye could see
+)
 
 
 class APTVAEDecodeToVideo(io.ComfyNode):
@@ -31,8 +33,13 @@ class APTVAEDecodeToVideo(io.ComfyNode):
             "in memory, however long. Save Video keeps the file, with the workflow inside.",
             search_aliases=["decode", "vae decode", "wan vae", "latent to video", "streamed decode"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model. Wan's are streamed, any other one is decoded whole, as VAE Decode does."),
-                io.Latent.Input("samples", tooltip="The latents to decode. Clips of a batch come one after another."),
+                io.Vae.Input(
+                    "vae",
+                    tooltip="The VAE that belongs to the model. Wan's are streamed, any other one is decoded whole, as VAE Decode does.",
+                ),
+                io.Latent.Input(
+                    "samples", tooltip="The latents to decode. Clips of a batch come one after another."
+                ),
                 io.Float.Input(
                     "fps",
                     default=24.0,
@@ -48,14 +55,20 @@ class APTVAEDecodeToVideo(io.ComfyNode):
     @classmethod
     def execute(cls, vae, samples, fps: float) -> io.NodeOutput:
         if not FPS[0] <= fps <= FPS[1]:
-            raise AptError(f"{NAME}: fps is {fps:g}, but a video needs {FPS[0]:g} to {FPS[1]:g} frames per second: 24 is the rate of APT's video models.")
+            raise AptError(
+                f"{NAME}: fps is {fps:g}, but a video needs {FPS[0]:g} to {FPS[1]:g} frames per second: 24 is the rate of APT's video models."
+            )
         latent = streaming.read_latent(NAME, vae, samples)
         rate = Fraction(round(fps * 1000), 1000)
-        return io.NodeOutput(InputImpl.VideoFromFile(streaming.decode(vae, latent, lambda pieces, total: _write(pieces, rate))))
+        return io.NodeOutput(
+            InputImpl.VideoFromFile(streaming.decode(vae, latent, lambda pieces, total: _write(pieces, rate)))
+        )
 
 
 def _write(pieces: Iterable[torch.Tensor], rate: Fraction) -> str:
-    """The path of a new file with all frames; whatever stops the writing, a cancel too, leaves nothing behind."""
+    """The path of a new file with all frames; whatever stops the writing, a cancel too, leaves nothing
+    behind.
+    """
     folder = folder_paths.get_temp_directory()
     path = None
     try:
@@ -75,7 +88,9 @@ def _write(pieces: Iterable[torch.Tensor], rate: Fraction) -> str:
 
 
 def _encode(path: str, pieces: Iterable[torch.Tensor], rate: Fraction) -> None:
-    """H.264 in the colours of stock Create Video. Nothing is held but one piece and what the codec looks ahead."""
+    """H.264 in the colours of stock Create Video. Nothing is held but one piece and what the codec looks
+    ahead.
+    """
     with av.open(path, "w") as output:
         stream = None
         for frames in pieces:
@@ -83,13 +98,17 @@ def _encode(path: str, pieces: Iterable[torch.Tensor], rate: Fraction) -> None:
             for pixels in frames:
                 model_management.throw_exception_if_processing_interrupted()
                 array = (pixels[..., :3] * 255).round().to("cpu", torch.uint8).numpy()
-                frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709)
+                frame = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(
+                    format=stream.pix_fmt, dst_colorspace=Colorspace.ITU709
+                )
                 _tag(frame)
                 output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
 
 
-def _add_stream(output: av.container.OutputContainer, rate: Fraction, height: int, width: int) -> av.VideoStream:
+def _add_stream(
+    output: av.container.OutputContainer, rate: Fraction, height: int, width: int
+) -> av.VideoStream:
     stream = output.add_stream("h264", rate=rate, options={"crf": CRF})
     stream.height, stream.width = height, width
     # Half the colour resolution, which every player takes, needs even sides.

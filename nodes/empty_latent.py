@@ -19,9 +19,26 @@ class APTEmptyLatent(io.ComfyNode):
     def define_schema(cls):
         sides = dict(min=16, max=MAX_RESOLUTION, step=16)
         custom = [
-            io.Int.Input("width", default=832, **sides, tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Starts at the model's own."),
-            io.Int.Input("height", default=480, **sides, tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Starts at the model's own."),
-            io.Int.Input("frames", default=49, min=1, max=MAX_RESOLUTION, step=4, tooltip="4n + 1: 1 for an image, 49 for 2 s at 24 fps. Starts at the model's own."),
+            io.Int.Input(
+                "width",
+                default=832,
+                **sides,
+                tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Starts at the model's own.",
+            ),
+            io.Int.Input(
+                "height",
+                default=480,
+                **sides,
+                tooltip="Pixels, in steps of 16 (Wan 2.1) or 32 (Wan 2.2 5B). Starts at the model's own.",
+            ),
+            io.Int.Input(
+                "frames",
+                default=49,
+                min=1,
+                max=MAX_RESOLUTION,
+                step=4,
+                tooltip="4n + 1: 1 for an image, 49 for 2 s at 24 fps. Starts at the model's own.",
+            ),
         ]
         return io.Schema(
             node_id="APTEmptyLatent",
@@ -30,18 +47,32 @@ class APTEmptyLatent(io.ComfyNode):
             description="Empty latents in a size that the model takes, for APT One-Step Sampler or any stock sampler, and the model's frame rate.",
             search_aliases=["empty latent", "latent size", "empty wan latent", "resolution", "apt"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to make latents for: its channels, strides, native size and frame rate count."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to make latents for: its channels, strides, native size and frame rate count.",
+                ),
                 io.DynamicCombo.Input(
                     "size",
-                    options=[io.DynamicCombo.Option(key, []) for key in (NATIVE, IMAGE, VIDEO)] + [io.DynamicCombo.Option(CUSTOM, custom)],
+                    options=[io.DynamicCombo.Option(key, []) for key in (NATIVE, IMAGE, VIDEO)]
+                    + [io.DynamicCombo.Option(CUSTOM, custom)],
                     tooltip="Default native, the size that the model was trained for. image 1024: one frame of 1024x1024. video 1280x720, 2 s: "
                     "1280x704 on Wan 2.2 5B, 49 frames at 24 fps. custom: width, height and frames, which start at the native ones.",
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="How many clips or images to make at once. Default 1."),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=4096,
+                    tooltip="How many clips or images to make at once. Default 1.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="Zeros, [batch, channels, latent frames, height, width]."),
-                io.Float.Output("fps", display_name="fps", tooltip="The frame rate that the model was trained for, for the node that makes the video."),
+                io.Float.Output(
+                    "fps",
+                    display_name="fps",
+                    tooltip="The frame rate that the model was trained for, for the node that makes the video.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -49,11 +80,20 @@ class APTEmptyLatent(io.ComfyNode):
     @classmethod
     def execute(cls, model, size: dict | None = None, batch_size: int = 1) -> io.NodeOutput:
         if size is None:  # what ComfyUI makes of a key that it does not know
-            raise AptError(f"{NAME}: the size is none of those in the list: choose {NATIVE}, {IMAGE}, {VIDEO} or {CUSTOM}.")
+            raise AptError(
+                f"{NAME}: the size is none of those in the list: choose {NATIVE}, {IMAGE}, {VIDEO} or {CUSTOM}."
+            )
         wan = read_model(NAME, model)
         width, height, frames = _check(wan, *_pixels(wan, size))
-        shape = (batch_size, wan.channels, (frames - 1) // wan.temporal + 1, height // wan.spatial, width // wan.spatial)
-        # The two ratios let stock nodes fit these latents to a model of another stride, as they do with stock empty ones.
+        shape = (
+            batch_size,
+            wan.channels,
+            (frames - 1) // wan.temporal + 1,
+            height // wan.spatial,
+            width // wan.spatial,
+        )
+        # The two ratios let stock nodes fit these latents to a model of another stride, as they do with stock
+        # empty ones.
         latent = {
             "samples": torch.zeros(shape, device=model_management.intermediate_device()),
             "downscale_ratio_spacial": wan.spatial,
@@ -61,7 +101,9 @@ class APTEmptyLatent(io.ComfyNode):
         }
         warnings = []
         if wan.guessed and size["size"] == NATIVE:
-            warnings = [f"The native size is a guess, {width}x{height} with {frames} frames: the model's file does not say. Choose custom for another."]
+            warnings = [
+                f"The native size is a guess, {width}x{height} with {frames} frames: the model's file does not say. Choose custom for another."
+            ]
         return io.NodeOutput(latent, float(wan.native["fps"]), ui=warn(NAME, cls.hidden, warnings))
 
 

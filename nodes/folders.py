@@ -1,4 +1,6 @@
-"""Where the loaders look for files: ComfyUI's own folders, models/apt, and the miniature that comes with the pack."""
+"""Where the loaders look for files: ComfyUI's own folders, models/apt, and the miniature that comes with the
+pack.
+"""
 
 import os
 from pathlib import Path
@@ -12,12 +14,17 @@ CHECKPOINTS = ("diffusion_models", "apt")
 
 
 def register() -> None:
-    """Makes models/apt known, and the miniature's files to the stock loaders too: last, for ComfyUI saves to the first folder of a kind."""
+    """Makes models/apt known, and the miniature's files to the stock loaders too: last, for ComfyUI saves to
+    the first folder of a kind.
+    """
     for kind in ("diffusion_models", "vae"):
         folder_paths.add_model_folder_path(kind, str(MINI / kind))
     folder_paths.add_model_folder_path("apt", os.path.join(folder_paths.models_dir, "apt"))
     # A folder that only a pack knows would list every file, of whatever extension.
-    folder_paths.folder_names_and_paths["apt"] = (folder_paths.get_folder_paths("apt"), folder_paths.supported_pt_extensions)
+    folder_paths.folder_names_and_paths["apt"] = (
+        folder_paths.get_folder_paths("apt"),
+        folder_paths.supported_pt_extensions,
+    )
 
 
 def names(*kinds: str) -> list[str]:
@@ -26,7 +33,9 @@ def names(*kinds: str) -> list[str]:
 
 
 def fingerprint(file: str | None) -> str:
-    """Size and time of a file, "" where it is not: a loader that returns it loads anew what was written under the same name."""
+    """Size and time of a file, "" where it is not: a loader that returns it loads anew what was written under
+    the same name.
+    """
     try:
         of_file = os.stat(file or "")
     except OSError:

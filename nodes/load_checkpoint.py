@@ -69,7 +69,9 @@ class APTLoadCheckpoint(io.ComfyNode):
 
 
 def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False) -> ModelPatcher:
-    """A patcher with every weight of its model from `path`. Raises AptError for whatever is not a whole Wan transformer."""
+    """A patcher with every weight of its model from `path`. Raises AptError for whatever is not a whole Wan
+    transformer.
+    """
     header = read_header(path)
     apt = read_apt(path, header.metadata)
     prefix, diffusers = _check(path, header, apt)
@@ -80,30 +82,46 @@ def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False
     names = set(state)
     options = {"dtype": DTYPES.get(weight_dtype) or _own_dtype(state)}
     try:
-        model = comfy.sd.load_diffusion_model_state_dict(state, options, metadata=metadata, disable_dynamic=disable_dynamic)
+        model = comfy.sd.load_diffusion_model_state_dict(
+            state, options, metadata=metadata, disable_dynamic=disable_dynamic
+        )
     except (TypeError, RuntimeError) as error:  # a foreign name in `config`, a weight of another shape
         if model_management.is_oom(error):
             raise
         reason = shorten(str(error), 300)
-        raise AptError(f"{path}: ComfyUI cannot build its transformer ({reason}): export or download it again.") from error
+        raise AptError(
+            f"{path}: ComfyUI cannot build its transformer ({reason}): export or download it again."
+        ) from error
     if model is None:
-        raise AptError(f"{path} is of a kind of Wan that ComfyUI does not know: update ComfyUI, or choose another file.")
+        raise AptError(
+            f"{path} is of a kind of Wan that ComfyUI does not know: update ComfyUI, or choose another file."
+        )
     # ComfyUI only logs this, and computes with whatever was in memory.
     leaves = ("weight", "bias", "modulation", "emb_pos")
-    expected = [name for name, _ in model.model.diffusion_model.named_parameters() if name.rpartition(".")[2] in leaves]
+    expected = [
+        name
+        for name, _ in model.model.diffusion_model.named_parameters()
+        if name.rpartition(".")[2] in leaves
+    ]
     missing = [name for name in expected if name not in names]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise AptError(f"{path}: {missing[0]}{more} missing: the file is not a whole Wan transformer, export or download it again.")
+        raise AptError(
+            f"{path}: {missing[0]}{more} missing: the file is not a whole Wan transformer, export or download it again."
+        )
     model.set_attachments(ATTACHMENT, apt)
     model.cached_patcher_init = (load, (path, weight_dtype))
     return model
 
 
 def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
-    """The prefix of the keys, and whether they are diffusers' names. Raises AptError for a file that would load wrong."""
+    """The prefix of the keys, and whether they are diffusers' names. Raises AptError for a file that would
+    load wrong.
+    """
     if claims_lora(apt) or is_lora(header.shapes):
-        raise AptError(f"{path} is a LoRA, not a whole model: load the model that it belongs to, and the LoRA with Load LoRA (Model Only).")
+        raise AptError(
+            f"{path} is a LoRA, not a whole model: load the model that it belongs to, and the LoRA with Load LoRA (Model Only)."
+        )
     try:
         layout, prefix = keys.detect_layout(header.shapes)
     except AptError as error:
@@ -122,15 +140,19 @@ def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
 
 
 def _own_dtype(state: dict) -> torch.dtype | None:
-    """The dtype of the file where the device can hold it; for quantised weights None, which leaves the choice to ComfyUI.
+    """The dtype of the file where the device can hold it; for quantised weights None, which leaves the choice
+    to ComfyUI.
 
-    ComfyUI by itself prefers fp16 for Wan on most devices, also for weights that were trained and stored in bf16.
+    ComfyUI by itself prefers fp16 for Wan on most devices, also for weights that were trained and stored in
+    bf16.
     """
     stored = comfy.utils.weight_dtype(state)
     if stored not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     return model_management.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(state), supported_dtypes=[stored, torch.float32], weight_dtype=stored
+        model_params=comfy.utils.calculate_parameters(state),
+        supported_dtypes=[stored, torch.float32],
+        weight_dtype=stored,
     )
 
 
@@ -138,7 +160,13 @@ def _untrained(checkpoint: str, apt: dict) -> list[str]:
     """A warning in words for a model that gives bad pictures in one step, none for a good one."""
     if is_adversarial(apt):
         return []
-    what = "was distilled but not adversarially trained" if apt.get("phase") == "distilled" else "is a base model, not adversarially trained"
+    what = (
+        "was distilled but not adversarially trained"
+        if apt.get("phase") == "distilled"
+        else "is a base model, not adversarially trained"
+    )
     if not apt:
         what = "has no metadata that tells of adversarial training"
-    return [f"{checkpoint} {what}: one step of such a model is blurred. Choose an APT checkpoint, or add the APT LoRA of this model."]
+    return [
+        f"{checkpoint} {what}: one step of such a model is blurred. Choose an APT checkpoint, or add the APT LoRA of this model."
+    ]

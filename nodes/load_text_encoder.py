@@ -51,13 +51,19 @@ class APTLoadTextEncoder(io.ComfyNode):
     @classmethod
     def execute(cls, text_encoder: str) -> io.NodeOutput:
         try:
-            return io.NodeOutput(_load(BUILT_IN_FILE if text_encoder == BUILT_IN else folders.find(text_encoder, "text_encoders")))
+            return io.NodeOutput(
+                _load(
+                    BUILT_IN_FILE if text_encoder == BUILT_IN else folders.find(text_encoder, "text_encoders")
+                )
+            )
         except AptError as error:
             raise AptError(f"{NAME}: {error}") from None
 
     @classmethod
     def fingerprint_inputs(cls, text_encoder: str | None) -> str:
-        return folders.fingerprint(BUILT_IN_FILE if text_encoder == BUILT_IN else folders.path(text_encoder, "text_encoders"))
+        return folders.fingerprint(
+            BUILT_IN_FILE if text_encoder == BUILT_IN else folders.path(text_encoder, "text_encoders")
+        )
 
 
 def _load(path: str) -> comfy.sd.CLIP:
@@ -74,11 +80,17 @@ def _load(path: str) -> comfy.sd.CLIP:
 
 
 def load_small(path: str, embeddings: list[str], disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """ComfyUI's UMT5 in the size that the file's metadata gives, its prompts padded to as many rows as the transformer was trained on."""
+    """ComfyUI's UMT5 in the size that the file's metadata gives, its prompts padded to as many rows as the
+    transformer was trained on.
+    """
     state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     fields, names = metadata_json(path, metadata, "config"), set(state)
-    wrong = [name for name in CONFIG_FIELDS if name not in fields or fields[name] != FIXED.get(name, fields[name])]
-    wrong += [TOKENIZER_KEY] * (TOKENIZER_KEY not in names) + ["text_length"] * (not metadata["text_length"].isdecimal())
+    wrong = [
+        name for name in CONFIG_FIELDS if name not in fields or fields[name] != FIXED.get(name, fields[name])
+    ]
+    wrong += [TOKENIZER_KEY] * (TOKENIZER_KEY not in names) + ["text_length"] * (
+        not metadata["text_length"].isdecimal()
+    )
     _refuse(path, wrong)
     spiece = state.pop(TOKENIZER_KEY)
     # In the dtype of the file, as ComfyUI does with UMT5-XXL: its default for text encoders is fp16.
@@ -102,7 +114,9 @@ def load_small(path: str, embeddings: list[str], disable_dynamic: bool = False) 
 
 def _refuse(path: str, wrong: list[str]) -> None:
     if wrong:
-        raise AptError(f"{path}: {wrong[0]} is missing or not what ComfyUI's UMT5 can take: write the file again with the trainer.")
+        raise AptError(
+            f"{path}: {wrong[0]} is missing or not what ComfyUI's UMT5 can take: write the file again with the trainer."
+        )
 
 
 def _load_small_patcher(path: str, embeddings: list[str], disable_dynamic: bool = False):

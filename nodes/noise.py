@@ -9,8 +9,9 @@ from ..apt_core.method.noise import COMFYUI, draw, walk
 
 
 class SeedNoise:
-    """Item i of a batch is sample i of the seed, by one of the rules of apt_core.method.noise; by ComfyUI's that is seed + i, so that each can be made
-    again alone. Items cut out by Latent From Batch keep theirs."""
+    """Item i of a batch is sample i of the seed, by one of the rules of apt_core.method.noise; by ComfyUI's
+    that is seed + i, so that each can be made again alone. Items cut out by Latent From Batch keep theirs.
+    """
 
     def __init__(self, seed: int, rule: str = COMFYUI):
         self.seed, self.rule = seed, rule
@@ -22,7 +23,8 @@ class SeedNoise:
 
 
 class WalkNoise:
-    """The batch walks from seed to seed in equal steps (the paper's 5.7), each item the noise of its place on the way.
+    """The batch walks from seed to seed in equal steps (the paper's 5.7), each item the noise of its place on
+    the way.
 
     The noise of a seed is ComfyUI's. See apt_core.method.noise.walk for open and closed walks.
     """

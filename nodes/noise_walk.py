@@ -18,7 +18,15 @@ class APTNoiseWalk(io.ComfyNode):
             category="APT",
             description="Noise that goes from seed to seed in equal steps along the batch: a one-step model then morphs from picture to picture, "
             "or from clip to clip. For APT One-Step Sampler, or stock Sampler Custom (Advanced).",
-            search_aliases=["noise interpolation", "slerp", "latent walk", "latent traversal", "morph", "seed travel", "apt"],
+            search_aliases=[
+                "noise interpolation",
+                "slerp",
+                "latent walk",
+                "latent traversal",
+                "morph",
+                "seed travel",
+                "apt",
+            ],
             inputs=[
                 io.String.Input(
                     "seeds",
@@ -32,12 +40,17 @@ class APTNoiseWalk(io.ComfyNode):
                     tooltip="Default off: from the first seed to the last one. On: from the last one back to the first, for a loop without a seam.",
                 ),
             ],
-            outputs=[io.Noise.Output(tooltip="The noise, spread over the batch of whatever latent it is used with.")],
+            outputs=[
+                io.Noise.Output(
+                    tooltip="The noise, spread over the batch of whatever latent it is used with."
+                )
+            ],
         )
 
     @classmethod
     def validate_inputs(cls, seeds: str | None) -> bool | str:
-        # None: linked, and not known before it runs. Naming `closed` too would make ComfyUI say everything twice.
+        # None: linked, and not known before it runs. Naming `closed` too would make ComfyUI say everything
+        # twice.
         try:
             if seeds is not None:
                 _read(seeds, closed=False)
@@ -53,7 +66,9 @@ class APTNoiseWalk(io.ComfyNode):
 def _read(text: str, closed: bool) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if len(words) < 2 or not all(word.isdecimal() and int(word) <= MAX_SEED for word in words):
-        raise AptError(f'{NAME}: seeds is "{text}", but it must be two or more whole numbers from 0 with commas in between, such as 1, 2, 3.')
+        raise AptError(
+            f'{NAME}: seeds is "{text}", but it must be two or more whole numbers from 0 with commas in between, such as 1, 2, 3.'
+        )
     seeds = [int(word) for word in words]
     pairs = list(zip(seeds, seeds[1:])) + ([(seeds[-1], seeds[0])] if closed else [])
     for a, b in pairs:

@@ -25,7 +25,9 @@ from .warn import warn
 NAME = "APT One-Step Sampler"
 OF_FILE = "file"
 PRESETS = {"4 steps, shift 5": (4, 5.0), "4 steps, shift 8": (4, 8.0)}
-"""Steps and shift of public few-step models: 1000, 750, 500, 250 under the shift, as KSampler's simple has them."""
+"""Steps and shift of public few-step models: 1000, 750, 500, 250 under the shift, as KSampler's simple has
+them.
+"""
 
 
 class APTSampler(io.ComfyNode):
@@ -39,9 +41,17 @@ class APTSampler(io.ComfyNode):
             "they are not part of the method. The same as KSampler with 1 step, cfg 1, euler, simple, denoise 1.",
             search_aliases=["ksampler", "sample", "one step", "1 step", "few step", "apt"],
             inputs=[
-                io.Model.Input("model", tooltip="A Wan model after APT, from Load APT Checkpoint or from a stock loader with an APT LoRA."),
-                io.Conditioning.Input("positive", tooltip="The prompt, from CLIP Text Encode with the model's own text encoder."),
-                io.Latent.Input("latent", tooltip="The size and number of clips, from Empty APT Latent. What is in it is overwritten with noise."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A Wan model after APT, from Load APT Checkpoint or from a stock loader with an APT LoRA.",
+                ),
+                io.Conditioning.Input(
+                    "positive", tooltip="The prompt, from CLIP Text Encode with the model's own text encoder."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="The size and number of clips, from Empty APT Latent. What is in it is overwritten with noise.",
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -60,7 +70,9 @@ class APTSampler(io.ComfyNode):
                     "up to the second time that the model's file names, else 0.7; more bring artifacts.",
                 ),
                 io.Noise.Input(
-                    "noise", optional=True, tooltip="Noise to start from in place of the seed's, from APT Noise Walk or a stock node. Default none."
+                    "noise",
+                    optional=True,
+                    tooltip="Noise to start from in place of the seed's, from APT Noise Walk or a stock node. Default none.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
@@ -137,8 +149,12 @@ class APTSampler(io.ComfyNode):
         return io.NodeOutput(latent, ui=warn(NAME, cls.hidden, warnings))
 
 
-def few_step(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, fresh_noise) -> Tensor:
-    """apt_core.method.generator.few_step as a sampler function of ComfyUI: `model(x, sigma)` is the clean sample, sigmas are times and end with 0."""
+def few_step(
+    model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, fresh_noise
+) -> Tensor:
+    """apt_core.method.generator.few_step as a sampler function of ComfyUI: `model(x, sigma)` is the clean
+    sample, sigmas are times and end with 0.
+    """
     batch = x.new_ones(len(x))
     for i in trange(len(sigmas) - 1, disable=disable):
         if i:
@@ -149,12 +165,16 @@ def few_step(model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disab
 
 
 def _check_flow(model) -> None:
-    """Nodes can exchange how a MODEL's output is read; a shift is harmless at time 1, all else makes noise of the picture."""
+    """Nodes can exchange how a MODEL's output is read; a shift is harmless at time 1, all else makes noise of
+    the picture.
+    """
     sampling = model.get_model_object("model_sampling")
     timestep = float(sampling.timestep(torch.tensor(1.0)))
     if not isinstance(sampling, CONST) or timestep != 1000:
         kind = f"flow at timestep {timestep:g}" if isinstance(sampling, CONST) else "no flow"
-        raise AptError(f"{NAME}: a node made the model's sampling {kind}, but APT is a flow at timestep 1000: take that Model Sampling node out.")
+        raise AptError(
+            f"{NAME}: a node made the model's sampling {kind}, but APT is a flow at timestep 1000: take that Model Sampling node out."
+        )
 
 
 def _check_finite(samples: Tensor) -> None:
@@ -172,13 +192,18 @@ def _times(sigmas: Tensor) -> list[float]:
         times.pop()
     if not times or times[0] != 1 or not times[-1] > 0 or any(not a > b for a, b in zip(times, times[1:])):
         shown = ", ".join(f"{t:g}" for t in sigmas.tolist()) or "empty"
-        raise AptError(f"{NAME}: the sigmas are {shown}, but they must start at 1 and decrease, staying above 0 until a last 0: for two steps 1, 0.7.")
+        raise AptError(
+            f"{NAME}: the sigmas are {shown}, but they must start at 1 and decrease, staying above 0 until a last 0: for two steps 1, 0.7."
+        )
     return times
 
 
 def _read_latent(wan: WanModel, model, latent: dict) -> dict:
     latent, samples = latent.copy(), latent["samples"]
-    spatial, temporal = latent.pop("downscale_ratio_spacial", None), latent.pop("downscale_ratio_temporal", None)
+    spatial, temporal = (
+        latent.pop("downscale_ratio_spacial", None),
+        latent.pop("downscale_ratio_temporal", None),
+    )
     if spatial:
         # Empty latents that say what they stand for: ComfyUI fits them to the model.
         samples = comfy.sample.fix_empty_latent_channels(model, samples, spatial, temporal)
@@ -236,5 +261,7 @@ def _ignored(network, wan: WanModel, positive: list, latent: dict) -> list[str]:
             if key in given and not taken:
                 sentences.append(f"The {name} is ignored: this model has no input for one.")
     if "noise_mask" not in latent and latent["samples"].count_nonzero():
-        sentences.append("The picture in the latent is ignored: this method starts from noise alone. Take Empty APT Latent.")
+        sentences.append(
+            "The picture in the latent is ignored: this method starts from noise alone. Take Empty APT Latent."
+        )
     return sentences

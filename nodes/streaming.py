@@ -1,4 +1,6 @@
-"""Wan's video VAEs decoded slice by slice with ComfyUI's own modules, so that the numbers are stock VAEDecode's."""
+"""Wan's video VAEs decoded slice by slice with ComfyUI's own modules, so that the numbers are stock
+VAEDecode's.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -29,10 +31,16 @@ def read_latent(node: str, vae: VAE, samples: dict) -> Tensor:
         latent = latent.unbind()[0]
     if type(vae) is VAE and (vae.output_channels == 2 or vae.latent_dim == 1):
         kind = type(vae.first_stage_model).__name__
-        raise AptError(f"{node}: this VAE ({kind}) makes sound or solids, not images: load the VAE that belongs to the video model.")
+        raise AptError(
+            f"{node}: this VAE ({kind}) makes sound or solids, not images: load the VAE that belongs to the video model."
+        )
     images_only = type(vae) is VAE and vae.latent_dim == 2 and latent.ndim == 5
     if (images_only or _slicer(vae)) and (latent.ndim, latent.shape[1]) != (5, vae.latent_channels):
-        takes = f"{vae.latent_channels} channels" if images_only else f"[batch, {vae.latent_channels}, frames, height, width]"
+        takes = (
+            f"{vae.latent_channels} channels"
+            if images_only
+            else f"[batch, {vae.latent_channels}, frames, height, width]"
+        )
         raise AptError(
             f"{node}: the latent is {list(latent.shape)}, but this VAE takes {takes}: "
             "load the VAE that belongs to the model, Wan 2.1's for 16 channels and Wan 2.2's for 48."
@@ -41,10 +49,11 @@ def read_latent(node: str, vae: VAE, samples: dict) -> Tensor:
 
 
 def decode(vae: VAE, latent: Tensor, consume: Callable[[Iterable[Tensor], int], Result]) -> Result:
-    """`consume(pieces, total)` of the decoded frames: pieces `[n, height, width, channels]` in [0, 1], clip after clip, and how many frames in all.
+    """`consume(pieces, total)` of the decoded frames: pieces `[n, height, width, channels]` in [0, 1], clip
+    after clip, and how many frames in all.
 
-    A Wan VAE makes a piece of each slice of its latents and keeps none. Any other VAE, and one that runs out of memory, decodes as
-    stock does, in one piece; after running out of memory `consume` is called anew.
+    A Wan VAE makes a piece of each slice of its latents and keeps none. Any other VAE, and one that runs out
+    of memory, decodes as stock does, in one piece; after running out of memory `consume` is called anew.
     """
     slicer = _slicer(vae)
     if slicer:
@@ -53,7 +62,9 @@ def decode(vae: VAE, latent: Tensor, consume: Callable[[Iterable[Tensor], int], 
             return consume(_stream(vae, latent, slicer, total), total)
         except Exception as error:
             model_management.raise_non_oom(error)
-            logging.warning("Ran out of memory in a slice of the VAE decode, going on as stock VAEDecode does.")
+            logging.warning(
+                "Ran out of memory in a slice of the VAE decode, going on as stock VAEDecode does."
+            )
     # Not in the except block: the exception would keep the memory of the failed slice.
     images = vae.decode(latent)
     images = images.reshape(-1, *images.shape[-3:])
@@ -68,13 +79,17 @@ def _stream(vae: VAE, latent: Tensor, slicer: Callable, total: int) -> Iterator[
             for pixels in slicer(vae.first_stage_model, clip.to(vae.device, vae.vae_dtype)):
                 frames = vae.process_output(pixels.to(vae.vae_output_dtype()))[0].movedim(0, -1)
                 preview = preview_to_image(frames[-1, ..., :3], do_scale=False)
-                progress.update_absolute(progress.current + len(frames), preview=("JPEG", preview, MAX_PREVIEW_RESOLUTION))
+                progress.update_absolute(
+                    progress.current + len(frames), preview=("JPEG", preview, MAX_PREVIEW_RESOLUTION)
+                )
                 yield frames
                 model_management.throw_exception_if_processing_interrupted()
 
 
 def _slicer(vae: VAE) -> Callable[[torch.nn.Module, Tensor], Iterator[Tensor]] | None:
-    """What decodes this VAE's latents by slices; None unless its decoder, which is private to ComfyUI, is as known here."""
+    """What decodes this VAE's latents by slices; None unless its decoder, which is private to ComfyUI, is as
+    known here.
+    """
     model = vae.first_stage_model if type(vae) is VAE else None
     if type(model) not in (wan21.WanVAE, wan22.WanVAE):
         return None
@@ -82,11 +97,17 @@ def _slicer(vae: VAE) -> Callable[[torch.nn.Module, Tensor], Iterator[Tensor]] |
     if type(model) is wan22.WanVAE:
         return _slices_of_22 if takes == ("x", "feat_cache", "feat_idx", "first_chunk") else None
     # A decoder without run_up returns a tensor in place of chunks, and stock then cuts other slices.
-    return _slices_of_21 if takes == ("x", "feat_cache", "feat_idx") and hasattr(model.decoder, "run_up") else None
+    return (
+        _slices_of_21
+        if takes == ("x", "feat_cache", "feat_idx") and hasattr(model.decoder, "run_up")
+        else None
+    )
 
 
 def _slices_of_21(model: wan21.WanVAE, z: Tensor) -> Iterator[Tensor]:
-    """Latents [1, 16, f, h, w] -> pixels [1, 3, n, 8h, 8w] of 1, 2, 2, ... latent frames: stock's slices, for stock's bits."""
+    """Latents [1, 16, f, h, w] -> pixels [1, 3, n, 8h, 8w] of 1, 2, 2, ... latent frames: stock's slices, for
+    stock's bits.
+    """
     x = model.conv2(z)
     cache = _empty_cache(model.decoder) if x.shape[2] > 1 else None
     for start in (0, *range(1, x.shape[2], 2)):

@@ -22,12 +22,14 @@ RELEASED = {
 }
 
 
-
 @dataclass(frozen=True)
 class WanModel:
-    """Sizes of a Wan MODEL. `spatial` and `temporal`: pixels and frames to a latent; `patch`: latents to a token's side;
-    `native`: {width, height, frames, fps} that it was trained for, in pixels and frames; `second_time`: see apt_core.files.contract; `text_length`:
-    the most rows that a prompt had in training, None where nobody knows; `guessed`: whether `native` is that of a Wan of another build."""
+    """Sizes of a Wan MODEL. `spatial` and `temporal`: pixels and frames to a latent; `patch`: latents to a
+    token's side; `native`: {width, height, frames, fps} that it was trained for, in pixels and frames;
+    `second_time`: see apt_core.files.contract; `text_length`:
+    the most rows that a prompt had in training, None where nobody knows; `guessed`: whether `native` is that
+    of a Wan of another build.
+    """
 
     channels: int
     spatial: int
@@ -49,7 +51,9 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
     """Raises AptError, beginning with the node's display name, for a model of another kind than Wan."""
     if not isinstance(model.model, WAN21):
         kind = type(model.model).__name__
-        raise AptError(f"{node}: the model is {kind}, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.")
+        raise AptError(
+            f"{node}: the model is {kind}, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model."
+        )
     format, network, apt = model.model.latent_format, model.model.diffusion_model, apt_of(node, model)
     released = network.text_dim == ASSUMED["text_dim"]
     text_length = apt.get("text_length")
@@ -87,7 +91,9 @@ def apt_of(node: str, model: ModelPatcher) -> dict:
 
 
 def _of_stock_loader(model: ModelPatcher) -> dict:
-    """What the file of Load Diffusion Model says: that node drops the metadata, but the MODEL remembers how it can be made again."""
+    """What the file of Load Diffusion Model says: that node drops the metadata, but the MODEL remembers how
+    it can be made again.
+    """
     match model.cached_patcher_init:
         case (comfy.sd.load_diffusion_model, (path, *_)):
             try:

@@ -21,7 +21,9 @@ def rooms(package: str) -> list[str]:
 
 
 def imports(package: str) -> Iterator[tuple[str, str, str]]:
-    """(file, its room, the room that it imports), for all imports within the package, also those inside functions."""
+    """(file, its room, the room that it imports), for all imports within the package, also those inside
+    functions.
+    """
     for file in sorted((ROOT / package).rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
         room = parts[1] if len(parts) > 2 else ENTRY if parts[-1] == ENTRY else TOP
@@ -63,8 +65,14 @@ def test_imports_between_rooms_run_one_way(package):
 
 
 def test_library_nodes_and_trainer_meet_in_the_library_alone():
-    for package, others in {"apt_core": ("trainer", "nodes"), "nodes": ("trainer",), "trainer": ("nodes",)}.items():
+    for package, others in {
+        "apt_core": ("trainer", "nodes"),
+        "nodes": ("trainer",),
+        "trainer": ("nodes",),
+    }.items():
         for file in (ROOT / package).rglob("*.py"):
             text = file.read_text(encoding="utf-8")
             for other in others:
-                assert not re.search(rf"^\s*(from|import) \.*{other}\b", text, re.MULTILINE), f"{file} imports {other}"
+                assert not re.search(rf"^\s*(from|import) \.*{other}\b", text, re.MULTILINE), (
+                    f"{file} imports {other}"
+                )

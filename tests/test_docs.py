@@ -1,4 +1,6 @@
-"""README and docs say what is there: links lead somewhere, the functions and tests that are named exist, and the commands are ones that the command line takes."""
+"""README and docs say what is there: links lead somewhere, the functions and tests that are named exist, and
+the commands are ones that the command line takes.
+"""
 
 import ast
 import importlib
@@ -12,7 +14,12 @@ import typer
 from trainer.__main__ import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "example_workflows" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "example_workflows" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 TERMINAL = re.compile(r"```sh\n(.*?)```", re.S)
 COMMAND = re.compile(r"-m trainer\s+(.+)$")
@@ -24,7 +31,11 @@ def text_of(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page):
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)) if not link.startswith(("http", "#"))]
+    links = [
+        link.partition("#")[0]
+        for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page))
+        if not link.startswith(("http", "#"))
+    ]
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
@@ -34,7 +45,11 @@ def test_the_readme_leads_to_every_page():
 
 
 def rows_of_the_method() -> list[str]:
-    return [line for line in text_of(ROOT / "docs" / "method.md").splitlines() if "tests/" in line and line.startswith("|")]
+    return [
+        line
+        for line in text_of(ROOT / "docs" / "method.md").splitlines()
+        if "tests/" in line and line.startswith("|")
+    ]
 
 
 def test_the_table_of_the_method_is_there():
@@ -48,7 +63,9 @@ def test_every_function_and_every_test_of_the_method_exists(row):
     for module, name in functions:
         assert hasattr(importlib.import_module(module), name), f"{module}:{name}"
     for file, name in tests:
-        defined = {node.name for node in ast.parse(text_of(ROOT / file)).body if isinstance(node, ast.FunctionDef)}
+        defined = {
+            node.name for node in ast.parse(text_of(ROOT / file)).body if isinstance(node, ast.FunctionDef)
+        }
         assert name in defined, f"{file}::{name}"
 
 

@@ -17,7 +17,13 @@ NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 def run(name: str, out: Path) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "APT_CACHE": str(out / "cache")}
-    result = subprocess.run([sys.executable, str(ROOT / "examples" / f"{name}.py"), str(out)], capture_output=True, text=True, cwd=out, env=environment)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py"), str(out)],
+        capture_output=True,
+        text=True,
+        cwd=out,
+        env=environment,
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -28,7 +34,9 @@ def frames(path: Path) -> int:
 
 
 def test_the_list_has_all_of_them():
-    listed = re.findall(r"^\| `(\w+)\.py`", (ROOT / "examples" / "README.md").read_text(encoding="utf-8"), re.M)
+    listed = re.findall(
+        r"^\| `(\w+)\.py`", (ROOT / "examples" / "README.md").read_text(encoding="utf-8"), re.M
+    )
     assert sorted(listed) == NAMES and len(NAMES) == 5
 
 
@@ -48,7 +56,9 @@ def test_lora_on_one_base(tmp_path):
     assert read_metadata(tmp_path / "apt-lora.safetensors")["kind"] == "lora"
 
 
-@pytest.mark.parametrize("name, figure", [("adversarial_training", r"D ([\d.]+) \+"), ("distillation", r": ([\d.]+)")])
+@pytest.mark.parametrize(
+    "name, figure", [("adversarial_training", r"D ([\d.]+) \+"), ("distillation", r": ([\d.]+)")]
+)
 def test_trainings_train(name, figure, tmp_path):
     losses = [float(value) for value in re.findall(figure, run(name, tmp_path))]
     assert len(losses) == 10 and losses[-1] < losses[0]

@@ -7,7 +7,9 @@ from apt_core.errors import readable
 
 
 class Aside:
-    """Calls that may fail: the first failure is said in a line and the rest is left out, while the training goes on."""
+    """Calls that may fail: the first failure is said in a line and the rest is left out, while the training
+    goes on.
+    """
 
     def __init__(self, what: str) -> None:
         self.what, self.off = what, False

@@ -1,4 +1,6 @@
-"""Presets: TOML files that hold every number of a training run, read into typed, frozen models; `key=value` changes single numbers."""
+"""Presets: TOML files that hold every number of a training run, read into typed, frozen models; `key=value`
+changes single numbers.
+"""
 
 import tomllib
 from collections.abc import Sequence
@@ -22,7 +24,9 @@ class Settings(BaseModel):
 
 
 class Model(Settings):
-    """Shape of the base model, so that accounts can be made without a weight. vae: the version whose latents it has; kind: see apt_core.loading.backbones."""
+    """Shape of the base model, so that accounts can be made without a weight. vae: the version whose latents
+    it has; kind: see apt_core.loading.backbones.
+    """
 
     kind: str = "wan"
     layers: int = Field(ge=1)
@@ -52,8 +56,11 @@ class Model(Settings):
 
 
 class Files(Settings):
-    """Where the weights lie: a diffusers folder or the single file that ComfyUI takes; "mini" is the shipped one, empty means not given.
-    `tokenizer` (a folder with spiece.model, or that file) is needed where the text encoder does not carry its own."""
+    """Where the weights lie: a diffusers folder or the single file that ComfyUI takes; "mini" is the shipped
+    one, empty means not given.
+    `tokenizer` (a folder with spiece.model, or that file) is needed where the text encoder does not carry its
+    own.
+    """
 
     base: str = ""
     vae: str = ""
@@ -62,12 +69,14 @@ class Files(Settings):
 
 
 class Data(Settings):
-    """What samples are cut to: pixels, frames (4 n + 1), frames a second. Images have a size of their own where one is given.
+    """What samples are cut to: pixels, frames (4 n + 1), frames a second. Images have a size of their own
+    where one is given.
 
-    aspects: "16:9" and so on; files go to the nearest one, with the pixels of height x width (none: all are cropped to that);
-    shorter: numbers of frames for clips that are shorter than `frames`; clips_per_file: how many clips are cut from a
-    long video, one after the other; `images` and `clips` are how many the demo draws. held_out: so many samples of each kind are kept
-    from training (a tenth of them at most), for trainer.stages.watch.
+    aspects: "16:9" and so on; files go to the nearest one, with the pixels of height x width (none: all are
+    cropped to that); shorter: numbers of frames for clips that are shorter than `frames`; clips_per_file: how
+    many clips are cut from a long video, one after the other; `images` and `clips` are how many the demo
+    draws. held_out: so many samples of each kind are kept from training (a tenth of them at most), for
+    trainer.stages.watch.
     """
 
     height: int = Field(ge=16)
@@ -97,12 +106,20 @@ class Data(Settings):
     def native(self, kind: str) -> dict:
         """What a checkpoint that was trained on "image" or "video" says of its size."""
         height, width = self.size(kind)
-        return {"height": height, "width": width, "frames": 1 if kind == "image" else self.frames, "fps": self.fps}
+        return {
+            "height": height,
+            "width": width,
+            "frames": 1 if kind == "image" else self.frames,
+            "fps": self.fps,
+        }
 
 
 class Sampling(Settings):
-    """How the base samples: Euler steps, guidance scale, shift of its times for images and videos, and the fixed negative prompt.
-    `second_time` is the second of the two times of two-step sampling, which goes into every file of the run; `prompts` are what sample videos show while a run trains."""
+    """How the base samples: Euler steps, guidance scale, shift of its times for images and videos, and the
+    fixed negative prompt.
+    `second_time` is the second of the two times of two-step sampling, which goes into every file of the run;
+    `prompts` are what sample videos show while a run trains.
+    """
 
     steps: int = Field(25, ge=1)
     guidance: float
@@ -117,9 +134,11 @@ class Sampling(Settings):
 
 
 class Distill(Settings):
-    """Stage 1. `video_share` of the updates see clips; `target_decay` is the EMA of the target network (0: the student itself);
-    `target_warmup` and `ema_warmup` let young averages forget the start sooner (apt_core.method.ema.Ema; 0: the plain decay); the rate
-    rises over `lr_warmup` updates and falls in a line from `lr` to `lr_end` (none: it stays). Muon is for models as small as the miniature."""
+    """Stage 1. `video_share` of the updates see clips; `target_decay` is the EMA of the target network (0:
+    the student itself); `target_warmup` and `ema_warmup` let young averages forget the start sooner
+    (apt_core.method.ema.Ema; 0: the plain decay); the rate rises over `lr_warmup` updates and falls in a line
+    from `lr` to `lr_end` (none: it stays). Muon is for models as small as the miniature.
+    """
 
     updates: int = Field(ge=1)
     batch_image: int = Field(ge=1)
@@ -141,22 +160,27 @@ class Distill(Settings):
     def rate(self, update: int) -> float:
         """The learning rate of update number `update`, counted from 0."""
         end = self.lr if self.lr_end is None else self.lr_end
-        return (self.lr + (end - self.lr) * update / self.updates) * min(1.0, (update + 1) / max(1, self.lr_warmup))
+        return (self.lr + (end - self.lr) * update / self.updates) * min(
+            1.0, (update + 1) / max(1, self.lr_warmup)
+        )
 
     def consistency(self, shift: float) -> ConsistencySettings:
         return ConsistencySettings(self.steps, shift, self.guidance, self.fraction_at_final)
 
 
 class Adversarial(Settings):
-    """One phase of stage 2 (table in 3.5). `shift` is s of eq. 7 for the discriminator's timesteps; `warmup` updates train the
-    discriminator alone; `lr_heads` is the rate of its heads, which start from nothing (none: `lr_discriminator`, as in the paper);
-    `ema_warmup` lets a young average forget the start sooner, see apt_core.method.ema.Ema (0: the plain decay, as in the paper);
-    `discriminator_step` is how its passes are run (the mode of apt_core.method.objectives).
+    """One phase of stage 2 (table in 3.5). `shift` is s of eq. 7 for the discriminator's timesteps; `warmup`
+    updates train the discriminator alone; `lr_heads` is the rate of its heads, which start from nothing
+    (none: `lr_discriminator`, as in the paper); `ema_warmup` lets a young average forget the start sooner,
+    see apt_core.method.ema.Ema (0: the plain decay, as in the paper); `discriminator_step` is how its passes
+    are run (the mode of apt_core.method.objectives).
 
-    What the paper tried on the discriminator and decided against (3.3, 5.2), its choice as default: `taps`, the depths of its heads as fractions of
-    the base's blocks (the last of them is its own depth); `discriminator_time`, one timestep in [0, 1] for all samples in the place of those
-    of eq. 6; `discriminator_start`, "base" or "start" (the weights that the generator starts from: the distilled ones, or the image
-    phase's); `train_backbone`, false to train the heads alone."""
+    What the paper tried on the discriminator and decided against (3.3, 5.2), its choice as default: `taps`,
+    the depths of its heads as fractions of the base's blocks (the last of them is its own depth);
+    `discriminator_time`, one timestep in [0, 1] for all samples in the place of those of eq. 6;
+    `discriminator_start`, "base" or "start" (the weights that the generator starts from: the distilled ones,
+    or the image phase's); `train_backbone`, false to train the heads alone.
+    """
 
     updates: int = Field(ge=1)
     batch: int = Field(ge=1)
@@ -182,12 +206,20 @@ class Adversarial(Settings):
 
     def objective(self) -> Objective:
         return Objective(
-            self.relativistic, self.r1_weight, self.r1_sigma, self.r2_weight, self.r2_sigma, self.reg_fraction, self.centering
+            self.relativistic,
+            self.r1_weight,
+            self.r1_sigma,
+            self.r2_weight,
+            self.r2_sigma,
+            self.reg_fraction,
+            self.centering,
         )
 
 
 class Phases(Settings):
-    """A recipe: both phases of stage 2, and by full name (`distill.guidance`) what it changes of the preset's other settings."""
+    """A recipe: both phases of stage 2, and by full name (`distill.guidance`) what it changes of the preset's
+    other settings.
+    """
 
     image: Adversarial
     video: Adversarial
@@ -195,16 +227,19 @@ class Phases(Settings):
 
 
 class Train(Settings):
-    """How a run uses its machines, and what it leaves while it runs. Nothing here but `mode` and the LoRA changes what is learned beyond rounding.
+    """How a run uses its machines, and what it leaves while it runs. Nothing here but `mode` and the LoRA
+    changes what is learned beyond rounding.
 
-    mode: "full" trains all weights, "lora" adapters of rank `lora_rank` on one frozen base that all networks share; head_width: inner width
-    of the discriminator's heads (none: the model's own). microbatch: samples that a process takes at once (none: its whole share);
-    compute, generator_zero, discriminator_zero, sync_every_microbatch, checkpointing, compile, context_parallel: see trainer.machines.parallel.Parallel.
-    attention: diffusers' name of a backend for all networks, "auto" for the fastest installed one that has a backward pass. device: "auto" takes
-    the GPU where there is one. ema_decays: more averages to keep beside the phase's own. save_every, sample_every, watch_every (looks at
-    the discriminator on held-out samples), in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many
-    of the best besides, by trainer.run.judge on judge_samples samples (0: none are judged). wandb: a Weights & Biases project to report to,
-    where that is installed.
+    mode: "full" trains all weights, "lora" adapters of rank `lora_rank` on one frozen base that all networks
+    share; head_width: inner width of the discriminator's heads (none: the model's own). microbatch: samples
+    that a process takes at once (none: its whole share); compute, generator_zero, discriminator_zero,
+    sync_every_microbatch, checkpointing, compile, context_parallel: see trainer.machines.parallel.Parallel.
+    attention: diffusers' name of a backend for all networks, "auto" for the fastest installed one that has a
+    backward pass. device: "auto" takes the GPU where there is one. ema_decays: more averages to keep beside
+    the phase's own. save_every, sample_every, watch_every (looks at the discriminator on held-out samples),
+    in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many of the
+    best besides, by trainer.run.judge on judge_samples samples (0: none are judged). wandb: a Weights &
+    Biases project to report to, where that is installed.
     """
 
     mode: Literal["full", "lora"] = "full"
@@ -232,7 +267,9 @@ class Train(Settings):
 
 
 class Preset(Settings):
-    """A whole recipe. `stage2` holds its named variants: `paper`, and `stable` or `budget`; the first is the default."""
+    """A whole recipe. `stage2` holds its named variants: `paper`, and `stable` or `budget`; the first is the
+    default.
+    """
 
     name: str
     model: Model
@@ -250,16 +287,22 @@ class Preset(Settings):
     def phases(self, variant: str) -> Phases:
         """The two phases of a variant. Raises AptError for a name that the preset does not have."""
         if variant not in self.stage2:
-            raise AptError(f"preset {self.name} has no stage 2 named {variant!r}; it has {', '.join(self.stage2)}.")
+            raise AptError(
+                f"preset {self.name} has no stage 2 named {variant!r}; it has {', '.join(self.stage2)}."
+            )
         return self.stage2[variant]
 
     def with_recipe(self, variant: str) -> "Preset":
-        """The preset with what a variant changes of its other settings. Raises AptError as `phases`, and for a setting that is not there."""
+        """The preset with what a variant changes of its other settings. Raises AptError as `phases`, and for
+        a setting that is not there.
+        """
         values = self.model_dump()
         for name, value in self.phases(variant).also.items():
             section, _, key = name.partition(".")
             if not isinstance(values.get(section), dict) or key not in values[section]:
-                raise AptError(f"preset {self.name}: there is no setting {name}{nearest(name, known_names(Preset, values))}, which {variant} changes: mend it.")
+                raise AptError(
+                    f"preset {self.name}: there is no setting {name}{nearest(name, known_names(Preset, values))}, which {variant} changes: mend it."
+                )
             values[section][key] = value
         try:
             return Preset.model_validate(values)
@@ -270,18 +313,24 @@ class Preset(Settings):
 def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> Preset:
     """A preset by name (`mini`) or from a TOML file, with `key=value` overrides.
 
-    A key is a full name (`distill.updates`) or the last part of one, which is then looked for in `sections`, in that order.
-    Raises AptError for an unknown preset or key, with the nearest right one, and for an invalid value, naming it.
+    A key is a full name (`distill.updates`) or the last part of one, which is then looked for in `sections`,
+    in that order.
+    Raises AptError for an unknown preset or key, with the nearest right one, and for an invalid value, naming
+    it.
     """
     path = Path(name) if str(name).endswith(".toml") else PRESETS / f"{name}.toml"
     if not path.is_file():
         known = [p.stem for p in sorted(PRESETS.glob("*.toml"))]
-        raise AptError(f"there is no preset {str(name)!r}{nearest(str(name), known)}; use one of {', '.join(known)}, or the path of a .toml file.")
+        raise AptError(
+            f"there is no preset {str(name)!r}{nearest(str(name), known)}; use one of {', '.join(known)}, or the path of a .toml file."
+        )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         return Preset.model_validate(apply(values, overrides, known_names(Preset, values), sections))
     except (OSError, UnicodeDecodeError):
-        raise AptError(f"preset {path.name} cannot be read: give a TOML file in UTF-8 that you may read.") from None
+        raise AptError(
+            f"preset {path.name} cannot be read: give a TOML file in UTF-8 that you may read."
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise AptError(f"preset {path.name} is not valid TOML: {error}.") from None
     except ValidationError as error:
@@ -293,5 +342,7 @@ def _sentence(file: str, first: dict, values: dict) -> AptError:
     if first["type"] == "missing":
         return AptError(f"preset {file}: {where} is missing: add it.")
     if first["type"] == "extra_forbidden":
-        return AptError(f"preset {file}: there is no setting {where}{nearest(where, known_names(Preset, values))}: mend or remove it.")
+        return AptError(
+            f"preset {file}: there is no setting {where}{nearest(where, known_names(Preset, values))}: mend or remove it."
+        )
     return AptError(f"preset {file}: {where} is {first.get('input')!r}: {first['msg'].lower()}.")

@@ -9,8 +9,9 @@ from apt_core.files.atomic import replacing
 
 
 def write_json(path: Path, value) -> None:
-    """Write JSON to `path`, so that a crash leaves the old file or the new one. What is not finite becomes null, which JSON has. Raises AptError as
-    `apt_core.files.atomic.replacing` does."""
+    """Write JSON to `path`, so that a crash leaves the old file or the new one. What is not finite becomes
+    null, which JSON has. Raises AptError as `apt_core.files.atomic.replacing` does.
+    """
     with replacing(path, durable=True) as part, part.open("w", encoding="utf-8") as file:
         json.dump(_finite(value), file, indent=1, allow_nan=False)
 

@@ -1,4 +1,6 @@
-"""`key=value` on the command line: which setting a key means, what its value is, and the nearest right key for a wrong one."""
+"""`key=value` on the command line: which setting a key means, what its value is, and the nearest right key
+for a wrong one.
+"""
 
 import difflib
 import tomllib
@@ -14,9 +16,9 @@ from apt_core.errors import AptError
 def apply(values: dict, overrides: Sequence[str], known: Sequence[str], sections: Sequence[str]) -> dict:
     """A copy of the nested dictionary `values` with every override in its place.
 
-    overrides: "key=value", the value as in TOML, where anything that is not TOML is taken for text; known: the full names of all settings;
-    sections: where a key without dots is looked for, in this order. Raises AptError for an override that is not `key=value` and for
-    a key that is not known, with the nearest ones.
+    overrides: "key=value", the value as in TOML, where anything that is not TOML is taken for text; known:
+    the full names of all settings; sections: where a key without dots is looked for, in this order. Raises
+    AptError for an override that is not `key=value` and for a key that is not known, with the nearest ones.
     """
     out = deepcopy(values)
     for override in overrides:
@@ -32,13 +34,17 @@ def apply(values: dict, overrides: Sequence[str], known: Sequence[str], sections
 
 
 def known_names(cls: type[BaseModel], values: dict, prefix: str = "") -> list[str]:
-    """The full names of all settings of a model of settings; where it has a dictionary of them, under the names that `values` has there."""
+    """The full names of all settings of a model of settings; where it has a dictionary of them, under the
+    names that `values` has there.
+    """
     names = []
     for name, field in cls.model_fields.items():
         kind = field.annotation
         if get_origin(kind) is dict:
             inner = values.get(name) if isinstance(values.get(name), dict) else {}
-            names += [key for part in inner for key in known_names(get_args(kind)[1], {}, f"{prefix}{name}.{part}.")]
+            names += [
+                key for part in inner for key in known_names(get_args(kind)[1], {}, f"{prefix}{name}.{part}.")
+            ]
         elif isinstance(kind, type) and issubclass(kind, BaseModel):
             names += known_names(kind, {}, f"{prefix}{name}.")
         else:
@@ -47,7 +53,7 @@ def known_names(cls: type[BaseModel], values: dict, prefix: str = "") -> list[st
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """" (did you mean X?)" for a misspelled name, "" when nothing is near."""
+    """ " (did you mean X?)" for a misspelled name, "" when nothing is near."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {found[0]}?)" if found else ""
 
@@ -57,8 +63,15 @@ def _full_name(key: str, known: Sequence[str], sections: Sequence[str]) -> str:
     for name in candidates:
         if name in known:
             return name
-    near = [name.removeprefix(f"{section}.") for section in sections for name in known if name.startswith(f"{section}.")]
-    raise AptError(f"there is no setting {key!r}{nearest(key, [*near, *known])}: see the preset's file for all of them.")
+    near = [
+        name.removeprefix(f"{section}.")
+        for section in sections
+        for name in known
+        if name.startswith(f"{section}.")
+    ]
+    raise AptError(
+        f"there is no setting {key!r}{nearest(key, [*near, *known])}: see the preset's file for all of them."
+    )
 
 
 def _value(text: str):

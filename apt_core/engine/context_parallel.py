@@ -1,15 +1,18 @@
-"""Context parallelism: the tokens of one sample spread over a group of processes, exactly, and with gradients that serve both networks.
+"""Context parallelism: the tokens of one sample spread over a group of processes, exactly, and with gradients
+that serve both networks.
 
     enable(generator, group)
     enable(discriminator, group)
 
-All processes of the group pass the same inputs and get the same outputs, whole. In between each holds one piece of the tokens; self-attention
-sees all of them for a part of its heads (Ulysses, DeepSpeed 2023), and a discriminator head attends to its own piece and merges.
+All processes of the group pass the same inputs and get the same outputs, whole. In between each holds one
+piece of the tokens; self-attention sees all of them for a part of its heads (Ulysses, DeepSpeed 2023), and a
+discriminator head attends to its own piece and merges.
 
-Gradients. Every process computes the same loss from the whole output. What is whole has its true gradient on every process, the input of the
-network too: the generator step needs dD/dx. A weight that met only a piece of the tokens has group-size times its share of the gradient, so
-that the MEAN over the group is the true gradient. DDP and FSDP2 average over all their processes, so over (data parallel x context
-parallel) ones they give what one process would, with no change to the loss. Whoever uses neither averages the group's gradients.
+Gradients. Every process computes the same loss from the whole output. What is whole has its true gradient on
+every process, the input of the network too: the generator step needs dD/dx. A weight that met only a piece of
+the tokens has group-size times its share of the gradient, so that the MEAN over the group is the true
+gradient. DDP and FSDP2 average over all their processes, so over (data parallel x context parallel) ones they
+give what one process would, with no change to the loss. Whoever uses neither averages the group's gradients.
 Inputs other than the latents (time, text) get partial gradients.
 """
 
@@ -31,15 +34,18 @@ from ..models.mmdit import rotate
 def enable(model: nn.Module, group: ProcessGroup) -> None:
     """Makes a Backbone, a role of one, or a Discriminator compute over the group's processes, in place.
 
-    Weights, state dict and interface stay. To be done before compilation. Features of taps are whole, except on their way to the heads of
-    a discriminator. Any number of tokens fits; raises AptError when the group does not divide the attention heads.
+    Weights, state dict and interface stay. To be done before compilation. Features of taps are whole, except
+    on their way to the heads of a discriminator. Any number of tokens fits; raises AptError when the group
+    does not divide the attention heads.
     """
     backbone = model.backbone if isinstance(model, Discriminator) else model
     backbone = backbone.base if isinstance(backbone, Role) else backbone
     heads, size = backbone.config.num_attention_heads, group.size()
     if heads % size:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        raise AptError(f"{heads} attention heads cannot be split over {size} context-parallel processes: use one of {fitting}.")
+        raise AptError(
+            f"{heads} attention heads cannot be split over {size} context-parallel processes: use one of {fitting}."
+        )
     split = Split(group)
     backbone.share_tokens(split)
     if isinstance(model, Discriminator):
@@ -49,7 +55,9 @@ def enable(model: nn.Module, group: ProcessGroup) -> None:
 
 
 class Split:
-    """How the processes of a group share a sequence: process r has the r-th of as many equal pieces, zeros where the sequence ends before."""
+    """How the processes of a group share a sequence: process r has the r-th of as many equal pieces, zeros
+    where the sequence ends before.
+    """
 
     def __init__(self, group: ProcessGroup):
         self.group, self.size, self.rank = group, group.size(), group.rank()
@@ -71,33 +79,51 @@ class Split:
         return _Whole.apply(x, self, n)
 
     def tap(self, tokens: Tensor, n: int) -> Tensor:
-        """Visual tokens of a piece as the features of a tap: whole, or this process's own without padding where a discriminator reads them."""
+        """Visual tokens of a piece as the features of a tap: whole, or this process's own without padding
+        where a discriminator reads them.
+        """
         return tokens[:, : self._own(n)] if self.local_taps else self.whole(tokens, n)
 
     def embed(self, embedding: nn.Conv3d, latents: Tensor) -> Tensor:
-        """This process's piece of the tokens `embedding(latents)`, [B, n, d]. Cut before the embedding, where a token is smallest."""
+        """This process's piece of the tokens `embedding(latents)`, [B, n, d]. Cut before the embedding, where
+        a token is smallest.
+        """
         pf, ph, pw = embedding.kernel_size
-        patches = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))  # [B, C, f, pf, h, ph, w, pw]
+        patches = (
+            latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))
+        )  # [B, C, f, pf, h, ph, w, pw]
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, n, C pf ph pw]
         return F.linear(self.piece(patches), embedding.weight.flatten(1), embedding.bias)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
         """Attention over whole sequences, each process for its share of the heads.
 
-        q, k, v: pieces [B, n, heads, channels], of one sequence or of several, one after another; `lengths` are the whole ones of those in k
-        and v. attention: of q, k, v with all tokens. Returns the answers to q's piece, [B, n, heads, channels].
+        q, k, v: pieces [B, n, heads, channels], of one sequence or of several, one after another; `lengths`
+        are the whole ones of those in k and v. attention: of q, k, v with all tokens. Returns the answers to
+        q's piece, [B, n, heads, channels].
         """
         q, k, v = (self._by_heads(x) for x in (q, k, v))  # [B, size, n, heads / size, channels]
         k, v = (self._unpadded(x, lengths) for x in (k, v))
         return self._by_tokens(attention(q.flatten(1, 2), k, v).unflatten(1, (self.size, -1)))
 
     def merge(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the same q [B, heads, m, channels] on every process to keys and values [B, heads, n, channels] of which each has
-        its own: over those first, then the answers are weighed by the sums of their exponentials. Returns [B, heads, m, channels]."""
+        """Attention of the same q [B, heads, m, channels] on every process to keys and values [B, heads, n,
+        channels] of which each has its own: over those first, then the answers are weighed by the sums of
+        their exponentials. Returns [B, heads, m, channels].
+        """
         scores = q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5
         total = scores.logsumexp(3, keepdim=True)
         answer = (scores - total).exp() @ v.float()
-        both = self.whole(torch.cat((answer, total), dim=3)[:, None], self.size)  # [B, size, heads, m, channels + 1]
+        both = self.whole(
+            torch.cat((answer, total), dim=3)[:, None], self.size
+        )  # [B, size, heads, m, channels + 1]
         answers, totals = both[..., :-1], both[..., -1:]
         return (totals.softmax(1) * answers).sum(1).type_as(q)
 
@@ -106,7 +132,11 @@ class Split:
         length, own = -(-n // self.size), self._own(n)
         start = min(self.rank * length, n)
         piece = x[:, start : start + own]
-        return piece if own == length else torch.cat((piece, piece.new_zeros(x.shape[0], length - own, *x.shape[2:])), dim=1)
+        return (
+            piece
+            if own == length
+            else torch.cat((piece, piece.new_zeros(x.shape[0], length - own, *x.shape[2:])), dim=1)
+        )
 
     def collect(self, x: Tensor, n: int) -> Tensor:
         pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
@@ -126,7 +156,9 @@ class Split:
 
     def _unpadded(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         if all(n % self.size == 0 for n in lengths):
-            return x.flatten(1, 2)  # several sequences interleaved: attention does not mind, as long as k and v agree
+            return x.flatten(
+                1, 2
+            )  # several sequences interleaved: attention does not mind, as long as k and v agree
         pieces = x.split([-(-n // self.size) for n in lengths], dim=2)
         return torch.cat([piece.flatten(1, 2)[:, :n] for piece, n in zip(pieces, lengths)], dim=1)
 
@@ -139,10 +171,18 @@ class UlyssesProcessor:
     def __init__(self, split: Split, backend: str | None = None):
         self.split, self._attention_backend = split, backend
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
-        """hidden_states: a piece of the tokens, [B, n, d]; rotary_emb: the tables of all of them, ([1, S, 1, channels], the same)."""
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+    ) -> Tensor:
+        """hidden_states: a piece of the tokens, [B, n, d]; rotary_emb: the tables of all of them, ([1, S, 1,
+        channels], the same).
+        """
         x, (cos, sin) = hidden_states, rotary_emb
-        q, k, v = attn.to_qkv(x).chunk(3, dim=2) if attn.fused_projections else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        q, k, v = (
+            attn.to_qkv(x).chunk(3, dim=2)
+            if attn.fused_projections
+            else (attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        )
         q, k, v = (y.unflatten(2, (attn.heads, -1)) for y in (attn.norm_q(q), attn.norm_k(k), v))
         table = self.split.cut(cos[..., 0::2]), self.split.cut(sin[..., 1::2])
         answer = self.split.attend(rotate(q, table), rotate(k, table), v, [cos.shape[1]], self._attention)
@@ -179,7 +219,9 @@ class _Whole(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """[size, ...]: entry r goes to process r, and entry r of the result came from it. The gradient travels back the same way."""
+    """[size, ...]: entry r goes to process r, and entry r of the result came from it. The gradient travels
+    back the same way.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:

@@ -1,4 +1,6 @@
-"""The Wan VAE's decoder as a stream: exactly the pixels of diffusers' `vae.decode`, a few latent frames at a time."""
+"""The Wan VAE's decoder as a stream: exactly the pixels of diffusers' `vae.decode`, a few latent frames at a
+time.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -21,25 +23,38 @@ from .torch_limits import allow_many_graphs, out_of_memory
 
 
 class Decoder:
-    """Decodes with the weights of a loaded AutoencoderKLWan (Wan 2.1 or 2.2, any width), on its device and in its dtype.
+    """Decodes with the weights of a loaded AutoencoderKLWan (Wan 2.1 or 2.2, any width), on its device and in
+    its dtype.
 
-    The weights stay the VAE's own and keep their values, but get another layout in memory: `save_vae` still writes them, `save_pretrained` does not.
+    The weights stay the VAE's own and keep their values, but get another layout in memory: `save_vae` still
+    writes them, `save_pretrained` does not.
 
-    frames_per_call: latent frames of one call, None: as many as `budget` allows. More are faster and need more memory; the pixels are the same.
+    frames_per_call: latent frames of one call, None: as many as `budget` allows. More are faster and need
+    more memory; the pixels are the same.
     compile: let torch compile the layers, once for each shape (not with a group, nor in bands).
     budget: bytes that a decode may use beside the weights, None: what the device has free.
-    group: a process group whose processes share the rows; each gives the whole latents and gets the whole pixels.
+    group: a process group whose processes share the rows; each gives the whole latents and gets the whole
+    pixels.
 
-    When memory runs out all the same, the decoder steps down by itself: fewer latent frames per call, then bands of rows (not with a group), then
-    what it remembers of past frames on the CPU. A group does so together when it runs out on any of its processes. The pixels stay the same.
+    When memory runs out all the same, the decoder steps down by itself: fewer latent frames per call, then
+    bands of rows (not with a group), then what it remembers of past frames on the CPU. A group does so
+    together when it runs out on any of its processes. The pixels stay the same.
     `steps_taken` has one sentence for each step.
     """
 
     def __init__(
-        self, vae, *, frames_per_call: int | None = None, compile: bool = False, budget: int | None = None, group: ProcessGroup | None = None
+        self,
+        vae,
+        *,
+        frames_per_call: int | None = None,
+        compile: bool = False,
+        budget: int | None = None,
+        group: ProcessGroup | None = None,
     ):
         if frames_per_call is not None and frames_per_call < 1:
-            raise AptError(f"frames_per_call is {frames_per_call}: give 1 or more, or None for as many as memory allows.")
+            raise AptError(
+                f"frames_per_call is {frames_per_call}: give 1 or more, or None for as many as memory allows."
+            )
         self.vae, self.frames_per_call, self.budget, self.group = vae, frames_per_call, budget, group
         self.steps_taken: list[str] = []
         self._low, self._high = decoder_layers(vae)
@@ -51,17 +66,29 @@ class Decoder:
         self._run = torch.compile(_run, fullgraph=True, dynamic=False) if self._compiled else _run
 
     @torch.inference_mode()
-    def stream(self, latents: Tensor, *, uint8: bool = False, report: Callable[[str], None] | None = None) -> Iterator[Tensor]:
-        """Normalised latents `[B, z, f, h, w]` -> slices `[B, n, H, W, 3]` in time order, together 4(f-1)+1 frames.
+    def stream(
+        self, latents: Tensor, *, uint8: bool = False, report: Callable[[str], None] | None = None
+    ) -> Iterator[Tensor]:
+        """Normalised latents `[B, z, f, h, w]` -> slices `[B, n, H, W, 3]` in time order, together 4(f-1)+1
+        frames.
 
-        fp32 in [-1, 1], or uint8 in 0..255, on the decoder's device. The first slice has 4k-3 frames and the others 4k, k being the latent
-        frames per call at the time. report: called with each sentence that is added to `steps_taken`.
-        Raises AptError for latents that this VAE does not have, and when memory runs out at the smallest plan.
+        fp32 in [-1, 1], or uint8 in 0..255, on the decoder's device. The first slice has 4k-3 frames and the
+        others 4k, k being the latent frames per call at the time. report: called with each sentence that is
+        added to `steps_taken`.
+        Raises AptError for latents that this VAE does not have, and when memory runs out at the smallest
+        plan.
         """
         z = self.vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != z or not latents.numel():
-            raise AptError(f"latents of shape {list(latents.shape)} are not this VAE's: give [batch, {z}, frames, height, width].")
-        latents = denormalize(latents.to(self.vae.device).float(), self.vae).to(self.vae.dtype).movedim(1, -1).contiguous()
+            raise AptError(
+                f"latents of shape {list(latents.shape)} are not this VAE's: give [batch, {z}, frames, height, width]."
+            )
+        latents = (
+            denormalize(latents.to(self.vae.device).float(), self.vae)
+            .to(self.vae.dtype)
+            .movedim(1, -1)
+            .contiguous()
+        )
         plan, slices = self._plan(latents), None
         total = self.vae.config.scale_factor_temporal * (latents.shape[1] - 1) + 1
         given = at = 0  # frames given out, and frames that `slices` has made: fewer after it began anew
@@ -100,7 +127,9 @@ class Decoder:
         if self.group:
             h = -(-h // self.group.size())
         layers, bands = (self._low, self._high), self.group is None
-        plan = choose(layers, (clips, f, h, w), latents.dtype, self.frames_per_call, self.budget, latents.device, bands)
+        plan = choose(
+            layers, (clips, f, h, w), latents.dtype, self.frames_per_call, self.budget, latents.device, bands
+        )
         if self.group:
             least = torch.tensor(0 if plan.offload else plan.frames, device=latents.device)
             dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
@@ -124,7 +153,9 @@ class Decoder:
             yield torch.stack(parts)
 
     def _keep_up(self, latents: Tensor, plan: Plan, calls: int, exchanges: int) -> None:
-        """Out of memory in call number `calls`: takes part, with zeros, in what the other processes still exchange in it, or they would wait."""
+        """Out of memory in call number `calls`: takes part, with zeros, in what the other processes still
+        exchange in it, or they would wait.
+        """
         with Shapes():
             latents = latents.to("meta")
             slices = self._slices(latents, plan, self._rows(latents, skip=exchanges))
@@ -144,7 +175,9 @@ class Decoder:
     def _step_down(self, plan: Plan, height: int, report: Callable[[str], None] | None) -> Plan:
         smaller = plan.smaller(height, bands=self.group is None)
         if smaller is None:
-            raise AptError(f"the VAE decode is out of memory even with {plan}: free memory, or choose fewer pixels.")
+            raise AptError(
+                f"the VAE decode is out of memory even with {plan}: free memory, or choose fewer pixels."
+            )
         self.steps_taken.append(f"The VAE decode was out of memory with {plan}: it goes on with {smaller}.")
         if report:
             report(self.steps_taken[-1])

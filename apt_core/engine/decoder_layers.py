@@ -1,6 +1,8 @@
-"""The layers of the Wan VAE's decoder on frames `[T, H, W, C]` in memory order, which is channels-last for every convolution.
+"""The layers of the Wan VAE's decoder on frames `[T, H, W, C]` in memory order, which is channels-last for
+every convolution.
 
-Each layer is called with frames and with the `Stream` that it may remember frames in. The numbers are those of diffusers' layers.
+Each layer is called with frames and with the `Stream` that it may remember frames in. The numbers are those
+of diffusers' layers.
 """
 
 from collections import deque
@@ -19,10 +21,13 @@ MEMORY = 2
 
 
 class Stream:
-    """What one clip carries from call to call: the last two frames that each causal convolution saw. Absent ones are zeros.
+    """What one clip carries from call to call: the last two frames that each causal convolution saw. Absent
+    ones are zeros.
 
-    first, last: whether this call has the clip's first latent frame, and its last one. rows: `Whole`, `Bands` or `parallel_vae.Rows`.
-    device: where the memory is kept, None: with the frames. kernels: the module of that name on CUDA, None: the same in torch.
+    first, last: whether this call has the clip's first latent frame, and its last one. rows: `Whole`, `Bands`
+    or `parallel_vae.Rows`.
+    device: where the memory is kept, None: with the frames. kernels: the module of that name on CUDA, None:
+    the same in torch.
     """
 
     def __init__(self, rows, device: torch.device | None = None, kernels: ModuleType | None = None):
@@ -32,7 +37,9 @@ class Stream:
         self.kept: Tensor | None = None
 
     def extend(self, layer: "CausalConv", x: Tensor, gamma: Tensor | None) -> Tensor:
-        """`silu(norm(x))`, or x itself without gamma, behind the frames before it. A lone frame with nothing before it stays alone."""
+        """`silu(norm(x))`, or x itself without gamma, behind the frames before it. A lone frame with nothing
+        before it stays alone.
+        """
         key = (layer.index, self.rows.index)
         before = self.memory.get(key)
         alone = before is None and len(x) == 1
@@ -57,7 +64,9 @@ class Stream:
             return out.copy_(x)
         if x.dtype.itemsize > 2:
             return F.silu(rms_norm(x, gamma, out), inplace=True)
-        for source, target in [(x, out)] if torch.compiler.is_compiling() else zip(x, out):  # rounded once, in fp32 for one frame at a time
+        for source, target in (
+            [(x, out)] if torch.compiler.is_compiling() else zip(x, out)
+        ):  # rounded once, in fp32 for one frame at a time
             wide = source.float()
             target.copy_(F.silu(rms_norm(wide, gamma, wide), inplace=True))
         return out
@@ -82,7 +91,9 @@ class Whole:
 
 
 class Bands(Whole):
-    """The frames' rows in bands from top to bottom. A convolution gives the last row of a band with the next band, when it has its neighbour."""
+    """The frames' rows in bands from top to bottom. A convolution gives the last row of a band with the next
+    band, when it has its neighbour.
+    """
 
     def __init__(self, count: int):
         self.count, self.index = count, 0
@@ -127,17 +138,23 @@ def _gamma(norm: nn.Module) -> Tensor:
 class CausalConv:
     """A WanCausalConv3d of three taps in time, behind RMSNorm and SiLU where a norm is given.
 
-    On a CPU it is the sum of a 2-D convolution for each tap, which is many times faster there; elsewhere one 3-D convolution. The weight stays
-    the VAE's own, laid out for that.
+    On a CPU it is the sum of a 2-D convolution for each tap, which is many times faster there; elsewhere one
+    3-D convolution. The weight stays the VAE's own, laid out for that.
     """
 
     def __init__(self, conv: nn.Conv3d, index: int, norm: nn.Module | None = None):
         self.index, self.bias, self.gamma = index, conv.bias, None if norm is None else _gamma(norm)
-        self.channels, self.out_channels, self.square = conv.in_channels, conv.out_channels, conv.kernel_size[1] > 1
+        self.channels, self.out_channels, self.square = (
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size[1] > 1,
+        )
         self.by_taps = conv.weight.device.type == "cpu"
         weight = conv.weight.data
         if self.by_taps:
-            conv.weight.data = weight.permute(2, 0, 3, 4, 1).contiguous().permute(1, 4, 0, 2, 3)  # each tap channels-last
+            conv.weight.data = (
+                weight.permute(2, 0, 3, 4, 1).contiguous().permute(1, 4, 0, 2, 3)
+            )  # each tap channels-last
         else:
             conv.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
         self.weight = conv.weight
@@ -148,8 +165,14 @@ class CausalConv:
         frames, pad = stream.rows.halo(frames) if self.square else (frames, 0)
         padding = (pad, int(self.square))
         if not self.by_taps and len(frames) > 1:
-            return F.conv3d(frames.permute(3, 0, 1, 2)[None], self.weight, self.bias, padding=(0, *padding))[0].permute(1, 2, 3, 0).contiguous()
-        taps = [tap.contiguous(memory_format=torch.channels_last) for tap in self.weight.unbind(2)[-len(frames) :]]  # no copy where it goes by taps
+            return (
+                F.conv3d(frames.permute(3, 0, 1, 2)[None], self.weight, self.bias, padding=(0, *padding))[0]
+                .permute(1, 2, 3, 0)
+                .contiguous()
+            )
+        taps = [
+            tap.contiguous(memory_format=torch.channels_last) for tap in self.weight.unbind(2)[-len(frames) :]
+        ]  # no copy where it goes by taps
         frames = frames.permute(0, 3, 1, 2)
         out = F.conv2d(frames[-count:], taps[-1], self.bias, padding=padding)
         if len(frames) > count:
@@ -174,7 +197,9 @@ class Residual:
     def __init__(self, block: nn.Module, number: Iterator[int]):
         self.conv1 = CausalConv(block.conv1, next(number), block.norm1)
         self.conv2 = CausalConv(block.conv2, next(number), block.norm2)
-        self.shortcut = None if isinstance(block.conv_shortcut, nn.Identity) else Pointwise(block.conv_shortcut)
+        self.shortcut = (
+            None if isinstance(block.conv_shortcut, nn.Identity) else Pointwise(block.conv_shortcut)
+        )
 
     def __call__(self, x: Tensor, stream: Stream) -> Tensor:
         y = self.conv2(self.conv1(x, stream), stream)
@@ -186,7 +211,11 @@ class Attention:
     """The middle's WanAttentionBlock: each frame on its own, so that the scores of one are all that is held."""
 
     def __init__(self, block: nn.Module):
-        self.gamma, self.qkv, self.project = _gamma(block.norm), Pointwise(block.to_qkv), Pointwise(block.proj)
+        self.gamma, self.qkv, self.project = (
+            _gamma(block.norm),
+            Pointwise(block.to_qkv),
+            Pointwise(block.proj),
+        )
 
     def __call__(self, x: Tensor, stream: Stream) -> Tensor:
         qkv = self.qkv(rms_norm(x, self.gamma, torch.empty_like(x)))
@@ -202,15 +231,18 @@ class Attention:
 class Upsample:
     """A WanResample: twice the frames but for the clip's first, then twice the rows and columns.
 
-    Nearest-exact upsampling followed by a 3x3 convolution is four 2x2 convolutions of the small frames, one for each place in a square of
-    four pixels, whose weights are sums of the 3x3's: 16/36 of the work, and nothing upsampled is stored.
+    Nearest-exact upsampling followed by a 3x3 convolution is four 2x2 convolutions of the small frames, one
+    for each place in a square of four pixels, whose weights are sums of the 3x3's: 16/36 of the work, and
+    nothing upsampled is stored.
     """
 
     def __init__(self, resample: nn.Module, number: Iterator[int]):
         self.time = CausalConv(resample.time_conv, next(number)) if hasattr(resample, "time_conv") else None
         conv = resample.resample[1]
         full = conv.weight.float()
-        rows = full.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [place, tap of 2, tap of 3]
+        rows = full.new_tensor(
+            [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]
+        )  # [place, tap of 2, tap of 3]
         weight = torch.einsum("ocyx,iay,jbx->ijocab", full, rows, rows).flatten(0, 2)
         self.weight = weight.to(conv.weight.dtype, memory_format=torch.channels_last)
         self.bias = conv.bias.repeat(4)
@@ -245,7 +277,9 @@ class Keep:
 
 
 class Repeat:
-    """Where a Wan 2.2 up block ends: adds the kept frames, each pixel repeated (a DupUp3D, whose channels stay or are divided)."""
+    """Where a Wan 2.2 up block ends: adds the kept frames, each pixel repeated (a DupUp3D, whose channels
+    stay or are divided).
+    """
 
     def __init__(self, shortcut: nn.Module, lost: int):
         if shortcut.in_channels % shortcut.out_channels:
@@ -253,7 +287,12 @@ class Repeat:
                 f"a VAE whose decoder goes from {shortcut.in_channels} to {shortcut.out_channels} channels is not known: "
                 "give one whose channels stay or are divided."
             )
-        self.frames, self.repeats, self.step, self.lost = shortcut.factor_t, shortcut.repeats, shortcut.in_channels // shortcut.out_channels, lost
+        self.frames, self.repeats, self.step, self.lost = (
+            shortcut.factor_t,
+            shortcut.repeats,
+            shortcut.in_channels // shortcut.out_channels,
+            lost,
+        )
 
     def __call__(self, y: Tensor, stream: Stream) -> Tensor:
         x, stream.kept = stream.rows.delay(stream.kept, self.lost), None
@@ -264,7 +303,9 @@ class Repeat:
             for i in range(2):
                 for j in range(2):
                     channel = ((a * 2 + i) * 2 + j) // self.repeats
-                    fine[(a - skip) % self.frames :: self.frames, :, i, :, j].add_(source[..., channel :: self.step])  # += would write twice
+                    fine[(a - skip) % self.frames :: self.frames, :, i, :, j].add_(
+                        source[..., channel :: self.step]
+                    )  # += would write twice
         return y
 
 
@@ -282,11 +323,21 @@ class Head:
 
 
 def decoder_layers(vae) -> tuple[list, list]:
-    """The layers from latents as the VAE has them to pixels: up to the last two resolutions, where nearly all of the memory goes, and from there."""
+    """The layers from latents as the VAE has them to pixels: up to the last two resolutions, where nearly all
+    of the memory goes, and from there.
+    """
     decoder, number = vae.decoder, count()
     first, second = decoder.mid_block.resnets
     quant, conv = Pointwise(vae.post_quant_conv), CausalConv(decoder.conv_in, next(number))
-    levels = [[quant, conv, Residual(first, number), Attention(decoder.mid_block.attentions[0]), Residual(second, number)]]
+    levels = [
+        [
+            quant,
+            conv,
+            Residual(first, number),
+            Attention(decoder.mid_block.attentions[0]),
+            Residual(second, number),
+        ]
+    ]
     levels += [_level(block, number) for block in decoder.up_blocks]
     levels[-1].append(Head(decoder, vae.config.patch_size, number))
     return sum(levels[:-2], []), sum(levels[-2:], [])

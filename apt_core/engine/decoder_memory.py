@@ -10,22 +10,29 @@ from .decoder_layers import MEMORY, Attention, CausalConv, Head, Keep, Pointwise
 BAND = 12
 """Rows of a band at least: the two last resolutions hold back 11 rows of the first."""
 SPARE = 0.85
-"""Part of a budget that the account may fill: the rest is for the workspaces of the convolutions, of which nothing is known before."""
+"""Part of a budget that the account may fill: the rest is for the workspaces of the convolutions, of which
+nothing is known before.
+"""
 
 LARGEST = 2**31
-"""Numbers of one tensor from which on cuDNN's convolutions count in 64 bits, where it has such ones at all."""
+"""Numbers of one tensor from which on cuDNN's convolutions count in 64 bits, where it has such ones at all.
+"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a decode goes, from fast to small: latent frames per call, bands of rows, and whether past frames are remembered on the CPU."""
+    """How a decode goes, from fast to small: latent frames per call, bands of rows, and whether past frames
+    are remembered on the CPU.
+    """
 
     frames: int
     bands: int = 1
     offload: bool = False
 
     def smaller(self, height: int, bands: bool = True) -> "Plan | None":
-        """The next plan that needs less, for latents of `height` rows; None after the last. bands: whether rows may be divided."""
+        """The next plan that needs less, for latents of `height` rows; None after the last. bands: whether
+        rows may be divided.
+        """
         most_bands = max(height * 4 // BAND, 1) if bands else 1
         if self.frames > 1:
             return replace(self, frames=self.frames // 2)
@@ -39,20 +46,31 @@ class Plan:
 
 
 def choose(
-    layers: tuple[list, list], shape: tuple[int, int, int, int], dtype: torch.dtype, frames: int | None, budget: int | None, device: torch.device,
+    layers: tuple[list, list],
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    frames: int | None,
+    budget: int | None,
+    device: torch.device,
     bands: bool = True,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The fastest plan for latents of shape (clips, f, h, w) whose account fits, or the smallest there is.
 
-    None makes a convolution read or write LARGEST numbers or more, as long as fewer latent frames per call can help that.
+    None makes a convolution read or write LARGEST numbers or more, as long as fewer latent frames per call
+    can help that.
 
-    frames: where to begin, None: all. budget: in bytes, None: what the device has free; on a CPU one frame at a time, since more are hardly faster.
+    frames: where to begin, None: all. budget: in bytes, None: what the device has free; on a CPU one frame at
+    a time, since more are hardly faster.
     bands: whether rows may be divided.
     """
     if budget is None and device.type == "cpu":
         return Plan(min(frames or 1, shape[1]))
     if budget is None:
-        budget = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
     plan = Plan(min(frames or shape[1], shape[1]))
     while plan.frames > 1 and largest(layers, shape, plan) >= LARGEST:
         plan = Plan(plan.frames - 1)
@@ -64,8 +82,12 @@ def choose(
     return plan
 
 
-def account(layers: tuple[list, list], shape: tuple[int, int, int, int], plan: Plan, dtype: torch.dtype) -> int:
-    """Bytes that a call in the middle of a clip holds at its peak, beside weights and latents: what it computes with and what it remembers."""
+def account(
+    layers: tuple[list, list], shape: tuple[int, int, int, int], plan: Plan, dtype: torch.dtype
+) -> int:
+    """Bytes that a call in the middle of a clip holds at its peak, beside weights and latents: what it
+    computes with and what it remembers.
+    """
     (low, high), (clips, f, h, w) = layers, shape
     t = min(plan.frames, f)
     first = Account()
@@ -93,9 +115,11 @@ def largest(layers: tuple[list, list], shape: tuple[int, int, int, int], plan: P
 
 
 class Account:
-    """Numbers held at the peak of a call, and from call to call; and those of the largest tensor at a convolution.
+    """Numbers held at the peak of a call, and from call to call; and those of the largest tensor at a
+    convolution.
 
-    bands: rows are copied once more for their neighbours' sake."""
+    bands: rows are copied once more for their neighbours' sake.
+    """
 
     def __init__(self, bands: bool = False):
         self.bands, self.peak, self.remembered, self.kept, self.largest = bands, 0, 0, 0, 0
@@ -110,8 +134,16 @@ class Account:
         self.peak = max(self.peak, h * w * (t * channels + more) + self.kept)
 
     def _conv(self, conv: CausalConv, t: int, h: int, w: int, beside: int) -> None:
-        """A convolution while `beside` numbers a position are held: what it sees, and what it gives, by taps twice."""
-        self._hold(t, h, w, (1 + conv.by_taps) * conv.out_channels, beside + (1 + self.bands) * (t + MEMORY) * conv.channels)
+        """A convolution while `beside` numbers a position are held: what it sees, and what it gives, by taps
+        twice.
+        """
+        self._hold(
+            t,
+            h,
+            w,
+            (1 + conv.by_taps) * conv.out_channels,
+            beside + (1 + self.bands) * (t + MEMORY) * conv.channels,
+        )
         self.remembered += MEMORY * h * w * conv.channels
         self.largest = max(self.largest, h * w * (t + MEMORY) * conv.channels, h * w * t * conv.out_channels)
 
@@ -157,6 +189,12 @@ class Account:
         return t, h * head.patch, w * head.patch, head.conv.out_channels // head.patch**2
 
     takers = {
-        Pointwise: _pointwise, CausalConv: _causal, Residual: _residual, Attention: _attention, Upsample: _upsample, Keep: _keep, Repeat: _repeat,
+        Pointwise: _pointwise,
+        CausalConv: _causal,
+        Residual: _residual,
+        Attention: _attention,
+        Upsample: _upsample,
+        Keep: _keep,
+        Repeat: _repeat,
         Head: _head,
-    }  # fmt: skip
+    }

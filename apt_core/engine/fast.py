@@ -1,4 +1,6 @@
-"""A transformer made fast for inference: attention backend, fused projections, fp8, compiled blocks with a cache that outlives the process."""
+"""A transformer made fast for inference: attention backend, fused projections, fp8, compiled blocks with a
+cache that outlives the process.
+"""
 
 import os
 import tempfile
@@ -18,8 +20,10 @@ from .torch_limits import allow_many_graphs
 
 @dataclass(frozen=True)
 class Speed:
-    """backend: of attention, diffusers' name, None for the best one installed; compile: the blocks, by torch.compile;
-    fp8: weights and products of the blocks. All but fp8 leave the result as it is, up to rounding."""
+    """backend: of attention, diffusers' name, None for the best one installed; compile: the blocks, by
+    torch.compile; fp8: weights and products of the blocks. All but fp8 leave the result as it is, up to
+    rounding.
+    """
 
     backend: str | None = None
     compile: bool = False
@@ -27,11 +31,17 @@ class Speed:
 
 
 @torch.no_grad()
-def make_fast(model: nn.Module, device: torch.device, speed: Speed = Speed(), group=None, place: torch.device | None = None) -> nn.Module:
+def make_fast(
+    model: nn.Module,
+    device: torch.device,
+    speed: Speed = Speed(),
+    group=None,
+    place: torch.device | None = None,
+) -> nn.Module:
     """Prepares a Backbone, in place, for forward passes without gradients on `device`; returns it.
 
-    place: where its weights are to wait, None: where they are. group: processes that share each sample's tokens. Raises AptError where the card
-    has no fp8 and where the group does not divide the heads.
+    place: where its weights are to wait, None: where they are. group: processes that share each sample's
+    tokens. Raises AptError where the card has no fp8 and where the group does not divide the heads.
     """
     model.fuse_projections()
     model.eval().requires_grad_(False)
@@ -55,7 +65,9 @@ def check_device(name: str | torch.device) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, TypeError):  # AssertionError: torch without CUDA
-        raise AptError(f"torch cannot use the device {str(name)!r} here; use cpu, or install a torch for that device.") from None
+        raise AptError(
+            f"torch cannot use the device {str(name)!r} here; use cpu, or install a torch for that device."
+        ) from None
 
 
 def check_compile(device: torch.device) -> None:
@@ -67,22 +79,29 @@ def check_compile(device: torch.device) -> None:
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
-            raise AptError("compiling for a CPU needs a C++ compiler, and there is none: install g++, or leave compile away.") from None
+            raise AptError(
+                "compiling for a CPU needs a C++ compiler, and there is none: install g++, or leave compile away."
+            ) from None
     elif find_spec("triton") is None:
-        raise AptError(f"compiling for {device} needs Triton, which is not installed: install it, or leave compile away.")
+        raise AptError(
+            f"compiling for {device} needs Triton, which is not installed: install it, or leave compile away."
+        )
 
 
 def keep_compiled(folder: Path) -> None:
     """From now on this process keeps in `folder` whatever torch compiles, where a second start finds it.
 
-    Raises AptError for a folder that cannot be written to. A TORCHINDUCTOR_CACHE_DIR of the user's stands. Without one torch takes a folder of temporary files, and sets the variable to it.
+    Raises AptError for a folder that cannot be written to. A TORCHINDUCTOR_CACHE_DIR of the user's stands.
+    Without one torch takes a folder of temporary files, and sets the variable to it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise AptError(f"{folder} cannot keep what is compiled ({error.strerror or error}): set APT_CACHE to a folder that can be written to.") from None
+        raise AptError(
+            f"{folder} cannot keep what is compiled ({error.strerror or error}): set APT_CACHE to a folder that can be written to."
+        ) from None
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, os.path.abspath(default_cache_dir())):

@@ -1,4 +1,6 @@
-"""Linear layers in 8 bits: weights and inputs in float8 e4m3, products by the card's fp8 matrix units, sums in fp32."""
+"""Linear layers in 8 bits: weights and inputs in float8 e4m3, products by the card's fp8 matrix units, sums
+in fp32.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,9 @@ STEP = 16  # what the fp8 units want a layer's sides to be multiples of
 
 
 def quantise(x: Tensor, rowwise: bool = True) -> tuple[Tensor, Tensor]:
-    """`x` [n, m] as (fp8 [n, m], scale fp32 [n, 1], or [] for one scale for all), so that `fp8 * scale` is x within a 16th of each value."""
+    """`x` [n, m] as (fp8 [n, m], scale fp32 [n, 1], or [] for one scale for all), so that `fp8 * scale` is x
+    within a 16th of each value.
+    """
     largest = x.abs().amax(1, keepdim=True) if rowwise else x.abs().amax()
     scale = largest.float().clamp(min=1e-12) / MOST
     return (x.float() / scale).clamp(-MOST, MOST).to(FP8), scale
@@ -34,16 +38,30 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out] in the dtype of x."""
         rows, scale = quantise(x.reshape(-1, self.in_features), self.rowwise)
-        out = torch.bfloat16 if x.is_cuda and self.rowwise else x.dtype  # all that every build of torch has for rows
-        bias = self.bias if out == x.dtype == torch.bfloat16 else None  # the fp8 units add a bias to 16 bits only
-        y = torch._scaled_mm(rows, self.weight.t(), scale_a=scale, scale_b=self.scale, bias=bias, out_dtype=out, use_fast_accum=x.is_cuda)
+        out = (
+            torch.bfloat16 if x.is_cuda and self.rowwise else x.dtype
+        )  # all that every build of torch has for rows
+        bias = (
+            self.bias if out == x.dtype == torch.bfloat16 else None
+        )  # the fp8 units add a bias to 16 bits only
+        y = torch._scaled_mm(
+            rows,
+            self.weight.t(),
+            scale_a=scale,
+            scale_b=self.scale,
+            bias=bias,
+            out_dtype=out,
+            use_fast_accum=x.is_cuda,
+        )
         y = y.to(x.dtype)
         y = y if bias is not None or self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
 
 
 def check_fp8(device: torch.device) -> bool:
-    """Whether `device` takes a scale for each row. Raises AptError for a card without fp8 units; a CPU computes it all the same, slowly."""
+    """Whether `device` takes a scale for each row. Raises AptError for a card without fp8 units; a CPU
+    computes it all the same, slowly.
+    """
     if device.type == "cpu":
         return _rows_on_a_cpu()
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
@@ -64,9 +82,11 @@ def _rows_on_a_cpu() -> bool:
 
 @torch.no_grad()
 def to_fp8(model: nn.Module, rowwise: bool = True, device: torch.device | None = None) -> nn.Module:
-    """Puts an Fp8Linear in the place of each linear layer of the blocks, except those of time, which see one row; returns the model.
+    """Puts an Fp8Linear in the place of each linear layer of the blocks, except those of time, which see one
+    row; returns the model.
 
-    device: where the new layers are to be, None: where the old ones are. The wide weights go there one by one.
+    device: where the new layers are to be, None: where the old ones are. The wide weights go there one by
+    one.
     """
     names = [name for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)]
     for name in names:

@@ -1,4 +1,6 @@
-"""Triton kernels of the VAE's decoder. Imported on CUDA only; the functions in torch that they stand for are in decoder_layers."""
+"""Triton kernels of the VAE's decoder. Imported on CUDA only; the functions in torch that they stand for are
+in decoder_layers.
+"""
 
 import torch
 import triton
@@ -11,10 +13,23 @@ POSITIONS_TIMES_CHANNELS = 8192
 
 @triton.jit
 def _extend(
-    x, gamma, before, out, t, positions, x_frame, before_frame, out_frame,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK: tl.constexpr, MEMORY: tl.constexpr,
-    HAS_BEFORE: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
+    x,
+    gamma,
+    before,
+    out,
+    t,
+    positions,
+    x_frame,
+    before_frame,
+    out_frame,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MEMORY: tl.constexpr,
+    HAS_BEFORE: tl.constexpr,
+    NORM: tl.constexpr,
+    KEEP: tl.constexpr,
+):
     # A frame's offset is beyond 32 bits from 2 GiB of numbers on.
     x_frame, before_frame, out_frame = x_frame.to(tl.int64), before_frame.to(tl.int64), out_frame.to(tl.int64)
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -24,7 +39,11 @@ def _extend(
     weight = tl.load(gamma + channel, mask=channel < C, other=0.0).to(tl.float32) if NORM else 0.0
     # The same program reads what was remembered of a position and later overwrites it, so the order is safe.
     for i in tl.static_range(MEMORY):
-        old = tl.load(before + i * before_frame + place, mask=inside, other=0.0) if HAS_BEFORE else tl.zeros((BLOCK, BLOCK_C), out.dtype.element_ty)
+        old = (
+            tl.load(before + i * before_frame + place, mask=inside, other=0.0)
+            if HAS_BEFORE
+            else tl.zeros((BLOCK, BLOCK_C), out.dtype.element_ty)
+        )
         tl.store(out + i * out_frame + place, old, mask=inside)
         if KEEP:
             # Of a call with fewer new frames than are remembered, the younger old ones stay.
@@ -43,10 +62,20 @@ def _extend(
                 tl.store(before + (i - t + MEMORY) * before_frame + place, y, mask=inside)
 
 
-def extend(x: Tensor, gamma: Tensor | None, before: Tensor | None, *, memory: int, keep: bool, out: Tensor | None = None) -> Tensor:
-    """`[before, silu(norm(x))]`, `[memory + T, H, W, C]`, in one pass; its last frames are written to `before` with `keep`.
+def extend(
+    x: Tensor,
+    gamma: Tensor | None,
+    before: Tensor | None,
+    *,
+    memory: int,
+    keep: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`[before, silu(norm(x))]`, `[memory + T, H, W, C]`, in one pass; its last frames are written to
+    `before` with `keep`.
 
-    x: `[T, H, W, C]`, each frame in memory order. gamma: `[C]` with the factor sqrt(C) in it; None: x as it is.
+    x: `[T, H, W, C]`, each frame in memory order. gamma: `[C]` with the factor sqrt(C) in it; None: x as it
+    is.
     before: `[memory, H, W, C]`, each frame in memory order, None: zeros, and nothing is kept.
     out: where to write, None: a new tensor.
     """
@@ -57,18 +86,33 @@ def extend(x: Tensor, gamma: Tensor | None, before: Tensor | None, *, memory: in
     block = max(POSITIONS_TIMES_CHANNELS // block_c, 1)
     with torch.cuda.device_of(x):  # Triton launches on the current one
         _extend[(triton.cdiv(positions, block),)](
-            x, gamma if gamma is not None else x, before if before is not None else x, out, t, positions,
-            x.stride(0), before.stride(0) if before is not None else 0, out.stride(0),
-            C=channels, BLOCK_C=block_c, BLOCK=block, MEMORY=memory,
-            HAS_BEFORE=before is not None, NORM=gamma is not None, KEEP=keep and before is not None, num_warps=8,
-        )  # fmt: skip
+            x,
+            gamma if gamma is not None else x,
+            before if before is not None else x,
+            out,
+            t,
+            positions,
+            x.stride(0),
+            before.stride(0) if before is not None else 0,
+            out.stride(0),
+            C=channels,
+            BLOCK_C=block_c,
+            BLOCK=block,
+            MEMORY=memory,
+            HAS_BEFORE=before is not None,
+            NORM=gamma is not None,
+            KEEP=keep and before is not None,
+            num_warps=8,
+        )
     return out
 
 
 def work_on(device: torch.device) -> bool:
     """Whether they run there: Triton also wants a C compiler and a card that it knows."""
     try:
-        extend(torch.ones(1, 1, 1, 16, device=device), torch.ones(16, device=device), None, memory=2, keep=False)
+        extend(
+            torch.ones(1, 1, 1, 16, device=device), torch.ones(16, device=device), None, memory=2, keep=False
+        )
     except Exception:  # whatever Triton, the compiler or the driver says
         return False
     return True

@@ -1,7 +1,8 @@
 """Rows of a frame over a group of processes, exactly: no overlap, no blending.
 
-A 3x3 convolution needs one row of each neighbour (a halo), and the one attention block of the middle needs the keys and values of the whole
-frame. Everything else in the Wan VAE's decoder looks at one position only. What it remembers of past frames stays with its rows.
+A 3x3 convolution needs one row of each neighbour (a halo), and the one attention block of the middle needs
+the keys and values of the whole frame. Everything else in the Wan VAE's decoder looks at one position only.
+What it remembers of past frames stays with its rows.
 """
 
 from collections.abc import Callable
@@ -18,23 +19,35 @@ from ..errors import AptError
 
 
 class Rows:
-    """Who has which rows of frames `[..., H, W, C]`, at any multiple of the latents' height. The interface of `decoder_layers.Whole`.
+    """Who has which rows of frames `[..., H, W, C]`, at any multiple of the latents' height. The interface of
+    `decoder_layers.Whole`.
 
     height: of the latents; where it does not divide evenly, the first processes have one row more.
-    exchanges: how often this process has exchanged something with the others. Frames on device "meta" (see `Shapes`) are exchanged as zeros on
-    `device`, but for the first `skip` times, when nothing is.
+    exchanges: how often this process has exchanged something with the others. Frames on device "meta" (see
+    `Shapes`) are exchanged as zeros on `device`, but for the first `skip` times, when nothing is.
     Raises AptError for fewer rows than processes.
     """
 
     index = 0
 
     def __init__(self, group: ProcessGroup, height: int, device: torch.device, skip: int = 0):
-        self.group, self.size, self.rank, self.device, self.skip = group, group.size(), group.rank(), device, skip
+        self.group, self.size, self.rank, self.device, self.skip = (
+            group,
+            group.size(),
+            group.rank(),
+            device,
+            skip,
+        )
         self.exchanges = 0
         if height < self.size:
-            raise AptError(f"{self.size} processes cannot share {height} rows of latents: decode with at most {height} processes.")
+            raise AptError(
+                f"{self.size} processes cannot share {height} rows of latents: decode with at most {height} processes."
+            )
         self.counts = [height // self.size + (rank < height % self.size) for rank in range(self.size)]
-        self.above, self.below = (dist.get_global_rank(group, r) if 0 <= r < self.size else None for r in (self.rank - 1, self.rank + 1))
+        self.above, self.below = (
+            dist.get_global_rank(group, r) if 0 <= r < self.size else None
+            for r in (self.rank - 1, self.rank + 1)
+        )
 
     def cut(self, latents: Tensor) -> Tensor:
         """Whole latents -> this process's rows of them."""
@@ -47,10 +60,14 @@ class Rows:
         x = F.pad(x, (0, 0, 0, 0, 0, most - x.shape[-3])).contiguous()
         parts = [torch.empty_like(x) for _ in range(self.size)]
         self._exchange(lambda parts, x: dist.all_gather(parts, x, group=self.group), parts, x)
-        return torch.cat([part[..., : count * scale, :, :] for part, count in zip(parts, self.counts)], dim=-3)
+        return torch.cat(
+            [part[..., : count * scale, :, :] for part, count in zip(parts, self.counts)], dim=-3
+        )
 
     def halo(self, x: Tensor) -> tuple[Tensor, int]:
-        """This process's rows with one more above and below, the neighbours' or zeros at the frame's edge; and 0, the padding left to do."""
+        """This process's rows with one more above and below, the neighbours' or zeros at the frame's edge;
+        and 0, the padding left to do.
+        """
         top, bottom = x[..., :1, :, :].contiguous(), x[..., -1:, :, :].contiguous()
         above, below = torch.zeros_like(top), torch.zeros_like(bottom)
         self._exchange(self._with_neighbours, above, top, bottom, below)
@@ -60,7 +77,10 @@ class Rows:
         transfers = []
         for peer, own, other in ((self.above, top, above), (self.below, bottom, below)):
             if peer is not None:
-                transfers += [dist.P2POp(dist.isend, own, peer, self.group), dist.P2POp(dist.irecv, other, peer, self.group)]
+                transfers += [
+                    dist.P2POp(dist.isend, own, peer, self.group),
+                    dist.P2POp(dist.irecv, other, peer, self.group),
+                ]
         for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
             transfer.wait()
 
@@ -68,7 +88,11 @@ class Rows:
         if not tree_any_only(Tensor, lambda x: x.is_meta, buffers):
             work(*buffers)
         elif self.exchanges >= self.skip:
-            work(*tree_map_only(Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=self.device), buffers))
+            work(
+                *tree_map_only(
+                    Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=self.device), buffers
+                )
+            )
         self.exchanges += 1  # not one that failed
 
     def delay(self, x: Tensor, rows: int) -> Tensor:
@@ -84,10 +108,14 @@ def any_failed(failed: bool, group: ProcessGroup, device: torch.device) -> bool:
 
 
 class Shapes(TorchDispatchMode):
-    """Within it, what is computed from a tensor on device "meta" is on "meta" too, whatever device the weights are on: shapes and no numbers."""
+    """Within it, what is computed from a tensor on device "meta" is on "meta" too, whatever device the
+    weights are on: shapes and no numbers.
+    """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if tree_any_only(Tensor, lambda x: x.is_meta, (args, kwargs)):
-            args, kwargs = tree_map_only(Tensor, lambda x: x if x.is_meta else torch.empty_like(x, device="meta"), (args, kwargs))
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: x if x.is_meta else torch.empty_like(x, device="meta"), (args, kwargs)
+            )
         return function(*args, **kwargs)

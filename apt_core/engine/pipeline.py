@@ -1,7 +1,7 @@
 """Prompts to video in one step: text, transformer, decode, file.
 
-    pipe = apt_core.OneStepPipeline.from_checkpoint("apt.safetensors", vae=..., text_encoder=...)
-    pipe("a red tram crossing a bridge in the rain", seed=1).save("tram.mp4")
+pipe = apt_core.OneStepPipeline.from_checkpoint("apt.safetensors", vae=..., text_encoder=...)
+pipe("a red tram crossing a bridge in the rain", seed=1).save("tram.mp4")
 """
 
 import math
@@ -49,7 +49,9 @@ class Video:
     number: int = 0
 
     def save(self, path: str | Path) -> None:
-        """Write an .mp4, or of a single frame a picture (.png, .jpg, ...). Raises AptError as `media_write` does."""
+        """Write an .mp4, or of a single frame a picture (.png, .jpg, ...). Raises AptError as `media_write`
+        does.
+        """
         if len(self.frames) == 1:
             write_image(path, self.frames)
         else:
@@ -57,26 +59,41 @@ class Video:
 
 
 class OneStepPipeline:
-    """A one-step generator with its text encoder and VAE. Weights are read at the first call that needs them, after all that can be wrong.
+    """A one-step generator with its text encoder and VAE. Weights are read at the first call that needs them,
+    after all that can be wrong.
 
-    sources: the parts, see `from_checkpoint`. device: "auto" takes the GPU where there is one; dtype: by default bf16, on a CPU fp32.
-    backend, compile, fp8: see `fast.Speed`; on a GPU compile also compiles the decoder. memory: GiB of the device that may be used, None for
-    what is free; what does not fit waits in the CPU's memory. cache: folder of what can be made again (text embeddings, compiled code), None
-    for `cache_folder()`. group: processes that make each sample together, all called alike. report: told in a sentence when memory made the
-    pipeline step down, what is assumed of a LoRA without metadata, and which half of a Wan 2.2 A14B is used; by default that goes to stderr.
+    sources: the parts, see `from_checkpoint`. device: "auto" takes the GPU where there is one; dtype: by
+    default bf16, on a CPU fp32.
+    backend, compile, fp8: see `fast.Speed`; on a GPU compile also compiles the decoder. memory: GiB of the
+    device that may be used, None for what is free; what does not fit waits in the CPU's memory. cache: folder
+    of what can be made again (text embeddings, compiled code), None for `cache_folder()`. group: processes
+    that make each sample together, all called alike. report: told in a sentence when memory made the pipeline
+    step down, what is assumed of a LoRA without metadata, and which half of a Wan 2.2 A14B is used; by
+    default that goes to stderr.
     """
 
     def __init__(
-        self, sources: Sources, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None, backend: str | None = None,
-        compile: bool = False, fp8: bool = False, memory: float | None = None, cache: str | Path | None = None,
-        group: ProcessGroup | None = None, report: Callable[[str], None] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        sources: Sources,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        compile: bool = False,
+        fp8: bool = False,
+        memory: float | None = None,
+        cache: str | Path | None = None,
+        group: ProcessGroup | None = None,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
         self.sources, self.group = sources, group
         if device != "auto":
             check_device(device)
         if dtype is not None and dtype not in DTYPES:
             raise AptError(f"dtype {dtype!r} cannot be: give one of {', '.join(map(str, DTYPES))}.")
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        )
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         head_dim = sources.transformer.config["attention_head_dim"]
         self.speed = Speed(choose_backend(backend, self.device, self.dtype, head_dim).name, compile, fp8)
@@ -101,15 +118,22 @@ class OneStepPipeline:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path | TransformerSource, vae: str | Path | None = None, text_encoder: str | Path | None = None,
-        tokenizer: str | Path | None = None, base: str | Path | None = None, tiny_decoder: str | Path | None = None, **options,
-    ) -> "OneStepPipeline":  # fmt: skip
+        cls,
+        path: str | Path | TransformerSource,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        base: str | Path | None = None,
+        tiny_decoder: str | Path | None = None,
+        **options,
+    ) -> "OneStepPipeline":
         """A pipeline from files: headers and configs are read, no weight.
 
-        path: a checkpoint, a LoRA file of any program (see `lora_files`) or a diffusers folder;
-        vae, text_encoder: single files as ComfyUI takes them, or diffusers folders;
-        tokenizer: where the text encoder does not carry its own; base: the transformer that a LoRA belongs to. "mini" is the shipped miniature,
-        for each of them. tiny_decoder: taew2_1 or taew2_2 in the place of the VAE, which is fast and APPROXIMATE. options: those of the class.
+        path: a checkpoint, a LoRA file of any program (see `lora_files`) or a diffusers folder; vae,
+        text_encoder: single files as ComfyUI takes them, or diffusers folders; tokenizer: where the text
+        encoder does not carry its own; base: the transformer that a LoRA belongs to. "mini" is the shipped
+        miniature, for each of them. tiny_decoder: taew2_1 or taew2_2 in the place of the VAE, which is fast
+        and APPROXIMATE. options: those of the class.
         Raises AptError for parts that are missing, damaged or do not fit one another.
         """
         return cls(read_sources(path, vae, text_encoder, tokenizer, base, tiny_decoder), **options)
@@ -122,13 +146,20 @@ class OneStepPipeline:
     @property
     def steps_taken(self) -> list[str]:
         """What was given up for lack of memory, one sentence each."""
-        return list(dict.fromkeys(self._residence.steps_taken + self._given_up + (self._decoder.steps_taken if self._decoder else [])))
+        return list(
+            dict.fromkeys(
+                self._residence.steps_taken
+                + self._given_up
+                + (self._decoder.steps_taken if self._decoder else [])
+            )
+        )
 
     def __call__(self, prompt: str | Sequence[str], **wishes) -> Video | list[Video]:
-        """One video for one prompt and count 1, else a list: `count` of each prompt, one prompt after another.
+        """One video for one prompt and count 1, else a list: `count` of each prompt, one prompt after
+        another.
 
-        wishes: seed, noise ("apt" or "comfyui"), steps, count, height, width, frames, fps, see Request. Raises AptError for what cannot be made, before any
-        weight is read.
+        wishes: seed, noise ("apt" or "comfyui"), steps, count, height, width, frames, fps, see Request.
+        Raises AptError for what cannot be made, before any weight is read.
         """
         request = self.request(prompt, **wishes)
         text = self.embed(request)
@@ -139,16 +170,22 @@ class OneStepPipeline:
                 self._draw(request, number + 1)
             parts = list(self.frames(latents))
             frames = np.concatenate(parts) if len(parts) > 1 else parts[0]
-            videos.append(Video(frames, request.fps if len(frames) > 1 else 0.0, request.prompt(number), number))
+            videos.append(
+                Video(frames, request.fps if len(frames) > 1 else 0.0, request.prompt(number), number)
+            )
         return videos[0] if isinstance(prompt, str) and request.count == 1 else videos
 
     def stream(self, prompt: str, **wishes) -> Iterator[np.ndarray]:
-        """The frames of one video as they are decoded, uint8 `[n, H, W, 3]`. Raises AptError at once, not at the first frame."""
+        """The frames of one video as they are decoded, uint8 `[n, H, W, 3]`. Raises AptError at once, not at
+        the first frame.
+        """
         request = self._one(prompt, wishes)
         return self.frames(self.latents(request, 0, self.embed(request)))
 
     def write(self, prompt: str, path: str | Path, **wishes) -> None:
-        """One video (.mp4) or picture to a file, which is encoded while the rest is decoded. Raises AptError as the call does."""
+        """One video (.mp4) or picture to a file, which is encoded while the rest is decoded. Raises AptError
+        as the call does.
+        """
         request = self._one(prompt, wishes)
         check_name(path, request.frames)
         self.write_sample(request, 0, self.embed(request), path)
@@ -161,25 +198,37 @@ class OneStepPipeline:
     def _one(self, prompt: str, wishes: dict) -> Request:
         request = self.request(prompt, **wishes)
         if request.samples != 1:
-            raise AptError(f"{request.samples} samples were asked for where one can be made: call the pipeline itself for many.")
+            raise AptError(
+                f"{request.samples} samples were asked for where one can be made: call the pipeline itself for many."
+            )
         return request
 
     def embed(self, request: Request) -> Tensor:
-        """The texts of a request, `[n, L, d]` fp32 on the CPU. The encoder is only loaded for a text that the cache does not have."""
+        """The texts of a request, `[n, L, d]` fp32 on the CPU. The encoder is only loaded for a text that the
+        cache does not have.
+        """
         source, length = self.sources.text, self.sources.transformer.text_length
         self._draw(request, 0)  # beside the encoder
         if self._text_cache is None:
             self._text_cache = TextCache(self.cache / "text", encoder_fingerprint(source.facts))
 
         def encode(texts: list[str]) -> list[Tensor]:
-            return self._residence.run("text encoder", lambda device: source.load(length, device), lambda encoder: encoder.encode(texts, batch=1))
+            return self._residence.run(
+                "text encoder",
+                lambda device: source.load(length, device),
+                lambda encoder: encoder.encode(texts, batch=1),
+            )
 
         return TextEncoder.pad(self._text_cache.get(request.texts, encode), length)
 
     def latents(self, request: Request, number: int, text: Tensor, z: Tensor | None = None) -> Tensor:
-        """Sample `number` of a request as normalised latents `[1, C, f, h, w]`, fp32. text: what `embed` gave; z: noise `[C, f, h, w]` to start
-        from in the place of the sample's own."""
-        shape, z = request.latents(self.sources), (self._draw(request, number).result() if z is None else z)[None]
+        """Sample `number` of a request as normalised latents `[1, C, f, h, w]`, fp32. text: what `embed`
+        gave; z: noise `[C, f, h, w]` to start from in the place of the sample's own.
+        """
+        shape, z = (
+            request.latents(self.sources),
+            (self._draw(request, number).result() if z is None else z)[None],
+        )
         source = self.sources.transformer
 
         def noise(step: int) -> Tensor:
@@ -189,9 +238,23 @@ class OneStepPipeline:
 
         def sample(transformer) -> Tensor:
             if source.few_step:
-                return few_step(transformer, z.to(self.device), prompt, step_times(request.steps, source.second_time), noise)
+                return few_step(
+                    transformer,
+                    z.to(self.device),
+                    prompt,
+                    step_times(request.steps, source.second_time),
+                    noise,
+                )
             negative = text[-1][None].to(self.device)
-            return euler_cfg(transformer, z.to(self.device), prompt, negative, request.steps, request.guidance, request.shift)
+            return euler_cfg(
+                transformer,
+                z.to(self.device),
+                prompt,
+                negative,
+                request.steps,
+                request.guidance,
+                request.shift,
+            )
 
         return self._residence.run("transformer", self._load_transformer, sample, alone=self.group is None)
 
@@ -200,16 +263,22 @@ class OneStepPipeline:
         return map(Tensor.numpy, on_the_cpu(part[0] for part in self._decode(latents)))
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
-        decoder = self._residence.run("vae", lambda device: self.sources.vae.load(self.dtype, device), self._decoder_of)
+        decoder = self._residence.run(
+            "vae", lambda device: self.sources.vae.load(self.dtype, device), self._decoder_of
+        )
         yield from decoder.stream(latents, uint8=True, report=self.report)
 
     def _left(self, name: str) -> None:
-        """A network has left the device. The decoder holds weights in another form, and views that would keep the old ones there."""
+        """A network has left the device. The decoder holds weights in another form, and views that would keep
+        the old ones there.
+        """
         if name == "vae":
             self._given_up, self._decoder = self.steps_taken, None
 
     def write_sample(self, request: Request, number: int, text: Tensor, path: str | Path | None) -> None:
-        """Sample `number` of a request to a file; None as the path makes it only, for the partners of the process that writes."""
+        """Sample `number` of a request to a file; None as the path makes it only, for the partners of the
+        process that writes.
+        """
         latents = self.latents(request, number, text)
         if path is None:
             for _ in self._decode(latents):
@@ -219,8 +288,12 @@ class OneStepPipeline:
         if request.frames == 1:
             write_image(path, next(parts), about=about)
         else:
-            with ExitStack() as stack:  # left from below: the encoder's thread is done before the file is closed
-                write = stack.enter_context(video_writer(path, request.height, request.width, request.fps, about=about))
+            with (
+                ExitStack() as stack
+            ):  # left from below: the encoder's thread is done before the file is closed
+                write = stack.enter_context(
+                    video_writer(path, request.height, request.width, request.fps, about=about)
+                )
                 thread = stack.enter_context(ThreadPoolExecutor(1))
                 before = None
                 for part in parts:
@@ -230,7 +303,9 @@ class OneStepPipeline:
                 before.result()
 
     def _draw(self, request: Request, number: int) -> Future:
-        """The noise that a sample starts from, made by a thread: at a real model's size that takes as long as some of its blocks."""
+        """The noise that a sample starts from, made by a thread: at a real model's size that takes as long as
+        some of its blocks.
+        """
         what = request.noise, request.seed, number, request.latents(self.sources)
         if self._drawn is None or self._drawn[0] != what:
             self._drawn = what, self._drawer.submit(draw, *what)
@@ -238,20 +313,33 @@ class OneStepPipeline:
 
     def _load_transformer(self, device: torch.device):
         first = torch.device("cpu") if self.speed.fp8 else device  # the device may not hold them in 16 bits
-        return make_fast(self.sources.transformer.load(self.dtype, first), self.device, self.speed, self.group, device)
+        return make_fast(
+            self.sources.transformer.load(self.dtype, first), self.device, self.speed, self.group, device
+        )
 
     def _decoder_of(self, vae) -> Decoder | TinyDecoder:
         if self.approximate:
             return vae
         if self._decoder is None:
-            compiled = self.speed.compile and self.device.type != "cpu"  # there it takes minutes, and the result is slower
+            compiled = (
+                self.speed.compile and self.device.type != "cpu"
+            )  # there it takes minutes, and the result is slower
             self._decoder = Decoder(vae, compile=compiled, budget=self._beside_weights(), group=self.group)
         return self._decoder
 
     def _weights(self) -> dict[str, int]:
         """Bytes of each network."""
-        transformer, vae, text, width = self.sources.transformer, self.sources.vae, self.sources.text, self.dtype.itemsize
-        return {"transformer": transformer.parameters * (1 if self.speed.fp8 else width), "vae": vae.parameters * width, "text": text.facts.parameters * 2}
+        transformer, vae, text, width = (
+            self.sources.transformer,
+            self.sources.vae,
+            self.sources.text,
+            self.dtype.itemsize,
+        )
+        return {
+            "transformer": transformer.parameters * (1 if self.speed.fp8 else width),
+            "vae": vae.parameters * width,
+            "text": text.facts.parameters * 2,
+        }
 
     def _beside_weights(self) -> int | None:
         """What of `memory` a decode may use."""
@@ -265,7 +353,9 @@ class OneStepPipeline:
         _, f, h, w = Request(("",)).fitted(self.sources).latents(self.sources)
         tokens = f * h * w // int(np.prod(transformer.patch))
         d = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
-        working = tokens * (24 * d + 2 * transformer.config.get("ffn_dim", 4 * d)) * width  # of one block, nothing is kept
+        working = (
+            tokens * (24 * d + 2 * transformer.config.get("ffn_dim", 4 * d)) * width
+        )  # of one block, nothing is kept
         return first_level(self.device, weights, working, self.memory)
 
 

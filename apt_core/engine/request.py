@@ -14,11 +14,13 @@ from ..models.vae import check_size
 @dataclass(frozen=True)
 class Request:
     """height, width, frames, fps: by default what the checkpoint was trained for; one frame is a picture.
-    count: samples of each prompt; steps: calls of the network, for an APT or distilled model by re-noising at `steps.step_times`, for a base
-    Euler steps, with guidance, shift and negative, which are of bases alone. noise: "apt", the default, by which no two samples share noise
-    whatever their seeds and the number of processes, or "comfyui", by which sample n is the ComfyUI node's, and stock KSampler's, of seed + n.
+    count: samples of each prompt; steps: calls of the network, for an APT or distilled model by re-noising at
+    `steps.step_times`, for a base Euler steps, with guidance, shift and negative, which are of bases alone.
+    noise: "apt", the default, by which no two samples share noise whatever their seeds and the number of
+    processes, or "comfyui", by which sample n is the ComfyUI node's, and stock KSampler's, of seed + n.
 
-    Sample number n belongs to prompt `n // count`; its noise derives from (seed, n) and nothing else."""
+    Sample number n belongs to prompt `n // count`; its noise derives from (seed, n) and nothing else.
+    """
 
     prompts: Sequence[str]
     height: int | None = None
@@ -50,26 +52,40 @@ class Request:
         return {"prompt": self.prompt(number), "seed": int(self.seed), "number": number}
 
     def fitted(self, sources: Sources) -> "Request":
-        """With every size filled in. Raises AptError for sizes that the model cannot make, for values that are none, and for nothing to make."""
+        """With every size filled in. Raises AptError for sizes that the model cannot make, for values that
+        are none, and for nothing to make.
+        """
         if not self.prompts:
             raise AptError("there is no prompt: give one or more.")
         self._check_values()
         if min(self.count, self.steps) < 1:
-            raise AptError(f"{self.count} samples in {self.steps} steps cannot be made: both must be 1 or more.")
+            raise AptError(
+                f"{self.count} samples in {self.steps} steps cannot be made: both must be 1 or more."
+            )
         if sources.transformer.few_step:
             self._check_unguided(sources.transformer.name)
-        sizes = {name: value if getattr(self, name) is None else getattr(self, name) for name, value in sources.transformer.native.items() if name in SIZES}
+        sizes = {
+            name: value if getattr(self, name) is None else getattr(self, name)
+            for name, value in sources.transformer.native.items()
+            if name in SIZES
+        }
         if not SLOWEST <= sizes["fps"] <= FASTEST:
-            raise AptError(f"fps {sizes['fps']:g} cannot be: a video has {SLOWEST:g} to {FASTEST:g} frames a second.")
+            raise AptError(
+                f"fps {sizes['fps']:g} cannot be: a video has {SLOWEST:g} to {FASTEST:g} frames a second."
+            )
         patch = sources.transformer.patch
-        check_size(sizes["height"], sizes["width"], sizes["frames"], sources.vae.stride, patch, what="a sample")
+        check_size(
+            sizes["height"], sizes["width"], sizes["frames"], sources.vae.stride, patch, what="a sample"
+        )
         return replace(self, **sizes)
 
     def _check_unguided(self, model: str) -> None:
         for name in OF_BASES:
             value = getattr(self, name)
             if value != getattr(Request, name):
-                raise AptError(f"{name} {value!r} is for base models, but {model} is an APT or distilled one, which has no {name}: leave it out.")
+                raise AptError(
+                    f"{name} {value!r} is for base models, but {model} is an APT or distilled one, which has no {name}: leave it out."
+                )
 
     def _check_values(self) -> None:
         check_noise(self.noise)
@@ -82,7 +98,9 @@ class Request:
                 raise AptError(f"{name} {value!r} cannot be: it must be a whole number.")
         for name in ("fps", "guidance", "shift"):
             value = getattr(self, name)
-            if not (isinstance(value, Real) and math.isfinite(value)) and (value is not None or name not in SIZES):
+            if not (isinstance(value, Real) and math.isfinite(value)) and (
+                value is not None or name not in SIZES
+            ):
                 raise AptError(f"{name} {value!r} cannot be: it must be a finite number.")
         if self.shift <= 0:
             raise AptError(f"shift {self.shift:g} cannot be: it must be above 0.")

@@ -1,4 +1,6 @@
-"""Which networks are in the device's memory, and what leaves it when there is too little: the results stay the same."""
+"""Which networks are in the device's memory, and what leaves it when there is too little: the results stay
+the same.
+"""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -21,14 +23,19 @@ SPARE = 0.92  # of a device's free memory: the rest goes to fragments and worksp
 class Residence:
     """The networks of a pipeline on one device, as much of them as fits.
 
-    level: ALL keeps every network on the device, PARTS only the one in use, BLOCKS of that only what it computes with. When memory runs
-    out it goes to the next level by itself, once for good, tells it to `report` in a sentence, and tries again. leaves: told the name of each
-    network that has left the device, for whatever else was made there of its weights.
+    level: ALL keeps every network on the device, PARTS only the one in use, BLOCKS of that only what it
+    computes with. When memory runs out it goes to the next level by itself, once for good, tells it to
+    `report` in a sentence, and tries again. leaves: told the name of each network that has left the device,
+    for whatever else was made there of its weights.
     steps_taken: those sentences.
     """
 
     def __init__(
-        self, device: torch.device, level: int = ALL, report: Callable[[str], None] | None = None, leaves: Callable[[str], None] | None = None
+        self,
+        device: torch.device,
+        level: int = ALL,
+        report: Callable[[str], None] | None = None,
+        leaves: Callable[[str], None] | None = None,
     ) -> None:
         self.device, self.level, self.report, self.leaves = device, level, report, leaves
         self.steps_taken: list[str] = []
@@ -36,7 +43,13 @@ class Residence:
         self._streams: dict[str, BlockStream] = {}
         self._here: set[str] = set()
 
-    def run(self, name: str, load: Callable[[torch.device], object], work: Callable[[object], T], alone: bool = True) -> T:
+    def run(
+        self,
+        name: str,
+        load: Callable[[torch.device], object],
+        work: Callable[[object], T],
+        alone: bool = True,
+    ) -> T:
         """`work(network)` with the network on the device. load(device) gives it when it is first asked for.
 
         alone: False for work in which other processes wait for this one: it cannot be tried again.
@@ -48,7 +61,9 @@ class Residence:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-            self._step_down(name, alone)  # not in the except block, which would still hold what the failed attempt had
+            self._step_down(
+                name, alone
+            )  # not in the except block, which would still hold what the failed attempt had
 
     def _ready(self, name: str, load: Callable[[torch.device], object]):
         if self.level >= PARTS:
@@ -79,11 +94,15 @@ class Residence:
 
     def _step_down(self, name: str, alone: bool) -> None:
         if not alone:
-            raise AptError(f"{self.device} runs out of memory: add processes, or give all of them a smaller memory to keep within.")
+            raise AptError(
+                f"{self.device} runs out of memory: add processes, or give all of them a smaller memory to keep within."
+            )
         if self.level >= PARTS:
             self._leave(name)
         if self.level == BLOCKS:
-            raise AptError(f"{self.device} runs out of memory even with one block of a network on it: ask for fewer frames or a smaller size.")
+            raise AptError(
+                f"{self.device} runs out of memory even with one block of a network on it: ask for fewer frames or a smaller size."
+            )
         self.level += 1
         self.steps_taken.append(SENTENCES[self.level].format(device=self.device))
         if self.device.type == "cuda":
@@ -94,22 +113,32 @@ class Residence:
 
 def blocks_of(network) -> list[nn.Module]:
     """The equal blocks that a transformer or a TextEncoder is a row of; none for a VAE."""
-    return list(network.blocks if hasattr(network, "blocks") else network.model.encoder.block if hasattr(network, "model") else ())
+    return list(
+        network.blocks
+        if hasattr(network, "blocks")
+        else network.model.encoder.block
+        if hasattr(network, "model")
+        else ()
+    )
 
 
 class BlockStream:
-    """A network's blocks in the CPU's memory; each comes to the device before it computes, while the one before it still does.
+    """A network's blocks in the CPU's memory; each comes to the device before it computes, while the one
+    before it still does.
 
-    Modules are remembered here, never their tensors: `.to` gives a module new buffers. Diffusers' `apply_group_offloading` would not serve: its
-    first pass only learns the order of the blocks and fetches them without overlap, and one pass is all that a one-step sample takes; later ones
-    wait for the device after each block, or else (`record_stream`) copy ahead of it until all blocks are there.
+    Modules are remembered here, never their tensors: `.to` gives a module new buffers. Diffusers'
+    `apply_group_offloading` would not serve: its first pass only learns the order of the blocks and fetches
+    them without overlap, and one pass is all that a one-step sample takes; later ones wait for the device
+    after each block, or else (`record_stream`) copy ahead of it until all blocks are there.
     """
 
     def __init__(self, network, device: torch.device) -> None:
         self.device, self.blocks = device, blocks_of(network)
         self._copier = torch.cuda.Stream(device) if device.type == "cuda" else None
         inner = {id(module) for block in self.blocks for module in block.modules()}
-        self._outer = [module for module in getattr(network, "model", network).modules() if id(module) not in inner]
+        self._outer = [
+            module for module in getattr(network, "model", network).modules() if id(module) not in inner
+        ]
         self._host = [self._pinned(block) for block in self.blocks]
         self._coming: dict[int, list[Tensor]] = {}
         self._done: dict[int, torch.cuda.Event] = {}
@@ -149,16 +178,23 @@ class BlockStream:
             tensor.data = new
 
     def _pinned(self, block: nn.Module) -> list[Tensor]:
-        host = [tensor.data.cpu().pin_memory() if self._copier else tensor.data.cpu() for tensor in self._own(block)]
+        host = [
+            tensor.data.cpu().pin_memory() if self._copier else tensor.data.cpu()
+            for tensor in self._own(block)
+        ]
         self._point(block, host)
         return host
 
     def _fetch(self, number: int) -> None:
         with torch.cuda.stream(self._copier):  # None: no stream at all
-            self._coming[number] = [tensor.to(self.device, non_blocking=True, copy=True) for tensor in self._host[number]]
+            self._coming[number] = [
+                tensor.to(self.device, non_blocking=True, copy=True) for tensor in self._host[number]
+            ]
 
     def _take(self, number: int) -> None:
-        if number - 2 in self._done:  # the CPU runs ahead of the device, which would have to hold all the blocks that it asked for
+        if (
+            number - 2 in self._done
+        ):  # the CPU runs ahead of the device, which would have to hold all the blocks that it asked for
             self._done[number - 2].synchronize()
         if number not in self._coming:
             self._fetch(number)
@@ -193,8 +229,8 @@ def free_memory(device: torch.device) -> float:
 def first_level(device: torch.device, weights: dict[str, int], working: int, budget: float | None) -> int:
     """The level to begin with, so that nothing has to be loaded twice.
 
-    weights: bytes of each network, of which "transformer" is the one with blocks; working: bytes that it computes with; budget: bytes that may
-    be used, by default what the device has free.
+    weights: bytes of each network, of which "transformer" is the one with blocks; working: bytes that it
+    computes with; budget: bytes that may be used, by default what the device has free.
     """
     has = free_memory(device) if budget is None else budget
     if sum(weights.values()) + working <= has:

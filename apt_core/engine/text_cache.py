@@ -26,17 +26,25 @@ def cache_folder() -> Path:
     """Where this project keeps what it can make again: $APT_CACHE, else a folder of the user's caches."""
     given = os.environ.get("APT_CACHE")
     try:
-        return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comfyui-apt").expanduser()
+        return Path(
+            given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comfyui-apt"
+        ).expanduser()
     except RuntimeError:  # a container's user without a home
-        return _private(Path(tempfile.gettempdir()) / f"comfyui-apt-{os.getuid() if hasattr(os, 'getuid') else 'user'}")
+        return _private(
+            Path(tempfile.gettempdir()) / f"comfyui-apt-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+        )
 
 
 def _private(folder: Path) -> Path:
-    """The folder, if it is this user's alone, else a new one: what is compiled lies there too, and whoever could write to it could run code here."""
+    """The folder, if it is this user's alone, else a new one: what is compiled lies there too, and whoever
+    could write to it could run code here.
+    """
     with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
-        if not hasattr(os, "getuid") or (stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077):
+        if not hasattr(os, "getuid") or (
+            stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+        ):
             return folder
     return Path(tempfile.mkdtemp(prefix="comfyui-apt-"))
 
@@ -44,15 +52,19 @@ def _private(folder: Path) -> Path:
 class TextCache:
     """A folder with one small file for each prompt.
 
-    encoder: fingerprint of the text encoder; limit: bytes of the whole folder, beyond which the files that were not read for longest go.
-    Any number of processes may use one folder: files appear whole, and a file that is damaged counts as missing and is written again.
+    encoder: fingerprint of the text encoder; limit: bytes of the whole folder, beyond which the files that
+    were not read for longest go.
+    Any number of processes may use one folder: files appear whole, and a file that is damaged counts as
+    missing and is written again.
     """
 
     def __init__(self, folder: Path, encoder: str, limit: int = LIMIT) -> None:
         self.folder, self.encoder, self.limit = folder, encoder, limit
 
     def get(self, prompts: Sequence[str], encode: Callable[[list[str]], list[Tensor]]) -> list[Tensor]:
-        """Embeddings `[L_i, d]`, fp32, on the CPU. encode: called once with the prompts that are not here, or not at all."""
+        """Embeddings `[L_i, d]`, fp32, on the CPU. encode: called once with the prompts that are not here, or
+        not at all.
+        """
         found = {prompt: self._read(self._path(prompt)) for prompt in dict.fromkeys(prompts)}
         if missing := [prompt for prompt, embedding in found.items() if embedding is None]:
             for prompt, embedding in zip(missing, encode(missing)):
@@ -68,7 +80,9 @@ class TextCache:
             path.unlink(missing_ok=True)
 
     def _path(self, prompt: str) -> Path:
-        return self.folder / f"{_digest(self.encoder.encode(), b'/', clean_prompt(prompt).encode())}.safetensors"
+        return (
+            self.folder / f"{_digest(self.encoder.encode(), b'/', clean_prompt(prompt).encode())}.safetensors"
+        )
 
     def _read(self, path: Path) -> Tensor | None:
         try:
@@ -83,7 +97,9 @@ class TextCache:
 
     def _write(self, path: Path, embedding: Tensor) -> None:
         half = embedding.bfloat16()
-        embedding = half if torch.equal(half.float(), embedding) else embedding  # an encoder in bf16 loses nothing
+        embedding = (
+            half if torch.equal(half.float(), embedding) else embedding
+        )  # an encoder in bf16 loses nothing
         # A full or read-only disk costs time, not the video.
         with suppress(AptError), replacing(path) as partial:
             partial.write_bytes(save({"embedding": embedding.contiguous()}, {"digest": _of(embedding)}))
@@ -102,7 +118,9 @@ class TextCache:
 
 
 def encoder_fingerprint(facts: TextFacts) -> str:
-    """Of the tokenizer, and of the weights' sizes, beginnings and 64 samples spread over each file: milliseconds for 11 GB."""
+    """Of the tokenizer, and of the weights' sizes, beginnings and 64 samples spread over each file:
+    milliseconds for 11 GB.
+    """
     digest = blake2b(digest_size=16)
     for path in facts.weights:
         with path.open("rb") as file:
@@ -117,7 +135,9 @@ def encoder_fingerprint(facts: TextFacts) -> str:
 
 
 def _of(embedding: Tensor) -> str:
-    return _digest(str(tuple(embedding.shape)).encode(), embedding.contiguous().view(torch.uint8).numpy().tobytes())
+    return _digest(
+        str(tuple(embedding.shape)).encode(), embedding.contiguous().view(torch.uint8).numpy().tobytes()
+    )
 
 
 def _digest(*parts: bytes) -> str:

@@ -1,7 +1,9 @@
-"""What a checkpoint says of itself: the JSON object `apt` in its metadata. Names, defaults and checks of all its entries.
+"""What a checkpoint says of itself: the JSON object `apt` in its metadata. Names, defaults and checks of all
+its entries.
 
-`apt` is {format, kind, base, phase, timestep, second_time, vae, native, text_length, rank, updates, ema, ...}. Plain Python, so that
-anything may import it. Pipeline, trainer, `inspect` and the ComfyUI nodes all ask here.
+`apt` is {format, kind, base, phase, timestep, second_time, vae, native, text_length, rank, updates, ema,
+...}. Plain Python, so that anything may import it. Pipeline, trainer, `inspect` and the ComfyUI nodes all ask
+here.
 """
 
 import json
@@ -14,7 +16,9 @@ from ..errors import AptError
 FORMAT = 1
 KINDS = ("generator", "base", "lora")
 SECOND_TIME = 0.7
-"""The second of the two times of two-step sampling (3.5), where a file does not name it. The paper does not print its own."""
+"""The second of the two times of two-step sampling (3.5), where a file does not name it. The paper does not
+print its own.
+"""
 TEXT_LENGTH = 512
 """Rows of text that every released Wan was trained with."""
 NATIVE = {"height": 480, "width": 832, "frames": 49, "fps": 16}
@@ -23,7 +27,9 @@ MAX_FPS = 1000
 
 
 def is_few_step(apt: Mapping) -> bool:
-    """Whether the file is an APT or distilled generator, whole or as a LoRA: sampled by re-noising, not by Euler."""
+    """Whether the file is an APT or distilled generator, whole or as a LoRA: sampled by re-noising, not by
+    Euler.
+    """
     return apt.get("kind") in ("generator", "lora")
 
 
@@ -38,7 +44,9 @@ def is_adversarial(apt: Mapping) -> bool:
 
 
 def second_time(what: object, apt: Mapping) -> float:
-    """The second time that a file names, else SECOND_TIME. Raises AptError that begins with `what` for one that is not in (0, 1)."""
+    """The second time that a file names, else SECOND_TIME. Raises AptError that begins with `what` for one
+    that is not in (0, 1).
+    """
     value = apt.get("second_time", SECOND_TIME)
     if not isinstance(value, Real) or not 0 < value < 1:
         raise _wrong(what, "second_time", value, "not a number between 0 and 1")
@@ -48,14 +56,19 @@ def second_time(what: object, apt: Mapping) -> float:
 def native(what: object, apt: Mapping) -> dict | None:
     """Width and height in pixels, frames and fps that a file was trained for; None where it does not say.
 
-    Raises AptError that begins with `what` for sizes that are not whole and positive, and for a rate that is not above 0 and up to MAX_FPS.
+    Raises AptError that begins with `what` for sizes that are not whole and positive, and for a rate that is
+    not above 0 and up to MAX_FPS.
     """
     if apt.get("native") is None:
         return None
     sizes = apt["native"]
-    counts = [sizes.get(name) for name in ("width", "height", "frames")] if isinstance(sizes, Mapping) else [None]
+    counts = (
+        [sizes.get(name) for name in ("width", "height", "frames")] if isinstance(sizes, Mapping) else [None]
+    )
     fps = sizes.get("fps") if isinstance(sizes, Mapping) else None
-    if not all(isinstance(count, int) and count > 0 for count in counts) or not (isinstance(fps, Real) and 0 < fps <= MAX_FPS):
+    if not all(isinstance(count, int) and count > 0 for count in counts) or not (
+        isinstance(fps, Real) and 0 < fps <= MAX_FPS
+    ):
         raise _wrong(what, "native", sizes, "not width, height, frames and fps")
     return dict(sizes)
 
@@ -72,7 +85,9 @@ def text_length(what: object, apt: Mapping) -> int | None:
 
 
 def check_apt(what: object, apt: Mapping) -> None:
-    """Raises AptError for a newer format, an unknown kind and entries that cannot be. An empty object, of a foreign file, is fine."""
+    """Raises AptError for a newer format, an unknown kind and entries that cannot be. An empty object, of a
+    foreign file, is fine.
+    """
     if not apt:
         return
     if not isinstance(apt.get("format"), int) or apt["format"] < 1:
@@ -82,12 +97,15 @@ def check_apt(what: object, apt: Mapping) -> None:
             f"{what} has format {apt['format']} of the checkpoint contract, this version reads up to {FORMAT}: update ComfyUI-APT."
         )
     if apt.get("kind") not in KINDS:
-        raise AptError(f"{what}: its metadata entry `apt` has kind {apt.get('kind')!r}: it must be one of {', '.join(KINDS)}.")
+        raise AptError(
+            f"{what}: its metadata entry `apt` has kind {apt.get('kind')!r}: it must be one of {', '.join(KINDS)}."
+        )
     second_time(what, apt)
 
 
 def metadata_strings(path: str | Path, metadata: Mapping) -> dict[str, str]:
-    """The metadata of a file to write: `apt` with its defaults filled in, and the `modelspec.*` entries as they are.
+    """The metadata of a file to write: `apt` with its defaults filled in, and the `modelspec.*` entries as
+    they are.
 
     Raises AptError for what is not JSON, and as `check_apt` does.
     """
@@ -105,14 +123,18 @@ def metadata_strings(path: str | Path, metadata: Mapping) -> dict[str, str]:
 
 
 def read_apt(what: object, metadata: Mapping[str, str]) -> dict:
-    """The `apt` object among the metadata of a safetensors file, {} for a file of another program. Raises AptError as `check_apt` does."""
+    """The `apt` object among the metadata of a safetensors file, {} for a file of another program. Raises
+    AptError as `check_apt` does.
+    """
     apt = metadata_json(what, metadata, "apt")
     check_apt(what, apt)
     return apt
 
 
 def metadata_json(what: object, metadata: Mapping[str, str], name: str) -> dict:
-    """The JSON object under metadata key `name`, {} when there is none. Raises AptError when it is not a JSON object."""
+    """The JSON object under metadata key `name`, {} when there is none. Raises AptError when it is not a JSON
+    object.
+    """
     try:
         value = json.loads(metadata.get(name, "{}"))
     except (ValueError, TypeError, RecursionError):

@@ -7,14 +7,19 @@ from ..errors import AptError
 
 
 def read_object(path: Path, remedy: str) -> dict:
-    """The JSON object in a file. remedy: what would do, for the sentence. Raises AptError for a file that is not there or holds anything else."""
+    """The JSON object in a file. remedy: what would do, for the sentence. Raises AptError for a file that is
+    not there or holds anything else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AptError(f"{path} does not exist: {remedy}.") from None
     except OSError as error:
         raise AptError(f"{path} cannot be read ({error.strerror or error}): {remedy}.") from None
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, numbers of thousands of digits, thousands of brackets
+    except (
+        ValueError,
+        RecursionError,
+    ):  # not JSON, not UTF-8, numbers of thousands of digits, thousands of brackets
         value = None
     if not isinstance(value, dict):
         raise AptError(f"{path} is damaged: {remedy}.")

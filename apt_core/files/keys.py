@@ -1,6 +1,8 @@
-"""Names of the same weights in the official Wan files (which ComfyUI reads) and in diffusers: pure renames, both ways, exact.
+"""Names of the same weights in the official Wan files (which ComfyUI reads) and in diffusers: pure renames,
+both ways, exact.
 
-The official layouts were worked out from ComfyUI's comfy/ldm/wan/{model,vae,vae2_2}.py and diffusers' module trees.
+The official layouts were worked out from ComfyUI's comfy/ldm/wan/{model,vae,vae2_2}.py and diffusers' module
+trees.
 """
 
 import re
@@ -33,9 +35,19 @@ BLOCK = {
     "norm3": "norm2",  # the norm before cross-attention; the two others have no weights
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
-    **{f"self_attn.{o}": f"attn1.{d}" for o, d in zip(("q", "k", "v", "o"), ("to_q", "to_k", "to_v", "to_out.0"))},
-    **{f"cross_attn.{o}": f"attn2.{d}" for o, d in zip(("q", "k", "v", "o"), ("to_q", "to_k", "to_v", "to_out.0"))},
-    **{f"{o}.norm_{x}": f"{d}.norm_{x}" for o, d in (("self_attn", "attn1"), ("cross_attn", "attn2")) for x in "qk"},
+    **{
+        f"self_attn.{o}": f"attn1.{d}"
+        for o, d in zip(("q", "k", "v", "o"), ("to_q", "to_k", "to_v", "to_out.0"))
+    },
+    **{
+        f"cross_attn.{o}": f"attn2.{d}"
+        for o, d in zip(("q", "k", "v", "o"), ("to_q", "to_k", "to_v", "to_out.0"))
+    },
+    **{
+        f"{o}.norm_{x}": f"{d}.norm_{x}"
+        for o, d in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for x in "qk"
+    },
     "cross_attn.k_img": "attn2.add_k_proj",
     "cross_attn.v_img": "attn2.add_v_proj",
     "cross_attn.norm_k_img": "attn2.norm_added_k",
@@ -46,12 +58,16 @@ KEY = re.compile(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?")
 
 
 def transformer_to_diffusers(key: str) -> str:
-    """`blocks.0.self_attn.q.weight` -> `blocks.0.attn1.to_q.weight`. Raises AptError for a name that Wan does not have."""
+    """`blocks.0.self_attn.q.weight` -> `blocks.0.attn1.to_q.weight`. Raises AptError for a name that Wan does
+    not have.
+    """
     return _transformer(key, TOP, BLOCK)
 
 
 def transformer_to_official(key: str) -> str:
-    """`blocks.0.attn1.to_q.weight` -> `blocks.0.self_attn.q.weight`. Raises AptError for a name that Wan does not have."""
+    """`blocks.0.attn1.to_q.weight` -> `blocks.0.self_attn.q.weight`. Raises AptError for a name that Wan does
+    not have.
+    """
     return _transformer(key, TOP_BACK, BLOCK_BACK)
 
 
@@ -59,20 +75,25 @@ def _transformer(key: str, top: dict[str, str], block: dict[str, str]) -> str:
     where, module, leaf = KEY.fullmatch(key).groups(default="") if key else ("", "", "")
     new = (block if where else top).get(module)
     if new is None:
-        raise AptError(f"{key} is not a weight of Wan's text-to-video or image-to-video transformer: give such a model.")
+        raise AptError(
+            f"{key} is not a weight of Wan's text-to-video or image-to-video transformer: give such a model."
+        )
     return where + new + leaf
 
 
 def detect_layout(keys: Iterable[str]) -> tuple[str, str]:
     """("official" or "diffusers", the prefix before every key) of a Wan transformer.
 
-    Raises AptError when the keys are not those of a Wan transformer in either layout, or when only some carry the prefix.
+    Raises AptError when the keys are not those of a Wan transformer in either layout, or when only some carry
+    the prefix.
     """
     keys = dict.fromkeys(keys)
     for prefix in ("", *PREFIXES):
         if prefix + "head.modulation" in keys or prefix + "blocks.0.self_attn.q.weight" in keys:
             if stray := [key for key in keys if not key.startswith(prefix)]:
-                raise AptError(f"{stray[0]} lacks the prefix {prefix} of the other keys: give a file with the transformer alone.")
+                raise AptError(
+                    f"{stray[0]} lacks the prefix {prefix} of the other keys: give a file with the transformer alone."
+                )
             return "official", prefix
     if "blocks.0.attn1.to_q.weight" in keys or "condition_embedder.time_proj.weight" in keys:
         return "diffusers", ""
@@ -83,8 +104,15 @@ def detect_layout(keys: Iterable[str]) -> tuple[str, str]:
     )
 
 
-# The VAE. Both versions have 4 stages, 2 residual blocks a stage down and 3 up; 2.2 nests the blocks of a stage, 2.1 counts them through.
-RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2", "shortcut": "conv_shortcut"}
+# The VAE. Both versions have 4 stages, 2 residual blocks a stage down and 3 up; 2.2 nests the blocks of a
+# stage, 2.1 counts them through.
+RESIDUAL = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
 RESAMPLE = {"resample.1": "resample.1", "time_conv": "time_conv"}
 ATTENTION = {"norm": "norm", "to_qkv": "to_qkv", "proj": "proj"}
 STAGES, DOWN_BLOCKS, UP_BLOCKS = 4, 2, 3
@@ -111,16 +139,25 @@ def vae_modules(version: str) -> dict[str, str]:
             if version == "2.1":
                 official, diffusers = f"encoder.downsamples.{flat}", f"encoder.down_blocks.{flat}"
             else:
-                official, diffusers = f"encoder.downsamples.{stage}.downsamples.{i}", f"{block}.{'downsampler' if resample else f'resnets.{i}'}"
+                official, diffusers = (
+                    f"encoder.downsamples.{stage}.downsamples.{i}",
+                    f"{block}.{'downsampler' if resample else f'resnets.{i}'}",
+                )
             add(official, diffusers, RESAMPLE if resample else RESIDUAL)
         for i in range(UP_BLOCKS + 1):
             flat = (UP_BLOCKS + 1) * stage + i
             block = f"decoder.up_blocks.{stage}"
             resample = i == UP_BLOCKS
             if version == "2.1":
-                official, diffusers = f"decoder.upsamples.{flat}", f"{block}.{'upsamplers.0' if resample else f'resnets.{i}'}"
+                official, diffusers = (
+                    f"decoder.upsamples.{flat}",
+                    f"{block}.{'upsamplers.0' if resample else f'resnets.{i}'}",
+                )
             else:
-                official, diffusers = f"decoder.upsamples.{stage}.upsamples.{i}", f"{block}.{'upsampler' if resample else f'resnets.{i}'}"
+                official, diffusers = (
+                    f"decoder.upsamples.{stage}.upsamples.{i}",
+                    f"{block}.{'upsampler' if resample else f'resnets.{i}'}",
+                )
             add(official, diffusers, RESAMPLE if resample else RESIDUAL)
     return names
 
@@ -131,12 +168,16 @@ def _vae_modules_back(version: str) -> dict[str, str]:
 
 
 def vae_to_diffusers(key: str, version: str) -> str:
-    """`decoder.head.0.gamma` -> `decoder.norm_out.gamma`. Raises AptError for a name that Wan's VAE `version` does not have."""
+    """`decoder.head.0.gamma` -> `decoder.norm_out.gamma`. Raises AptError for a name that Wan's VAE `version`
+    does not have.
+    """
     return _vae(key, vae_modules(version), version)
 
 
 def vae_to_official(key: str, version: str) -> str:
-    """`decoder.norm_out.gamma` -> `decoder.head.0.gamma`. Raises AptError for a name that Wan's VAE `version` does not have."""
+    """`decoder.norm_out.gamma` -> `decoder.head.0.gamma`. Raises AptError for a name that Wan's VAE `version`
+    does not have.
+    """
     return _vae(key, _vae_modules_back(version), version)
 
 
@@ -154,15 +195,21 @@ VAE_PREFIXES = ("model.", "vae.", "first_stage_model.")
 def vae_prefix(keys: Iterable[str]) -> str:
     """The prefix that every key of a VAE's file has; "" for none."""
     keys = list(keys)
-    return next((prefix for prefix in VAE_PREFIXES if keys and all(key.startswith(prefix) for key in keys)), "")
+    return next(
+        (prefix for prefix in VAE_PREFIXES if keys and all(key.startswith(prefix) for key in keys)), ""
+    )
 
 
 def detect_vae_layout(keys: Iterable[str]) -> tuple[str, str]:
-    """("official" or "diffusers", "2.1" or "2.2") of a Wan VAE, with a prefix or without. Raises AptError when it is neither."""
+    """("official" or "diffusers", "2.1" or "2.2") of a Wan VAE, with a prefix or without. Raises AptError
+    when it is neither.
+    """
     prefix = vae_prefix(keys := list(keys))
     keys = {key.removeprefix(prefix) for key in keys}
     if "decoder.middle.0.residual.0.gamma" in keys:
         return "official", "2.2" if "decoder.upsamples.0.upsamples.0.residual.2.weight" in keys else "2.1"
     if "decoder.mid_block.resnets.0.norm1.gamma" in keys:
         return "diffusers", "2.2" if "encoder.down_blocks.0.resnets.0.conv1.weight" in keys else "2.1"
-    raise AptError("it is not a Wan VAE (decoder.middle.0.residual.0.gamma is not there): give the file of a Wan 2.1 or 2.2 VAE.")
+    raise AptError(
+        "it is not a Wan VAE (decoder.middle.0.residual.0.gamma is not there): give the file of a Wan 2.1 or 2.2 VAE."
+    )

@@ -64,7 +64,7 @@ KINDS = (
     (r"\.[ab][12]\.weight$", "a GLoRA"),
     (r"scale_weight$|weight_scale$|scale_input$|scaled_fp8$|comfy_quant$", "a LoRA in scaled fp8"),
     (r"\.set_weight$|\.reshape_weight$", "a LoRA that replaces or widens whole weights"),
-)  # fmt: skip
+)
 """What cannot be read as a sum, by the names that give it away."""
 
 MODELS = (

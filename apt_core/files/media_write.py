@@ -1,4 +1,6 @@
-"""Pixels to video and image files (PyAV, Pillow), also while they are still being made. Pixels are uint8 RGB arrays."""
+"""Pixels to video and image files (PyAV, Pillow), also while they are still being made. Pixels are uint8 RGB
+arrays.
+"""
 
 import json
 import math
@@ -21,13 +23,22 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def write_video(
-    path: str | Path, frames: np.ndarray, fps: float, crf: int = 16, pixel_format: str = "yuv420p", *, keep_equal: bool = False
+    path: str | Path,
+    frames: np.ndarray,
+    fps: float,
+    crf: int = 16,
+    pixel_format: str = "yuv420p",
+    *,
+    keep_equal: bool = False,
 ) -> None:
-    """Write uint8 `[F, H, W, 3]` as H.264 in an .mp4 that plays while it loads; tagged BT.709. The file appears whole or not at all.
+    """Write uint8 `[F, H, W, 3]` as H.264 in an .mp4 that plays while it loads; tagged BT.709. The file
+    appears whole or not at all.
 
-    crf: 0 (largest) to 51; pixel_format: "yuv420p" for players, "yuv444p" with a crf of 10 or less for clips to train on.
+    crf: 0 (largest) to 51; pixel_format: "yuv420p" for players, "yuv444p" with a crf of 10 or less for clips
+    to train on.
     keep_equal: leave a file alone that holds just these bytes.
-    Raises AptError for pixels of another shape or type, odd sides in yuv420p, another suffix, and a place that cannot be written.
+    Raises AptError for pixels of another shape or type, odd sides in yuv420p, another suffix, and a place
+    that cannot be written.
     """
     frames = _checked(Path(path), frames, 4)
     with video_writer(path, *frames.shape[1:3], fps, crf, pixel_format, keep_equal=keep_equal) as write:
@@ -46,7 +57,8 @@ def video_writer(
     keep_equal: bool = False,
     about: Mapping | None = None,
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is as with `write_video`.
+    """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is
+    as with `write_video`.
 
     about: what stands in the file's header, JSON values by name (`trainer.data.media.read_about`).
     """
@@ -55,9 +67,13 @@ def video_writer(
     if not (math.isfinite(fps) and fps > 0):
         raise AptError(f"{path}: {fps:g} frames a second cannot be: give a number above 0.")
     if pixel_format not in ("yuv420p", "yuv444p") or "libx264" not in av.codecs_available:
-        raise AptError(f"{path}: this PyAV cannot write {pixel_format} with libx264: use yuv420p or yuv444p, and a PyAV from PyPI.")
+        raise AptError(
+            f"{path}: this PyAV cannot write {pixel_format} with libx264: use yuv420p or yuv444p, and a PyAV from PyPI."
+        )
     if pixel_format == "yuv420p" and (height % 2 or width % 2):
-        raise AptError(f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: crop them or use yuv444p.")
+        raise AptError(
+            f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: crop them or use yuv444p."
+        )
     with (
         replacing(path, also=(av.FFmpegError,), keep_equal=keep_equal) as partial,
         av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container,
@@ -65,8 +81,15 @@ def video_writer(
         if about:
             container.metadata[ABOUT] = json.dumps(about)
         stream = container.add_stream("libx264", rate=rational(fps))
-        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, pixel_format, {"crf": str(crf)}
-        stream.options |= {"x264-params": "no-mbtree=1"}  # with it the same frames give other files from run to run
+        stream.width, stream.height, stream.pix_fmt, stream.options = (
+            width,
+            height,
+            pixel_format,
+            {"crf": str(crf)},
+        )
+        stream.options |= {
+            "x264-params": "no-mbtree=1"
+        }  # with it the same frames give other files from run to run
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
         codec.color_range = 1  # limited
@@ -82,8 +105,11 @@ def video_writer(
         container.mux(stream.encode())
 
 
-def write_image(path: str | Path, pixels: np.ndarray, *, keep_equal: bool = False, about: Mapping | None = None) -> None:
-    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all. Raises AptError as `write_video`.
+def write_image(
+    path: str | Path, pixels: np.ndarray, *, keep_equal: bool = False, about: Mapping | None = None
+) -> None:
+    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all.
+    Raises AptError as `write_video`.
 
     about: as in `video_writer`; of pictures only a .png keeps it.
     """
@@ -100,12 +126,16 @@ def write_image(path: str | Path, pixels: np.ndarray, *, keep_equal: bool = Fals
 
 
 def check_name(path: str | Path, frames: int) -> None:
-    """Raises AptError where so many frames cannot become a file of that name: a picture, or from two on a video."""
+    """Raises AptError where so many frames cannot become a file of that name: a picture, or from two on a
+    video.
+    """
     suffix = Path(path).suffix.lower()
     if frames > 1 and suffix != ".mp4":
         raise AptError(f"{path}: videos are written as .mp4, give a name that ends so.")
     if frames == 1 and suffix not in IMAGE_SUFFIXES:
-        raise AptError(f"{path}: no image can be written with this suffix, give one of {' '.join(IMAGE_SUFFIXES)}.")
+        raise AptError(
+            f"{path}: no image can be written with this suffix, give one of {' '.join(IMAGE_SUFFIXES)}."
+        )
 
 
 def rational(value: float) -> Fraction:
@@ -117,5 +147,7 @@ def _checked(path: Path, pixels, dims: int) -> np.ndarray:
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] != 3 or 0 in pixels.shape:
         want = "[F, H, W, 3]" if dims == 4 else "[H, W, 3]"
-        raise AptError(f"{path}: pixels of shape {list(pixels.shape)} and type {pixels.dtype} were given, but {want} in uint8 are needed.")
+        raise AptError(
+            f"{path}: pixels of shape {list(pixels.shape)} and type {pixels.dtype} were given, but {want} in uint8 are needed."
+        )
     return pixels

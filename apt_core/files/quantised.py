@@ -34,9 +34,16 @@ BESIDE = (*SCALES, "scale_input", "input_scale", JSON, MARKER)
 alone.
 """
 FOREIGN = {
-    "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "absmax": "bitsandbytes", "quant_map": "bitsandbytes", "wscales": "SVDQuant",
-    "weight_scale_2": "nvfp4", "_data": "Quanto", "_scale": "Quanto", "weight_scale_inv": "fp8 in blocks",
-}  # fmt: skip
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes",
+    "wscales": "SVDQuant",
+    "weight_scale_2": "nvfp4",
+    "_data": "Quanto",
+    "_scale": "Quanto",
+    "weight_scale_inv": "fp8 in blocks",
+}
 DTYPES = {"I8": "int8", "F8_E8M0": "mxfp8", "F4": "fp4", "F6_E2M3": "fp6", "F6_E3M2": "fp6"}
 
 

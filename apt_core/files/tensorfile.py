@@ -1,4 +1,6 @@
-"""One safetensors file, read with suspicion and written atomically. Everything that this project stores goes through here."""
+"""One safetensors file, read with suspicion and written atomically. Everything that this project stores goes
+through here.
+"""
 
 import json
 import math
@@ -17,17 +19,22 @@ from .atomic import replacing
 FLOATS = {"F32", "F16", "BF16"}
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16), **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64), "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 MAX_RANK = 16
 MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself: string metadata, and by key shape, safetensors dtype name ("F32", "BF16", ...) and place: its first byte in
-    the file, and the one after its last."""
+    """What a file says about itself: string metadata, and by key shape, safetensors dtype name ("F32",
+    "BF16", ...) and place: its first byte in the file, and the one after its last.
+    """
 
     metadata: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
@@ -38,7 +45,8 @@ class Header:
 def read_header(path: str | Path) -> Header:
     """The header alone; no weights are read.
 
-    Raises AptError for whatever is not a whole safetensors file: missing, empty, truncated, a pickle, a git-lfs pointer, broken JSON.
+    Raises AptError for whatever is not a whole safetensors file: missing, empty, truncated, a pickle, a
+    git-lfs pointer, broken JSON.
     """
     path = Path(path)
     try:
@@ -61,9 +69,13 @@ def read_header(path: str | Path) -> Header:
     except AptError:  # itself a ValueError
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
-        raise AptError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): give the path of a readable .safetensors file.") from None
+        raise AptError(
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): give the path of a readable .safetensors file."
+        ) from None
     if len(text) < length:
-        raise AptError(f"{path} is truncated (its header wants {length} bytes, {len(text)} are there): copy or download it again.")
+        raise AptError(
+            f"{path} is truncated (its header wants {length} bytes, {len(text)} are there): copy or download it again."
+        )
     try:
         entries = json.loads(text, object_pairs_hook=_once)
         metadata = entries.pop("__metadata__", {})
@@ -74,15 +86,24 @@ def read_header(path: str | Path) -> Header:
         problem = _gap(parts)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         reason = f" ({error})" if type(error) is ValueError else ""
-        raise AptError(f"{path} has a broken safetensors header{reason}: copy or download it again.") from None
+        raise AptError(
+            f"{path} has a broken safetensors header{reason}: copy or download it again."
+        ) from None
     if size < end:
         raise AptError(f"{path} is truncated ({size} bytes of {end}): copy or download it again.")
     if problem:
         raise AptError(f"{path} has a broken safetensors header ({problem}): copy or download it again.")
     if size > end:
-        raise AptError(f"{path} has {size - end} bytes too many after its last tensor: copy or download it again.")
+        raise AptError(
+            f"{path} has {size - end} bytes too many after its last tensor: copy or download it again."
+        )
     shapes, dtypes = ({key: part[i] for key, part in parts.items()} for i in (0, 1))
-    return Header(metadata, shapes, dtypes, {key: (8 + length + part.begin, 8 + length + part.end) for key, part in parts.items()})
+    return Header(
+        metadata,
+        shapes,
+        dtypes,
+        {key: (8 + length + part.begin, 8 + length + part.end) for key, part in parts.items()},
+    )
 
 
 class _Part(NamedTuple):
@@ -104,7 +125,11 @@ def _part(key: str, entry: Mapping) -> _Part:
     shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
     if not key.isprintable():
         raise ValueError("a name has control characters")
-    if type(shape) is not list or len(shape) > MAX_RANK or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+    if (
+        type(shape) is not list
+        or len(shape) > MAX_RANK
+        or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
+    ):
         raise ValueError(f"{key} has no shape")
     if type(dtype) is not str or dtype not in BITS:
         raise ValueError(f"{key} is of an unknown kind")
@@ -114,7 +139,9 @@ def _part(key: str, entry: Mapping) -> _Part:
 
 
 def _gap(parts: Mapping[str, _Part]) -> str:
-    """What is wrong with the places of the tensors, which must fill the file one after another; "" for nothing."""
+    """What is wrong with the places of the tensors, which must fill the file one after another; "" for
+    nothing.
+    """
     place = 0
     for key, part in sorted(parts.items(), key=lambda item: (item[1].begin, item[1].end)):
         if part.begin != place:
@@ -124,9 +151,13 @@ def _gap(parts: Mapping[str, _Part]) -> str:
 
 
 def check_count(path: str | Path, name: str, value: object, shapes: Mapping) -> None:
-    """Raises AptError for a number of layers, of a config or of names, that a file of these tensors cannot have: such a model is not to be built."""
+    """Raises AptError for a number of layers, of a config or of names, that a file of these tensors cannot
+    have: such a model is not to be built.
+    """
     if type(value) is not int or not 1 <= value <= len(shapes):
-        raise AptError(f"{path}: its config has {name} {value!r}, but the file holds {len(shapes)} tensors: export or download it again.")
+        raise AptError(
+            f"{path}: its config has {name} {value!r}, but the file holds {len(shapes)} tensors: export or download it again."
+        )
 
 
 def _refuse_foreign(path: Path, start: bytes, length: int) -> None:
@@ -135,8 +166,12 @@ def _refuse_foreign(path: Path, start: bytes, length: int) -> None:
         return
     if not start:
         raise AptError(f"{path} is empty: copy or download it again.")
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
-        raise AptError(f"{path} is a pickle (.pt, .pth, .ckpt), which can run code when it is opened: convert it to safetensors.")
+    if start[:4] == b"PK\x03\x04" or (
+        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    ):
+        raise AptError(
+            f"{path} is a pickle (.pt, .pth, .ckpt), which can run code when it is opened: convert it to safetensors."
+        )
     if start.startswith(b"version https:/"):
         raise AptError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull`.")
     if start.startswith(b"GGUF"):
@@ -148,8 +183,8 @@ def _refuse_foreign(path: Path, start: bytes, length: int) -> None:
 def read_tensors(path: str | Path, *, floats_only: bool = True) -> tuple[dict[str, Tensor], Header]:
     """All tensors of a file, on the CPU in their stored dtypes, and its header.
 
-    Raises AptError as `read_header` does; with `floats_only` also for a dtype other than fp32, fp16 and bf16, and always for a NaN
-    or infinity in a floating-point tensor.
+    Raises AptError as `read_header` does; with `floats_only` also for a dtype other than fp32, fp16 and bf16,
+    and always for a NaN or infinity in a floating-point tensor.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -160,7 +195,9 @@ def read_tensors(path: str | Path, *, floats_only: bool = True) -> tuple[dict[st
     try:
         tensors = load_file(path)
     except (SafetensorError, ValueError, KeyError, OSError) as error:
-        raise AptError(f"{path} cannot be read as safetensors ({error}): copy or download it again.") from None
+        raise AptError(
+            f"{path} cannot be read as safetensors ({error}): copy or download it again."
+        ) from None
     check_finite(path, tensors)
     return tensors, header
 
@@ -169,7 +206,9 @@ def check_floats(path: str | Path, header: Header) -> None:
     """Raises AptError when a tensor is stored in anything but fp32, fp16 or bf16."""
     for key, dtype in header.dtypes.items():
         if dtype not in FLOATS:
-            raise AptError(f"{path}: {key} is stored as {dtype}: only fp32, fp16 and bf16 weights can be read, not quantised ones.")
+            raise AptError(
+                f"{path}: {key} is stored as {dtype}: only fp32, fp16 and bf16 weights can be read, not quantised ones."
+            )
 
 
 def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -177,26 +216,39 @@ def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for fp8
         if tensor.is_floating_point() and not torch.isfinite(wide).all():
-            raise AptError(f"{path}: {key} holds NaN or infinite values: the training that wrote it diverged, take an earlier checkpoint.")
+            raise AptError(
+                f"{path}: {key} holds NaN or infinite values: the training that wrote it diverged, take an earlier checkpoint."
+            )
 
 
-def check_shapes(path: str | Path, found: Mapping[str, Iterable[int]], expected: Mapping[str, Iterable[int]], what: str) -> None:
-    """Raises AptError that names the first missing, extra or wrongly shaped key. `what`: what the file should be, for the message."""
+def check_shapes(
+    path: str | Path, found: Mapping[str, Iterable[int]], expected: Mapping[str, Iterable[int]], what: str
+) -> None:
+    """Raises AptError that names the first missing, extra or wrongly shaped key. `what`: what the file should
+    be, for the message.
+    """
     missing = [key for key in expected if key not in found]
     extra = [key for key in found if key not in expected]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise AptError(f"{path}: {missing[0]}{more} missing: the file is not a whole {what}, export or download it again.")
+        raise AptError(
+            f"{path}: {missing[0]}{more} missing: the file is not a whole {what}, export or download it again."
+        )
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise AptError(f"{path}: {extra[0]}{more} not known in a {what}: give a file of that kind, or remove the extra keys.")
+        raise AptError(
+            f"{path}: {extra[0]}{more} not known in a {what}: give a file of that kind, or remove the extra keys."
+        )
     for key, shape in expected.items():
         if tuple(found[key]) != tuple(shape):
-            raise AptError(f"{path}: {key} has shape {tuple(found[key])}, but this {what} needs {tuple(shape)}: give a file that fits.")
+            raise AptError(
+                f"{path}: {key} has shape {tuple(found[key])}, but this {what} needs {tuple(shape)}: give a file that fits."
+            )
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `path` in one piece: a temporary file beside it, fsync, rename. A failure leaves what was there before untouched.
+    """Write `path` in one piece: a temporary file beside it, fsync, rename. A failure leaves what was there
+    before untouched.
 
     Parent folders are made. Raises AptError for NaN or infinite weights and when the place cannot be written.
     """
@@ -219,7 +271,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata in a fixed order, in place: safetensors draws one anew each time, and equal weights would give unequal files."""
+    """Put the metadata in a fixed order, in place: safetensors draws one anew each time, and equal weights
+    would give unequal files.
+    """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
@@ -228,5 +282,3 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= length:
             file.seek(8)
             file.write(text.ljust(length))
-
-

@@ -16,9 +16,10 @@ from ..models.lora import Role
 class Kind:
     """One kind of backbone.
 
-    words: "a Wan transformer". is_model(object), is_file(path): whether this is one; of a file, by its header. config(path): its
-    arguments, without a weight. load(path, dtype, device); save(path, state or model, config, metadata, dtype). build(layers, heads, head_dim, ffn,
-    channels, text_dim): an untrained one. public: whether ComfyUI and diffusers read its files.
+    words: "a Wan transformer". is_model(object), is_file(path): whether this is one; of a file, by its
+    header. config(path): its arguments, without a weight. load(path, dtype, device); save(path, state or
+    model, config, metadata, dtype). build(layers, heads, head_dim, ffn, channels, text_dim): an untrained
+    one. public: whether ComfyUI and diffusers read its files.
     """
 
     name: str
@@ -40,7 +41,9 @@ _TARGETS: dict[str, str | Kind] = {
 
 
 def register(kind: Kind) -> None:
-    """Make a kind known to loading, training, export and presets (`model.kind`). Raises AptError for a name that is taken."""
+    """Make a kind known to loading, training, export and presets (`model.kind`). Raises AptError for a name
+    that is taken.
+    """
     if kind.name in _TARGETS and _TARGETS[kind.name] is not kind:
         raise AptError(f"there is a backbone named {kind.name!r} already: give the new one another name.")
     _TARGETS[kind.name] = kind
@@ -70,14 +73,20 @@ def kind_of_file(path: str | Path) -> Kind:
 
 
 def kind_of(model: object) -> Kind:
-    """The kind of a model, also of one that FSDP wraps, or of the base under a role of it. Raises AptError for what is no backbone."""
+    """The kind of a model, also of one that FSDP wraps, or of the base under a role of it. Raises AptError
+    for what is no backbone.
+    """
     model = model.base if isinstance(model, Role) else model
     for kind in map(kind_named, _TARGETS):
         if kind.is_model(model):
             return kind
-    raise AptError(f"{type(model).__name__} is no registered backbone: add it with apt_core.loading.backbones.register.")
+    raise AptError(
+        f"{type(model).__name__} is no registered backbone: add it with apt_core.loading.backbones.register."
+    )
 
 
-def load_backbone(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> nn.Module:
+def load_backbone(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> nn.Module:
     """The transformer at `path`, of the kind that its file says. Raises AptError as the kind's own `load`."""
     return kind_of_file(path).load(path, dtype=dtype, device=device)

@@ -1,7 +1,9 @@
-"""The checkpoint contract: one safetensors file in official Wan keys that ComfyUI's Load Diffusion Model takes as it is.
+"""The checkpoint contract: one safetensors file in official Wan keys that ComfyUI's Load Diffusion Model
+takes as it is.
 
-String metadata: `apt`, JSON {format, kind, base, phase, timestep, second_time, vae, native, text_length, updates, ema, ...}; `config`,
-JSON {"transformer": {...}} in the argument names of ComfyUI's WanModel, only where its guess from the shapes would be wrong; `modelspec.*`.
+String metadata: `apt`, JSON {format, kind, base, phase, timestep, second_time, vae, native, text_length,
+updates, ema, ...}; `config`, JSON {"transformer": {...}} in the argument names of ComfyUI's WanModel, only
+where its guess from the shapes would be wrong; `modelspec.*`.
 The second form is a diffusers folder: transformer and scheduler.
 """
 
@@ -38,7 +40,8 @@ from .backbones import WAN, Kind
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-# What ComfyUI takes for granted (comfy/model_detection.py, "wan2.1"). Its WanModel and diffusers have the same names for these.
+# What ComfyUI takes for granted (comfy/model_detection.py, "wan2.1"). Its WanModel and diffusers have the
+# same names for these.
 HEAD_DIM = 128
 ASSUMED = {"text_dim": 4096, "freq_dim": 256, "patch_size": [1, 2, 2], "eps": 1e-6, "cross_attn_norm": True}
 
@@ -52,11 +55,13 @@ def save_generator(
 ) -> None:
     """Write one checkpoint file, atomically.
 
-    model: a WanTransformer3DModel or its state dict, in diffusers or official keys; transformer_config: the arguments that built it
-    (model.config will do); metadata: JSON values for `apt`, on top of {format: 1, kind: "generator", timestep: 1000}, except names
-    that begin with `modelspec.`, which become entries of their own.
-    Raises AptError for missing, extra or wrongly shaped keys, for NaN or infinite weights, for metadata that is not JSON or of
-    an unknown kind, and when the place cannot be written; whatever was at `path` then stays.
+    model: a WanTransformer3DModel or its state dict, in diffusers or official keys; transformer_config: the
+    arguments that built it (model.config will do); metadata: JSON values for `apt`, on top of {format: 1,
+    kind: "generator", timestep: 1000}, except names that begin with `modelspec.`, which become entries of
+    their own.
+    Raises AptError for missing, extra or wrongly shaped keys, for NaN or infinite weights, for metadata that
+    is not JSON or of an unknown kind, and when the place cannot be written; whatever was at `path` then
+    stays.
     """
     state = model.state_dict() if isinstance(model, torch.nn.Module) else dict(model)
     config = _known_arguments(transformer_config)
@@ -64,8 +69,13 @@ def save_generator(
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     if layout == "diffusers":
         state = {_renamed(path, key, keys.transformer_to_official): value for key, value in state.items()}
-    expected = {keys.transformer_to_official(key): value.shape for key, value in _meta_transformer(path, None, config).state_dict().items()}
-    check_shapes(path, {key: value.shape for key, value in state.items()}, expected, "Wan transformer of its config")
+    expected = {
+        keys.transformer_to_official(key): value.shape
+        for key, value in _meta_transformer(path, None, config).state_dict().items()
+    }
+    check_shapes(
+        path, {key: value.shape for key, value in state.items()}, expected, "Wan transformer of its config"
+    )
 
     strings = metadata_strings(path, metadata)
     if comfy := comfy_config(config):
@@ -75,7 +85,9 @@ def save_generator(
 
 
 def comfy_config(config: Mapping) -> dict:
-    """The WanModel arguments that ComfyUI would guess wrong from the shapes of a model with this diffusers config; mostly {}."""
+    """The WanModel arguments that ComfyUI would guess wrong from the shapes of a model with this diffusers
+    config; mostly {}.
+    """
     full = {name: p.default for name, p in _arguments().items()} | dict(config)
     heads, head_dim = full["num_attention_heads"], full["attention_head_dim"]
     values, out_channels = {name: full[name] for name in ASSUMED}, full["out_channels"] or full["in_channels"]
@@ -83,7 +95,9 @@ def comfy_config(config: Mapping) -> dict:
 
 
 def unguessed(heads: int, head_dim: int, values: Mapping, out_channels: int) -> dict:
-    """The same from the number and width of heads, `values` by the names of ASSUMED, and the channels that come out."""
+    """The same from the number and width of heads, `values` by the names of ASSUMED, and the channels that
+    come out.
+    """
     out = {"num_heads": heads} if head_dim != HEAD_DIM else {}
     for name, assumed in ASSUMED.items():
         value = list(values[name]) if name == "patch_size" else values[name]
@@ -94,10 +108,14 @@ def unguessed(heads: int, head_dim: int, values: Mapping, out_channels: int) -> 
     return out
 
 
-def transformer_config_from(shapes: Mapping[str, tuple], metadata: Mapping[str, str], path: str | Path = "the file") -> dict:
-    """WanTransformer3DModel's arguments, from the shapes of a file in either layout (prefix allowed) and its string metadata.
+def transformer_config_from(
+    shapes: Mapping[str, tuple], metadata: Mapping[str, str], path: str | Path = "the file"
+) -> dict:
+    """WanTransformer3DModel's arguments, from the shapes of a file in either layout (prefix allowed) and its
+    string metadata.
 
-    Everything but the number of heads and eps shows in the shapes; those come from `config`, else as ComfyUI guesses: 128 a head, 1e-6.
+    Everything but the number of heads and eps shows in the shapes; those come from `config`, else as ComfyUI
+    guesses: 128 a head, 1e-6.
     Raises AptError when a defining key is missing or misshapen, or when the number of heads cannot be told.
     """
     layout, prefix = _layout(path, shapes)
@@ -107,24 +125,45 @@ def transformer_config_from(shapes: Mapping[str, tuple], metadata: Mapping[str, 
         if key not in shapes and optional:
             return None
         if key not in shapes:
-            raise AptError(f"{path}: {key} missing: the file is not a whole Wan transformer, export or download it again.")
+            raise AptError(
+                f"{path}: {key} missing: the file is not a whole Wan transformer, export or download it again."
+            )
         if len(shapes[key]) != rank or min(shapes[key]) < 1:
-            raise AptError(f"{path}: {key} has shape {tuple(shapes[key])}, not that of a Wan transformer: export or download it again.")
+            raise AptError(
+                f"{path}: {key} has shape {tuple(shapes[key])}, not that of a Wan transformer: export or download it again."
+            )
         return tuple(shapes[key])
 
     given = metadata_json(path, metadata, "config").get("transformer", {})
     dim, in_channels, *patch = shape("patch_embedding.weight", 5)
-    heads = given.get("num_heads", dim // HEAD_DIM if dim % HEAD_DIM == 0 else None) if isinstance(given, dict) else None
+    heads = (
+        given.get("num_heads", dim // HEAD_DIM if dim % HEAD_DIM == 0 else None)
+        if isinstance(given, dict)
+        else None
+    )
     if not isinstance(heads, int) or heads < 1 or dim % heads or dim // heads % 2:
-        raise AptError(f"{path}: {dim} channels do not tell the number of heads: its metadata entry `config` must name a fitting num_heads.")
+        raise AptError(
+            f"{path}: {dim} channels do not tell the number of heads: its metadata entry `config` must name a fitting num_heads."
+        )
     eps = given.get("eps", ASSUMED["eps"])
     if not isinstance(eps, float) or not 0 < eps < 1:
-        raise AptError(f"{path}: its metadata entry `config` has eps {eps!r}: it must be a small positive number.")
-    image, position = shape("img_emb.proj.0.weight", 1, optional=True), shape("img_emb.emb_pos", 3, optional=True)
+        raise AptError(
+            f"{path}: its metadata entry `config` has eps {eps!r}: it must be a small positive number."
+        )
+    image, position = (
+        shape("img_emb.proj.0.weight", 1, optional=True),
+        shape("img_emb.emb_pos", 3, optional=True),
+    )
     added = shape("blocks.0.cross_attn.k_img.weight", 2, optional=True)
-    blocks = Counter(key.removeprefix(prefix).split(".")[1] for key in shapes if key.removeprefix(prefix).startswith("blocks."))
+    blocks = Counter(
+        key.removeprefix(prefix).split(".")[1]
+        for key in shapes
+        if key.removeprefix(prefix).startswith("blocks.")
+    )
     if len(blocks) * blocks["0"] > 2 * len(shapes):
-        raise AptError(f"{path} names {len(blocks)} blocks, but only the first ones have tensors: export or download it again.")
+        raise AptError(
+            f"{path} names {len(blocks)} blocks, but only the first ones have tensors: export or download it again."
+        )
     return {
         "patch_size": tuple(patch),
         "num_attention_heads": heads,
@@ -144,20 +183,30 @@ def transformer_config_from(shapes: Mapping[str, tuple], metadata: Mapping[str, 
 
 
 def read_config(path: str | Path) -> dict:
-    """The arguments of the transformer in a file or a diffusers folder, without reading a weight. Raises AptError as `load_transformer` does."""
+    """The arguments of the transformer in a file or a diffusers folder, without reading a weight. Raises
+    AptError as `load_transformer` does.
+    """
     return _parts(Path(path)).config
 
 
-def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
-    """A transformer with every weight from `path`, or an error. Trainable, in train mode as diffusers builds it.
+def load_transformer(
+    path: str | Path,
+    cls: type | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+):
+    """A transformer with every weight from `path`, or an error. Trainable, in train mode as diffusers builds
+    it.
 
-    path: one safetensors file (official or diffusers keys; fp32, fp16, bf16 or fp8, see `quantised`), or a folder of
-    diffusers or of Wan-AI (itself, or with a subfolder transformer or high_noise_model; sharded or not, of any variant).
-    cls: a WanTransformer3DModel or subclass, by default apt_core.models.wan.WanBackbone. dtype: of the weights; beside 16 bits
-    those of `precision.stays_fp32` are fp32, as in diffusers. device "meta" gives the model without weights, from the
-    header alone.
-    Raises AptError that names the file and, where there is one, the key: see `read_header` and `tensorfile.read_tensors`; missing, extra or
-    wrongly shaped keys; a LoRA; one shard of several; other quantised weights. Nothing is built before all checks have passed.
+    path: one safetensors file (official or diffusers keys; fp32, fp16, bf16 or fp8, see `quantised`), or a
+    folder of diffusers or of Wan-AI (itself, or with a subfolder transformer or high_noise_model; sharded or
+    not, of any variant).
+    cls: a WanTransformer3DModel or subclass, by default apt_core.models.wan.WanBackbone. dtype: of the
+    weights; beside 16 bits those of `precision.stays_fp32` are fp32, as in diffusers. device "meta" gives the
+    model without weights, from the header alone.
+    Raises AptError that names the file and, where there is one, the key: see `read_header` and
+    `tensorfile.read_tensors`; missing, extra or wrongly shaped keys; a LoRA; one shard of several; other
+    quantised weights. Nothing is built before all checks have passed.
     """
     path = Path(path)
     files, shapes, config = _parts(path)
@@ -165,7 +214,9 @@ def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dty
     check_count(path, "num_layers", config.get("num_layers", 1), shapes)
     model = _meta_transformer(path, cls, config)
     official = layout == "official"
-    name_in_file = {key: prefix + keys.transformer_to_official(key) if official else key for key in model.state_dict()}
+    name_in_file = {
+        key: prefix + keys.transformer_to_official(key) if official else key for key in model.state_dict()
+    }
     expected = {name_in_file[key]: value.shape for key, value in model.state_dict().items()}
     check_shapes(path, shapes, expected, "Wan transformer of its config")
     if torch.device(device).type == "meta":
@@ -175,21 +226,26 @@ def load_transformer(path: str | Path, cls: type | None = None, dtype: torch.dty
     for file in files:
         tensors |= read_tensors(file, floats_only=False)[0]
     for key, name in name_in_file.items():
-        # A copy: what safetensors hands out is a window on the file, which someone may write over while we train.
+        # A copy: what safetensors hands out is a window on the file, which someone may write over while we
+        # train.
         wanted = {key: weight_dtype(model, key, dtype)}
         state |= cast_tensors(path, {key: restore(tensors, name)}, wanted, device, copy=True)
         del tensors[name]
     model.load_state_dict(state, assign=True)
     # Its tables are the one thing that no file holds.
     built = model.config
-    model.rope = type(model.rope)(built.attention_head_dim, built.patch_size, built.rope_max_seq_len).to(device)
+    model.rope = type(model.rope)(built.attention_head_dim, built.patch_size, built.rope_max_seq_len).to(
+        device
+    )
     return model
 
 
 def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Mapping) -> None:
-    """Write `path`/transformer, `path`/scheduler (FlowMatchEulerDiscreteScheduler, shift 5) and `path`/apt.json, for stock diffusers.
+    """Write `path`/transformer, `path`/scheduler (FlowMatchEulerDiscreteScheduler, shift 5) and
+    `path`/apt.json, for stock diffusers.
 
-    The folder appears whole or not at all; an older export at `path` is replaced, any other folder is refused.
+    The folder appears whole or not at all; an older export at `path` is replaced, any other folder is
+    refused.
     Raises AptError for that, for NaN or infinite weights and when the place cannot be written.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -199,7 +255,9 @@ def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Ma
         raise AptError(f"{path} exists and is not an earlier export: give a new folder.")
     stock = _meta_transformer(path, WanTransformer3DModel, _known_arguments(model.config))
     expected = {key: value.shape for key, value in stock.state_dict().items()}
-    check_shapes(path, {key: value.shape for key, value in state.items()}, expected, "Wan transformer of its config")
+    check_shapes(
+        path, {key: value.shape for key, value in state.items()}, expected, "Wan transformer of its config"
+    )
     apt = json.loads(metadata_strings(path, metadata)["apt"])
     with replacing_folder(path) as new:
         write_tensors(new / "transformer" / WEIGHTS, state, {"apt": json.dumps(apt)})
@@ -209,7 +267,9 @@ def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Ma
 
 
 class _Parts(NamedTuple):
-    """Of a transformer on disk: its files, the shapes of its weights by their names there, and what builds it."""
+    """Of a transformer on disk: its files, the shapes of its weights by their names there, and what builds
+    it.
+    """
 
     files: list[Path]
     shapes: dict[str, tuple[int, ...]]
@@ -237,7 +297,9 @@ def _parts(path: Path) -> _Parts:
 
 
 def _folder(path: Path) -> tuple[list[Path], dict | None, dict | None]:
-    """(files, config, None) of diffusers' folder; of Wan-AI's own (files, None, metadata for what no shape tells)."""
+    """(files, config, None) of diffusers' folder; of Wan-AI's own (files, None, metadata for what no shape
+    tells).
+    """
     folder = transformer_folder(path)
     kind = None
     try:
@@ -259,7 +321,11 @@ def _folder(path: Path) -> tuple[list[Path], dict | None, dict | None]:
 def _arguments() -> Mapping[str, inspect.Parameter]:
     from diffusers import WanTransformer3DModel
 
-    return {name: p for name, p in inspect.signature(WanTransformer3DModel.__init__).parameters.items() if name != "self"}
+    return {
+        name: p
+        for name, p in inspect.signature(WanTransformer3DModel.__init__).parameters.items()
+        if name != "self"
+    }
 
 
 def _known_arguments(config: Mapping) -> dict:
@@ -274,7 +340,9 @@ def _meta_transformer(path, cls: type | None, config: Mapping):
             return cls(**config)
     except Exception as error:  # whatever a foreign config breaks
         reason = " ".join(str(error).split())
-        raise AptError(f"{path}: no Wan transformer can be built from its config ({reason}): export or download it again.") from None
+        raise AptError(
+            f"{path}: no Wan transformer can be built from its config ({reason}): export or download it again."
+        ) from None
 
 
 def cast_tensors(
@@ -284,7 +352,9 @@ def cast_tensors(
     device: str | torch.device = "cpu",
     copy: bool = False,
 ) -> dict[str, Tensor]:
-    """`state` in the dtype of each key. Raises AptError, which names the key, for weights that fp16 cannot hold."""
+    """`state` in the dtype of each key. Raises AptError, which names the key, for weights that fp16 cannot
+    hold.
+    """
     out = {}
     for key, value in state.items():
         out[key] = value.to(device, dtypes[key], copy=copy)

@@ -17,9 +17,14 @@ from .backbones import Kind
 
 
 def save_mmdit(
-    path: str | Path, model: nn.Module | Mapping[str, Tensor], config: Mapping, metadata: Mapping, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    model: nn.Module | Mapping[str, Tensor],
+    config: Mapping,
+    metadata: Mapping,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write one safetensors file, atomically: the model's own keys, `apt` as in `checkpoint.save_generator`, its arguments in `mmdit`.
+    """Write one safetensors file, atomically: the model's own keys, `apt` as in `checkpoint.save_generator`,
+    its arguments in `mmdit`.
 
     No other program knows this architecture. Raises AptError as `save_generator` does.
     """
@@ -31,22 +36,29 @@ def save_mmdit(
     write_tensors(path, {key: value.to(dtype) for key, value in state.items()}, strings)
 
 
-def load_mmdit(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MMDiTBackbone:
-    """The model of a file of `save_mmdit`; on device "meta", its shape alone, and no weight is read. dtype: as `load_transformer`'s.
+def load_mmdit(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> MMDiTBackbone:
+    """The model of a file of `save_mmdit`; on device "meta", its shape alone, and no weight is read. dtype:
+    as `load_transformer`'s.
 
     Raises AptError for a damaged file, another kind of file, and missing, extra or misshapen keys.
     """
     header = read_header(path)
     arguments = metadata_json(path, header.metadata, "mmdit")
     if not arguments:
-        raise AptError(f"{path} is not an MMDiT of this project (no metadata entry `mmdit`): give a file that the trainer wrote for one.")
+        raise AptError(
+            f"{path} is not an MMDiT of this project (no metadata entry `mmdit`): give a file that the trainer wrote for one."
+        )
     check_count(path, "num_layers", arguments.get("num_layers"), header.shapes)
     model = _on_meta(path, arguments)
     check_shapes(path, header.shapes, _shapes(model.state_dict()), "MMDiT of its config")
     if torch.device(device).type == "meta":
         return cast(model, dtype)
     tensors, _ = read_tensors(path)
-    state = {key: value.to(device, weight_dtype(model, key, dtype), copy=True) for key, value in tensors.items()}
+    state = {
+        key: value.to(device, weight_dtype(model, key, dtype), copy=True) for key, value in tensors.items()
+    }
     model.load_state_dict(state, assign=True)
     return model.train()
 

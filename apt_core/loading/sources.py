@@ -1,4 +1,6 @@
-"""What a pipeline is made of, as far as headers and configs tell; weights are read when they are asked for, and not before."""
+"""What a pipeline is made of, as far as headers and configs tell; weights are read when they are asked for,
+and not before.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,11 +39,15 @@ WHAT = {
 
 
 def locate(part: str, given: str | Path | None) -> Path:
-    """Where a part of a pipeline lies; "mini" is the shipped one. Raises AptError when it is not given or not there."""
+    """Where a part of a pipeline lies; "mini" is the shipped one. Raises AptError when it is not given or not
+    there.
+    """
     if not given:
         raise AptError(f"{part} is not given: add {part}=PATH of {WHAT[part]}.")
     if str(given) == MINI and part not in SHIPPED:
-        raise AptError(f"{part} mini does not exist, the miniature has none: give the path of {WHAT.get(part, part)}.")
+        raise AptError(
+            f"{part} mini does not exist, the miniature has none: give the path of {WHAT.get(part, part)}."
+        )
     path = SHIPPED[part] if str(given) == MINI else Path(given).expanduser()
     if not path.exists():
         raise AptError(f"{part} {given} does not exist: give the path of {WHAT[part]}.")
@@ -50,9 +56,11 @@ def locate(part: str, given: str | Path | None) -> Path:
 
 @dataclass(frozen=True)
 class TransformerSource:
-    """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file; parameters: how many;
-    load(dtype, device): the model, whole and without adapters; note: a sentence to say when it is opened, or "".
-    Raises AptError for metadata with sizes, lengths or a second time that are none."""
+    """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file;
+    parameters: how many; load(dtype, device): the model, whole and without adapters; note: a sentence to say
+    when it is opened, or "".
+    Raises AptError for metadata with sizes, lengths or a second time that are none.
+    """
 
     name: str
     config: Mapping
@@ -91,9 +99,11 @@ class TransformerSource:
 
 
 def read_transformer(path: Path, base: str | Path | None = None) -> TransformerSource:
-    """The source of a checkpoint file, a diffusers folder, or a LoRA file with the transformer that it belongs to.
+    """The source of a checkpoint file, a diffusers folder, or a LoRA file with the transformer that it
+    belongs to.
 
-    Raises AptError for a file that is none of that, for a LoRA without its base, and as `checkpoint.read_header` does.
+    Raises AptError for a file that is none of that, for a LoRA without its base, and as
+    `checkpoint.read_header` does.
     """
     if path.is_dir():
         metadata = read_folder_metadata(path)
@@ -129,7 +139,9 @@ def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> Transf
             f"{path} has no metadata of this project: it is added to {below} at strength 1 "
             f"(alpha {lora.alpha}) and sampled as that is, {'in one step' if is_few_step(about) else how}."
         )
-    return TransformerSource(str(path), dict(model.config), about, _count(model), load, " ".join(filter(None, notes)))
+    return TransformerSource(
+        str(path), dict(model.config), about, _count(model), load, " ".join(filter(None, notes))
+    )
 
 
 def base_metadata(path: Path) -> dict:
@@ -141,8 +153,9 @@ def base_metadata(path: Path) -> dict:
 
 @dataclass(frozen=True)
 class VaeSource:
-    """channels: of its latents; stride: pixels per latent in (frames, height, width); load(dtype, device): the VAE, or where `approximate` the
-    tiny decoder that stands in for it."""
+    """channels: of its latents; stride: pixels per latent in (frames, height, width); load(dtype, device):
+    the VAE, or where `approximate` the tiny decoder that stands in for it.
+    """
 
     name: str
     channels: int
@@ -155,19 +168,36 @@ class VaeSource:
 def read_vae_source(path: Path) -> VaeSource:
     """Raises AptError for a tiny decoder, and as `apt_core.models.vae.load_vae` does."""
     if path.is_file() and path.suffix == ".safetensors" and is_tiny_decoder(read_header(path)):
-        raise AptError(f"vae {path} is a tiny decoder, whose pictures are only near the VAE's: give the VAE, or this as tiny_decoder.")
+        raise AptError(
+            f"vae {path} is a tiny decoder, whose pictures are only near the VAE's: give the VAE, or this as tiny_decoder."
+        )
     vae = read_vae(path)
     made = vae.config.out_channels // (vae.config.patch_size or 1) ** 2
     if made != 3:
-        raise AptError(f"vae {path} makes {made} channels a pixel and not red, green and blue: give the VAE of the video model.")
-    return VaeSource(str(path), vae.config.z_dim, stride(vae), _count(vae), lambda dtype, device: load_vae(path, dtype).to(device))
+        raise AptError(
+            f"vae {path} makes {made} channels a pixel and not red, green and blue: give the VAE of the video model."
+        )
+    return VaeSource(
+        str(path),
+        vae.config.z_dim,
+        stride(vae),
+        _count(vae),
+        lambda dtype, device: load_vae(path, dtype).to(device),
+    )
 
 
 def read_tiny_source(path: Path) -> VaeSource:
     """Raises AptError as `load_tiny_decoder` does."""
     tiny = read_tiny_decoder(path)
     side = 8 * tiny.patch
-    return VaeSource(str(path), tiny.z_dim, (4, side, side), _count(tiny), lambda dtype, device: load_tiny_decoder(path, dtype, device), True)
+    return VaeSource(
+        str(path),
+        tiny.z_dim,
+        (4, side, side),
+        _count(tiny),
+        lambda dtype, device: load_tiny_decoder(path, dtype, device),
+        True,
+    )
 
 
 @dataclass(frozen=True)
@@ -182,7 +212,9 @@ class TextSource:
 def read_text_source(path: Path, tokenizer: str | Path | None) -> TextSource:
     """Raises AptError as `read_text_encoder` does."""
     facts = read_text_encoder(path, tokenizer)
-    return TextSource(str(path), facts, lambda length, device: load_text_encoder_files(path, tokenizer, length).to(device))
+    return TextSource(
+        str(path), facts, lambda length, device: load_text_encoder_files(path, tokenizer, length).to(device)
+    )
 
 
 @dataclass(frozen=True)
@@ -221,17 +253,25 @@ def read_sources(
     base: str | Path | None = None,
     tiny_decoder: str | Path | None = None,
 ) -> Sources:
-    """All three, from paths; of a checkpoint of the miniature, parts that are not given are the shipped ones. tiny_decoder: in the VAE's place.
+    """All three, from paths; of a checkpoint of the miniature, parts that are not given are the shipped ones.
+    tiny_decoder: in the VAE's place.
 
-    Raises AptError for parts that are missing, damaged in their headers, or that do not fit one another. No weight is read.
+    Raises AptError for parts that are missing, damaged in their headers, or that do not fit one another. No
+    weight is read.
     """
-    transformer = checkpoint if isinstance(checkpoint, TransformerSource) else read_transformer(locate("checkpoint", checkpoint), base)
+    transformer = (
+        checkpoint
+        if isinstance(checkpoint, TransformerSource)
+        else read_transformer(locate("checkpoint", checkpoint), base)
+    )
     shipped = MINI if transformer.metadata.get("base") == MINI else None
     if tiny_decoder:
         decoder = read_tiny_source(locate("tiny_decoder", tiny_decoder))
     else:
         decoder = read_vae_source(locate("vae", vae or shipped))
-    return Sources(transformer, decoder, read_text_source(locate("text_encoder", text_encoder or shipped), tokenizer))
+    return Sources(
+        transformer, decoder, read_text_source(locate("text_encoder", text_encoder or shipped), tokenizer)
+    )
 
 
 def _count(model: nn.Module) -> int:

@@ -1,4 +1,6 @@
-"""Text encoders from where people have them: the file of ComfyUI, a folder of transformers or diffusers, or this project's own file."""
+"""Text encoders from where people have them: the file of ComfyUI, a folder of transformers or diffusers, or
+this project's own file.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,9 @@ EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "relative_attention_bias.w
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What is known before a weight is read. width: of an embedding; parameters: how many; weights, tokenizer: the files."""
+    """What is known before a weight is read. width: of an embedding; parameters: how many; weights,
+    tokenizer: the files.
+    """
 
     width: int
     parameters: int
@@ -28,7 +32,9 @@ class TextFacts:
 
 
 def read_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> TextFacts:
-    """The facts of a text encoder, from headers and configs alone. Raises AptError as `load_text_encoder_files` does for what shows there."""
+    """The facts of a text encoder, from headers and configs alone. Raises AptError as
+    `load_text_encoder_files` does for what shows there.
+    """
     path = Path(path)
     if path.is_dir():
         folder, spiece = _folder(path)
@@ -53,9 +59,10 @@ def read_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> 
 def load_text_encoder_files(path: str | Path, tokenizer: str | Path | None, text_length: int) -> TextEncoder:
     """A text encoder with its tokenizer, on the CPU.
 
-    path: a file of apt_core.models.text.save_text_encoder; ComfyUI's (umt5_xxl_fp16, or fp8_e4m3fn_scaled, which is unpacked); a folder of
-    transformers or diffusers (text_encoder and tokenizer below it). tokenizer: the folder of its spiece.model, or that file, where the
-    encoder does not carry one. Weights stored in 16 or 8 bits are kept in bf16, others in fp32.
+    path: a file of apt_core.models.text.save_text_encoder; ComfyUI's (umt5_xxl_fp16, or fp8_e4m3fn_scaled,
+    which is unpacked); a folder of transformers or diffusers (text_encoder and tokenizer below it).
+    tokenizer: the folder of its spiece.model, or that file, where the encoder does not carry one. Weights
+    stored in 16 or 8 bits are kept in bf16, others in fp32.
     Raises AptError for weights that are not a whole UMT5 encoder, and when no tokenizer is found.
     """
     path = Path(path)
@@ -74,7 +81,11 @@ def load_text_encoder_files(path: str | Path, tokenizer: str | Path | None, text
 
 def _folder(path: Path) -> tuple[Path, Path | None]:
     folder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
-    places = (path / "tokenizer" / "spiece.model", folder.parent / "tokenizer" / "spiece.model", folder / "spiece.model")
+    places = (
+        path / "tokenizer" / "spiece.model",
+        folder.parent / "tokenizer" / "spiece.model",
+        folder / "spiece.model",
+    )
     return folder, next((place for place in places if place.is_file()), None)
 
 
@@ -88,16 +99,22 @@ def _from_folder(path: Path):
             folder, local_files_only=True, dtype="auto", output_loading_info=True, variant=variant
         )
     except Exception as error:  # transformers raises a dozen types
-        raise AptError(f"text_encoder {folder} is not a folder of a UMT5 encoder ({' '.join(str(error).split())}): download it again.") from None
+        raise AptError(
+            f"text_encoder {folder} is not a folder of a UMT5 encoder ({' '.join(str(error).split())}): download it again."
+        ) from None
     if missing := sorted(set(report["missing_keys"]) - {TIED_KEY}):
-        raise AptError(f"text_encoder {folder}: {missing[0]} missing: it is not a whole UMT5 encoder, download it again.")
+        raise AptError(
+            f"text_encoder {folder}: {missing[0]} missing: it is not a whole UMT5 encoder, download it again."
+        )
     return model.to(_compute_dtype(model.dtype)), spiece and spiece.read_bytes()
 
 
 def _from_file(path: Path):
     from transformers import UMT5Config, UMT5EncoderModel
 
-    shapes = {key: shape for key, shape in _plain(path).shapes.items() if key not in (TOKENIZER_KEY, TIED_KEY)}
+    shapes = {
+        key: shape for key, shape in _plain(path).shapes.items() if key not in (TOKENIZER_KEY, TIED_KEY)
+    }
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**_umt5_fields(path, shapes), dropout_rate=0.0))
     expected = {key: value.shape for key, value in model.state_dict().items() if key != TIED_KEY}
@@ -130,7 +147,9 @@ def _umt5_fields(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
 
     def shape(key: str) -> tuple[int, ...]:
         if len(shapes.get(key, ())) != 2:
-            raise AptError(f"text_encoder {path}: {key} missing: it is not a UMT5 encoder, give the file that ComfyUI uses for Wan.")
+            raise AptError(
+                f"text_encoder {path}: {key} missing: it is not a UMT5 encoder, give the file that ComfyUI uses for Wan."
+            )
         return shapes[key]
 
     first = "encoder.block.0.layer."
@@ -152,12 +171,16 @@ def _find_spiece(path: Path) -> Path:
     places = (path / "spiece.model", path / "tokenizer" / "spiece.model") if path.is_dir() else (path,)
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise AptError(f"tokenizer {path} does not exist or holds no spiece.model: give the folder of the tokenizer, or that file.")
+        raise AptError(
+            f"tokenizer {path} does not exist or holds no spiece.model: give the folder of the tokenizer, or that file."
+        )
     return found
 
 
 def _no_tokenizer(path: Path) -> AptError:
-    return AptError(f"text_encoder {path} carries no tokenizer: add tokenizer=PATH of its folder, or of its spiece.model.")
+    return AptError(
+        f"text_encoder {path} carries no tokenizer: add tokenizer=PATH of its folder, or of its spiece.model."
+    )
 
 
 def _compute_dtype(stored: torch.dtype) -> torch.dtype:

@@ -16,12 +16,15 @@ from .generator import guided_velocity
 class ConsistencySettings:
     """What the paper leaves open about stage 1, and its one published number.
 
-    steps: N, the number of intervals between 0 and 1 (open in the paper; its own base model samples in 25, a follower used 32).
+    steps: N, the number of intervals between 0 and 1 (open in the paper; its own base model samples in 25, a
+    follower used 32).
     shift: eq. 7's s on the N + 1 times (open; 1 is uniform, videos want more weight near the noise).
     guidance: the teacher's constant classifier-free guidance (3.2: 7.5; small models over-saturate sooner).
-    fraction_at_final: share of samples whose interval is the last one, [t_{N-1}, 1] (open; 1 / N would be even). The generator is only ever
-    asked at t = 1, but what it learns there is bootstrapped from all lower times.
-    The loss is the plain mean squared error between clean predictions, all times weighted alike (weighting open in the paper).
+    fraction_at_final: share of samples whose interval is the last one, [t_{N-1}, 1] (open; 1 / N would be
+    even). The generator is only ever asked at t = 1, but what it learns there is bootstrapped from all lower
+    times.
+    The loss is the plain mean squared error between clean predictions, all times weighted alike (weighting
+    open in the paper).
     Raises AptError for values out of range.
     """
 
@@ -37,7 +40,8 @@ class ConsistencySettings:
 
 
 def discrete_times(steps: int, shift: float) -> Tensor:
-    """The N + 1 times of stage 1, fp32 on the CPU: increasing, shifted by eq. 7, exactly 0 at the first and 1 at the last.
+    """The N + 1 times of stage 1, fp32 on the CPU: increasing, shifted by eq. 7, exactly 0 at the first and 1
+    at the last.
 
     Raises AptError when `steps` < 1 or `shift` is not above 0.
     """
@@ -47,10 +51,11 @@ def discrete_times(steps: int, shift: float) -> Tensor:
 
 
 def choose_intervals(u: Tensor, steps: int, fraction_at_final: float) -> Tensor:
-    """Uniform numbers `u` [B] in [0, 1) to interval numbers n in 0 .. N-1 [B], int64; interval n lies between t_n and t_{n+1}.
+    """Uniform numbers `u` [B] in [0, 1) to interval numbers n in 0 .. N-1 [B], int64; interval n lies between
+    t_n and t_{n+1}.
 
-    A share `fraction_at_final` takes the last interval, the rest is even over the others. One number per sample decides, so that
-    per-sample randomness (flow.sample_uniform) stays per sample.
+    A share `fraction_at_final` takes the last interval, the rest is even over the others. One number per
+    sample decides, so that per-sample randomness (flow.sample_uniform) stays per sample.
     """
     final = steps - 1
     if final == 0 or fraction_at_final >= 1:
@@ -73,16 +78,20 @@ def consistency_backward(
 ) -> dict[str, Tensor]:
     """One distillation step up to the student's gradients.
 
-    For each sample and its interval (t_n, t_{n+1}): `x_{t_{n+1}}` from data and noise, one Euler step of the guided teacher to `x_{t_n}`, then
-    the student's clean prediction at the former is drawn to the target's clean prediction at the latter. At t_n = 0 that
-    prediction is `x_{t_n} - 0 v`, the teacher's own point, whatever the target network says: the boundary condition.
+    For each sample and its interval (t_n, t_{n+1}): `x_{t_{n+1}}` from data and noise, one Euler step of the
+    guided teacher to `x_{t_n}`, then the student's clean prediction at the former is drawn to the target's
+    clean prediction at the latter. At t_n = 0 that prediction is `x_{t_n} - 0 v`, the teacher's own point,
+    whatever the target network says: the boundary condition.
 
-    student, teacher, target: velocity networks called like WanBackbone; only the student gets gradients. target: a copy holding the
-    student's EMA, or None for the student itself with gradients stopped (which of the two is open in the paper).
-    x: clean latents [B, C, F, H, W]; z: noise alike; text: [B, L, d]; negative: the one fixed negative prompt's embedding, [1 or B, L, d], None only with
-    guidance 1; u: uniform numbers [B] that choose the intervals; loss_scale: this microbatch's share of the batch, on gradients only.
+    student, teacher, target: velocity networks called like WanBackbone; only the student gets gradients.
+    target: a copy holding the student's EMA, or None for the student itself with gradients stopped (which of
+    the two is open in the paper).
+    x: clean latents [B, C, F, H, W]; z: noise alike; text: [B, L, d]; negative: the one fixed negative
+    prompt's embedding, [1 or B, L, d], None only with guidance 1; u: uniform numbers [B] that choose the
+    intervals; loss_scale: this microbatch's share of the batch, on gradients only.
 
-    Returns detached scalars: cd_loss, cd_loss_final (over samples at t = 1, 0 if there are none), final_share.
+    Returns detached scalars: cd_loss, cd_loss_final (over samples at t = 1, 0 if there are none),
+    final_share.
     Raises AptError when guidance needs a negative and gets none.
     """
     times = discrete_times(settings.steps, settings.shift).to(x.device)

@@ -1,4 +1,6 @@
-"""The discriminator (3.3, fig. 1): the base transformer, read at several depths by cross-attention heads, one logit."""
+"""The discriminator (3.3, fig. 1): the base transformer, read at several depths by cross-attention heads, one
+logit.
+"""
 
 from collections.abc import Sequence
 
@@ -13,22 +15,29 @@ from ..models.wan import PAPER_FRACTIONS, tap_blocks
 class CrossAttentionHead(nn.Module):
     """One learnable token asks all visual tokens of one depth, and comes out as their summary (fig. 1).
 
-    token + attention(query = RMSNorm(token), keys and values = RMSNorm(tokens)), with RMSNorm on Q and K; then + MLP(RMSNorm(.)).
-    Left open by the paper, chosen here: the QK norm is per attention head (as in MMDiT), linear layers have biases (as in Wan's own
-    attention), the MLP is four times as wide as the attention, the token starts at std 0.02.
+    token + attention(query = RMSNorm(token), keys and values = RMSNorm(tokens)), with RMSNorm on Q and K;
+    then + MLP(RMSNorm(.)).
+    Left open by the paper, chosen here: the QK norm is per attention head (as in MMDiT), linear layers have
+    biases (as in Wan's own attention), the MLP is four times as wide as the attention, the token starts at
+    std 0.02.
 
-    dim: width of the backbone and of the token; num_heads: attention heads; inner_dim: width of the attention, `dim` unless given
-    (at 14B three heads of full width are 0.9 billion parameters; 1024 makes them slim). Raises AptError when heads do not divide it.
+    dim: width of the backbone and of the token; num_heads: attention heads; inner_dim: width of the
+    attention, `dim` unless given (at 14B three heads of full width are 0.9 billion parameters; 1024 makes
+    them slim). Raises AptError when heads do not divide it.
     """
 
     split = None
     """Where context_parallel.enable has put the tokens: in pieces on a group of processes."""
 
-    def __init__(self, dim: int, num_heads: int, inner_dim: int | None = None, mlp_ratio: int = 4, eps: float = 1e-6):
+    def __init__(
+        self, dim: int, num_heads: int, inner_dim: int | None = None, mlp_ratio: int = 4, eps: float = 1e-6
+    ):
         super().__init__()
         inner_dim = inner_dim or dim
         if num_heads < 1 or inner_dim % num_heads:
-            raise AptError(f"{num_heads} attention heads do not divide the width {inner_dim} of a discriminator head.")
+            raise AptError(
+                f"{num_heads} attention heads do not divide the width {inner_dim} of a discriminator head."
+            )
         self.num_heads = num_heads
         self.token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.norm_token = nn.RMSNorm(dim, eps)
@@ -40,10 +49,14 @@ class CrossAttentionHead(nn.Module):
         self.norm_k = nn.RMSNorm(inner_dim // num_heads, eps)
         self.to_out = nn.Linear(inner_dim, dim)
         self.norm_mlp = nn.RMSNorm(dim, eps)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * inner_dim), nn.GELU(), nn.Linear(mlp_ratio * inner_dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_ratio * inner_dim), nn.GELU(), nn.Linear(mlp_ratio * inner_dim, dim)
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: visual tokens [B, S, dim] of one depth, of which a split holds this process's own. Returns one token per sample, [B, dim]."""
+        """tokens: visual tokens [B, S, dim] of one depth, of which a split holds this process's own. Returns
+        one token per sample, [B, dim].
+        """
         token, q, k, v = self._ask(tokens)
         answer = F.scaled_dot_product_attention(q, k, v) if self.split is None else self.split.merge(q, k, v)
         token = token + self.to_out(answer.transpose(1, 2).flatten(2))
@@ -52,12 +65,15 @@ class CrossAttentionHead(nn.Module):
 
     @torch.no_grad()
     def weights(self, tokens: Tensor) -> Tensor:
-        """Where the token looks: softmax weights over the visual tokens [B, S, dim], [B, heads, S] in fp32, which sum to 1 over S.
+        """Where the token looks: softmax weights over the visual tokens [B, S, dim], [B, heads, S] in fp32,
+        which sum to 1 over S.
 
         Raises AptError where a split holds the tokens in pieces, over which no one process can sum.
         """
         if self.split is not None:
-            raise AptError("a discriminator head under context parallelism sees only its own tokens: ask it for its weights on one process.")
+            raise AptError(
+                "a discriminator head under context parallelism sees only its own tokens: ask it for its weights on one process."
+            )
         _, q, k, _ = self._ask(tokens)
         return (q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5).softmax(3)[:, :, 0]
 
@@ -75,8 +91,9 @@ class CrossAttentionHead(nn.Module):
 class Discriminator(nn.Module):
     """`D_hat(x, t, c)` of eq. 6: raw latents, real or generated, never noised, to one logit.
 
-    backbone: a WanBackbone, an MMDiTBackbone or a role of one (lora.py), with the ORIGINAL base weights (3.3). It is taken over: its
-    output head and the blocks after the last tap are removed, so that every parameter of the discriminator gets a gradient.
+    backbone: a WanBackbone, an MMDiTBackbone or a role of one (lora.py), with the ORIGINAL base weights
+    (3.3). It is taken over: its output head and the blocks after the last tap are removed, so that every
+    parameter of the discriminator gets a gradient.
     fractions: depths of the taps; num_heads, inner_dim: of the heads, the backbone's own unless given.
     Raises AptError for backbones too shallow for the taps or made for image conditions.
     """
@@ -91,7 +108,9 @@ class Discriminator(nn.Module):
         super().__init__()
         config = backbone.config
         if backbone.image_conditioned:
-            raise AptError("the discriminator needs a text-to-video backbone; this one has image conditions (image_dim).")
+            raise AptError(
+                "the discriminator needs a text-to-video backbone; this one has image conditions (image_dim)."
+            )
         self.taps = tap_blocks(config.num_layers, fractions)
         backbone.drop_output_head()
         if self.taps[-1] < config.num_layers:
@@ -104,22 +123,28 @@ class Discriminator(nn.Module):
         self.logit = nn.Linear(dim * len(self.taps), 1)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """x: clean latents [B, C, F, H, W], real or generated; t: [B] in [0, 1]; text: [B, L, text_dim]. Returns logits [B], fp32.
+        """x: clean latents [B, C, F, H, W], real or generated; t: [B] in [0, 1]; text: [B, L, text_dim].
+        Returns logits [B], fp32.
 
-        The mean over t in eq. 6 is one t per sample, `shift(U(0, 1), s)`, drawn by the caller: real, fake and perturbed samples
-        must share it. t = 0 collapses (3.3).
+        The mean over t in eq. 6 is one t per sample, `shift(U(0, 1), s)`, drawn by the caller: real, fake and
+        perturbed samples must share it. t = 0 collapses (3.3).
         """
         features = self.backbone(x, 1000.0 * t.float(), text, taps=self.taps)
         summary = torch.cat([head(f) for head, f in zip(self.heads, features)], dim=1)
         # fp32 to the end: aR1 is the difference of two nearly equal logits, which bf16 would round away.
         with torch.autocast(summary.device.type, enabled=False):
             norm, logit = self.norm, self.logit
-            summary = F.layer_norm(summary.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
-            return summary @ logit.weight.float()[0] + logit.bias.float()  # not a view: FSDP2 hooks its outputs
+            summary = F.layer_norm(
+                summary.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
+            )
+            return (
+                summary @ logit.weight.float()[0] + logit.bias.float()
+            )  # not a view: FSDP2 hooks its outputs
 
     @torch.no_grad()
     def weights(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
-        """Where each head looks, `CrossAttentionHead.weights` by depth: [B, heads, S] each, S in the order (frame, row, column) of the patches.
+        """Where each head looks, `CrossAttentionHead.weights` by depth: [B, heads, S] each, S in the order
+        (frame, row, column) of the patches.
 
         x, t, text: as for the forward. Raises AptError as the heads do.
         """

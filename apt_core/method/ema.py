@@ -1,4 +1,6 @@
-"""Exponential moving average of a model's weights, in fp32 (3.5: decay 0.995, the checkpoint that the paper takes)."""
+"""Exponential moving average of a model's weights, in fp32 (3.5: decay 0.995, the checkpoint that the paper
+takes).
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,40 +14,52 @@ from ..errors import AptError
 class Ema:
     """An fp32 shadow of every floating entry of `model.state_dict()`, by name.
 
-    Call `update(model)` once per GENERATOR update, never in discriminator steps, or the decay is not the decay that was asked for.
-    Several decays are several objects. Buffers that the model does not save (Wan's rotary tables) are constants and have no shadow,
-    so the shadow's names are exactly a checkpoint's. Works on sharded models (DTensor): each rank averages its own shard.
+    Call `update(model)` once per GENERATOR update, never in discriminator steps, or the decay is not the
+    decay that was asked for.
+    Several decays are several objects. Buffers that the model does not save (Wan's rotary tables) are
+    constants and have no shadow, so the shadow's names are exactly a checkpoint's. Works on sharded models
+    (DTensor): each rank averages its own shard.
 
-    decay: in [0, 1); warmup: updates until a fresh average trusts itself: update n uses `min(decay, n / (n + warmup))`, so 0 (the
-    paper says nothing) is the plain decay. Raises AptError for a decay out of range and for weights that are not fp32: a bf16
-    average at 0.995 does not move.
+    decay: in [0, 1); warmup: updates until a fresh average trusts itself: update n uses `min(decay, n / (n +
+    warmup))`, so 0 (the paper says nothing) is the plain decay. Raises AptError for a decay out of range and
+    for weights that are not fp32: a bf16 average at 0.995 does not move.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: float = 0):
         if not 0 <= decay < 1 or warmup < 0:
-            raise AptError(f"EMA needs a decay in [0, 1) and a warm-up of at least 0, got {decay} and {warmup}.")
+            raise AptError(
+                f"EMA needs a decay in [0, 1) and a warm-up of at least 0, got {decay} and {warmup}."
+            )
         self.decay = decay
         self.warmup = warmup
         self.updates = 0
         live = _floating(model)
         for name, value in live.items():
             if value.dtype != torch.float32:
-                raise AptError(f"EMA averages fp32 weights, but {name} is {value.dtype}: keep the trained weights in fp32.")
+                raise AptError(
+                    f"EMA averages fp32 weights, but {name} is {value.dtype}: keep the trained weights in fp32."
+                )
         self.shadow = {name: value.clone() for name, value in live.items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """`shadow <- d shadow + (1 - d) weights`, once per generator update. Raises AptError when the model's keys have changed."""
+        """`shadow <- d shadow + (1 - d) weights`, once per generator update. Raises AptError when the model's
+        keys have changed.
+        """
         live = _floating(model)
         _check_names(live, self.shadow)
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + self.warmup))
         names = list(self.shadow)
-        torch._foreach_lerp_([_local(self.shadow[n]) for n in names], [_local(live[n]) for n in names], 1 - decay)
+        torch._foreach_lerp_(
+            [_local(self.shadow[n]) for n in names], [_local(live[n]) for n in names], 1 - decay
+        )
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Writes the average into `model`'s weights, cast to their dtype. Raises AptError for keys or shapes that differ."""
+        """Writes the average into `model`'s weights, cast to their dtype. Raises AptError for keys or shapes
+        that differ.
+        """
         live = _floating(model)
         _check_names(live, self.shadow)
         _check_shapes(live, self.shadow)
@@ -54,7 +68,9 @@ class Ema:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The model with the average as its weights, for as long as the block lasts; its own weights come back, also after an error."""
+        """The model with the average as its weights, for as long as the block lasts; its own weights come
+        back, also after an error.
+        """
         own = {name: value.clone() for name, value in _floating(model).items()}
         try:
             self.copy_to(model)
@@ -66,12 +82,16 @@ class Ema:
                     live[name].copy_(value)
 
     def state_dict(self) -> dict:
-        """`{"updates": int, "shadow": {name: tensor}}`; the tensors are the live ones, not copies. Decay and warm-up are settings, not state."""
+        """`{"updates": int, "shadow": {name: tensor}}`; the tensors are the live ones, not copies. Decay and
+        warm-up are settings, not state.
+        """
         return {"updates": self.updates, "shadow": dict(self.shadow)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping) -> None:
-        """Takes over what `state_dict` gave. Raises AptError naming missing or unknown keys and wrong shapes, and then changes nothing."""
+        """Takes over what `state_dict` gave. Raises AptError naming missing or unknown keys and wrong shapes,
+        and then changes nothing.
+        """
         _check_names(state, {"updates": 0, "shadow": 0})
         _check_names(state["shadow"], self.shadow)
         _check_shapes(state["shadow"], self.shadow)
@@ -93,10 +113,14 @@ def _local(value: Tensor) -> Tensor:
 def _check_names(given: Mapping, expected: Mapping) -> None:
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:
-        raise AptError(f"EMA keys do not match the model: missing {missing or 'none'}, unknown {unknown or 'none'}.")
+        raise AptError(
+            f"EMA keys do not match the model: missing {missing or 'none'}, unknown {unknown or 'none'}."
+        )
 
 
 def _check_shapes(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name, value in expected.items():
         if given[name].shape != value.shape:
-            raise AptError(f"EMA key {name} has shape {tuple(given[name].shape)}, expected {tuple(value.shape)}.")
+            raise AptError(
+                f"EMA key {name} has shape {tuple(given[name].shape)}, expected {tuple(value.shape)}."
+            )

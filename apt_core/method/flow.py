@@ -11,14 +11,17 @@ from ..errors import AptError
 
 
 def per_sample(t: Tensor | float, like: Tensor) -> Tensor | float:
-    """`t` of shape [B] with trailing ones, so that it multiplies `like` of shape [B, ...]; floats pass through.
+    """`t` of shape [B] with trailing ones, so that it multiplies `like` of shape [B, ...]; floats pass
+    through.
 
     Raises AptError when `t` is neither a number nor one value per sample.
     """
     if not isinstance(t, Tensor) or t.ndim == 0:
         return t
     if t.shape != like.shape[:1]:
-        raise AptError(f"time has shape {tuple(t.shape)}, but a batch of {like.shape[0]} needs shape ({like.shape[0]},).")
+        raise AptError(
+            f"time has shape {tuple(t.shape)}, but a batch of {like.shape[0]} needs shape ({like.shape[0]},)."
+        )
     return t.reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -34,7 +37,8 @@ def velocity(x: Tensor, z: Tensor) -> Tensor:
 
 
 def clean_from_velocity(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """`x = x_t - t v`: the clean sample that velocity `v` [B, ...] at `x_t` [B, ...] and time `t` ([B] or number) implies.
+    """`x = x_t - t v`: the clean sample that velocity `v` [B, ...] at `x_t` [B, ...] and time `t` ([B] or
+    number) implies.
 
     At t = 1 this is `z - v` (eq. 4 and 5), at t = 0 it is `x_t` itself.
     """
@@ -42,9 +46,11 @@ def clean_from_velocity(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
 
 
 def shift(t: Tensor | float, s: float) -> Tensor | float:
-    """`s t / (1 + (s - 1) t)` (eq. 7): moves times towards the noise for s > 1. Same shape as `t`, exact at 0 and 1.
+    """`s t / (1 + (s - 1) t)` (eq. 7): moves times towards the noise for s > 1. Same shape as `t`, exact at 0
+    and 1.
 
-    The paper uses s = 1 for images and 12 for videos. Call it where `t` lives on the CPU: the range check waits for the device.
+    The paper uses s = 1 for images and 12 for videos. Call it where `t` lives on the CPU: the range check
+    waits for the device.
     Raises AptError when any `t` is outside [0, 1] (a timestep of 0 to 1000, say) or `s` is not above 0.
     """
     if not s > 0:
@@ -57,7 +63,8 @@ def shift(t: Tensor | float, s: float) -> Tensor | float:
 
 
 def _generator(seed: int, stream: str, index: int) -> np.random.Generator:
-    # torch's CPU generator keeps 32 bits of a seed, so a few million samples would share noise; Philox takes 128.
+    # torch's CPU generator keeps 32 bits of a seed, so a few million samples would share noise; Philox takes
+    # 128.
     digest = hashlib.blake2b(f"{int(seed)}/{stream}/{int(index)}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64)))
 
@@ -65,19 +72,26 @@ def _generator(seed: int, stream: str, index: int) -> np.random.Generator:
 def sample_noise(indices: Iterable[int] | Tensor, shape: Sequence[int], seed: int, stream: str) -> Tensor:
     """Standard normal noise [len(indices), *shape], fp32 on the CPU.
 
-    Item i depends on nothing but (`seed`, `stream`, `indices[i]`, `shape`), so one process, many processes and a resumed
-    run draw the same numbers. `indices` are global sample numbers (samples seen so far); `stream` names the use ("z", "r1").
+    Item i depends on nothing but (`seed`, `stream`, `indices[i]`, `shape`), so one process, many processes
+    and a resumed run draw the same numbers. `indices` are global sample numbers (samples seen so far);
+    `stream` names the use ("z", "r1").
     """
     indices = _as_list(indices)
     out = torch.empty(len(indices), *shape)
     for row, index in zip(out, indices):
-        row.copy_(torch.from_numpy(_generator(seed, stream, index).standard_normal(tuple(shape), dtype=np.float32)))
+        row.copy_(
+            torch.from_numpy(_generator(seed, stream, index).standard_normal(tuple(shape), dtype=np.float32))
+        )
     return out
 
 
 def sample_uniform(indices: Iterable[int] | Tensor, seed: int, stream: str) -> Tensor:
-    """Uniform numbers in [0, 1), [len(indices)], fp32 on the CPU, each a function of (`seed`, `stream`, its index) alone."""
-    return torch.tensor([_generator(seed, stream, i).random(dtype=np.float32) for i in _as_list(indices)], dtype=torch.float32)
+    """Uniform numbers in [0, 1), [len(indices)], fp32 on the CPU, each a function of (`seed`, `stream`, its
+    index) alone.
+    """
+    return torch.tensor(
+        [_generator(seed, stream, i).random(dtype=np.float32) for i in _as_list(indices)], dtype=torch.float32
+    )
 
 
 def _as_list(indices: Iterable[int] | Tensor) -> list[int]:

@@ -10,7 +10,8 @@ from ..errors import AptError
 
 
 class Ridge:
-    """Ridge regression of k targets on d inputs with a bias, from sums over rows: exact, no learning rate, rows may come in any portions.
+    """Ridge regression of k targets on d inputs with a bias, from sums over rows: exact, no learning rate,
+    rows may come in any portions.
 
     The sums are fp64, centred near the mean of the first portion: tokens far from zero would cost digits.
     """
@@ -34,12 +35,16 @@ class Ridge:
         self._xy += x.T @ y
 
     def solve(self, penalty: float = 1e-6) -> tuple[Tensor, Tensor]:
-        """Weight [d, k] and bias [k], fp64, that minimise `sum |x W + b - y|^2 + p |W|^2`, p being `penalty` times the inputs' mean sum of squares.
+        """Weight [d, k] and bias [k], fp64, that minimise `sum |x W + b - y|^2 + p |W|^2`, p being `penalty`
+        times the inputs' mean sum of squares.
 
-        The bias is not penalised. Raises AptError when nothing was added, and for a penalty that is not above 0.
+        The bias is not penalised. Raises AptError when nothing was added, and for a penalty that is not above
+        0.
         """
         if not self.rows or not penalty > 0:
-            raise AptError(f"a probe needs samples and a penalty above 0, but has {self.rows} rows and {penalty:g}.")
+            raise AptError(
+                f"a probe needs samples and a penalty above 0, but has {self.rows} rows and {penalty:g}."
+            )
         x, y = self._x / self.rows, self._y / self.rows
         squares = self._xx - self.rows * torch.outer(x, x)
         products = self._xy - self.rows * torch.outer(x, y)
@@ -50,29 +55,37 @@ class Ridge:
 
 
 def to_patches(latents: Tensor, patch: Sequence[int]) -> Tensor:
-    """Latents [B, C, F, H, W] as what belongs to each token, [B, S, C * patch volume], tokens in the order (frame, row, column)."""
+    """Latents [B, C, F, H, W] as what belongs to each token, [B, S, C * patch volume], tokens in the order
+    (frame, row, column).
+    """
     pf, ph, pw = patch
-    x = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))  # [B, C, f, pf, h, ph, w, pw]
+    x = (
+        latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))
+    )  # [B, C, f, pf, h, ph, w, pw]
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
 
 def from_patches(patches: Tensor, patch: Sequence[int], shape: Sequence[int]) -> Tensor:
     """The inverse of `to_patches`; shape: (C, F, H, W) of the latents."""
     channels, *sizes = shape
-    x = patches.unflatten(2, (channels, *patch)).unflatten(1, [n // p for n, p in zip(sizes, patch)])  # [B, f, h, w, C, pf, ph, pw]
+    x = patches.unflatten(2, (channels, *patch)).unflatten(
+        1, [n // p for n, p in zip(sizes, patch)]
+    )  # [B, f, h, w, C, pf, ph, pw]
     return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def band_energies(x: Tensor, cut: float = 1 / 3) -> tuple[float, float]:
     """The sum of squares of x [..., H, W] in its low and in its high spatial frequencies.
 
-    By an orthonormal cosine transform (DCT-II) of rows and columns, so that the two add up to the whole. Low is what lies below `cut` of the
-    highest frequency that a row can hold, in any direction.
+    By an orthonormal cosine transform (DCT-II) of rows and columns, so that the two add up to the whole. Low
+    is what lies below `cut` of the highest frequency that a row can hold, in any direction.
     """
     height, width = x.shape[-2:]
     rows, columns = _cosines(height).to(x.device), _cosines(width).to(x.device)
     energy = (rows @ x.double() @ columns.T).square()
-    radius = torch.hypot((torch.arange(height) / height)[:, None], (torch.arange(width) / width)[None]).to(x.device)
+    radius = torch.hypot((torch.arange(height) / height)[:, None], (torch.arange(width) / width)[None]).to(
+        x.device
+    )
     low = energy[..., radius < cut].sum()
     return float(low), float(energy.sum() - low)
 

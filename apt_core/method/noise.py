@@ -1,8 +1,10 @@
-"""The noise of a sample, by either of two rules, and walks through it: the same calls for the pipeline and for the ComfyUI nodes.
+"""The noise of a sample, by either of two rules, and walks through it: the same calls for the pipeline and
+for the ComfyUI nodes.
 
-`apt`: a stream of its own for each (seed, number), so that no two samples share noise whatever the batch and the number of processes. The
-default of pipeline and `generate`. `comfyui`: what stock ComfyUI makes of a seed, for sample `number` of seed + number; sample 1 of seed 0
-is sample 0 of seed 1. The default of the node, which then equals stock KSampler.
+`apt`: a stream of its own for each (seed, number), so that no two samples share noise whatever the batch and
+the number of processes. The default of pipeline and `generate`. `comfyui`: what stock ComfyUI makes of a
+seed, for sample `number` of seed + number; sample 1 of seed 0 is sample 0 of seed 1. The default of the node,
+which then equals stock KSampler.
 """
 
 import math
@@ -21,8 +23,9 @@ NOISES = (APT, COMFYUI)
 def draw(rule: str, seed: int, number: int, shape: Sequence[int], step: int = 0) -> Tensor:
     """Standard normal noise of `shape`, fp32 on the CPU, for sample `number` of a request with this seed.
 
-    Step 0 is what the sample starts from, steps 1, 2, ... what re-noising adds. By `comfyui` step 0 equals comfy.sample.prepare_noise
-    for one item: torch's CPU generator with the seed, one randn of the whole shape; each further step draws on from there.
+    Step 0 is what the sample starts from, steps 1, 2, ... what re-noising adds. By `comfyui` step 0 equals
+    comfy.sample.prepare_noise for one item: torch's CPU generator with the seed, one randn of the whole
+    shape; each further step draws on from there.
     Raises AptError for a rule that is not one of NOISES.
     """
     check_noise(rule)
@@ -35,9 +38,11 @@ def draw(rule: str, seed: int, number: int, shape: Sequence[int], step: int = 0)
 
 
 def walk(stations: Sequence[Tensor], item: int, items: int, closed: bool = False) -> Tensor:
-    """Place `item` of `items` on the way through the stations, noises of one shape, in equal steps (5.7). A station itself comes out as it is.
+    """Place `item` of `items` on the way through the stations, noises of one shape, in equal steps (5.7). A
+    station itself comes out as it is.
 
-    An open walk begins at the first station and ends at the last; a closed one comes back to the first, which then is not repeated.
+    An open walk begins at the first station and ends at the last; a closed one comes back to the first, which
+    then is not repeated.
     """
     legs, steps = (len(stations), items) if closed else (len(stations) - 1, items - 1)
     station, rest = divmod(legs * item, max(steps, 1))
@@ -47,10 +52,11 @@ def walk(stations: Sequence[Tensor], item: int, items: int, closed: bool = False
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """The point `share` (0 to 1) of the way from a to b, of any one shape: equal shares are equal angles, and the norm goes evenly from |a| to |b|.
+    """The point `share` (0 to 1) of the way from a to b, of any one shape: equal shares are equal angles, and
+    the norm goes evenly from |a| to |b|.
 
-    A straight way would leave the sphere on which normal noise lies: halfway its variance is a half. Where a and b point the same way, or
-    opposite ways, there is no arc between them, and the way is straight.
+    A straight way would leave the sphere on which normal noise lies: halfway its variance is a half. Where a
+    and b point the same way, or opposite ways, there is no arc between them, and the way is straight.
     """
     x, y = a.double(), b.double()
     norm_a, norm_b = x.norm(), y.norm()

@@ -1,4 +1,6 @@
-"""Losses of adversarial post-training (eq. 1, 2, 9, 10 and their successors) and the two training steps that use them."""
+"""Losses of adversarial post-training (eq. 1, 2, 9, 10 and their successors) and the two training steps that
+use them.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,10 +22,13 @@ SIGMAS = {"image": 0.01, "video": 0.1}
 class Objective:
     """What the two networks minimise. All means are over samples.
 
-    relativistic: False is the paper's non-saturating loss, True compares each real with the fake of the same text.
-    r1_weight, r1_sigma: lambda and sigma of the approximated R1 penalty on real samples (eq. 9); r2_*: the same on fakes.
+    relativistic: False is the paper's non-saturating loss, True compares each real with the fake of the same
+    text.
+    r1_weight, r1_sigma: lambda and sigma of the approximated R1 penalty on real samples (eq. 9); r2_*: the
+    same on fakes.
     reg_fraction: the penalties see the first `ceil(reg_fraction * B)` samples and are averaged over those.
-    centering: weight of `(real + fake)^2`, which holds the level of the logits that a relativistic loss leaves free.
+    centering: weight of `(real + fake)^2`, which holds the level of the logits that a relativistic loss
+    leaves free.
     Raises AptError for negative weights, a penalty without a positive sigma, or a fraction outside (0, 1].
     """
 
@@ -41,13 +46,17 @@ class Objective:
                 raise AptError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("r1", "r2"):
             if getattr(self, f"{name}_weight") and not getattr(self, f"{name}_sigma") > 0:
-                raise AptError(f"{name}_sigma must be above 0 where {name}_weight is, got {getattr(self, f'{name}_sigma')}.")
+                raise AptError(
+                    f"{name}_sigma must be above 0 where {name}_weight is, got {getattr(self, f'{name}_sigma')}."
+                )
         if not 0 < self.reg_fraction <= 1:
             raise AptError(f"reg_fraction must be in (0, 1], got {self.reg_fraction}.")
 
     @classmethod
     def paper(cls, phase: str) -> "Objective":
-        """Exactly the paper (eq. 10): non-saturating, aR1 with lambda 100, sigma 0.01 ("image") or 0.1 ("video")."""
+        """Exactly the paper (eq. 10): non-saturating, aR1 with lambda 100, sigma 0.01 ("image") or 0.1
+        ("video").
+        """
         sigma = _sigma(phase)
         return cls(r1_weight=100.0, r1_sigma=sigma, r2_sigma=sigma)
 
@@ -55,8 +64,9 @@ class Objective:
     def stable(cls, phase: str) -> "Objective":
         """What the authors moved on to: relativistic, aR1 and aR2 on a quarter of the batch, centring 0.01.
 
-        gamma = lambda sigma^2 is the strength that compares across sigmas; published values run from 0.01 to 10. Here it is 0.25
-        for both penalties and both phases, that of the one published run which also regularises a quarter and centres by 0.01.
+        gamma = lambda sigma^2 is the strength that compares across sigmas; published values run from 0.01 to
+        10. Here it is 0.25 for both penalties and both phases, that of the one published run which also
+        regularises a quarter and centres by 0.01.
         """
         sigma = _sigma(phase)
         weight = {"image": 2500.0, "video": 25.0}[phase]
@@ -73,8 +83,12 @@ def _sigma(phase: str) -> float:
     return SIGMAS[phase]
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, relativistic: bool = False, centering: float = 0.0) -> Tensor:
-    """Logits [B] to a scalar: `softplus(-r) + softplus(f)` (eq. 1 as a loss) or `softplus(f - r)`, plus `centering (r + f)^2`."""
+def discriminator_loss(
+    real: Tensor, fake: Tensor, relativistic: bool = False, centering: float = 0.0
+) -> Tensor:
+    """Logits [B] to a scalar: `softplus(-r) + softplus(f)` (eq. 1 as a loss) or `softplus(f - r)`, plus
+    `centering (r + f)^2`.
+    """
     adversarial = F.softplus(fake - real) if relativistic else F.softplus(-real) + F.softplus(fake)
     return (adversarial + centering * (real + fake).square()).mean()
 
@@ -85,27 +99,39 @@ def generator_loss(fake: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 def approximate_penalty(logit: Tensor, perturbed: Tensor) -> Tensor:
-    """`(D(x, c) - D(x + sigma noise, c))^2` (eq. 9) without lambda, mean over samples [B]; near `sigma^2 |grad D|^2` for small sigma."""
+    """`(D(x, c) - D(x + sigma noise, c))^2` (eq. 9) without lambda, mean over samples [B]; near `sigma^2
+    |grad D|^2` for small sigma.
+    """
     return (logit - perturbed).square().mean()
 
 
 def verdict(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """How well logits [B] tell real from fake; 0.5 in all three is chance.
 
-    right_real, right_fake: shares of samples on their side of 0, which is where a non-saturating loss divides them; right_pairs: share of
-    texts whose real sample has the higher logit, whatever the level of both. A tie is half right.
+    right_real, right_fake: shares of samples on their side of 0, which is where a non-saturating loss divides
+    them; right_pairs: share of texts whose real sample has the higher logit, whatever the level of both. A
+    tie is half right.
     """
     share = lambda above: ((above > 0).float() + 0.5 * (above == 0).float()).mean()
     return {"right_real": share(real), "right_fake": share(-fake), "right_pairs": share(real - fake)}
 
 
 @torch.no_grad()
-def penalty_floor(discriminator: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, text: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """What rounding alone adds to an approximated penalty (eq. 9) of this `sigma`: the penalty at a hundredth of it.
+def penalty_floor(
+    discriminator: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    t: Tensor,
+    text: Tensor,
+    noise: Tensor,
+    sigma: float,
+) -> Tensor:
+    """What rounding alone adds to an approximated penalty (eq. 9) of this `sigma`: the penalty at a hundredth
+    of it.
 
-    A smooth discriminator leaves a ten-thousandth of the penalty there. In bf16 a perturbation that small is lost in the rounding of
-    latents and activations, and what is left is the rounding itself. At sigma = 0 the same computation runs twice, which gives an exact
-    and useless 0. Arguments as in discriminator_backward. Returns a scalar, without lambda.
+    A smooth discriminator leaves a ten-thousandth of the penalty there. In bf16 a perturbation that small is
+    lost in the rounding of latents and activations, and what is left is the rounding itself. At sigma = 0 the
+    same computation runs twice, which gives an exact and useless 0. Arguments as in discriminator_backward.
+    Returns a scalar, without lambda.
     """
     return approximate_penalty(discriminator(x, t, text), discriminator(x + 0.01 * sigma * noise, t, text))
 
@@ -117,7 +143,9 @@ class _Pass(NamedTuple):
 
 
 def _passes(objective: Objective, real, fake, text, t, real_noise, fake_noise) -> dict[str, _Pass]:
-    """The discriminator's inputs of one step. A perturbed input differs from its original in the noise, and in nothing else."""
+    """The discriminator's inputs of one step. A perturbed input differs from its original in the noise, and
+    in nothing else.
+    """
     if real.shape != fake.shape or t.shape != real.shape[:1] or text.shape[0] != real.shape[0]:
         raise AptError(
             f"real {tuple(real.shape)}, fake {tuple(fake.shape)}, t {tuple(t.shape)} and text {tuple(text.shape)} do not form one batch."
@@ -132,7 +160,9 @@ def _passes(objective: Objective, real, fake, text, t, real_noise, fake_noise) -
         if weight == 0:
             continue
         if noise is None or noise[:n].shape != x[:n].shape:
-            raise AptError(f"the penalty on {name} samples needs standard noise for the first {n} of them ({name}_noise).")
+            raise AptError(
+                f"the penalty on {name} samples needs standard noise for the first {n} of them ({name}_noise)."
+            )
         passes[f"{name}_perturbed"] = _Pass(x[:n] + sigma * noise[:n], t[:n], text[:n])
     return passes
 
@@ -163,18 +193,23 @@ def discriminator_backward(
 ) -> dict[str, Tensor]:
     """One discriminator step up to the gradients, which are added to the parameters' `.grad`.
 
-    discriminator: `(x, t, text) -> logits [B]`, deterministic; real, fake: clean latents [B, C, F, H, W] (fake is detached);
-    text: [B, L, d]; t: [B] in [0, 1], shared by all passes of a sample; real_noise, fake_noise: standard noise of real's shape (the
-    first `objective.regularized(B)` suffice), scaled by sigma here, needed where the penalty's weight is not 0.
-    loss_scale: this microbatch's share of the whole batch under gradient accumulation. It scales gradients, not metrics.
+    discriminator: `(x, t, text) -> logits [B]`, deterministic; real, fake: clean latents [B, C, F, H, W]
+    (fake is detached); text: [B, L, d]; t: [B] in [0, 1], shared by all passes of a sample; real_noise,
+    fake_noise: standard noise of real's shape (the first `objective.regularized(B)` suffice), scaled by sigma
+    here, needed where the penalty's weight is not 0.
+    loss_scale: this microbatch's share of the whole batch under gradient accumulation. It scales gradients,
+    not metrics.
 
-    mode: three ways to the same gradients. "batched": one forward of all inputs concatenated, fastest while tokens are few.
-    "separate": one forward per input, one backward. "two_pass": logits of all inputs without gradients first, then the loss's
-    derivative by each logit, then forward and backward of one input at a time: the activations of one input, one more forward each.
+    mode: three ways to the same gradients. "batched": one forward of all inputs concatenated, fastest while
+    tokens are few.
+    "separate": one forward per input, one backward. "two_pass": logits of all inputs without gradients first,
+    then the loss's derivative by each logit, then forward and backward of one input at a time: the
+    activations of one input, one more forward each.
 
-    Returns detached scalars: d_loss, d_adversarial, logit_real and logit_fake (means), those of `verdict` (whether it tells the two apart),
-    and for each penalty in use r1 or r2 (mean squared difference, without lambda), r1_loss or r2_loss (lambda times it, as it stands beside
-    d_adversarial) and r1_gamma or r2_gamma (lambda sigma^2). Raises AptError for inputs that do not fit or an unknown mode.
+    Returns detached scalars: d_loss, d_adversarial, logit_real and logit_fake (means), those of `verdict`
+    (whether it tells the two apart), and for each penalty in use r1 or r2 (mean squared difference, without
+    lambda), r1_loss or r2_loss (lambda times it, as it stands beside d_adversarial) and r1_gamma or r2_gamma
+    (lambda sigma^2). Raises AptError for inputs that do not fit or an unknown mode.
     """
     if mode not in MODES:
         raise AptError(f"discriminator mode must be one of {MODES}, got {mode!r}.")
@@ -219,19 +254,24 @@ def generator_backward(
     real: Tensor | None = None,
     loss_scale: float = 1.0,
 ) -> dict[str, Tensor]:
-    """One generator step up to the gradients: `x_hat = G(z, c)` in one step (eq. 5), judged by the frozen discriminator (eq. 2).
+    """One generator step up to the gradients: `x_hat = G(z, c)` in one step (eq. 5), judged by the frozen
+    discriminator (eq. 2).
 
-    generator: a velocity network called like WanBackbone; z: noise [B, C, F, H, W]; text: [B, L, d]; t: [B] in [0, 1], freshly drawn;
-    real: clean latents of the same texts, needed by a relativistic objective only; loss_scale: as in discriminator_backward.
-    The discriminator's parameters do not require gradients while this runs, keep whatever `.grad` they had, and get their
-    `requires_grad` back at the end, also after an error.
+    generator: a velocity network called like WanBackbone; z: noise [B, C, F, H, W]; text: [B, L, d]; t: [B]
+    in [0, 1], freshly drawn; real: clean latents of the same texts, needed by a relativistic objective only;
+    loss_scale: as in discriminator_backward.
+    The discriminator's parameters do not require gradients while this runs, keep whatever `.grad` they had,
+    and get their `requires_grad` back at the end, also after an error.
 
-    Returns detached scalars: g_loss, logit_fake (mean), logit_real (relativistic only), and grad_norm, the mean over samples of
-    |dL_i / dx_hat_i| with L_i the sample's own loss, whatever the batch and loss_scale: it shows a collapse before the pictures do.
+    Returns detached scalars: g_loss, logit_fake (mean), logit_real (relativistic only), and grad_norm, the
+    mean over samples of |dL_i / dx_hat_i| with L_i the sample's own loss, whatever the batch and loss_scale:
+    it shows a collapse before the pictures do.
     Raises AptError when a relativistic objective gets no real samples.
     """
     if objective.relativistic and real is None:
-        raise AptError("a relativistic objective compares with real samples in the generator step too: pass real.")
+        raise AptError(
+            "a relativistic objective compares with real samples in the generator step too: pass real."
+        )
     frozen = [p for p in discriminator.parameters() if p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
@@ -241,7 +281,8 @@ def generator_backward(
             with torch.no_grad():
                 real_logit = discriminator(real, t, text)
         x_hat = one_step(generator, z, text)
-        # Cut at the sample: its gradient is wanted, and the discriminator's activations are gone before the generator's backward.
+        # Cut at the sample: its gradient is wanted, and the discriminator's activations are gone before the
+        # generator's backward.
         sample = x_hat.detach().requires_grad_()
         fake_logit = discriminator(sample, t, text)
         loss = generator_loss(fake_logit, real_logit)

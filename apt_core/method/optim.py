@@ -10,14 +10,25 @@ from ..errors import AptError
 
 
 class RMSProp(torch.optim.RMSprop):
-    """torch's RMSprop whose first steps can be bias-corrected, so that it is Adam(beta1=0, beta2=alpha) to the last digit.
+    """torch's RMSprop whose first steps can be bias-corrected, so that it is Adam(beta1=0, beta2=alpha) to
+    the last digit.
 
-    The paper claims that equivalence. Without the correction step n is 1 / sqrt(1 - alpha^n) times larger: 3.16 times at the first,
-    some nine learning rates of extra travel in all, again after every restart. With it, lr and eps both carry sqrt(1 - alpha^n).
-    All parameters of a group must be stepped together. `group["lr"]` may be changed from outside between steps (warm-up).
+    The paper claims that equivalence. Without the correction step n is 1 / sqrt(1 - alpha^n) times larger:
+    3.16 times at the first, some nine learning rates of extra travel in all, again after every restart. With
+    it, lr and eps both carry sqrt(1 - alpha^n).
+    All parameters of a group must be stepped together. `group["lr"]` may be changed from outside between
+    steps (warm-up).
     """
 
-    def __init__(self, params, lr: float, alpha: float = 0.9, eps: float = 1e-8, bias_correction: bool = True, foreach: bool | None = True):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        alpha: float = 0.9,
+        eps: float = 1e-8,
+        bias_correction: bool = True,
+        foreach: bool | None = True,
+    ):
         super().__init__(params, lr=lr, alpha=alpha, eps=eps, foreach=foreach)
         self.bias_correction = bias_correction
 
@@ -43,21 +54,33 @@ class RMSProp(torch.optim.RMSprop):
     def _correction(self, group: dict) -> float:
         if not self.bias_correction:
             return 1.0
-        # torch's own per-parameter step counter, on the CPU and part of state_dict: a resumed run goes on counting.
-        done = next((float(self.state[p]["step"]) for p in group["params"] if p.grad is not None and self.state[p]), 0.0)
+        # torch's own per-parameter step counter, on the CPU and part of state_dict: a resumed run goes on
+        # counting.
+        done = next(
+            (float(self.state[p]["step"]) for p in group["params"] if p.grad is not None and self.state[p]),
+            0.0,
+        )
         return math.sqrt(1 - group["alpha"] ** (done + 1))
 
 
 def make_rmsprop(
-    params: Iterable[Tensor] | Iterable[dict], lr: float, alpha: float = 0.9, eps: float = 1e-8, bias_correction: bool = True
+    params: Iterable[Tensor] | Iterable[dict],
+    lr: float,
+    alpha: float = 0.9,
+    eps: float = 1e-8,
+    bias_correction: bool = True,
 ) -> RMSProp:
-    """RMSProp with foreach kernels over parameters or parameter groups; defaults as in the paper (3.5), which names no eps.
+    """RMSProp with foreach kernels over parameters or parameter groups; defaults as in the paper (3.5), which
+    names no eps.
 
-    Raises AptError for weights below fp32: at the paper's 5e-6 an update is smaller than the spacing of bf16 and nothing moves.
+    Raises AptError for weights below fp32: at the paper's 5e-6 an update is smaller than the spacing of bf16
+    and nothing moves.
     """
     optimizer = RMSProp(params, lr, alpha, eps, bias_correction)
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.dtype not in (torch.float32, torch.float64):
-                raise AptError(f"weights of shape {tuple(p.shape)} are {p.dtype}: train fp32 weights, and compute in lower precision only.")
+                raise AptError(
+                    f"weights of shape {tuple(p.shape)} are {p.dtype}: train fp32 weights, and compute in lower precision only."
+                )
     return optimizer

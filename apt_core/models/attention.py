@@ -1,4 +1,6 @@
-"""Which attention kernel the transformers use: the fastest installed one that fits the card, the dtype, and a backward pass where one is needed."""
+"""Which attention kernel the transformers use: the fastest installed one that fits the card, the dtype, and a
+backward pass where one is needed.
+"""
 
 from difflib import get_close_matches
 from typing import NamedTuple
@@ -14,14 +16,23 @@ AUTO = "auto"
 NATIVE = "native"
 """PyTorch's scaled_dot_product_attention, and its choice of kernel."""
 PACKAGES = {
-    "flash": ("flash_attn_func", "flash-attn"), "flash_varlen": ("flash_attn_varlen_func", "flash-attn"),
-    "_flash_3": ("flash_attn_3_func", "FlashAttention 3"), "_flash_varlen_3": ("flash_attn_3_varlen_func", "FlashAttention 3"),
-    "sage": ("sageattn", "sageattention"), "xformers": ("xops", "xformers"),
-    "flex": ("flex_attention", "torch 2.5"), "_native_npu": ("npu_fusion_attention", "torch_npu"), "_native_xla": ("xla_flash_attention", "torch_xla"),
-}  # fmt: skip
-"""What diffusers has of a backend's package, None where that is missing or does not load; and the package. The other names need none."""
+    "flash": ("flash_attn_func", "flash-attn"),
+    "flash_varlen": ("flash_attn_varlen_func", "flash-attn"),
+    "_flash_3": ("flash_attn_3_func", "FlashAttention 3"),
+    "_flash_varlen_3": ("flash_attn_3_varlen_func", "FlashAttention 3"),
+    "sage": ("sageattn", "sageattention"),
+    "xformers": ("xops", "xformers"),
+    "flex": ("flex_attention", "torch 2.5"),
+    "_native_npu": ("npu_fusion_attention", "torch_npu"),
+    "_native_xla": ("xla_flash_attention", "torch_xla"),
+}
+"""What diffusers has of a backend's package, None where that is missing or does not load; and the package.
+The other names need none.
+"""
 FORWARD_ONLY = ("_flash_3", "sage", "_sage")
-"""Beginnings of names of which diffusers has no backward pass: FlashAttention 3 has one, but not behind diffusers' `_flash_3`."""
+"""Beginnings of names of which diffusers has no backward pass: FlashAttention 3 has one, but not behind
+diffusers' `_flash_3`.
+"""
 SIXTEEN_BITS_ON_A_CARD = ("flash", "_flash", "sage", "_sage", "_native_cudnn")
 
 
@@ -35,20 +46,35 @@ class Backend(NamedTuple):
         return f"{self.name} ({self.note})" if self.note else self.name
 
 
-def best_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int = 128, training: bool = False) -> str:
-    """diffusers' name of the attention backend for passes in `dtype` on `device`; training: with a backward pass.
+def best_backend(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int = 128, training: bool = False
+) -> str:
+    """diffusers' name of the attention backend for passes in `dtype` on `device`; training: with a backward
+    pass.
 
-    On Hopper FlashAttention 3 where it is installed and loads (not in training: FORWARD_ONLY), else 2, else cuDNN; on newer cards cuDNN; on
-    Ampere and Ada FlashAttention 2. Everything else (CPU, fp32, AMD, odd heads, old cards) is left to PyTorch.
+    On Hopper FlashAttention 3 where it is installed and loads (not in training: FORWARD_ONLY), else 2, else
+    cuDNN; on newer cards cuDNN; on Ampere and Ada FlashAttention 2. Everything else (CPU, fp32, AMD, odd
+    heads, old cards) is left to PyTorch.
     """
-    return next((name for name in _by_speed(device, dtype, head_dim) if not (training and _forward_only(name))), NATIVE)
+    return next(
+        (name for name in _by_speed(device, dtype, head_dim) if not (training and _forward_only(name))),
+        NATIVE,
+    )
 
 
-def choose_backend(wanted: str | None, device: torch.device | str, dtype: torch.dtype, head_dim: int = 128, training: bool = False) -> Backend:
-    """The backend for a setting: a name of diffusers', or "auto" (None) for `best_backend`. One without a backward pass is no choice for training:
+def choose_backend(
+    wanted: str | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int = 128,
+    training: bool = False,
+) -> Backend:
+    """The backend for a setting: a name of diffusers', or "auto" (None) for `best_backend`. One without a
+    backward pass is no choice for training:
     then the best one that has it is taken, and the note says so.
 
-    Raises AptError for a name that is none, a package that is not there, and a device or dtype that the kernel is not for.
+    Raises AptError for a name that is none, a package that is not there, and a device or dtype that the
+    kernel is not for.
     """
     best = best_backend(device, dtype, head_dim, training)
     if wanted in (None, AUTO):
@@ -56,11 +82,15 @@ def choose_backend(wanted: str | None, device: torch.device | str, dtype: torch.
         return Backend(best, "" if first == best else f"{first} has no backward pass")
     check_name(wanted)
     if not _installed(wanted):
-        raise AptError(f"attention backend {wanted} needs {_package(wanted)[1]}, which is not installed or does not load: install it, or use {best}.")
+        raise AptError(
+            f"attention backend {wanted} needs {_package(wanted)[1]}, which is not installed or does not load: install it, or use {best}."
+        )
     device = torch.device(device)
     if wanted.startswith(SIXTEEN_BITS_ON_A_CARD) and (device.type != "cuda" or dtype.itemsize != 2):
         computes = f"{str(dtype).removeprefix('torch.')} on {device}"
-        raise AptError(f"attention backend {wanted} computes in 16 bits on a CUDA card only, and this is {computes}: use {best}.")
+        raise AptError(
+            f"attention backend {wanted} computes in 16 bits on a CUDA card only, and this is {computes}: use {best}."
+        )
     if training and _forward_only(wanted):
         return Backend(best, f"{wanted} has no backward pass")
     return Backend(wanted)
@@ -72,14 +102,17 @@ def check_name(name: str) -> None:
     if name in (AUTO, *known):
         return
     if name.endswith("_hub") and name in {backend.value for backend in AttentionBackendName}:
-        raise AptError(f"attention backend {name} downloads its kernel, which nothing here does: install a package, and use one of {', '.join(known)}.")
+        raise AptError(
+            f"attention backend {name} downloads its kernel, which nothing here does: install a package, and use one of {', '.join(known)}."
+        )
     near = get_close_matches(name, known, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise AptError(f"there is no attention backend {name!r}{hint}: use {AUTO}, or one of {', '.join(known)}.")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tensor:
-    """Attention without a mask: q [B, m, heads, channels], k and v [B, n, heads, channels] -> [B, m, heads, channels].
+    """Attention without a mask: q [B, m, heads, channels], k and v [B, n, heads, channels] -> [B, m, heads,
+    channels].
 
     backend: diffusers' name of one; by default the one that is set for the process.
     """
@@ -89,7 +122,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tenso
 def _by_speed(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> list[str]:
     """What is installed and fits, the fastest first."""
     device = torch.device(device)
-    if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 128:
+    if (
+        device.type != "cuda"
+        or torch.version.hip
+        or dtype not in (torch.float16, torch.bfloat16)
+        or head_dim % 8
+        or head_dim > 128
+    ):
         return []
     generation, _ = torch.cuda.get_device_capability(device)
     if generation >= 10:  # FlashAttention 3 is for Hopper alone

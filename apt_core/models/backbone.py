@@ -1,4 +1,6 @@
-"""What a backbone must offer to be trained, exported and sampled. A new one: CONTRIBUTING.md shows it in full."""
+"""What a backbone must offer to be trained, exported and sampled. A new one: CONTRIBUTING.md shows it in
+full.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -8,12 +10,17 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A velocity network over video latents that can also hand out the tokens of inner blocks. A torch module.
+    """A velocity network over video latents that can also hand out the tokens of inner blocks. A torch
+    module.
 
-    config: its arguments; at least num_layers, num_attention_heads, attention_head_dim, in_channels, text_dim, patch_size.
-    blocks: the transformer's, a ModuleList, each a module that is called alone, so that it can be checkpointed, sharded and streamed.
-    output_head: names of submodules that only the velocity needs. text_only: layers of a block that only the text of the next one needs.
-    official_name: a layer's name in the files that other programs read. image_conditioned: whether it takes images beside the text.
+    config: its arguments; at least num_layers, num_attention_heads, attention_head_dim, in_channels,
+    text_dim, patch_size.
+    blocks: the transformer's, a ModuleList, each a module that is called alone, so that it can be
+    checkpointed, sharded and streamed.
+    output_head: names of submodules that only the velocity needs. text_only: layers of a block that only the
+    text of the next one needs.
+    official_name: a layer's name in the files that other programs read. image_conditioned: whether it takes
+    images beside the text.
     """
 
     config: Any
@@ -32,9 +39,11 @@ class Backbone(Protocol):
         return_dict: bool = True,
         taps: Sequence[int] | None = None,
     ) -> Any:
-        """The velocity `[B, C, F, H, W]`; with `taps`, increasing block counts from 1, visual tokens `[B, S, d]` behind each of them.
+        """The velocity `[B, C, F, H, W]`; with `taps`, increasing block counts from 1, visual tokens `[B, S,
+        d]` behind each of them.
 
-        hidden_states: `[B, C, F, H, W]`; timestep: `[B]` in 0..1000, fp32; encoder_hidden_states: `[B, L, text_dim]`.
+        hidden_states: `[B, C, F, H, W]`; timestep: `[B]` in 0..1000, fp32; encoder_hidden_states: `[B, L,
+        text_dim]`.
         """
         ...
 
@@ -47,7 +56,9 @@ class Backbone(Protocol):
         ...
 
     def share_tokens(self, split: Any) -> None:
-        """Before training or inference on several processes: each keeps its piece of the tokens (`context_parallel.Split`)."""
+        """Before training or inference on several processes: each keeps its piece of the tokens
+        (`context_parallel.Split`).
+        """
         ...
 
     def drop_output_head(self) -> None:

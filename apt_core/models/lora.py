@@ -1,13 +1,15 @@
-"""LoRA on ONE frozen base that teacher, generator and discriminator share, each role with adapters of its own.
+"""LoRA on ONE frozen base that teacher, generator and discriminator share, each role with adapters of its
+own.
 
     add_adapters(base, ["generator", "discriminator"], rank=64)
     generator = role(base, "generator")
     discriminator = Discriminator(role(base, "discriminator"))
     teacher = role(base, None)
 
-A role is a module that is called like the backbone, and whose parameters and state dict are its own adapters alone. Any number of calls of
-any roles may lie in one autograd graph, with or without activation checkpointing: a block is bound to its role when it is called, so
-that its recomputation in the backward pass, outside of any call, takes the same one.
+A role is a module that is called like the backbone, and whose parameters and state dict are its own adapters
+alone. Any number of calls of any roles may lie in one autograd graph, with or without activation
+checkpointing: a block is bound to its role when it is called, so that its recomputation in the backward pass,
+outside of any call, takes the same one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,7 +61,9 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out]."""
-        return F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype)) * self.scale
+        return (
+            F.linear(F.linear(x, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype)) * self.scale
+        )
 
     def delta(self) -> Tensor:
         """What the adapter adds to its layer's weight, fp32 [out, in]."""
@@ -80,13 +84,17 @@ class AdaptedLinear(nn.Linear):
         """x: [..., in]. Returns [..., out] of the switch's role."""
         role = self.switch.role
         if role is None:
-            raise RuntimeError("a layer with adapters ran outside of a role: call the model through apt_core.models.lora.role(model, name).")
+            raise RuntimeError(
+                "a layer with adapters ran outside of a role: call the model through apt_core.models.lora.role(model, name)."
+            )
         y = super().forward(x)
         return y + self.adapters[role](x) if role in self.adapters else y
 
 
 class _Blocks(nn.ModuleList):
-    """Iterated during a role's call, hands out its blocks bound to that role: they then take it along into a recomputation."""
+    """Iterated during a role's call, hands out its blocks bound to that role: they then take it along into a
+    recomputation.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module], switch: Switch):
         super().__init__(blocks)
@@ -98,29 +106,50 @@ class _Blocks(nn.ModuleList):
         return (partial(self.switch.run, self.switch.role, block) for block in super().__iter__())
 
     def __getitem__(self, index: int | slice):
-        return _Blocks(list(self._modules.values())[index], self.switch) if isinstance(index, slice) else super().__getitem__(index)
+        return (
+            _Blocks(list(self._modules.values())[index], self.switch)
+            if isinstance(index, slice)
+            else super().__getitem__(index)
+        )
 
 
 def add_adapters(
-    model: nn.Module, roles: Sequence[str], rank: int, alpha: float | None = None, targets: Sequence[str] | None = None
+    model: nn.Module,
+    roles: Sequence[str],
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Freezes `model` (a WanBackbone or MMDiTBackbone) and gives each role adapters on its linear layers; returns it.
+    """Freezes `model` (a WanBackbone or MMDiTBackbone) and gives each role adapters on its linear layers;
+    returns it.
 
-    rank: of every adapter; alpha: scales them by alpha / rank, by 1 unless given; targets: endings of layer names such as "attn1.to_q",
-    by default every linear layer inside the blocks. The model's own keys stay; adapters come beside them as
-    `<layer>.adapters.<role>.lora_A.weight` and `lora_B`. A (the usual uniform) draws on torch's global generator.
+    rank: of every adapter; alpha: scales them by alpha / rank, by 1 unless given; targets: endings of layer
+    names such as "attn1.to_q", by default every linear layer inside the blocks. The model's own keys stay;
+    adapters come beside them as `<layer>.adapters.<role>.lora_A.weight` and `lora_B`. A (the usual uniform)
+    draws on torch's global generator.
     To be done before FSDP2 shards the model, so that a block's adapters travel with it.
 
-    Raises AptError for a model that has adapters already, unusable role names, a rank below 1, and targets that name no linear layer.
+    Raises AptError for a model that has adapters already, unusable role names, a rank below 1, and targets
+    that name no linear layer.
     """
     if isinstance(model.blocks, _Blocks):
-        raise AptError(f"this model has adapters already, for {', '.join(model.blocks.switch.roles)}: name all roles at once.")
-    if not roles or len(set(roles)) < len(roles) or not all(name.isidentifier() and name != BASE for name in roles):
+        raise AptError(
+            f"this model has adapters already, for {', '.join(model.blocks.switch.roles)}: name all roles at once."
+        )
+    if (
+        not roles
+        or len(set(roles)) < len(roles)
+        or not all(name.isidentifier() and name != BASE for name in roles)
+    ):
         raise AptError(f"roles must be different plain names other than {BASE!r}, got {list(roles)}.")
     if rank < 1:
         raise AptError(f"the rank of a LoRA must be at least 1, got {rank}.")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = [name for name in linears if (name.startswith("blocks.") if targets is None else _ends_in(name, targets))]
+    chosen = [
+        name
+        for name in linears
+        if (name.startswith("blocks.") if targets is None else _ends_in(name, targets))
+    ]
     if idle := [target for target in targets or () if not any(_ends_in(name, [target]) for name in linears)]:
         known = sorted({name.split(".", 2)[2] for name in linears if name.startswith("blocks.")})
         raise AptError(f"{idle[0]!r} ends no linear layer's name: the blocks have {', '.join(known)}.")
@@ -128,13 +157,17 @@ def add_adapters(
     model.requires_grad_(False)
     switch = Switch(roles)
     for name in chosen:
-        model.set_submodule(name, AdaptedLinear(linears[name], switch, rank, 1.0 if alpha is None else alpha / rank))
+        model.set_submodule(
+            name, AdaptedLinear(linears[name], switch, rank, 1.0 if alpha is None else alpha / rank)
+        )
     model.blocks = _Blocks(list(model.blocks), switch)
     return model
 
 
 class Role(nn.Module):
-    """What `role` returns. `base` is the shared model; submodules are this role's adapters under their layers' names."""
+    """What `role` returns. `base` is the shared model; submodules are this role's adapters under their
+    layers' names.
+    """
 
     def __init__(self, base: nn.Module, name: str):
         super().__init__()
@@ -149,7 +182,9 @@ class Role(nn.Module):
     def forward(self, *args, taps: Sequence[int] | None = None, **kwargs):
         """As the backbone's forward, with the base's weights plus this role's adapters."""
         if taps is None and not self.has_head:
-            raise AptError("this role has no output head any more (drop_output_head): it can only be called with taps.")
+            raise AptError(
+                "this role has no output head any more (drop_output_head): it can only be called with taps."
+            )
         return self.base.blocks.switch.run(self.name, self.base, *args, taps=taps, **kwargs)
 
     def adapters(self) -> dict[str, Adapter]:
@@ -157,13 +192,19 @@ class Role(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, Adapter)}
 
     def drop_output_head(self) -> None:
-        """Removes this role's adapters of the output head, which then would get no gradient. The shared base keeps its head."""
+        """Removes this role's adapters of the output head, which then would get no gradient. The shared base
+        keeps its head.
+        """
         self.has_head = False
         self._drop([name for name in self.adapters() if name.startswith(self.base.output_head)])
 
     def keep_blocks(self, count: int) -> None:
-        """Removes this role's adapters behind the first `count` blocks, and what would have no gradient in the last of those."""
-        idle = [f"blocks.{i}." for i in range(count, len(self.base.blocks))] + [f"blocks.{count - 1}.{layer}" for layer in self.base.text_only]
+        """Removes this role's adapters behind the first `count` blocks, and what would have no gradient in
+        the last of those.
+        """
+        idle = [f"blocks.{i}." for i in range(count, len(self.base.blocks))] + [
+            f"blocks.{count - 1}.{layer}" for layer in self.base.text_only
+        ]
         self._drop([name for name in self.adapters() if name.startswith(tuple(idle))])
         self.config = type(self.config)({**self.config, "num_layers": count})
 
@@ -183,26 +224,33 @@ class Role(nn.Module):
 
 
 def role(model: nn.Module, name: str | None) -> Role:
-    """The model in one of its roles; None or "base" is the frozen base alone. Light: it holds nothing but references.
+    """The model in one of its roles; None or "base" is the frozen base alone. Light: it holds nothing but
+    references.
 
     Raises AptError for a model without adapters and for a role that it does not have.
     """
     roles = model.blocks.switch.roles if isinstance(model.blocks, _Blocks) else ()
     if not roles or name not in (None, BASE, *roles):
-        raise AptError(f"the model has no role {name!r}, only {', '.join((BASE, *roles))}: name it in add_adapters.")
+        raise AptError(
+            f"the model has no role {name!r}, only {', '.join((BASE, *roles))}: name it in add_adapters."
+        )
     return Role(model, name or BASE)
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The role's weights, `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank], fp32, live (DTensors where sharded)."""
+    """The role's weights, `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank], fp32,
+    live (DTensors where sharded).
+    """
     return role(model, name).state_dict()
 
 
 @torch.no_grad()
 def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
-    """State dict of a model without adapters that computes what the role computes: `W + B A alpha / rank`, summed in fp32.
+    """State dict of a model without adapters that computes what the role computes: `W + B A alpha / rank`,
+    summed in fp32.
 
-    Keys, shapes and dtypes are the base's. Of a sharded model, whole tensors; all ranks must call. Raises AptError as `role` does.
+    Keys, shapes and dtypes are the base's. Of a sharded model, whole tensors; all ranks must call. Raises
+    AptError as `role` does.
     """
     adapters = role(model, name).adapters()
     state = {}
@@ -216,7 +264,9 @@ def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fold(model: nn.Module, name: str) -> nn.Module:
-    """Makes `model` compute for good, in place and without adapters, what the role computes; returns it. Sums in fp32, as `merged_state`."""
+    """Makes `model` compute for good, in place and without adapters, what the role computes; returns it. Sums
+    in fp32, as `merged_state`.
+    """
     adapters = role(model, name).adapters()
     for layer, module in list(model.named_modules()):
         if not isinstance(module, AdaptedLinear):
@@ -232,10 +282,12 @@ def fold(model: nn.Module, name: str) -> nn.Module:
 
 @torch.no_grad()
 def lora_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The role as the tensors of a LoRA file: `diffusion_model.<official name>.lora_A.weight` and `.lora_B.weight`, alpha / rank
-    multiplied into B, so that strength 1 is right without an alpha. Of a sharded model, whole tensors; all ranks must call.
+    """The role as the tensors of a LoRA file: `diffusion_model.<official name>.lora_A.weight` and
+    `.lora_B.weight`, alpha / rank multiplied into B, so that strength 1 is right without an alpha. Of a
+    sharded model, whole tensors; all ranks must call.
 
-    An MMDiT has no official names but its own, and no program other than ours to read them. Raises AptError as `role` does.
+    An MMDiT has no official names but its own, and no program other than ours to read them. Raises AptError
+    as `role` does.
     """
     state = {}
     for layer, adapter in role(model, name).adapters().items():
@@ -245,11 +297,15 @@ def lora_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     return state
 
 
-def save_lora(path: str | Path, model: nn.Module, name: str, metadata: Mapping, dtype: torch.dtype = torch.float32) -> None:
-    """Write the role as a LoRA file that ComfyUI and diffusers load as it is. Of a sharded model, let rank 0 write `lora_state`.
+def save_lora(
+    path: str | Path, model: nn.Module, name: str, metadata: Mapping, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the role as a LoRA file that ComfyUI and diffusers load as it is. Of a sharded model, let rank 0
+    write `lora_state`.
 
-    metadata: as for `checkpoint.save_generator`; `apt` says {kind: "lora", rank} on top. Raises AptError as `lora_state` does, for
-    NaN or infinite weights, and when the place cannot be written; whatever was at `path` then stays.
+    metadata: as for `checkpoint.save_generator`; `apt` says {kind: "lora", rank} on top. Raises AptError as
+    `lora_state` does, for NaN or infinite weights, and when the place cannot be written; whatever was at
+    `path` then stays.
     """
     state = lora_state(model, name)
     rank = next(iter(state.values())).shape[0]
@@ -261,7 +317,8 @@ def save_lora(path: str | Path, model: nn.Module, name: str, metadata: Mapping, 
 def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
     """Reads a LoRA file, of any form of `lora_files`, into the role: exactly, up to the scale's rounding.
 
-    Raises AptError for a damaged file, one that is not a LoRA, and other layers or ranks than the role has; it then changes nothing.
+    Raises AptError for a damaged file, one that is not a LoRA, and other layers or ranks than the role has;
+    it then changes nothing.
     """
     header = read_header(path)
     kind = metadata_json(path, header.metadata, "apt").get("kind", "lora")

@@ -1,8 +1,10 @@
-"""The paper's own shape (3.1): a dual-stream MMDiT of 36 blocks and 8 billion parameters, behind the same interface as WanBackbone.
+"""The paper's own shape (3.1): a dual-stream MMDiT of 36 blocks and 8 billion parameters, behind the same
+interface as WanBackbone.
 
-Visual and text tokens keep weights of their own and attend jointly, as in Stable Diffusion 3; positions are 3D RoPE; the time modulates both
-streams. The paper publishes no more than that and no weights: the details are those of diffusers' QwenImageTransformer2DModel, the
-purest public dual-stream transformer, at 24 heads of 104.
+Visual and text tokens keep weights of their own and attend jointly, as in Stable Diffusion 3; positions are
+3D RoPE; the time modulates both streams. The paper publishes no more than that and no weights: the details
+are those of diffusers' QwenImageTransformer2DModel, the purest public dual-stream transformer, at 24 heads of
+104.
 """
 
 import math
@@ -25,11 +27,14 @@ EPS = 1e-6
 TIME_CHANNELS = 256
 
 
-def rotary_tables(grid: tuple[int, int, int], text_length: int, axes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    grid: tuple[int, int, int], text_length: int, axes: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the positions, fp32 [2, tokens, 1, sum(axes) / 2], of visual and of text tokens.
 
-    grid: frames, rows and columns of the visual tokens; axes: channels of a head for each of the three. Frames count from 0, rows and columns
-    from the middle, and the text continues on the diagonal where the larger of the two ends.
+    grid: frames, rows and columns of the visual tokens; axes: channels of a head for each of the three.
+    Frames count from 0, rows and columns from the middle, and the text continues on the diagonal where the
+    larger of the two ends.
     """
     _, rows, columns = grid
     starts = (0, rows // 2 - rows, columns // 2 - columns)
@@ -42,7 +47,9 @@ def rotary_tables(grid: tuple[int, int, int], text_length: int, axes: Sequence[i
 def _table(positions: Tensor, axes: Sequence[int]) -> Tensor:
     angles = []
     for axis, channels in enumerate(axes):
-        frequencies = 10000.0 ** (-torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels)
+        frequencies = 10000.0 ** (
+            -torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
+        )
         angles.append(positions[:, axis, None] * frequencies)
     angles = torch.cat(angles, dim=1)[:, None]
     return torch.stack((angles.cos(), angles.sin()))
@@ -76,7 +83,9 @@ class Stream(nn.Module):
         return self.mlp is None
 
     def project(self, x: Tensor, shift: Tensor, scale: Tensor, table: Tensor) -> list[Tensor]:
-        """x: [B, n, dim]; shift, scale: [B, 1, dim]. Returns keys, values and, unless they are dropped, queries, [B, n, heads, channels]."""
+        """x: [B, n, dim]; shift, scale: [B, 1, dim]. Returns keys, values and, unless they are dropped,
+        queries, [B, n, heads, channels].
+        """
         x = self.norm1(x) * (1 + scale) + shift
         if self.to_qkv is not None:
             q, k, v = (y.unflatten(2, (self.num_heads, -1)) for y in self.to_qkv(x).chunk(3, dim=2))
@@ -88,22 +97,33 @@ class Stream(nn.Module):
         q = self.to_q(x).unflatten(2, (self.num_heads, -1))
         return [k, v, rotate(self.norm_q(q), table)]
 
-    def finish(self, x: Tensor, answer: Tensor, gate1: Tensor, shift: Tensor, scale: Tensor, gate2: Tensor) -> Tensor:
-        """x: [B, n, dim]; answer: attention's, [B, n, heads, channels]. Returns the stream [B, n, dim] as it leaves the block."""
+    def finish(
+        self, x: Tensor, answer: Tensor, gate1: Tensor, shift: Tensor, scale: Tensor, gate2: Tensor
+    ) -> Tensor:
+        """x: [B, n, dim]; answer: attention's, [B, n, heads, channels]. Returns the stream [B, n, dim] as it
+        leaves the block.
+        """
         x = x + gate1 * self.to_out(answer.flatten(2))
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale) + shift)
 
     def fuse(self) -> None:
-        """One layer for queries, keys and values, in the place of the three: for inference. A stream of keys only stays as it is."""
+        """One layer for queries, keys and values, in the place of the three: for inference. A stream of keys
+        only stays as it is.
+        """
         if self.to_q is None or self.to_qkv is not None:
             return
         parts = self.to_q, self.to_k, self.to_v
         fused = nn.Linear(self.to_q.in_features, 3 * self.to_q.out_features, device="meta")
-        fused.weight, fused.bias = (nn.Parameter(torch.cat([getattr(part, name) for part in parts]), requires_grad=False) for name in ("weight", "bias"))
+        fused.weight, fused.bias = (
+            nn.Parameter(torch.cat([getattr(part, name) for part in parts]), requires_grad=False)
+            for name in ("weight", "bias")
+        )
         self.to_q, self.to_k, self.to_v, self.to_qkv = None, None, None, fused
 
     def keep_keys_only(self) -> None:
-        """Drops what only shapes this stream's own way on, which nobody reads after the last block: no weight is left without a gradient."""
+        """Drops what only shapes this stream's own way on, which nobody reads after the last block: no weight
+        is left without a gradient.
+        """
         old, dim = self.modulation, self.to_k.in_features
         if self.to_q is None:
             return
@@ -128,16 +148,22 @@ class MMDiTBlock(nn.Module):
         self.visual = Stream(dim, num_heads)
         self.text = Stream(dim, num_heads)
 
-    def forward(self, tokens: Tensor, text: Tensor, time: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """tokens: visual, [B, S, dim]; text: [B, L, dim]; time: [B, dim]; tables: of visual and of text tokens. Returns both streams; the last
-        block's text as it came. A split holds a piece of both streams, and whole tables."""
+    def forward(
+        self, tokens: Tensor, text: Tensor, time: Tensor, tables: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """tokens: visual, [B, S, dim]; text: [B, L, dim]; time: [B, dim]; tables: of visual and of text
+        tokens. Returns both streams; the last block's text as it came. A split holds a piece of both streams,
+        and whole tables.
+        """
         lengths = [table.shape[1] for table in reversed(tables)]
         if self.split is not None:
             tables = [self.split.cut(table) for table in tables]
         shift, scale, *rest = self.visual.modulation(time).unsqueeze(1).chunk(6, dim=2)
         k, v, q = self.visual.project(tokens, shift, scale, tables[0])
         keys_only = self.text.keys_only
-        text_shift, text_scale, *text_rest = self.text.modulation(time).unsqueeze(1).chunk(2 if keys_only else 6, dim=2)
+        text_shift, text_scale, *text_rest = (
+            self.text.modulation(time).unsqueeze(1).chunk(2 if keys_only else 6, dim=2)
+        )
         text_k, text_v, *text_q = self.text.project(text, text_shift, text_scale, tables[1])
         q, k, v = torch.cat((*text_q, q), dim=1), torch.cat((text_k, k), dim=1), torch.cat((text_v, v), dim=1)
         attention = partial(attend, backend=self.attention_backend)
@@ -149,9 +175,11 @@ class MMDiTBlock(nn.Module):
 
 
 class MMDiTBackbone(ModelMixin, ConfigMixin):
-    """The dual-stream transformer, in the defaults the paper's: 36 blocks, 8.0 billion parameters, Wan's latents and text embeddings.
+    """The dual-stream transformer, in the defaults the paper's: 36 blocks, 8.0 billion parameters, Wan's
+    latents and text embeddings.
 
-    The arguments have WanTransformer3DModel's names. axes_dims_rope: a head's channels for frames, rows and columns.
+    The arguments have WanTransformer3DModel's names. axes_dims_rope: a head's channels for frames, rows and
+    columns.
     Raises AptError when those do not add up to a head.
     """
 
@@ -183,7 +211,9 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         if sum(axes_dims_rope) != attention_head_dim or any(channels % 2 for channels in axes_dims_rope):
-            raise AptError(f"axes_dims_rope must be three even numbers that add up to attention_head_dim {attention_head_dim}, got {axes_dims_rope}.")
+            raise AptError(
+                f"axes_dims_rope must be three even numbers that add up to attention_head_dim {attention_head_dim}, got {axes_dims_rope}."
+            )
         dim = num_attention_heads * attention_head_dim
         self.patch_embedding = nn.Conv3d(in_channels, dim, patch_size, patch_size)
         self.timesteps_proj = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -198,16 +228,25 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = True, taps: Sequence[int] | None = None
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        return_dict: bool = True,
+        taps: Sequence[int] | None = None,
     ):
         """The velocity, or with `taps` the visual tokens of inner blocks; exactly WanBackbone's interface.
 
-        hidden_states: [B, C, F, H, W] latents; timestep: [B] in 0..1000, kept in fp32; encoder_hidden_states: [B, L, text_dim], attended in full.
-        taps: increasing 1-based block counts. Returns a list of visual tokens [B, S, d], and runs no block after the last tap.
+        hidden_states: [B, C, F, H, W] latents; timestep: [B] in 0..1000, kept in fp32; encoder_hidden_states:
+        [B, L, text_dim], attended in full.
+        taps: increasing 1-based block counts. Returns a list of visual tokens [B, S, d], and runs no block
+        after the last tap.
         Raises AptError for taps outside the model and for an output without its head.
         """
         if taps is None and self.proj_out is None:
-            raise AptError("this backbone has no output head any more (drop_output_head): it can only be called with taps.")
+            raise AptError(
+                "this backbone has no output head any more (drop_output_head): it can only be called with taps."
+            )
         last = len(self.blocks) if taps is None else check_taps(taps, len(self.blocks))
         dtype = self.patch_embedding.weight.dtype
         latents = hidden_states.to(dtype)
@@ -231,9 +270,15 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
             if taps is not None and count in taps:
                 features.append(tokens)
         if taps is not None:
-            return features if self.split is None else [self.split.tap(tokens, math.prod(grid)) for tokens in features]
+            return (
+                features
+                if self.split is None
+                else [self.split.tap(tokens, math.prod(grid)) for tokens in features]
+            )
         patches = self._head(tokens, time)
-        velocity = self._unpatch(patches if self.split is None else self.split.whole(patches, math.prod(grid)), grid)
+        velocity = self._unpatch(
+            patches if self.split is None else self.split.whole(patches, math.prod(grid)), grid
+        )
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _head(self, tokens: Tensor, time: Tensor) -> Tensor:
@@ -241,7 +286,9 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
 
     def _unpatch(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        x = tokens.unflatten(2, (-1, *self.config.patch_size)).unflatten(1, grid)  # [B, f, h, w, C, pf, ph, pw]
+        x = tokens.unflatten(2, (-1, *self.config.patch_size)).unflatten(
+            1, grid
+        )  # [B, f, h, w, C, pf, ph, pw]
         return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def use_attention(self, backend: str) -> None:
@@ -250,7 +297,9 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
             block.attention_backend = backend
 
     def fuse_projections(self) -> None:
-        """One product for queries, keys and values of each stream, with the weights of the three in the place of theirs."""
+        """One product for queries, keys and values of each stream, with the weights of the three in the place
+        of theirs.
+        """
         for block in self.blocks:
             block.visual.fuse()
             block.text.fuse()

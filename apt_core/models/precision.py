@@ -1,13 +1,17 @@
-"""Which weights of a transformer stay in fp32 when the rest is in 16 bits: those that its class names in diffusers' `_keep_in_fp32_modules`."""
+"""Which weights of a transformer stay in fp32 when the rest is in 16 bits: those that its class names in
+diffusers' `_keep_in_fp32_modules`.
+"""
 
 import torch
 from torch import nn
 
 
 def stays_fp32(network: nn.Module | type, name: str) -> bool:
-    """Whether diffusers would keep this weight in fp32 beside 16-bit ones. network: a WanBackbone, an MMDiTBackbone, or a class of them.
+    """Whether diffusers would keep this weight in fp32 beside 16-bit ones. network: a WanBackbone, an
+    MMDiTBackbone, or a class of them.
 
-    Wan's: time embedder, modulation tables and affine norms. In bf16 the embedder would take timestep 701 for something near it.
+    Wan's: time embedder, modulation tables and affine norms. In bf16 the embedder would take timestep 701 for
+    something near it.
     """
     return not set(name.split(".")).isdisjoint(getattr(network, "_keep_in_fp32_modules", None) or ())
 
@@ -19,7 +23,9 @@ def weight_dtype(network: nn.Module | type, name: str, dtype: torch.dtype) -> to
 
 @torch.no_grad()
 def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the weights of a network in place, on "meta" too; returns it. Unlike `.to(dtype)` it leaves fp32 what stays fp32."""
+    """Cast the weights of a network in place, on "meta" too; returns it. Unlike `.to(dtype)` it leaves fp32
+    what stays fp32.
+    """
     for name, p in network.named_parameters():
         p.data = p.data.to(weight_dtype(network, name, dtype))
     return network

@@ -1,7 +1,8 @@
 """Captions to embeddings: a UMT5 encoder with its own sentencepiece tokenizer, both in one safetensors file.
 
-The file holds the keys of transformers' UMT5EncoderModel (shared.weight, encoder.block...), which ComfyUI's T5 shares, the
-sentencepiece model as the uint8 tensor `spiece_model`, and as metadata `config` (JSON, UMT5Config's fields) and `text_length`.
+The file holds the keys of transformers' UMT5EncoderModel (shared.weight, encoder.block...), which ComfyUI's
+T5 shares, the sentencepiece model as the uint8 tensor `spiece_model`, and as metadata `config` (JSON,
+UMT5Config's fields) and `text_length`.
 """
 
 import html
@@ -36,10 +37,12 @@ CONFIG_FIELDS = (
 
 
 class TextEncoder:
-    """Turns captions into what Wan's transformer reads, exactly as diffusers' WanPipeline does (without its optional ftfy).
+    """Turns captions into what Wan's transformer reads, exactly as diffusers' WanPipeline does (without its
+    optional ftfy).
 
-    model: a UMT5EncoderModel; spiece: the bytes of a sentencepiece model with pad 0, </s> 1 and unk 2; text_length: the number of
-    rows that the transformer was trained on (512 for Wan). Raises AptError when the tokenizer does not fit the encoder.
+    model: a UMT5EncoderModel; spiece: the bytes of a sentencepiece model with pad 0, </s> 1 and unk 2;
+    text_length: the number of rows that the transformer was trained on (512 for Wan). Raises AptError when
+    the tokenizer does not fit the encoder.
     """
 
     def __init__(self, model, spiece: bytes, text_length: int):
@@ -62,9 +65,14 @@ class TextEncoder:
         return self
 
     def tokenize(self, texts: Sequence[str], truncate: bool = False) -> list[list[int]]:
-        """Token ids of each text, </s> at the end and no padding. `truncate` cuts to `text_length`, </s> kept; else any length comes."""
+        """Token ids of each text, </s> at the end and no padding. `truncate` cuts to `text_length`, </s>
+        kept; else any length comes.
+        """
         rows = [[*self._pieces.encode(clean_prompt(text)), EOS] for text in texts]
-        return [row[: self.text_length - 1] + [EOS] if truncate and len(row) > self.text_length else row for row in rows]
+        return [
+            row[: self.text_length - 1] + [EOS] if truncate and len(row) > self.text_length else row
+            for row in rows
+        ]
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], truncate: bool = False, batch: int = 32) -> list[Tensor]:
@@ -77,7 +85,9 @@ class TextEncoder:
             if len(row) > self.text_length:
                 start = clean_prompt(text)
                 start = start if len(start) <= 60 else start[:60] + "..."
-                raise AptError(f'the caption "{start}" has {len(row)} tokens, but at most {self.text_length} fit: shorten it, or truncate.')
+                raise AptError(
+                    f'the caption "{start}" has {len(row)} tokens, but at most {self.text_length} fit: shorten it, or truncate.'
+                )
         device, out = self.model.shared.weight.device, []
         for i in range(0, len(rows), batch):
             part = rows[i : i + batch]
@@ -90,44 +100,65 @@ class TextEncoder:
 
     @staticmethod
     def pad(embeddings: Sequence[Tensor], length: int) -> Tensor:
-        """`[B, length, d]` from `[L_i, d]`, zeros after each. Raises AptError when one is longer than `length`."""
+        """`[B, length, d]` from `[L_i, d]`, zeros after each. Raises AptError when one is longer than
+        `length`.
+        """
         longest = max(len(e) for e in embeddings)
         if longest > length:
-            raise AptError(f"a text embedding has {longest} rows, but at most {length} fit: shorten its caption.")
+            raise AptError(
+                f"a text embedding has {longest} rows, but at most {length} fit: shorten its caption."
+            )
         return torch.stack([torch.nn.functional.pad(e, (0, 0, 0, length - len(e))) for e in embeddings])
 
 
 def clean_prompt(text: str) -> str:
-    """WanPipeline's prompt_clean without ftfy: HTML entities undone (twice, as there), runs of white space to one blank."""
+    """WanPipeline's prompt_clean without ftfy: HTML entities undone (twice, as there), runs of white space to
+    one blank.
+    """
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
 def load_text_encoder(path: str | Path) -> TextEncoder:
     """Read a file of `save_text_encoder`; weights become fp32 on the CPU.
 
-    Raises AptError for any file that is not such a one: see `tensorfile.read_tensors`; missing, extra or wrongly shaped keys;
-    no tokenizer; metadata that does not describe a UMT5 encoder.
+    Raises AptError for any file that is not such a one: see `tensorfile.read_tensors`; missing, extra or
+    wrongly shaped keys; no tokenizer; metadata that does not describe a UMT5 encoder.
     """
     tensors, header = read_tensors(path, floats_only=False)
     if TOKENIZER_KEY not in tensors:
-        raise AptError(f"{path}: {TOKENIZER_KEY} missing: give a text encoder that carries its tokenizer (save_text_encoder writes one).")
+        raise AptError(
+            f"{path}: {TOKENIZER_KEY} missing: give a text encoder that carries its tokenizer (save_text_encoder writes one)."
+        )
     spiece = bytes(tensors.pop(TOKENIZER_KEY).to(torch.uint8).flatten().tolist())
     tensors.pop(TIED_KEY, None)
     fields = metadata_json(path, header.metadata, "config")
     text_length = header.metadata.get("text_length", "")
     if not text_length.isdecimal() or int(text_length) < 2:
-        raise AptError(f"{path}: its metadata entry `text_length` is {text_length or 'missing'}: it must be the number of tokens, 2 or more.")
+        raise AptError(
+            f"{path}: its metadata entry `text_length` is {text_length or 'missing'}: it must be the number of tokens, 2 or more."
+        )
     if absent := [name for name in CONFIG_FIELDS if name not in fields]:
-        raise AptError(f"{path}: its metadata entry `config` lacks {absent[0]}: write the file again with save_text_encoder.")
+        raise AptError(
+            f"{path}: its metadata entry `config` lacks {absent[0]}: write the file again with save_text_encoder."
+        )
 
     if wrong := next((key for key, tensor in tensors.items() if not tensor.is_floating_point()), None):
-        raise AptError(f"{path}: {wrong} is stored as {header.dtypes[wrong]}, which no weight is: write the file again with save_text_encoder.")
+        raise AptError(
+            f"{path}: {wrong} is stored as {header.dtypes[wrong]}, which no weight is: write the file again with save_text_encoder."
+        )
     if isinstance(fields["num_layers"], int):
         check_count(path, "num_layers", fields["num_layers"], header.shapes)
     model = _meta_model(path, {name: fields[name] for name in CONFIG_FIELDS})
     expected = {key: value.shape for key, value in model.state_dict().items() if key != TIED_KEY}
-    check_shapes(path, {key: tensor.shape for key, tensor in tensors.items()}, expected, "UMT5 text encoder of its `config`")
-    weights = {key: torch.nn.Parameter(tensor.float(), requires_grad=False) for key, tensor in tensors.items()}
+    check_shapes(
+        path,
+        {key: tensor.shape for key, tensor in tensors.items()},
+        expected,
+        "UMT5 text encoder of its `config`",
+    )
+    weights = {
+        key: torch.nn.Parameter(tensor.float(), requires_grad=False) for key, tensor in tensors.items()
+    }
     model.load_state_dict({**weights, TIED_KEY: weights["shared.weight"]}, assign=True)
     try:
         return TextEncoder(model, spiece, int(text_length))
@@ -138,7 +169,8 @@ def load_text_encoder(path: str | Path) -> TextEncoder:
 def save_text_encoder(path: str | Path, model, spiece: bytes, text_length: int) -> None:
     """Write a UMT5EncoderModel and its sentencepiece model into one file, in the model's dtype.
 
-    Raises AptError for weights that are not finite or a place that cannot be written; whatever was at `path` then stays.
+    Raises AptError for weights that are not finite or a place that cannot be written; whatever was at `path`
+    then stays.
     """
     tensors = {key: value for key, value in model.state_dict().items() if key != TIED_KEY}
     tensors[TOKENIZER_KEY] = torch.tensor(list(spiece), dtype=torch.uint8)
@@ -147,9 +179,11 @@ def save_text_encoder(path: str | Path, model, spiece: bytes, text_length: int) 
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A sentencepiece unigram model of exactly `vocab_size` pieces, as bytes. Same texts in the same order, same bytes.
+    """A sentencepiece unigram model of exactly `vocab_size` pieces, as bytes. Same texts in the same order,
+    same bytes.
 
-    256 pieces are the bytes, so that any text at all gets tokens and never unk. Raises AptError when `vocab_size` does not suit the texts.
+    256 pieces are the bytes, so that any text at all gets tokens and never unk. Raises AptError when
+    `vocab_size` does not suit the texts.
     """
     import sentencepiece
 
@@ -170,7 +204,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].strip(" .")
-        raise AptError(f"no tokenizer of {vocab_size} pieces can be made from these texts ({reason}): give other texts or another size.") from None
+        raise AptError(
+            f"no tokenizer of {vocab_size} pieces can be made from these texts ({reason}): give other texts or another size."
+        ) from None
     return out.getvalue()
 
 
@@ -180,10 +216,14 @@ def _tokenizer(spiece: bytes):
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_proto=spiece)
     except RuntimeError:
-        raise AptError(f"{TOKENIZER_KEY} is not a sentencepiece model: use the tokenizer that the text encoder was trained with.") from None
+        raise AptError(
+            f"{TOKENIZER_KEY} is not a sentencepiece model: use the tokenizer that the text encoder was trained with."
+        ) from None
     ids = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id())
     if ids != (PAD, EOS, UNK):
-        raise AptError(f"the tokenizer has pad, </s> and unk at {ids}, but T5 has them at {(PAD, EOS, UNK)}: train it with train_tokenizer.")
+        raise AptError(
+            f"the tokenizer has pad, </s> and unk at {ids}, but T5 has them at {(PAD, EOS, UNK)}: train it with train_tokenizer."
+        )
     return pieces
 
 
@@ -196,4 +236,6 @@ def _meta_model(path, fields: dict):
             return UMT5EncoderModel(config)
     except Exception as error:  # transformers checks the fields with exception types of several libraries
         reason = " ".join(str(error).split())
-        raise AptError(f"{path}: its metadata entry `config` does not describe a UMT5 encoder ({reason}): write the file again.") from None
+        raise AptError(
+            f"{path}: its metadata entry `config` does not describe a UMT5 encoder ({reason}): write the file again."
+        ) from None

@@ -1,7 +1,8 @@
-"""The public tiny decoders taew2_1 and taew2_2 (madebyollin/taehv): a fast, approximate stand-in for the Wan VAE's decoder.
+"""The public tiny decoders taew2_1 and taew2_2 (madebyollin/taehv): a fast, approximate stand-in for the Wan
+VAE's decoder.
 
-Their pictures are near the VAE's and not equal to them: for previews, and where speed matters more than detail. They take the same normalised
-latents, of 16 channels (Wan 2.1) or 48 (Wan 2.2).
+Their pictures are near the VAE's and not equal to them: for previews, and where speed matters more than
+detail. They take the same normalised latents, of 16 channels (Wan 2.1) or 48 (Wan 2.2).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,18 +17,26 @@ from ..files.tensorfile import Header, check_floats, check_shapes, read_header, 
 
 WIDTHS = 256, 128, 64
 STEPS = 1, 2, 2
-"""How many frames each of the three stages makes of one; the first frames of all are dropped, so that 1, 5, 9, ... come of 1, 2, 3, ... latents."""
+"""How many frames each of the three stages makes of one; the first frames of all are dropped, so that 1, 5,
+9, ... come of 1, 2, 3, ... latents.
+"""
 NAMES = {16: "taew2_1", 48: "taew2_2"}
 
 
-def load_tiny_decoder(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> "TinyDecoder":
-    """taew2_1 or taew2_2 from a safetensors file; which one is read from its shapes, and an encoder in the file is left out.
+def load_tiny_decoder(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> "TinyDecoder":
+    """taew2_1 or taew2_2 from a safetensors file; which one is read from its shapes, and an encoder in the
+    file is left out.
 
-    Raises AptError for anything else: see `tensorfile.read_tensors` (a .pth file is a pickle); missing, extra or wrongly shaped keys.
+    Raises AptError for anything else: see `tensorfile.read_tensors` (a .pth file is a pickle); missing, extra
+    or wrongly shaped keys.
     """
     model = read_tiny_decoder(path)
     tensors, _ = read_tensors(path)
-    model.load_state_dict({key: tensors[key].to(device, dtype, copy=True) for key in model.state_dict()}, assign=True)
+    model.load_state_dict(
+        {key: tensors[key].to(device, dtype, copy=True) for key in model.state_dict()}, assign=True
+    )
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -35,13 +44,20 @@ def read_tiny_decoder(path: str | Path) -> "TinyDecoder":
     """The decoder on device "meta": all checks of `load_tiny_decoder`, and no weight is read."""
     header = read_header(path)
     if not is_tiny_decoder(header):
-        raise AptError(f"{path} is not a tiny decoder for Wan: give taew2_1.safetensors (16 latent channels) or taew2_2.safetensors (48).")
+        raise AptError(
+            f"{path} is not a tiny decoder for Wan: give taew2_1.safetensors (16 latent channels) or taew2_2.safetensors (48)."
+        )
     check_floats(path, header)
     z_dim = header.shapes["decoder.1.weight"][1]
     with torch.device("meta"):
         model = TinyDecoder(z_dim)
     expected = {key: value.shape for key, value in model.state_dict().items()}
-    check_shapes(path, {key: shape for key, shape in header.shapes.items() if not key.startswith("encoder.")}, expected, NAMES[z_dim])
+    check_shapes(
+        path,
+        {key: shape for key, shape in header.shapes.items() if not key.startswith("encoder.")},
+        expected,
+        NAMES[z_dim],
+    )
     return model
 
 
@@ -52,7 +68,9 @@ def is_tiny_decoder(header: Header) -> bool:
 
 
 class TinyDecoder(nn.Module):
-    """The interface of `decoder.Decoder`, approximately, with one latent frame per call. Parameter names are those of the public files."""
+    """The interface of `decoder.Decoder`, approximately, with one latent frame per call. Parameter names are
+    those of the public files.
+    """
 
     approximate = True
 
@@ -63,25 +81,42 @@ class TinyDecoder(nn.Module):
         layers = [Squash(), nn.Conv2d(z_dim, WIDTHS[0], 3, padding=1), nn.ReLU()]
         for width, steps, after in zip(WIDTHS, STEPS, (*WIDTHS[1:], WIDTHS[-1])):
             layers += [Past(width) for _ in range(3)]
-            layers += [nn.Upsample(scale_factor=2), Grow(width, steps), nn.Conv2d(width, after, 3, padding=1, bias=False)]
-        self.decoder = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(WIDTHS[-1], 3 * self.patch**2, 3, padding=1))
+            layers += [
+                nn.Upsample(scale_factor=2),
+                Grow(width, steps),
+                nn.Conv2d(width, after, 3, padding=1, bias=False),
+            ]
+        self.decoder = nn.Sequential(
+            *layers, nn.ReLU(), nn.Conv2d(WIDTHS[-1], 3 * self.patch**2, 3, padding=1)
+        )
 
     @torch.inference_mode()
-    def stream(self, latents: Tensor, *, uint8: bool = False, report: Callable[[str], None] | None = None) -> Iterator[Tensor]:
-        """Normalised latents `[B, z, f, h, w]` -> slices `[B, n, H, W, 3]` in time order, 1 frame and then 4 each: fp32 in [-1, 1], or uint8.
+    def stream(
+        self, latents: Tensor, *, uint8: bool = False, report: Callable[[str], None] | None = None
+    ) -> Iterator[Tensor]:
+        """Normalised latents `[B, z, f, h, w]` -> slices `[B, n, H, W, 3]` in time order, 1 frame and then 4
+        each: fp32 in [-1, 1], or uint8.
 
         Raises AptError for latents of other channels.
         """
         if latents.ndim != 5 or latents.shape[1] != self.z_dim or not latents.numel():
             wanted = f"[batch, {self.z_dim}, frames, height, width]"
-            raise AptError(f"latents of shape {list(latents.shape)} are not {NAMES[self.z_dim]}'s: give {wanted}.")
+            raise AptError(
+                f"latents of shape {list(latents.shape)} are not {NAMES[self.z_dim]}'s: give {wanted}."
+            )
         weight = self.decoder[1].weight
         past: dict[int, Tensor] = {}
         for i, frame in enumerate(latents.to(weight).unbind(2)):
             frame = frame.contiguous(memory_format=torch.channels_last)
             for index, layer in enumerate(self.decoder):
                 frame = layer(frame, past, index, len(latents)) if isinstance(layer, Past) else layer(frame)
-            pixels = F.pixel_shuffle(frame, self.patch).unflatten(0, (len(latents), -1)).movedim(2, -1).float().clamp_(0, 1)
+            pixels = (
+                F.pixel_shuffle(frame, self.patch)
+                .unflatten(0, (len(latents), -1))
+                .movedim(2, -1)
+                .float()
+                .clamp_(0, 1)
+            )
             pixels = pixels[:, -1:] if i == 0 else pixels
             yield pixels.mul_(255).round_().to(torch.uint8) if uint8 else pixels.mul_(2).sub_(1)
 
@@ -106,7 +141,9 @@ class Past(nn.Module):
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x: Tensor, past: dict[int, Tensor], index: int, clips: int) -> Tensor:
-        """x: frames `[clips n, C, h, w]`, clip after clip. past[index]: each clip's last frame of the call before, then of this one."""
+        """x: frames `[clips n, C, h, w]`, clip after clip. past[index]: each clip's last frame of the call
+        before, then of this one.
+        """
         frames = x.unflatten(0, (clips, -1))
         before = past.get(index, torch.zeros_like(frames[:, -1:]))
         past[index] = frames[:, -1:]

@@ -1,7 +1,9 @@
-"""Wan's video VAE (diffusers' AutoencoderKLWan): load and save in official keys, encode and decode normalised latents.
+"""Wan's video VAE (diffusers' AutoencoderKLWan): load and save in official keys, encode and decode normalised
+latents.
 
-The transformer sees `(latent - mean) / std` with the fixed statistics of the Wan version; ComfyUI has the same numbers built in,
-so a VAE of one's own must have latents of exactly those statistics (`fold_statistics`).
+The transformer sees `(latent - mean) / std` with the fixed statistics of the Wan version; ComfyUI has the
+same numbers built in, so a VAE of one's own must have latents of exactly those statistics
+(`fold_statistics`).
 """
 
 from collections.abc import Sequence
@@ -27,37 +29,155 @@ from ..files.tensorfile import (
 # Of the released models; ComfyUI's latent formats Wan21 and Wan22 and diffusers' configs hold the same.
 LATENTS_MEAN = {
     "2.1": (
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+        -0.7571,
+        -0.7089,
+        -0.9113,
+        0.1075,
+        -0.1745,
+        0.9653,
+        -0.1517,
+        1.5508,
+        0.4134,
+        -0.0715,
+        0.5517,
+        -0.3632,
+        -0.1922,
+        -0.9497,
+        0.2503,
+        -0.2921,
     ),
     "2.2": (
-        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-        0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-        -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-        -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+        -0.2289,
+        -0.0052,
+        -0.1323,
+        -0.2339,
+        -0.2799,
+        0.0174,
+        0.1838,
+        0.1557,
+        -0.1382,
+        0.0542,
+        0.2813,
+        0.0891,
+        0.1570,
+        -0.0098,
+        0.0375,
+        -0.1825,
+        -0.2246,
+        -0.1207,
+        -0.0698,
+        0.5109,
+        0.2665,
+        -0.2108,
+        -0.2158,
+        0.2502,
+        -0.2055,
+        -0.0322,
+        0.1109,
+        0.1567,
+        -0.0729,
+        0.0899,
+        -0.2799,
+        -0.1230,
+        -0.0313,
+        -0.1649,
+        0.0117,
+        0.0723,
+        -0.2839,
+        -0.2083,
+        -0.0520,
+        0.3748,
+        0.0152,
+        0.1957,
+        0.1433,
+        -0.2944,
+        0.3573,
+        -0.0548,
+        -0.1681,
+        -0.0667,
     ),
-}  # fmt: skip
+}
 LATENTS_STD = {
     "2.1": (
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+        2.8184,
+        1.4541,
+        2.3275,
+        2.6558,
+        1.2196,
+        1.7708,
+        2.6052,
+        2.0743,
+        3.2687,
+        2.1526,
+        2.8652,
+        1.5579,
+        1.6382,
+        1.1253,
+        2.8251,
+        1.9160,
     ),
     "2.2": (
-        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-        0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-        0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+        0.4765,
+        1.0364,
+        0.4514,
+        1.1677,
+        0.5313,
+        0.4990,
+        0.4818,
+        0.5013,
+        0.8158,
+        1.0344,
+        0.5894,
+        1.0901,
+        0.6885,
+        0.6165,
+        0.8454,
+        0.4978,
+        0.5759,
+        0.3523,
+        0.7135,
+        0.6804,
+        0.5833,
+        1.4146,
+        0.8986,
+        0.5659,
+        0.7069,
+        0.5338,
+        0.4889,
+        0.4917,
+        0.4069,
+        0.4999,
+        0.6866,
+        0.4093,
+        0.5709,
+        0.6065,
+        0.6415,
+        0.4944,
+        0.5726,
+        1.2042,
+        0.5458,
+        1.6887,
+        0.3971,
+        1.0600,
+        0.3943,
+        0.5537,
+        0.5444,
+        0.4089,
+        0.7468,
+        0.7744,
     ),
-}  # fmt: skip
+}
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32):
     """An AutoencoderKLWan in eval mode, its weights frozen, on the CPU.
 
-    path: one safetensors file in official keys (Wan 2.1 of any base width, read from decoder.head.0.gamma, or 2.2) or in diffusers'
-    keys, with a prefix of `keys.VAE_PREFIXES` or without, or a diffusers folder (config.json and
-    diffusion_pytorch_model.safetensors, sharded or of a variant, itself or in its subfolder vae).
-    Raises AptError for a file that is not a whole Wan VAE: see `tensorfile.read_tensors`; missing, extra or wrongly shaped keys.
+    path: one safetensors file in official keys (Wan 2.1 of any base width, read from decoder.head.0.gamma, or
+    2.2) or in diffusers' keys, with a prefix of `keys.VAE_PREFIXES` or without, or a diffusers folder
+    (config.json and diffusion_pytorch_model.safetensors, sharded or of a variant, itself or in its subfolder
+    vae).
+    Raises AptError for a file that is not a whole Wan VAE: see `tensorfile.read_tensors`; missing, extra or
+    wrongly shaped keys.
     """
     files, vae, rename = _checked_meta_vae(Path(path))
     tensors = {}
@@ -69,7 +189,9 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32):
 
 
 def read_vae(path: str | Path):
-    """The AutoencoderKLWan of a file or folder on device "meta": its config and shapes, without reading a weight. Raises AptError as `load_vae`."""
+    """The AutoencoderKLWan of a file or folder on device "meta": its config and shapes, without reading a
+    weight. Raises AptError as `load_vae`.
+    """
     return _checked_meta_vae(Path(path))[1]
 
 
@@ -97,7 +219,9 @@ def _checked_meta_vae(path: Path):
     depth = config.get("dim_mult", ())
     check_count(path, "num_res_blocks", config.get("num_res_blocks", 1), shapes)
     if not isinstance(depth, list | tuple) or len(depth) > len(shapes):
-        raise AptError(f"{path}: its config has a dim_mult that its {len(shapes)} tensors cannot fill: download it again.")
+        raise AptError(
+            f"{path}: its config has a dim_mult that its {len(shapes)} tensors cannot fill: download it again."
+        )
     vae = _meta_vae(path, config)
 
     def rename(key: str) -> str:
@@ -109,15 +233,19 @@ def _checked_meta_vae(path: Path):
 
 
 def save_vae(path: str | Path, vae) -> None:
-    """Write the VAE in official keys and its own dtype: what ComfyUI's Load VAE takes (2.1 in any width, 2.2 only in the released one).
+    """Write the VAE in official keys and its own dtype: what ComfyUI's Load VAE takes (2.1 in any width, 2.2
+    only in the released one).
 
-    Raises AptError when its config's latents_mean and latents_std are not the fixed ones, which no such file can carry,
-    for weights that are not finite, and for a place that cannot be written; whatever was at `path` then stays.
+    Raises AptError when its config's latents_mean and latents_std are not the fixed ones, which no such file
+    can carry, for weights that are not finite, and for a place that cannot be written; whatever was at `path`
+    then stays.
     """
     version = "2.2" if vae.config.is_residual else "2.1"
     fixed = LATENTS_MEAN[version], LATENTS_STD[version]
     if (tuple(vae.config.latents_mean), tuple(vae.config.latents_std)) != fixed:
-        raise AptError(f"a Wan {version} VAE file has fixed latents_mean and latents_std, others are in this config: use fold_statistics first.")
+        raise AptError(
+            f"a Wan {version} VAE file has fixed latents_mean and latents_std, others are in this config: use fold_statistics first."
+        )
     tensors = {keys.vae_to_official(key, version): value for key, value in vae.state_dict().items()}
     write_tensors(path, tensors, {})
 
@@ -141,11 +269,14 @@ def denormalize(latent: Tensor, vae) -> Tensor:
 
 
 def _statistics(latent: Tensor, vae) -> tuple[Tensor, Tensor]:
-    return tuple(latent.new_tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return tuple(
+        latent.new_tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
 
 
 def encode(vae, pixels: Tensor) -> Tensor:
-    """Pixels `[B, 3, F, H, W]` in [-1, 1] -> normalised posterior means `[B, z, (F-1)/4+1, H/s, W/s]`, fp32. Nothing is drawn.
+    """Pixels `[B, 3, F, H, W]` in [-1, 1] -> normalised posterior means `[B, z, (F-1)/4+1, H/s, W/s]`, fp32.
+    Nothing is drawn.
 
     Raises AptError for a size that the VAE cannot take (`check_size` with patch 1).
     """
@@ -160,11 +291,18 @@ def decode(vae, latents: Tensor) -> Tensor:
 
 
 def check_size(
-    height: int, width: int, frames: int, stride: Sequence[int] = (4, 8, 8), patch: Sequence[int] = (1, 2, 2), what: str = "a clip"
+    height: int,
+    width: int,
+    frames: int,
+    stride: Sequence[int] = (4, 8, 8),
+    patch: Sequence[int] = (1, 2, 2),
+    what: str = "a clip",
 ) -> None:
-    """Height and width must be multiples of VAE stride x patch, frames one more than a multiple of the stride in time.
+    """Height and width must be multiples of VAE stride x patch, frames one more than a multiple of the stride
+    in time.
 
-    stride, patch: in (frames, height, width). Raises AptError that names the nearest right sizes; `what` begins its sentence.
+    stride, patch: in (frames, height, width). Raises AptError that names the nearest right sizes; `what`
+    begins its sentence.
     """
     steps, spare = (stride[0] * patch[0], stride[1] * patch[1], stride[2] * patch[2]), (1, 0, 0)
     wrong = []
@@ -173,27 +311,35 @@ def check_size(
             continue
         below = (value - extra) // step * step + extra
         near = [str(size) for size in (below, below + step) if size >= max(extra, 1)] or [str(extra or step)]
-        wrong.append(f"{name} {value} must be {f'{step} n + {extra}' if extra else f'a multiple of {step}'} ({' or '.join(near)})")
+        wrong.append(
+            f"{name} {value} must be {f'{step} n + {extra}' if extra else f'a multiple of {step}'} ({' or '.join(near)})"
+        )
     if wrong:
         raise AptError(f"{what} of {width}x{height} and {frames} frames does not fit: {', '.join(wrong)}.")
 
 
 @torch.no_grad()
 def fold_statistics(vae, mean: Tensor, std: Tensor) -> None:
-    """Give the latents exactly the statistics of the VAE's config, in place, without changing any reconstruction.
+    """Give the latents exactly the statistics of the VAE's config, in place, without changing any
+    reconstruction.
 
     mean, std: `[z]`, per channel, measured on the posterior means of the VAE as it is now. A latent m becomes
-    `a m + b` with `a = config std / std`, `b = config mean - a mean`: into quant_conv (mean rows scaled and moved, log variance rows
-    moved by `2 ln a`, so that samples follow too) and its inverse into post_quant_conv. Both are 1x1x1, so no padding is disturbed.
+    `a m + b` with `a = config std / std`, `b = config mean - a mean`: into quant_conv (mean rows scaled and
+    moved, log variance rows moved by `2 ln a`, so that samples follow too) and its inverse into
+    post_quant_conv. Both are 1x1x1, so no padding is disturbed.
     Raises AptError when the statistics do not fit the VAE or a channel is constant.
     """
     z = vae.config.z_dim
     mean, std = mean.double().cpu(), std.double().cpu()
     if mean.shape != (z,) or std.shape != (z,):
-        raise AptError(f"mean {tuple(mean.shape)} and std {tuple(std.shape)} must have one value for each of the VAE's {z} channels.")
+        raise AptError(
+            f"mean {tuple(mean.shape)} and std {tuple(std.shape)} must have one value for each of the VAE's {z} channels."
+        )
     dead = [i for i in range(z) if not (torch.isfinite(mean[i]) and torch.isfinite(std[i]) and std[i] > 1e-6)]
     if dead:
-        raise AptError(f"latent channel {dead[0]} has mean {mean[dead[0]]:g} and std {std[dead[0]]:g}: train the VAE until every channel is used.")
+        raise AptError(
+            f"latent channel {dead[0]} has mean {mean[dead[0]]:g} and std {std[dead[0]]:g}: train the VAE until every channel is used."
+        )
     a = torch.tensor(vae.config.latents_std, dtype=torch.float64) / std
     b = torch.tensor(vae.config.latents_mean, dtype=torch.float64) - a * mean
 
@@ -220,13 +366,22 @@ def _config_from_shapes(shapes: dict, layout: str, version: str) -> dict:
     base, decoder_base = shape("encoder.conv1.bias")[0], shape("decoder.head.0.gamma")[0]
     z, fixed = shape("conv2.bias")[0], len(LATENTS_MEAN[version])
     if z != fixed:
-        raise AptError(f"it has {z} latent channels, but Wan {version} has {fixed}: give a diffusers folder, whose config names its statistics.")
-    config = {"base_dim": base, "latents_mean": list(LATENTS_MEAN[version]), "latents_std": list(LATENTS_STD[version])}
+        raise AptError(
+            f"it has {z} latent channels, but Wan {version} has {fixed}: give a diffusers folder, whose config names its statistics."
+        )
+    config = {
+        "base_dim": base,
+        "latents_mean": list(LATENTS_MEAN[version]),
+        "latents_std": list(LATENTS_STD[version]),
+    }
     if decoder_base != base:
         config["decoder_base_dim"] = decoder_base
     if version == "2.1":
         # 2.1 has no patches, so these are image channels (4 for an alpha variant).
-        return config | {"in_channels": shape("encoder.conv1.weight")[1], "out_channels": shape("decoder.head.2.bias")[0]}
+        return config | {
+            "in_channels": shape("encoder.conv1.weight")[1],
+            "out_channels": shape("decoder.head.2.bias")[0],
+        }
     return config | {
         "z_dim": z,
         "is_residual": True,
@@ -255,4 +410,6 @@ def _meta_vae(path, config: dict):
         with torch.device("meta"):
             return AutoencoderKLWan.from_config(config)
     except Exception as error:  # whatever a foreign config breaks
-        raise AptError(f"{path}: no Wan VAE can be built from its config ({' '.join(str(error).split())}): download it again.") from None
+        raise AptError(
+            f"{path}: no Wan VAE can be built from its config ({' '.join(str(error).split())}): download it again."
+        ) from None

@@ -16,20 +16,30 @@ PAPER_FRACTIONS = (4 / 9, 13 / 18, 1.0)
 
 
 def tap_blocks(num_layers: int, fractions: Sequence[float] = PAPER_FRACTIONS) -> tuple[int, ...]:
-    """1-based block counts after which the discriminator looks: (16, 26, 36) for 36 blocks, (13, 22, 30) for Wan's 30.
+    """1-based block counts after which the discriminator looks: (16, 26, 36) for 36 blocks, (13, 22, 30) for
+    Wan's 30.
 
-    Raises AptError when a fraction is outside (0, 1], when they do not increase, or when the model is too shallow to keep them apart.
+    Raises AptError when a fraction is outside (0, 1], when they do not increase, or when the model is too
+    shallow to keep them apart.
     """
-    if not fractions or not all(0 < f <= 1 for f in fractions) or any(a >= b for a, b in zip(fractions, fractions[1:])):
+    if (
+        not fractions
+        or not all(0 < f <= 1 for f in fractions)
+        or any(a >= b for a, b in zip(fractions, fractions[1:]))
+    ):
         raise AptError(f"tap fractions must increase within (0, 1], got {tuple(fractions)}.")
     blocks = tuple(math.floor(f * num_layers + 0.5) for f in fractions)
     if blocks[0] < 1 or len(set(blocks)) < len(blocks):
-        raise AptError(f"a model of {num_layers} blocks is too shallow for taps at {tuple(fractions)}: they fall on blocks {blocks}.")
+        raise AptError(
+            f"a model of {num_layers} blocks is too shallow for taps at {tuple(fractions)}: they fall on blocks {blocks}."
+        )
     return blocks
 
 
 def check_taps(taps: Sequence[int], num_layers: int) -> int:
-    """The last of the taps, which are 1-based block counts. Raises AptError unless they increase within the model's blocks."""
+    """The last of the taps, which are 1-based block counts. Raises AptError unless they increase within the
+    model's blocks.
+    """
     taps = tuple(taps)
     if not taps or taps[0] < 1 or taps[-1] > num_layers or any(a >= b for a, b in zip(taps, taps[1:])):
         raise AptError(f"taps must increase within 1 to {num_layers}, the number of blocks, got {taps}.")
@@ -37,7 +47,9 @@ def check_taps(taps: Sequence[int], num_layers: int) -> int:
 
 
 class WanBackbone(WanTransformer3DModel):
-    """diffusers' Wan transformer, same weights and same config, that can also hand out the tokens of inner blocks."""
+    """diffusers' Wan transformer, same weights and same config, that can also hand out the tokens of inner
+    blocks.
+    """
 
     output_head = ("proj_out", "norm_out", "scale_shift_table")
     """Submodules that only the velocity needs."""
@@ -65,24 +77,36 @@ class WanBackbone(WanTransformer3DModel):
     ):
         """The stock forward, or with `taps` the features of inner blocks.
 
-        hidden_states: [B, C, F, H, W] latents; timestep: [B] in 0..1000, kept in fp32; encoder_hidden_states: [B, L, text_dim].
-        Latents and text are cast to the weights' dtype here, inside the forward, where FSDP2's mixed precision has already cast the weights.
+        hidden_states: [B, C, F, H, W] latents; timestep: [B] in 0..1000, kept in fp32; encoder_hidden_states:
+        [B, L, text_dim].
+        Latents and text are cast to the weights' dtype here, inside the forward, where FSDP2's mixed
+        precision has already cast the weights.
 
-        taps: increasing 1-based block counts. Returns a list of visual tokens [B, S, d], S = F H W / patch volume, each as its block
-        leaves it (no norm), and runs no block after the last tap. Without taps the result is the stock forward's, bit for bit.
-        Raises AptError for taps outside the model, for an output without its head, and for anything but text and one time per sample with
-        taps or under context parallelism.
+        taps: increasing 1-based block counts. Returns a list of visual tokens [B, S, d], S = F H W / patch
+        volume, each as its block leaves it (no norm), and runs no block after the last tap. Without taps the
+        result is the stock forward's, bit for bit.
+        Raises AptError for taps outside the model, for an output without its head, and for anything but text
+        and one time per sample with taps or under context parallelism.
         """
         dtype = self.patch_embedding.weight.dtype
         hidden_states, encoder_hidden_states = hidden_states.to(dtype), encoder_hidden_states.to(dtype)
         if taps is None and self.proj_out is None:
-            raise AptError("this backbone has no output head any more (drop_output_head): it can only be called with taps.")
+            raise AptError(
+                "this backbone has no output head any more (drop_output_head): it can only be called with taps."
+            )
         if taps is None and self.split is None:
             return super().forward(
-                hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, return_dict, attention_kwargs=attention_kwargs
+                hidden_states,
+                timestep,
+                encoder_hidden_states,
+                encoder_hidden_states_image,
+                return_dict,
+                attention_kwargs=attention_kwargs,
             )
         if encoder_hidden_states_image is not None or attention_kwargs or timestep.ndim != 1:
-            raise AptError("taps and context parallelism take text and one time per sample only, no image embeddings and no attention_kwargs.")
+            raise AptError(
+                "taps and context parallelism take text and one time per sample only, no image embeddings and no attention_kwargs."
+            )
         time, modulation, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
         modulation = modulation.unflatten(1, (6, -1))  # [B, 6, d]
         count = math.prod(hidden_states.shape[2:]) // math.prod(self.config.patch_size)
@@ -93,7 +117,9 @@ class WanBackbone(WanTransformer3DModel):
         velocity = self._unpatch(self.split.whole(self._head(tokens, time), count), hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _tokens(self, latents: Tensor, modulation: Tensor, text: Tensor, taps: tuple[int, ...]) -> list[Tensor]:
+    def _tokens(
+        self, latents: Tensor, modulation: Tensor, text: Tensor, taps: tuple[int, ...]
+    ) -> list[Tensor]:
         """The visual tokens, or this process's piece of them, behind each of the taps."""
         last = check_taps(taps, len(self.blocks))
         rotary = self.rope(latents)
@@ -118,16 +144,22 @@ class WanBackbone(WanTransformer3DModel):
 
     def _unpatch(self, patches: Tensor, shape: Sequence[int]) -> Tensor:
         grid = [n // p for n, p in zip(shape, self.config.patch_size)]
-        x = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)  # [B, f, h, w, pf, ph, pw, C]
+        x = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(
+            1, grid
+        )  # [B, f, h, w, pf, ph, pw, C]
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def use_attention(self, backend: str) -> None:
-        """Sets the attention backend (attention.best_backend) of this model alone; set_attention_backend would change all of the process."""
+        """Sets the attention backend (attention.best_backend) of this model alone; set_attention_backend
+        would change all of the process.
+        """
         for block in self.blocks:
             block.attn1.processor._attention_backend = block.attn2.processor._attention_backend = backend
 
     def fuse_projections(self) -> None:
-        """One product for queries, keys and values that read the same tokens, with the weights of the three in the place of theirs."""
+        """One product for queries, keys and values that read the same tokens, with the weights of the three
+        in the place of theirs.
+        """
         for block in self.blocks:
             for attention in (block.attn1, block.attn2):
                 attention.fuse_projections()
@@ -144,13 +176,16 @@ class WanBackbone(WanTransformer3DModel):
     def drop_output_head(self) -> None:
         """Removes proj_out, norm_out and scale_shift_table: the discriminator never uses them.
 
-        A parameter without a gradient has no optimizer state, and a sharded optimizer refuses to resume without it.
+        A parameter without a gradient has no optimizer state, and a sharded optimizer refuses to resume
+        without it.
         """
         for name in self.output_head:
             setattr(self, name, None)
 
     def keep_blocks(self, count: int) -> None:
-        """Drops every block after the first `count`, so that a discriminator of less than full depth (5.2) has no idle parameters."""
+        """Drops every block after the first `count`, so that a discriminator of less than full depth (5.2)
+        has no idle parameters.
+        """
         self.blocks = self.blocks[:count]
         self.register_to_config(num_layers=count)
 
@@ -158,10 +193,15 @@ class WanBackbone(WanTransformer3DModel):
 def predict_velocity(model, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """`v(x_t, c, t)` in fp32, [B, C, F, H, W] as `x_t`.
 
-    model: a WanBackbone, or anything called like one; t: [B] in [0, 1]; text: [B, L, text_dim]. The network is fed `1000 t` in fp32
-    whatever its own dtype: bf16 would turn 701 into 700. Raises AptError when `t` is not one value per sample.
+    model: a WanBackbone, or anything called like one; t: [B] in [0, 1]; text: [B, L, text_dim]. The network
+    is fed `1000 t` in fp32 whatever its own dtype: bf16 would turn 701 into 700. Raises AptError when `t` is
+    not one value per sample.
     """
     if t.shape != x_t.shape[:1]:
-        raise AptError(f"time has shape {tuple(t.shape)}, but a batch of {x_t.shape[0]} needs shape ({x_t.shape[0]},).")
-    output = model(hidden_states=x_t, timestep=1000.0 * t.float(), encoder_hidden_states=text, return_dict=False)
+        raise AptError(
+            f"time has shape {tuple(t.shape)}, but a batch of {x_t.shape[0]} needs shape ({x_t.shape[0]},)."
+        )
+    output = model(
+        hidden_states=x_t, timestep=1000.0 * t.float(), encoder_hidden_states=text, return_dict=False
+    )
     return output[0].float()

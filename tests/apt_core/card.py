@@ -1,7 +1,9 @@
-"""A GPU for tests on a CPU: tensors compute as ever, but each is known to lie on the card or not, and the two do not mix.
+"""A GPU for tests on a CPU: tensors compute as ever, but each is known to lie on the card or not, and the two
+do not mix.
 
-What is known is known of a tensor's memory, so that `.data`, views, `.to` of modules and orphaned buffers behave as on a real card. Within
-`Card(monkeypatch)` torch answers as on a machine with one, as far as the engine asks. `held()` and `peak` are bytes on it.
+What is known is known of a tensor's memory, so that `.data`, views, `.to` of modules and orphaned buffers
+behave as on a real card. Within `Card(monkeypatch)` torch answers as on a machine with one, as far as the
+engine asks. `held()` and `peak` are bytes on it.
 """
 
 from contextlib import nullcontext
@@ -13,7 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
-ANYWHERE = {"__set__", "copy_", "__getitem__", "__setitem__", "_has_compatible_shallow_copy_type"}  # a real card takes the CPU's tensors there, too
+ANYWHERE = {
+    "__set__",
+    "copy_",
+    "__getitem__",
+    "__setitem__",
+    "_has_compatible_shallow_copy_type",
+}  # a real card takes the CPU's tensors there, too
 
 
 class Queue:
@@ -30,8 +38,16 @@ class Card(TorchFunctionMode):
     def __init__(self, monkeypatch, capacity: int = 2**50):
         super().__init__()
         self.capacity, self.peak, self._memory = capacity, 0, []
-        fakes = {"Stream": Queue, "current_stream": Queue, "stream": lambda *_: nullcontext(), "empty_cache": lambda: None}
-        fakes |= {"mem_get_info": lambda *_: (self.capacity - self.held(), self.capacity), "get_device_capability": lambda *_: (9, 0)}
+        fakes = {
+            "Stream": Queue,
+            "current_stream": Queue,
+            "stream": lambda *_: nullcontext(),
+            "empty_cache": lambda: None,
+        }
+        fakes |= {
+            "mem_get_info": lambda *_: (self.capacity - self.held(), self.capacity),
+            "get_device_capability": lambda *_: (9, 0),
+        }
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
 
@@ -62,7 +78,9 @@ class Card(TorchFunctionMode):
             kwargs["device"] = CPU if _is_card(device) else device
         places = {on_card(value) for value in given if value.ndim}
         if len(places) > 1 and name not in ANYWHERE:
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
+            )
         out = function(*args, **kwargs)
         known = {value.untyped_storage()._cdata for value in given}
         if _is_card(device) if device is not None else any(on_card(value) for value in given):
@@ -71,7 +89,9 @@ class Card(TorchFunctionMode):
                     self._mark(value)
         return out
 
-    def _moved(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None, copy: bool, **options) -> Tensor:
+    def _moved(
+        self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None, copy: bool, **options
+    ) -> Tensor:
         if on_card(tensor) == _is_card(device) and not copy and dtype in (None, tensor.dtype):
             return tensor.to(**options) if options else tensor
         moved = tensor.detach().to(dtype or tensor.dtype, copy=True, **options)
@@ -87,7 +107,9 @@ class Card(TorchFunctionMode):
 
 
 def on_card(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_meta and hasattr(tensor.untyped_storage(), "on_card")
+    return (
+        tensor.layout == torch.strided and not tensor.is_meta and hasattr(tensor.untyped_storage(), "on_card")
+    )
 
 
 def _is_card(device) -> bool:

@@ -20,24 +20,34 @@ def one_thread():
 
 @pytest.fixture
 def double(monkeypatch):
-    """Runs the models in fp64 although they ask for fp32 inside: what is left of a difference is then a mistake, not rounding."""
+    """Runs the models in fp64 although they ask for fp32 inside: what is left of a difference is then a
+    mistake, not rounding.
+    """
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 @pytest.fixture
 def same(monkeypatch):
-    """same(found, expected, compute): two models have the same weights to the last bit, and `compute` gives the same of both in fp64.
+    """same(found, expected, compute): two models have the same weights to the last bit, and `compute` gives
+    the same of both in fp64.
 
-    Not to the last bit: kernels round by where in memory a weight lies, and what is read from a file may lie anywhere.
+    Not to the last bit: kernels round by where in memory a weight lies, and what is read from a file may lie
+    anywhere.
     """
 
     def check(found, expected, compute):
         state, wanted = found.state_dict(), expected.state_dict()
         assert state.keys() == wanted.keys()
-        assert [name for name, value in state.items() if value.dtype != wanted[name].dtype or not torch.equal(value, wanted[name])] == []
+        assert [
+            name
+            for name, value in state.items()
+            if value.dtype != wanted[name].dtype or not torch.equal(value, wanted[name])
+        ] == []
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-            torch.testing.assert_close(*(compute(copy.deepcopy(model).double()) for model in (found, expected)), rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                *(compute(copy.deepcopy(model).double()) for model in (found, expected)), rtol=0, atol=1e-12
+            )
 
     return check
 
@@ -91,6 +101,13 @@ def batch():
         g = torch.Generator().manual_seed(seed)
         shape = (n, 4, 2, 4, 6)
         real, fake, real_noise, fake_noise = (torch.randn(shape, generator=g) for _ in range(4))
-        return real, fake, torch.randn(n, 5, 10, generator=g), torch.rand(n, generator=g), real_noise, fake_noise
+        return (
+            real,
+            fake,
+            torch.randn(n, 5, 10, generator=g),
+            torch.rand(n, generator=g),
+            real_noise,
+            fake_noise,
+        )
 
     return make

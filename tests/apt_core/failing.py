@@ -4,7 +4,9 @@ import torch
 
 
 class Failing:
-    """calls: numbers of the calls that fail. late: when the layer has computed, and exchanged what it had to. error: what it fails with."""
+    """calls: numbers of the calls that fail. late: when the layer has computed, and exchanged what it had to.
+    error: what it fails with.
+    """
 
     def __init__(self, layer, calls, late: bool = False, error: Exception | None = None):
         self.layer, self.calls, self.late, self.count = layer, calls, late, 0

@@ -8,7 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """`with LiveBytes() as live: ...`, then `live.peak`: the most at any time. Workspaces inside of an operation are not seen."""
+    """`with LiveBytes() as live: ...`, then `live.peak`: the most at any time. Workspaces inside of an
+    operation are not seen.
+    """
 
     def __init__(self):
         super().__init__()
@@ -17,7 +19,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
+        }
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given | self.known:
                 storage = x.untyped_storage()

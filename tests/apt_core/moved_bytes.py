@@ -6,7 +6,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class MovedBytes(TorchDispatchMode):
-    """`with MovedBytes() as moved: ...`, then `moved.total`: bytes of all inputs and outputs; views and empty tensors cost nothing."""
+    """`with MovedBytes() as moved: ...`, then `moved.total`: bytes of all inputs and outputs; views and empty
+    tensors cost nothing.
+    """
 
     FREE = ("empty", "empty_like", "new_empty", "detach")
 
@@ -16,7 +18,9 @@ class MovedBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
-        given, made = ([x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)] for tree in ((args, kwargs), result))
+        given, made = (
+            [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)] for tree in ((args, kwargs), result)
+        )
         known = {x.untyped_storage()._cdata for x in given}
         view = not name.endswith("_") and all(x.untyped_storage()._cdata in known for x in made)
         if name == "conv3d" and given[1].is_contiguous(memory_format=torch.channels_last_3d):

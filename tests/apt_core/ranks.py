@@ -13,7 +13,9 @@ import torch.multiprocessing as mp
 
 @contextmanager
 def double():
-    """fp64, although the models ask for fp32 inside: what is left of a difference is then a mistake, not rounding."""
+    """fp64, although the models ask for fp32 inside: what is left of a difference is then a mistake, not
+    rounding.
+    """
     single = torch.Tensor.float
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
@@ -25,7 +27,9 @@ def double():
 
 
 def start(size: int, function: Callable, *args, preload: Sequence[str] = ()) -> None:
-    """Calls `function(group, *args)` in each of `size` processes, and waits. preload: what is imported once for all of them."""
+    """Calls `function(group, *args)` in each of `size` processes, and waits. preload: what is imported once
+    for all of them.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,7 +39,11 @@ def start(size: int, function: Callable, *args, preload: Sequence[str] = ()) -> 
 
 def _work(rank: int, size: int, port: int, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
-    timeout = timedelta(minutes=15)  # of an exchange in which somebody is missing; on a busy machine that is whoever waits for a core
-    dist.init_process_group("gloo", timeout=timeout, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    timeout = timedelta(
+        minutes=15
+    )  # of an exchange in which somebody is missing; on a busy machine that is whoever waits for a core
+    dist.init_process_group(
+        "gloo", timeout=timeout, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
     function(dist.group.WORLD, *args)
     dist.destroy_process_group()

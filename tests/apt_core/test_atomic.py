@@ -83,10 +83,15 @@ def test_what_a_killed_process_left_goes_with_the_next_write_and_a_live_ones_sta
 def test_only_own_kind_is_taken_away(tmp_path, dead):
     path, (pid, started) = tmp_path / "x", own()
     stay = [
-        fake(path, "other-host-01234567", dead, 1), fake(path, host(), pid, started), fake(tmp_path / "x2",
-        host(), dead, 1), tmp_path / "x.partial", tmp_path / "step-000003.bak", tmp_path /
-        f".x.{dead}.partial", tmp_path / f".x.{host()}.{dead}-1-0.partial.bak", tmp_path / "x.part",
-    ]  # fmt: skip
+        fake(path, "other-host-01234567", dead, 1),
+        fake(path, host(), pid, started),
+        fake(tmp_path / "x2", host(), dead, 1),
+        tmp_path / "x.partial",
+        tmp_path / "step-000003.bak",
+        tmp_path / f".x.{dead}.partial",
+        tmp_path / f".x.{host()}.{dead}-1-0.partial.bak",
+        tmp_path / "x.part",
+    ]
     go = [
         fake(path, host(), dead, 1),
         fake(path, host(), pid, started + 1),

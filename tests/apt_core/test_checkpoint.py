@@ -1,4 +1,6 @@
-"""The checkpoint contract: what is written, what is read back, and one sentence for every file that cannot be used."""
+"""The checkpoint contract: what is written, what is read back, and one sentence for every file that cannot be
+used.
+"""
 
 import json
 import os
@@ -65,8 +67,16 @@ def refuse(path, *words, load=load_transformer):
 
 def test_what_is_written(file, model):
     header = read_header(file)
-    assert json.loads(header.metadata["apt"]) == {"format": 1, "kind": "generator", "timestep": 1000, "base": "mini", "phase": "image"}
-    assert json.loads(header.metadata["config"]) == {"transformer": {"num_heads": 2, "text_dim": 10, "freq_dim": 16}}
+    assert json.loads(header.metadata["apt"]) == {
+        "format": 1,
+        "kind": "generator",
+        "timestep": 1000,
+        "base": "mini",
+        "phase": "image",
+    }
+    assert json.loads(header.metadata["config"]) == {
+        "transformer": {"num_heads": 2, "text_dim": 10, "freq_dim": 16}
+    }
     assert header.shapes[Q] == (24, 24) and header.shapes["blocks.2.norm3.weight"] == (24,)
     assert set(header.dtypes.values()) == {"F32"}
     assert len(header.shapes) == len(model.state_dict())
@@ -76,7 +86,13 @@ def test_what_is_written(file, model):
 def test_metadata_extends_the_contract(model, tmp_path):
     path = tmp_path / "new" / "folder" / "m.safetensors"
     native = {"height": 48, "width": 48, "frames": 9, "fps": 8}
-    save_generator(path, model.state_dict(), dict(model.config), {"kind": "base", "native": native, "modelspec.title": "Mini"}, torch.bfloat16)
+    save_generator(
+        path,
+        model.state_dict(),
+        dict(model.config),
+        {"kind": "base", "native": native, "modelspec.title": "Mini"},
+        torch.bfloat16,
+    )
     header = read_header(path)
     assert header.metadata["modelspec.title"] == "Mini" and set(header.dtypes.values()) == {"BF16"}
     assert read_metadata(path) == {"format": 1, "kind": "base", "timestep": 1000, "native": native}
@@ -102,7 +118,7 @@ def test_round_trip_is_exact(file, model, count_built, same):
     same(again, model, velocity)
     assert {k: v for k, v in again.config.items() if k[0] != "_"} == {
         k: v for k, v in model.config.items() if k[0] != "_"
-    } | {"rope_max_seq_len": 1024}  # fmt: skip
+    } | {"rope_max_seq_len": 1024}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -120,8 +136,14 @@ def test_16_bits_leave_fp32_what_diffusers_does(model, tmp_path, dtype, device):
     save_diffusers_folder(tmp_path / "folder", model, {})
     stock = WanTransformer3DModel.from_pretrained(tmp_path / "folder" / "transformer", torch_dtype=dtype)
     ours = load_transformer(tmp_path / "folder", dtype=dtype, device=device)
-    assert {name: p.dtype for name, p in ours.named_parameters()} == {name: p.dtype for name, p in stock.named_parameters()}
-    assert {p.dtype for p in ours.condition_embedder.time_embedder.parameters()} == {torch.float32} != {p.dtype for p in ours.parameters()}
+    assert {name: p.dtype for name, p in ours.named_parameters()} == {
+        name: p.dtype for name, p in stock.named_parameters()
+    }
+    assert (
+        {p.dtype for p in ours.condition_embedder.time_embedder.parameters()}
+        == {torch.float32}
+        != {p.dtype for p in ours.parameters()}
+    )
     if device == "cpu":
         assert all(torch.equal(p, stock.get_parameter(name)) for name, p in ours.named_parameters())
 
@@ -148,21 +170,40 @@ def test_state_dict_in_official_keys_is_taken(file, model, same, tmp_path):
 def test_image_to_video_round_trip(tmp_path):
     torch.manual_seed(0)
     model = WanTransformer3DModel(
-        num_attention_heads=1, ffn_dim=16, num_layers=1, in_channels=8, out_channels=4, text_dim=16, image_dim=20, added_kv_proj_dim=128,
+        num_attention_heads=1,
+        ffn_dim=16,
+        num_layers=1,
+        in_channels=8,
+        out_channels=4,
+        text_dim=16,
+        image_dim=20,
+        added_kv_proj_dim=128,
         pos_embed_seq_len=6,
-    )  # fmt: skip
+    )
     path = tmp_path / "i2v.safetensors"
     save_generator(path, model, model.config, {})
     again = load_transformer(path)
-    assert (again.config.image_dim, again.config.added_kv_proj_dim, again.config.pos_embed_seq_len) == (20, 128, 6)
+    assert (again.config.image_dim, again.config.added_kv_proj_dim, again.config.pos_embed_seq_len) == (
+        20,
+        128,
+        6,
+    )
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
 
 
 def test_config_of_the_released_shapes():
     for heads, ffn, layers, channels in ((12, 8960, 30, 16), (40, 13824, 40, 16), (24, 14336, 30, 48)):
         with torch.device("meta"):
-            model = WanTransformer3DModel(num_attention_heads=heads, ffn_dim=ffn, num_layers=layers, in_channels=channels, out_channels=channels)
-        config = transformer_config_from({key: tuple(value.shape) for key, value in model.state_dict().items()}, {})
+            model = WanTransformer3DModel(
+                num_attention_heads=heads,
+                ffn_dim=ffn,
+                num_layers=layers,
+                in_channels=channels,
+                out_channels=channels,
+            )
+        config = transformer_config_from(
+            {key: tuple(value.shape) for key, value in model.state_dict().items()}, {}
+        )
         assert {key: model.config[key] for key in config} == config
 
 
@@ -182,7 +223,10 @@ def test_diffusers_folder(model, same, tmp_path):
     model.scale_shift_table.data[0, 0, 0] = float("nan")
     with pytest.raises(AptError, match="scale_shift_table"):
         save_diffusers_folder(folder, model, {"updates": 3})
-    assert json.loads((folder / "apt.json").read_text(encoding="utf-8"))["updates"] == 2 and len(list(tmp_path.iterdir())) == 1
+    assert (
+        json.loads((folder / "apt.json").read_text(encoding="utf-8"))["updates"] == 2
+        and len(list(tmp_path.iterdir())) == 1
+    )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     with pytest.raises(AptError, match="mine"):
@@ -199,14 +243,19 @@ def test_sharded_diffusers_folder(model, same, tmp_path):
         load_transformer(tmp_path / "t")
 
 
-# ---- files that cannot be used ------------------------------------------------------------------------------------------------------
+# ---- files that cannot be used
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
 def count_built(monkeypatch):
     """No refused file may get as far as loading weights into a model."""
     built = []
-    monkeypatch.setattr(WanBackbone, "load_state_dict", lambda self, *a, **k: built.append(1) or super(WanBackbone, self).load_state_dict(*a, **k))
+    monkeypatch.setattr(
+        WanBackbone,
+        "load_state_dict",
+        lambda self, *a, **k: built.append(1) or super(WanBackbone, self).load_state_dict(*a, **k),
+    )
     return built
 
 
@@ -329,7 +378,10 @@ def test_no_file_and_no_folder(tmp_path):
         ({"apt": '{"format": 2, "kind": "generator"}'}, ("format 2", "update")),
         ({"apt": '{"kind": "generator"}'}, ("format",)),
         ({"apt": '{"format": 1, "kind": "teapot"}'}, ("teapot", "generator")),
-        ({"apt": '{"format": 1, "kind": "generator", "second_time": 700}'}, ("second_time 700", "between 0 and 1", "export")),
+        (
+            {"apt": '{"format": 1, "kind": "generator", "second_time": 700}'},
+            ("second_time 700", "between 0 and 1", "export"),
+        ),
         ({"apt": '{"format": 1, "kind": "lora"}'}, ("LoRA",)),
         ({"config": "nope"}, ("`config`", "JSON")),
         ({"config": '{"transformer": 3}'}, ("num_heads",)),
@@ -350,7 +402,8 @@ def test_lora_without_metadata(tmp_path):
     refuse(path, "LoRA")
 
 
-# ---- writing ------------------------------------------------------------------------------------------------------------------------
+# ---- writing
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["missing", "extra", "shape", "nan", "kind", "json"])
@@ -393,7 +446,11 @@ def test_a_failing_write_leaves_the_old_file(file, wan, monkeypatch, step):
             args[1].write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
-    target = {"save": ("safetensors.torch.save_file", fail), "sync": ("os.fsync", fail), "replace": ("os.replace", fail)}[step]
+    target = {
+        "save": ("safetensors.torch.save_file", fail),
+        "sync": ("os.fsync", fail),
+        "replace": ("os.replace", fail),
+    }[step]
     monkeypatch.setattr(*target)
     other = wan(seed=9)
     with pytest.raises(AptError, match="No space left"):
@@ -429,7 +486,11 @@ def test_tied_tensors_and_views_are_written_whole(tmp_path):
     base = torch.arange(12.0).view(3, 4)
     write_tensors(tmp_path / "t.safetensors", {"a": base, "b": base, "row": base[1], "turned": base.T}, {})
     again = load_file(tmp_path / "t.safetensors")
-    assert torch.equal(again["a"], again["b"]) and torch.equal(again["row"], base[1]) and torch.equal(again["turned"], base.T)
+    assert (
+        torch.equal(again["a"], again["b"])
+        and torch.equal(again["row"], base[1])
+        and torch.equal(again["turned"], base.T)
+    )
 
 
 @pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])
@@ -455,7 +516,9 @@ def test_importing_is_light():
         "import sys, apt_core.loading.checkpoint, apt_core.models.vae, apt_core.models.text, apt_core.files.keys;"
         "print([m for m in ('diffusers', 'transformers', 'sentencepiece', 'apt_core.models.wan') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -32,7 +32,9 @@ def test_discrete_times():
             discrete_times(steps, shift)
 
 
-@pytest.mark.parametrize("kw", [{"steps": 0}, {"shift": -1}, {"fraction_at_final": -0.1}, {"fraction_at_final": 1.1}])
+@pytest.mark.parametrize(
+    "kw", [{"steps": 0}, {"shift": -1}, {"fraction_at_final": -0.1}, {"fraction_at_final": 1.1}]
+)
 def test_settings_refuse(kw):
     with pytest.raises(AptError):
         ConsistencySettings(**kw)
@@ -56,7 +58,16 @@ def test_step_by_hand(double, wan, data, guidance, separate_target):
     settings = ConsistencySettings(steps=4, shift=3.0, guidance=guidance, fraction_at_final=0.25)
     u = torch.tensor([0.1, 0.3, 0.6, 0.99])  # intervals 3 (the final one), 0, 1, 2
     metrics = consistency_backward(
-        student, teacher, settings, x, z, text, negative, u, target=ema if separate_target else None, loss_scale=0.5
+        student,
+        teacher,
+        settings,
+        x,
+        z,
+        text,
+        negative,
+        u,
+        target=ema if separate_target else None,
+        loss_scale=0.5,
     )
     got = {n: p.grad for n, p in student.named_parameters()}
     assert all(p.grad is None for m in (teacher, ema) for p in m.parameters())
@@ -88,7 +99,9 @@ def test_boundary_ignores_the_target_network(wan, data):
     results = []
     for seed in (5, 6):
         student = wan(seed=1)
-        metrics = consistency_backward(student, wan(seed=2), settings, x, z, text, None, torch.zeros(4), target=wan(seed=seed))
+        metrics = consistency_backward(
+            student, wan(seed=2), settings, x, z, text, None, torch.zeros(4), target=wan(seed=seed)
+        )
         assert metrics["cd_loss_final"] == 0 and metrics["final_share"] == 0
         results.append([metrics["cd_loss"]] + [p.grad for p in student.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -107,7 +120,9 @@ def test_final_samples_start_from_pure_noise(wan, data):
 
 
 def test_a_consistent_student_has_no_loss(data):
-    """On the straight path of one data point the true velocity is (x_t - x) / t: teacher, student and target agree everywhere."""
+    """On the straight path of one data point the true velocity is (x_t - x) / t: teacher, student and target
+    agree everywhere.
+    """
     x, z, text, _ = data
     x = x[:1].expand_as(x).double()
 
@@ -120,7 +135,16 @@ def test_a_consistent_student_has_no_loss(data):
             t = (timestep / 1000).view(-1, 1, 1, 1, 1).clamp(min=1e-6)
             return ((hidden_states - x) / t + self.nothing,)
 
-    metrics = consistency_backward(Exact(), Exact(), ConsistencySettings(steps=8, shift=5.0, guidance=1.0), x, z, text, None, torch.rand(4))
+    metrics = consistency_backward(
+        Exact(),
+        Exact(),
+        ConsistencySettings(steps=8, shift=5.0, guidance=1.0),
+        x,
+        z,
+        text,
+        None,
+        torch.rand(4),
+    )
     assert metrics["cd_loss"].item() < 1e-9
 
 

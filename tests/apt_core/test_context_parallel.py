@@ -27,7 +27,15 @@ PRELOAD = ("apt_core.engine.context_parallel", "torch.distributed.fsdp")
 def wan(seed: int = 0) -> WanBackbone:
     torch.manual_seed(seed)
     model = WanBackbone(
-        num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, freq_dim=16, ffn_dim=32, num_layers=4, rope_max_seq_len=32
+        num_attention_heads=4,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=10,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=4,
+        rope_max_seq_len=32,
     )
     return model.requires_grad_(True)
 
@@ -35,7 +43,13 @@ def wan(seed: int = 0) -> WanBackbone:
 def mmdit(seed: int = 0) -> MMDiTBackbone:
     torch.manual_seed(seed)
     return MMDiTBackbone(
-        num_layers=4, num_attention_heads=4, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, axes_dims_rope=(4, 4, 4)
+        num_layers=4,
+        num_attention_heads=4,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=10,
+        axes_dims_rope=(4, 4, 4),
     ).requires_grad_(True)
 
 
@@ -118,10 +132,14 @@ def both_steps(make, shape, group, mode="separate"):
 
 
 def roles(make, shape, group):
-    """Generator and discriminator as adapters of one base, which alone is enabled or, the second time, the discriminator too."""
+    """Generator and discriminator as adapters of one base, which alone is enabled or, the second time, the
+    discriminator too.
+    """
     out = {}
     for count in (1, 2):
-        base = add_adapters(make(), ["generator", "discriminator"], rank=2).double()  # adapters are fp32 whatever the base is
+        base = add_adapters(
+            make(), ["generator", "discriminator"], rank=2
+        ).double()  # adapters are fp32 whatever the base is
         for p in (p for name in ("generator", "discriminator") for p in role(base, name).parameters()):
             nn.init.normal_(p, std=0.1)
         generator, discriminator = role(base, "generator"), Discriminator(role(base, "discriminator"))
@@ -137,10 +155,22 @@ def roles(make, shape, group):
     return out
 
 
-CASES = {f"velocity {make.__name__} {shape}": partial(velocity, make, shape) for make in (wan, mmdit) for shape in SHAPES}
-CASES |= {f"logits {make.__name__} {shape}": partial(logits, make, shape) for make in (wan, mmdit) for shape in SHAPES}
+CASES = {
+    f"velocity {make.__name__} {shape}": partial(velocity, make, shape)
+    for make in (wan, mmdit)
+    for shape in SHAPES
+}
+CASES |= {
+    f"logits {make.__name__} {shape}": partial(logits, make, shape)
+    for make in (wan, mmdit)
+    for shape in SHAPES
+}
 CASES |= {f"taps {make.__name__}": partial(taps, make, "odd") for make in (wan, mmdit)}
-CASES |= {f"both steps {make.__name__} {mode}": partial(both_steps, make, "odd", mode=mode) for make in (wan, mmdit) for mode in ("batched", "two_pass")}
+CASES |= {
+    f"both steps {make.__name__} {mode}": partial(both_steps, make, "odd", mode=mode)
+    for make in (wan, mmdit)
+    for mode in ("batched", "two_pass")
+}
 CASES |= {f"roles {make.__name__}": partial(roles, make, "odd") for make in (wan, mmdit)}
 CASES |= {
     "velocity checkpointed": partial(velocity, wan, "odd", checkpointing=True),
@@ -151,7 +181,9 @@ CASES |= {
 
 def compute_all(group, out):
     with double():
-        results = {name: {key: value.detach() for key, value in case(group).items()} for name, case in CASES.items()}
+        results = {
+            name: {key: value.detach() for key, value in case(group).items()} for name, case in CASES.items()
+        }
     torch.save(results, out / f"{group.rank()}.pt")
 
 
@@ -186,7 +218,13 @@ def sharded_steps(group, out):
         for model in (generator, discriminator):
             enable(model, mesh["cp"].get_group())
             model.enable_gradient_checkpointing()
-        for module in (*generator.blocks, generator, *discriminator.backbone.blocks, discriminator.backbone, discriminator):
+        for module in (
+            *generator.blocks,
+            generator,
+            *discriminator.backbone.blocks,
+            discriminator.backbone,
+            discriminator,
+        ):
             fully_shard(module, mesh=everyone, mp_policy=policy)
         sample = mesh["dp"].get_local_rank()
         x, z, noise, text, t = (value[sample : sample + 1] for value in inputs("odd"))
@@ -206,14 +244,27 @@ def test_with_fsdp2_over_two_samples_of_two_processes_each(tmp_path):
     start(4, sharded_steps, tmp_path, preload=PRELOAD)
     with double():
         expected = both_steps(wan, "odd", None)
-    assert_equal(torch.load(tmp_path / "sharded.pt"), {name: value for name, value in expected.items() if name[:2] in ("D ", "G ")})
+    assert_equal(
+        torch.load(tmp_path / "sharded.pt"),
+        {name: value for name, value in expected.items() if name[:2] in ("D ", "G ")},
+    )
 
 
 def refuse(group):
-    with pytest.raises(AptError, match=r"^4 attention heads .* 3 context-parallel processes: use one of 1, 2, 4\.$"):
+    with pytest.raises(
+        AptError, match=r"^4 attention heads .* 3 context-parallel processes: use one of 1, 2, 4\.$"
+    ):
         enable(wan(), group)
     model = wan()
-    model_of_three = WanBackbone(num_attention_heads=3, attention_head_dim=12, text_dim=10, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32)
+    model_of_three = WanBackbone(
+        num_attention_heads=3,
+        attention_head_dim=12,
+        text_dim=10,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
     enable(model_of_three, group)
     with pytest.raises(AptError, match="one time per sample"):
         model_of_three(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1, 4), torch.zeros(1, 5, 10))

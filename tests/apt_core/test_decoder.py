@@ -1,4 +1,6 @@
-"""The streaming decoder against diffusers' decode: whole, in slices, in bands of rows, after running out of memory, compiled."""
+"""The streaming decoder against diffusers' decode: whole, in slices, in bands of rows, after running out of
+memory, compiled.
+"""
 
 import math
 from pathlib import Path
@@ -21,10 +23,21 @@ from apt_core.models import vae as wan_vae
 MINI = Path(apt_core.__file__).parent / "assets/mini/vae/apt_mini_vae.safetensors"
 VERSIONS = {
     "2.1": {"base_dim": 4},
-    # The last level but one halves its channels, as the released one's does, so that the shortcut picks among them.
-    "2.2": {"base_dim": 4, "decoder_base_dim": 8, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
-            "scale_factor_spatial": 16, "latents_mean": [0.1] * 48, "latents_std": [1.1] * 48},
-}  # fmt: skip
+    # The last level but one halves its channels, as the released one's does, so that the shortcut picks among
+    # them.
+    "2.2": {
+        "base_dim": 4,
+        "decoder_base_dim": 8,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.1] * 48,
+        "latents_std": [1.1] * 48,
+    },
+}
 FULL = {
     "2.1": {},
     "2.2": VERSIONS["2.2"] | {"base_dim": 160, "decoder_base_dim": 256},
@@ -77,7 +90,11 @@ def test_equals_stock_for_any_frames_per_call(double, vae, size):
 def test_slices_come_in_time_order(double, vae):
     z = latents(vae, 6, 2, 2)
     slices = list(Decoder(vae, frames_per_call=4).stream(z))
-    assert [s.shape[1] for s in slices] == [13, 8] and slices[0].shape[2:] == (2 * wan_vae.stride(vae)[1], 2 * wan_vae.stride(vae)[2], 3)
+    assert [s.shape[1] for s in slices] == [13, 8] and slices[0].shape[2:] == (
+        2 * wan_vae.stride(vae)[1],
+        2 * wan_vae.stride(vae)[2],
+        3,
+    )
     close(torch.cat(slices, dim=1), stock(vae, z))
 
 
@@ -85,7 +102,11 @@ def test_bytes(vae):
     z = latents(vae, 2, 3, 2)
     decoder = Decoder(vae)
     pixels, found = decoder.decode(z), decoder.decode(z, uint8=True)
-    assert found.dtype == torch.uint8 and torch.equal(found, ((pixels + 1) * 127.5).round().to(torch.uint8)) and len(found.unique()) > 50
+    assert (
+        found.dtype == torch.uint8
+        and torch.equal(found, ((pixels + 1) * 127.5).round().to(torch.uint8))
+        and len(found.unique()) > 50
+    )
 
 
 @pytest.mark.parametrize("bands", [2, 3])
@@ -99,14 +120,20 @@ def test_bands_and_memory_on_the_cpu_are_exact(double, vae, bands):
 def test_out_of_memory_in_the_middle_loses_and_doubles_no_frame(double, vae):
     z = latents(vae, 7, 6, 2)
     decoder = Decoder(vae, frames_per_call=3)
-    decoder._high[2] = Failing(decoder._high[2], calls=(2, 5))  # the second slice at 3 frames, then the third at 1
+    decoder._high[2] = Failing(
+        decoder._high[2], calls=(2, 5)
+    )  # the second slice at 3 frames, then the third at 1
     told = []
     slices = list(decoder.stream(z, report=told.append))
     close(torch.cat(slices, dim=1), stock(vae, z))
-    assert told == decoder.steps_taken == [
-        "The VAE decode was out of memory with 3 latent frames per call: it goes on with 1 latent frame per call.",
-        "The VAE decode was out of memory with 1 latent frame per call: it goes on with 1 latent frame per call in 2 bands of rows.",
-    ]  # fmt: skip
+    assert (
+        told
+        == decoder.steps_taken
+        == [
+            "The VAE decode was out of memory with 3 latent frames per call: it goes on with 1 latent frame per call.",
+            "The VAE decode was out of memory with 1 latent frame per call: it goes on with 1 latent frame per call in 2 bands of rows.",
+        ]
+    )
     assert [s.shape[1] for s in slices] == [9, 4, 4, 4, 4]
     # It remembers what fits.
     close(decoder.decode(z), stock(vae, z))
@@ -115,7 +142,11 @@ def test_out_of_memory_in_the_middle_loses_and_doubles_no_frame(double, vae):
 
 def test_out_of_memory_in_cudnns_words(vae):
     z, decoder = latents(vae, 2, 6, 2), Decoder(vae, frames_per_call=2)
-    decoder._low[1] = Failing(decoder._low[1], calls=(1,), error=RuntimeError("GET was unable to find an engine to execute this computation"))
+    decoder._low[1] = Failing(
+        decoder._low[1],
+        calls=(1,),
+        error=RuntimeError("GET was unable to find an engine to execute this computation"),
+    )
     assert decoder.decode(z).shape[1] == 5 and len(decoder.steps_taken) == 1
     decoder._low[1] = Failing(decoder._low[1], calls=(1,), error=RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
@@ -125,7 +156,10 @@ def test_out_of_memory_in_cudnns_words(vae):
 def test_out_of_memory_to_the_end_is_a_sentence(vae):
     decoder = Decoder(vae, frames_per_call=2)
     decoder._low[0] = Failing(decoder._low[0], calls=range(100))
-    with pytest.raises(AptError, match=r"with 1 latent frame per call in 2 bands of rows, what it remembers on the CPU: free memory"):
+    with pytest.raises(
+        AptError,
+        match=r"with 1 latent frame per call in 2 bands of rows, what it remembers on the CPU: free memory",
+    ):
         decoder.decode(latents(vae, 3, 6, 2))
     assert len(decoder.steps_taken) == 3
 
@@ -145,7 +179,9 @@ def test_account(version, plan):
 
 def test_remembering_on_the_cpu_saves_what_is_remembered():
     layers = decoder_layers(AutoencoderKLWan(**VERSIONS["2.1"]).requires_grad_(False))
-    here, away = (account(layers, (1, 3, 4, 5), Plan(1, 1, offload), torch.float32) for offload in (False, True))
+    here, away = (
+        account(layers, (1, 3, 4, 5), Plan(1, 1, offload), torch.float32) for offload in (False, True)
+    )
     stream = Stream(Whole())
     stream.last = False
     x = torch.zeros(2, 4, 5, 16)
@@ -178,7 +214,10 @@ def test_the_largest_tensor(version, size, frames):
 def test_plans_for_49_frames_of_720p(version, size, gib, plan):
     with torch.device("meta"):
         vae = AutoencoderKLWan(**FULL[version])
-    assert choose(decoder_layers(vae), (1, *size), torch.bfloat16, None, int(gib * 2**30), torch.device("cuda")) == plan
+    assert (
+        choose(decoder_layers(vae), (1, *size), torch.bfloat16, None, int(gib * 2**30), torch.device("cuda"))
+        == plan
+    )
 
 
 class Kernels:
@@ -195,16 +234,22 @@ class Kernels:
 
 @pytest.mark.parametrize("version, stock_gb, our_gb", [("2.1", 3382, 669), ("2.2", 2705, 597)])
 def test_memory_traffic_of_49_frames_of_720p(version, stock_gb, our_gb, monkeypatch):
-    """What a GPU reads and writes in a decode in bf16, by count. At this size the time beside the convolutions goes there."""
+    """What a GPU reads and writes in a decode in bf16, by count. At this size the time beside the
+    convolutions goes there.
+    """
     with torch.device("meta"):
         vae = AutoencoderKLWan(**FULL[version]).requires_grad_(False).bfloat16()
-        z = torch.empty(1, vae.config.z_dim, 13, *((90, 160) if version == "2.1" else (44, 80)), dtype=torch.bfloat16)
+        z = torch.empty(
+            1, vae.config.z_dim, 13, *((90, 160) if version == "2.1" else (44, 80)), dtype=torch.bfloat16
+        )
     with torch.inference_mode(), MovedBytes() as theirs:
         vae.decode(z)
     monkeypatch.setattr(Kernels, "moved", 0)
     decoder = Decoder(vae, budget=2**50)
     real = Stream.__init__
-    monkeypatch.setattr(Stream, "__init__", lambda self, rows, device=None, kernels=None: real(self, rows, device, Kernels))
+    monkeypatch.setattr(
+        Stream, "__init__", lambda self, rows, device=None, kernels=None: real(self, rows, device, Kernels)
+    )
     with torch.inference_mode(), MovedBytes() as ours:
         for _ in decoder.stream(z, uint8=True):
             pass
@@ -228,7 +273,9 @@ def test_compiled(double):
 def test_compiled_for_many_sizes(double, monkeypatch):
     """Each size of a stream is three graphs; torch gives up after eight unless it is told otherwise."""
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend="eager", **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: real(function, backend="eager", **options)
+    )
     torch._dynamo.reset()
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**VERSIONS["2.1"] | {"num_res_blocks": 0}).eval().requires_grad_(False).double()

@@ -53,7 +53,9 @@ def test_weights_sum_to_one_and_give_the_heads_own_output(dim, heads, inner):
     torch.testing.assert_close(weights.sum(2), torch.ones(3, heads), rtol=0, atol=1e-6)
     # The values by hand, weighed, through the rest of the head.
     p = head.state_dict()
-    values = (rms(tokens, p["norm_visual.weight"]) @ p["to_v.weight"].T + p["to_v.bias"]).unflatten(2, (heads, -1))
+    values = (rms(tokens, p["norm_visual.weight"]) @ p["to_v.weight"].T + p["to_v.bias"]).unflatten(
+        2, (heads, -1)
+    )
     answer = torch.einsum("bhs,bshc->bhc", weights.double(), values).flatten(1)
     token = p["token"][0] + answer @ p["to_out.weight"].T + p["to_out.bias"]
     torch.testing.assert_close(token + head.mlp(head.norm_mlp(token)), head(tokens), rtol=0, atol=1e-5)
@@ -90,14 +92,19 @@ def test_logits_against_the_parts(double, disc, batch):
     assert d.taps == (3, 4, 6)
     features = d.backbone(x, 1000 * t, text, taps=(3, 4, 6))
     joined = torch.cat([reference_head(h.state_dict(), f, 2) for h, f in zip(d.heads, features)], dim=1)
-    joined = (joined - joined.mean(1, keepdim=True)) / (joined.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    joined = (joined - joined.mean(1, keepdim=True)) / (
+        joined.var(1, correction=0, keepdim=True) + 1e-5
+    ).sqrt()
     expected = (joined * d.norm.weight + d.norm.bias) @ d.logit.weight[0] + d.logit.bias
     logits = d(x, t, text)
     assert logits.shape == (2,)
     assert torch.allclose(logits, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("kw", [{}, {"layers": 6, "fractions": (1 / 3, 2 / 3)}, {"fractions": (1,)}, {"num_heads": 4, "inner_dim": 8}])
+@pytest.mark.parametrize(
+    "kw",
+    [{}, {"layers": 6, "fractions": (1 / 3, 2 / 3)}, {"fractions": (1,)}, {"num_heads": 4, "inner_dim": 8}],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_parameter_has_a_gradient(disc, batch, kw, checkpointing):
     d = disc(**kw)

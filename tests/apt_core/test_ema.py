@@ -126,7 +126,12 @@ def test_loading_is_strict_and_names_the_keys():
     del missing["shadow"]["mean"]
     unknown["shadow"]["extra.weight"] = torch.zeros(1)
     shape["shadow"]["mean"] = torch.zeros(4)
-    for state, message in ((missing, r"missing \['mean'\]"), (unknown, r"unknown \['extra.weight'\]"), (shape, "mean has shape"), ({}, "updates")):
+    for state, message in (
+        (missing, r"missing \['mean'\]"),
+        (unknown, r"unknown \['extra.weight'\]"),
+        (shape, "mean has shape"),
+        ({}, "updates"),
+    ):
         with pytest.raises(AptError, match=message):
             ema.load_state_dict(state)
     assert not ema.shadow["w"].any()  # nothing was half loaded

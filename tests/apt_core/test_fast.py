@@ -1,4 +1,6 @@
-"""What makes a transformer fast must leave its result: fused projections, compiled blocks; and fp8 as far as 8 bits reach."""
+"""What makes a transformer fast must leave its result: fused projections, compiled blocks; and fp8 as far as
+8 bits reach.
+"""
 
 import shutil
 import subprocess
@@ -23,14 +25,28 @@ CPU = torch.device("cpu")
 def wan() -> nn.Module:
     torch.manual_seed(0)
     return WanBackbone(
-        num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=10, freq_dim=16, ffn_dim=96, num_layers=3, rope_max_seq_len=32
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=10,
+        freq_dim=16,
+        ffn_dim=96,
+        num_layers=3,
+        rope_max_seq_len=32,
     ).eval()
 
 
 def mmdit() -> nn.Module:
     torch.manual_seed(0)
     return MMDiTBackbone(
-        num_layers=3, num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=10, axes_dims_rope=(4, 6, 6)
+        num_layers=3,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=10,
+        axes_dims_rope=(4, 6, 6),
     ).eval()
 
 
@@ -48,8 +64,11 @@ def test_fused_projections_give_the_same_numbers_with_as_many_weights(double, ma
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     model.fuse_projections()
     assert sum(p.numel() for p in model.parameters()) == count
-    # Wan: 3 -> 1 and 2 -> 1 in each of 3 blocks; MMDiT: 3 -> 1 in each stream but the last text, of which only keys are left.
-    assert linears - sum(isinstance(module, nn.Linear) for module in model.modules()) == (9 if make is wan else 10)
+    # Wan: 3 -> 1 and 2 -> 1 in each of 3 blocks; MMDiT: 3 -> 1 in each stream but the last text, of which
+    # only keys are left.
+    assert linears - sum(isinstance(module, nn.Linear) for module in model.modules()) == (
+        9 if make is wan else 10
+    )
     torch.testing.assert_close(velocity(model, torch.float64), expected, rtol=0, atol=1e-12)
 
 
@@ -60,8 +79,13 @@ def test_make_fast_compiled(double, monkeypatch):
     def count(graph, inputs):
         return lambda *values: runs.append(graph) or graph(*values)
 
-    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=count, fullgraph=True, **options))
-    model, expected = make_fast(wan().double(), CPU, Speed(compile=True)), velocity(wan().double(), torch.float64)
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: real(function, backend=count, fullgraph=True, **options)
+    )
+    model, expected = (
+        make_fast(wan().double(), CPU, Speed(compile=True)),
+        velocity(wan().double(), torch.float64),
+    )
     torch.testing.assert_close(velocity(model, torch.float64), expected, rtol=0, atol=1e-12)
     assert len(runs) == len(model.blocks) and not any(p.requires_grad for p in model.parameters())
 
@@ -91,28 +115,45 @@ def test_a_second_start_finds_what_was_compiled(tmp_path, monkeypatch):
         before = kept
     assert [(graphs, hits) for _, graphs, hits in found] == [(1, 0), (1, 1)]
     pipe = OneStepPipeline.from_checkpoint("mini", cache=tmp_path)
-    expected = pipe.latents(pipe.request("a red circle", height=32, width=32, frames=1), 0, torch.ones(1, 32, 96))
+    expected = pipe.latents(
+        pipe.request("a red circle", height=32, width=32, frames=1), 0, torch.ones(1, 32, 96)
+    )
     for latents, *_ in found:
         torch.testing.assert_close(latents, expected, rtol=0, atol=2e-5)
 
 
 def test_nothing_to_compile_with_is_a_sentence(monkeypatch):
     none = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
-    with none, pytest.raises(AptError, match=r"^compiling for a CPU needs a C\+\+ compiler, and there is none: install g\+\+, or leave compile away\.$"):
+    with (
+        none,
+        pytest.raises(
+            AptError,
+            match=r"^compiling for a CPU needs a C\+\+ compiler, and there is none: install g\+\+, or leave compile away\.$",
+        ),
+    ):
         check_compile(CPU)
     monkeypatch.setattr(fast, "find_spec", lambda name: None)
-    with pytest.raises(AptError, match=r"^compiling for cuda needs Triton, which is not installed: install it, or leave compile away\.$"):
+    with pytest.raises(
+        AptError,
+        match=r"^compiling for cuda needs Triton, which is not installed: install it, or leave compile away\.$",
+    ):
         check_compile(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("rowwise", [True, False])
 def test_quantise(rowwise):
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 100, 0, 1e4])[:, None]
+    x = (
+        torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1e-3, 1, 100, 0, 1e4])[:, None]
+    )
     q, scale = quantise(x, rowwise)
     assert q.dtype == FP8 and scale.shape == ((5, 1) if rowwise else ())
     back = q.float() * scale
     rows = slice(None) if rowwise else slice(4, 5)  # one scale for all crushes the small rows
-    error, bound = (back - x)[rows].abs(), x[rows].abs() / 16 + scale[rows] * 2**-10 if rowwise else x[rows].abs() / 16 + scale * 2**-10
+    error, bound = (
+        (back - x)[rows].abs(),
+        x[rows].abs() / 16 + scale[rows] * 2**-10 if rowwise else x[rows].abs() / 16 + scale * 2**-10,
+    )
     assert (error <= bound).all() and (back[3] == 0).all()
     assert torch.equal(back.abs().amax(1)[4], x.abs().amax(1)[4])  # the largest value is exact
     assert rowwise or not back[0].any()
@@ -136,7 +177,12 @@ def test_fp8_linear(rowwise, dtype, bias):
     q, scale = quantise(x.reshape(-1, 64), rowwise)
     exact = (q.float() * scale) @ (layer.weight.float() * (layer.scale.t() if rowwise else layer.scale)).t()
     exact = exact + linear.bias.float() if bias else exact
-    torch.testing.assert_close(y.reshape(-1, 48).float(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    torch.testing.assert_close(
+        y.reshape(-1, 48).float(),
+        exact,
+        rtol=1e-2 if dtype == torch.bfloat16 else 1e-5,
+        atol=1e-2 if dtype == torch.bfloat16 else 1e-5,
+    )
 
 
 @pytest.mark.parametrize("make", [wan, mmdit])
@@ -169,7 +215,10 @@ def test_wide_weights_go_one_by_one():
 def test_a_card_without_fp8_is_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    with pytest.raises(AptError, match=r"^NVIDIA A100 has no fp8 matrix units \(Ada, Hopper and Blackwell have\): leave fp8 away\.$"):
+    with pytest.raises(
+        AptError,
+        match=r"^NVIDIA A100 has no fp8 matrix units \(Ada, Hopper and Blackwell have\): leave fp8 away\.$",
+    ):
         check_fp8(torch.device("cuda"))
     for capability, rowwise in (((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -181,12 +230,18 @@ def test_the_best_attention_is_set_for_this_model_alone(monkeypatch):
     model, other = make_fast(wan(), CPU), wan()
     assert {block.attn1.processor._attention_backend for block in model.blocks} == {"best for 16"}
     assert {block.attn1.processor._attention_backend for block in other.blocks} == {None}
-    assert {block.attention_backend for block in make_fast(mmdit(), CPU, Speed("native")).blocks} == {"native"}
+    assert {block.attention_backend for block in make_fast(mmdit(), CPU, Speed("native")).blocks} == {
+        "native"
+    }
 
 
 def test_time_is_one_number_a_sample(monkeypatch):
-    """Wan 2.2 5B also takes a time for each token; for text to video that costs 400 MB of modulation and changes nothing."""
+    """Wan 2.2 5B also takes a time for each token; for text to video that costs 400 MB of modulation and
+    changes nothing.
+    """
     model, seen = wan(), []
-    model.condition_embedder.register_forward_hook(lambda module, inputs, outputs: seen.append((inputs[0].shape, outputs[1].shape)))
+    model.condition_embedder.register_forward_hook(
+        lambda module, inputs, outputs: seen.append((inputs[0].shape, outputs[1].shape))
+    )
     velocity(model)
     assert seen == [((2,), (2, 6 * 64))]

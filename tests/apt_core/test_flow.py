@@ -31,7 +31,10 @@ def test_time_must_be_one_per_sample():
         interpolate(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
 
 
-@pytest.mark.parametrize("s, t, expected", [(12, 0.5, 12 / 13), (12, 0.1, 1.2 / 2.1), (1, 0.37, 0.37), (3, 0.25, 0.5), (0.5, 0.5, 1 / 3)])
+@pytest.mark.parametrize(
+    "s, t, expected",
+    [(12, 0.5, 12 / 13), (12, 0.1, 1.2 / 2.1), (1, 0.37, 0.37), (3, 0.25, 0.5), (0.5, 0.5, 1 / 3)],
+)
 def test_shift_is_equation_7(s, t, expected):
     assert shift(t, s) == pytest.approx(expected, abs=1e-12)
     assert float(shift(torch.tensor([t]), s)) == pytest.approx(expected, abs=1e-6)
@@ -46,7 +49,9 @@ def test_shift_keeps_the_ends_exactly_and_is_monotone(s):
     assert torch.allclose(shifted, s * t / (1 + (s - 1) * t), atol=1e-6)
 
 
-@pytest.mark.parametrize("t, s", [(1.001, 3), (-0.1, 3), (700.0, 12), (float("nan"), 3), (0.5, 0), (0.5, -1), (0.5, float("nan"))])
+@pytest.mark.parametrize(
+    "t, s", [(1.001, 3), (-0.1, 3), (700.0, 12), (float("nan"), 3), (0.5, 0), (0.5, -1), (0.5, float("nan"))]
+)
 def test_shift_refuses(t, s):
     for value in (t, torch.tensor([0.5, t])):
         with pytest.raises(AptError):

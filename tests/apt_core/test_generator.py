@@ -9,7 +9,11 @@ from apt_core.models.wan import predict_velocity
 
 def inputs(n=2, seed=3, shape=(4, 2, 4, 6), dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
-    values = torch.randn(n, *shape, generator=g), torch.randn(n, 5, 10, generator=g), torch.randn(1, 5, 10, generator=g)
+    values = (
+        torch.randn(n, *shape, generator=g),
+        torch.randn(n, 5, 10, generator=g),
+        torch.randn(1, 5, 10, generator=g),
+    )
     return tuple(value.to(dtype) for value in values)
 
 
@@ -28,18 +32,35 @@ def test_one_step_is_z_minus_v(wan):
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_one_step_is_stock_diffusers_bit_for_bit(stock, wan, dtype, shift):
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
     theirs, ours = stock().to(dtype), wan().to(dtype)
     ours.load_state_dict(theirs.state_dict())
     pipe = WanPipeline(
-        tokenizer=None, text_encoder=None, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), transformer=theirs
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        transformer=theirs,
     )
     pipe.set_progress_bar_config(disable=True)
     z, text, _ = inputs(shape=(4, 2, 4, 6))
     frames = pipe(
-        height=32, width=48, num_frames=5, num_inference_steps=1, guidance_scale=1.0,
-        latents=z.clone(), prompt_embeds=text, output_type="latent",
-    ).frames  # fmt: skip
+        height=32,
+        width=48,
+        num_frames=5,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        latents=z.clone(),
+        prompt_embeds=text,
+        output_type="latent",
+    ).frames
     with torch.no_grad():
         x = one_step(ours, z, text)
     assert x.dtype == torch.float32
@@ -59,7 +80,10 @@ def test_few_step(double, wan):
     assert torch.allclose(got, x, rtol=0, atol=1e-12) and not got.requires_grad
 
 
-@pytest.mark.parametrize("times", [(), (0.9,), (1.0, 1.0), (1.0, 0.5, 0.6), (1.0, 0.0), (1.0, -0.5), (1000.0, 500.0), (1.0, float("nan"))])
+@pytest.mark.parametrize(
+    "times",
+    [(), (0.9,), (1.0, 1.0), (1.0, 0.5, 0.6), (1.0, 0.0), (1.0, -0.5), (1000.0, 500.0), (1.0, float("nan"))],
+)
 def test_few_step_refuses(wan, times):
     z, text, _ = inputs()
     with pytest.raises(AptError):
@@ -70,7 +94,9 @@ def test_few_step_refuses(wan, times):
 def test_euler_cfg_against_a_hand_written_loop(double, wan, scale, shift):
     model, (z, text, negative) = wan().double(), inputs(dtype=torch.float64)
     calls = []
-    hook = model.register_forward_pre_hook(lambda _m, _a, kw: calls.append(kw["timestep"][0].item()), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda _m, _a, kw: calls.append(kw["timestep"][0].item()), with_kwargs=True
+    )
     got = euler_cfg(model, z, text, negative, 4, scale, shift)
     hook.remove()
     sigmas = [shift * u / (1 + (shift - 1) * u) for u in (1.0, 0.75, 0.5, 0.25, 0.0)]
@@ -110,7 +136,9 @@ def test_guidance(double, wan):
     t = torch.tensor([0.3, 0.8], dtype=torch.float64)
     with torch.no_grad():
         v, v0 = predict_velocity(model, z, t, text), predict_velocity(model, z, t, negative.repeat(2, 1, 1))
-        assert torch.allclose(guided_velocity(model, z, t, text, negative, 7.5), v0 + 7.5 * (v - v0), rtol=0, atol=1e-12)
+        assert torch.allclose(
+            guided_velocity(model, z, t, text, negative, 7.5), v0 + 7.5 * (v - v0), rtol=0, atol=1e-12
+        )
         assert torch.equal(guided_velocity(model, z, t, text, None, 1), v)
     with pytest.raises(AptError, match="negative"):
         guided_velocity(model, z, t, text, None, 7.5)

@@ -1,4 +1,6 @@
-"""The decoder's Triton kernels against torch: on a GPU, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1)."""
+"""The decoder's Triton kernels against torch: on a GPU, or on a CPU in Triton's interpreter
+(TRITON_INTERPRET=1).
+"""
 
 import os
 
@@ -6,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton", reason="Triton is not installed: the decoder then uses torch, which test_decoder.py tests")
+pytest.importorskip(
+    "triton", reason="Triton is not installed: the decoder then uses torch, which test_decoder.py tests"
+)
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("Triton needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
@@ -28,11 +32,23 @@ def test_extend(channels, t, norm):
     new = F.silu(rms_norm(x, gamma, torch.empty_like(x))) if norm else x
     expected = torch.cat([before, new])
     remembered = before.clone()
-    torch.testing.assert_close(kernels.extend(x, gamma if norm else None, remembered, memory=2, keep=True), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        kernels.extend(x, gamma if norm else None, remembered, memory=2, keep=True),
+        expected,
+        rtol=1e-5,
+        atol=1e-6,
+    )
     torch.testing.assert_close(remembered, expected[-2:], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(kernels.extend(x, gamma if norm else None, before, memory=2, keep=False), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        kernels.extend(x, gamma if norm else None, before, memory=2, keep=False),
+        expected,
+        rtol=1e-5,
+        atol=1e-6,
+    )
     expected[:2] = 0
-    torch.testing.assert_close(kernels.extend(x, gamma if norm else None, None, memory=2, keep=True), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        kernels.extend(x, gamma if norm else None, None, memory=2, keep=True), expected, rtol=1e-5, atol=1e-6
+    )
     out = torch.empty_like(x)
     assert kernels.extend(x, gamma if norm else None, None, memory=0, keep=False, out=out) is out
     torch.testing.assert_close(out, new, rtol=1e-5, atol=1e-6)
@@ -66,6 +82,8 @@ def test_streams_with_and_without_kernels_agree(counts):
     for i, t in enumerate(counts):
         x = draw(t + i, 3, 4, 8)[i:]
         plain.last = fused.last = i == len(counts) - 1
-        torch.testing.assert_close(fused.extend(Layer, x, gamma), plain.extend(Layer, x, gamma), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            fused.extend(Layer, x, gamma), plain.extend(Layer, x, gamma), rtol=1e-5, atol=1e-6
+        )
         for key, frames in plain.memory.items():
             torch.testing.assert_close(fused.memory[key], frames, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,6 @@
-"""Key names: exact both ways, and equal to the official files of Wan at their true shapes (meta device, no memory)."""
+"""Key names: exact both ways, and equal to the official files of Wan at their true shapes (meta device, no
+memory).
+"""
 
 import pytest
 import torch
@@ -16,8 +18,18 @@ RELEASED = {
 
 
 def official_names(layers: int, image: bool = False) -> set[str]:
-    """The names in the official files, spelled out here once more so that the tested tables are not their own witness."""
-    linear = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2", "time_projection.1", "head.head"]
+    """The names in the official files, spelled out here once more so that the tested tables are not their own
+    witness.
+    """
+    linear = [
+        "patch_embedding",
+        "text_embedding.0",
+        "text_embedding.2",
+        "time_embedding.0",
+        "time_embedding.2",
+        "time_projection.1",
+        "head.head",
+    ]
     names = {"head.modulation"}
     if image:
         linear += [f"img_emb.proj.{i}" for i in (0, 1, 3, 4)]
@@ -42,7 +54,9 @@ def meta_wan(**kw) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models_have_the_official_names_and_sizes(name):
     heads, ffn, layers, channels, parameters, tensors = RELEASED[name]
-    state = meta_wan(num_attention_heads=heads, ffn_dim=ffn, num_layers=layers, in_channels=channels, out_channels=channels)
+    state = meta_wan(
+        num_attention_heads=heads, ffn_dim=ffn, num_layers=layers, in_channels=channels, out_channels=channels
+    )
     official = [keys.transformer_to_official(key) for key in state]
     assert set(official) == official_names(layers)
     assert len(official) == len(set(official)) == tensors
@@ -51,7 +65,15 @@ def test_released_models_have_the_official_names_and_sizes(name):
 
 
 def test_image_to_video_extras():
-    state = meta_wan(num_attention_heads=2, num_layers=2, ffn_dim=64, in_channels=36, image_dim=1280, added_kv_proj_dim=256, pos_embed_seq_len=514)
+    state = meta_wan(
+        num_attention_heads=2,
+        num_layers=2,
+        ffn_dim=64,
+        in_channels=36,
+        image_dim=1280,
+        added_kv_proj_dim=256,
+        pos_embed_seq_len=514,
+    )
     official = [keys.transformer_to_official(key) for key in state]
     assert set(official) == official_names(2, image=True) | {"img_emb.emb_pos"}
     assert [keys.transformer_to_diffusers(key) for key in official] == list(state)
@@ -85,7 +107,9 @@ def test_spot_list(official, diffusers):
     assert keys.transformer_to_diffusers(official) == diffusers
 
 
-@pytest.mark.parametrize("key", ["blocks.0.attn1.to_q.weight", "blocks.0.norm1.weight", "vace_blocks.0.norm3.weight", "x"])
+@pytest.mark.parametrize(
+    "key", ["blocks.0.attn1.to_q.weight", "blocks.0.norm1.weight", "vace_blocks.0.norm3.weight", "x"]
+)
 def test_unknown_official_key_is_named(key):
     with pytest.raises(AptError, match=key):
         keys.transformer_to_diffusers(key)
@@ -118,7 +142,9 @@ def official_vae_names(version: str) -> set[str]:
 
     def residual(name: str, shortcut: bool = False) -> None:
         gamma.update({f"{name}.residual.0", f"{name}.residual.3"})
-        conv.update({f"{name}.residual.2", f"{name}.residual.6"} | ({f"{name}.shortcut"} if shortcut else set()))
+        conv.update(
+            {f"{name}.residual.2", f"{name}.residual.6"} | ({f"{name}.shortcut"} if shortcut else set())
+        )
 
     for half in ("encoder", "decoder"):
         conv.update({f"{half}.conv1", f"{half}.head.2", f"{half}.middle.1.to_qkv", f"{half}.middle.1.proj"})
@@ -144,16 +170,26 @@ def official_vae_names(version: str) -> set[str]:
         conv.update(f"encoder.downsamples.{stage}.downsamples.2.time_conv" for stage in (1, 2))
         conv.update(f"decoder.upsamples.{stage}.upsamples.3.resample.1" for stage in (0, 1, 2))
         conv.update(f"decoder.upsamples.{stage}.upsamples.3.time_conv" for stage in (0, 1))
-    return {f"{name}.gamma" for name in gamma} | {f"{name}.{leaf}" for name in conv for leaf in ("weight", "bias")}
+    return {f"{name}.gamma" for name in gamma} | {
+        f"{name}.{leaf}" for name in conv for leaf in ("weight", "bias")
+    }
 
 
 VAES = {
     "2.1": {"base_dim": 12},
     "2.2": {
-        "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
-        "patch_size": 2, "scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("version", VAES)
@@ -170,7 +206,10 @@ def test_vae_has_the_official_names(version):
 def test_vae_shapes_follow_the_renaming():
     # A residual block's second norm sits after the channels have changed: a swap of the two would show here.
     with torch.device("meta"):
-        state = {keys.vae_to_official(k, "2.1"): tuple(v.shape) for k, v in AutoencoderKLWan(base_dim=12).state_dict().items()}
+        state = {
+            keys.vae_to_official(k, "2.1"): tuple(v.shape)
+            for k, v in AutoencoderKLWan(base_dim=12).state_dict().items()
+        }
     assert state["encoder.downsamples.3.residual.0.gamma"] == (12, 1, 1, 1)
     assert state["encoder.downsamples.3.residual.3.gamma"] == (24, 1, 1, 1)
     assert state["encoder.downsamples.3.shortcut.weight"] == (24, 12, 1, 1, 1)

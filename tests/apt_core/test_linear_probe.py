@@ -12,7 +12,9 @@ from apt_core.models.wan import WanBackbone
 
 def test_ridge_equals_its_normal_equations():
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 5, generator=g, dtype=torch.float64) * torch.tensor([1, 2, 3, 4, 5]) + 100  # far from zero, as a residual stream may be
+    x = (
+        torch.randn(40, 5, generator=g, dtype=torch.float64) * torch.tensor([1, 2, 3, 4, 5]) + 100
+    )  # far from zero, as a residual stream may be
     y = torch.randn(40, 3, generator=g, dtype=torch.float64) + x[:, :3]
     ridge = Ridge()
     for part in (slice(0, 7), slice(7, 33), slice(33, 40)):
@@ -21,7 +23,9 @@ def test_ridge_equals_its_normal_equations():
     penalty = 0.1 * (x - x.mean(0)).square().sum() / 5
     # With a column of ones for the bias, which the penalty leaves alone.
     ones = torch.cat([x, torch.ones(40, 1)], dim=1).double()
-    expected = torch.linalg.solve(ones.T @ ones + torch.diag(torch.tensor([penalty] * 5 + [0.0], dtype=torch.float64)), ones.T @ y)
+    expected = torch.linalg.solve(
+        ones.T @ ones + torch.diag(torch.tensor([penalty] * 5 + [0.0], dtype=torch.float64)), ones.T @ y
+    )
     torch.testing.assert_close(weight, expected[:5], rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(bias, expected[5], rtol=1e-7, atol=1e-6)
 
@@ -42,7 +46,12 @@ def test_patches_are_what_the_backbone_makes_tokens_of(wan):
     x = torch.randn(2, 4, 2, 4, 6)
     patches = to_patches(x, (1, 2, 2))
     tokens = model.patch_embedding(x).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(patches @ model.patch_embedding.weight.flatten(1).T + model.patch_embedding.bias, tokens, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        patches @ model.patch_embedding.weight.flatten(1).T + model.patch_embedding.bias,
+        tokens,
+        rtol=1e-5,
+        atol=1e-5,
+    )
     assert torch.equal(from_patches(patches, (1, 2, 2), x.shape[1:]), x)
 
 
@@ -53,6 +62,9 @@ def test_bands_add_up_and_are_those_of_the_cosine_transform():
     spectrum = dctn(x.double().numpy(), axes=(2, 3), norm="ortho") ** 2
     radius = np.hypot(np.arange(6)[:, None] / 6, np.arange(8)[None] / 8)
     assert low == pytest.approx(spectrum[..., radius < 1 / 3].sum(), rel=1e-12)
-    flat, chequers = torch.ones(1, 6, 6), (torch.arange(6)[:, None] + torch.arange(6)[None]).remainder(2)[None] * 2.0 - 1
+    flat, chequers = (
+        torch.ones(1, 6, 6),
+        (torch.arange(6)[:, None] + torch.arange(6)[None]).remainder(2)[None] * 2.0 - 1,
+    )
     assert band_energies(flat) == pytest.approx((36, 0), abs=1e-12)
     assert band_energies(chequers)[0] < 0.1 * 36

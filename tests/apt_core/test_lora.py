@@ -69,9 +69,13 @@ def test_fresh_adapters_change_nothing(shared, wan, batch):
     model, plain = shared(fill=False), wan()
     for name in (*ROLES, None, "base"):
         assert torch.equal(one_step(role(model, name), x, text), one_step(plain, x, text))
-        for a, b in zip(role(model, name)(x, 1000 * t, text, taps=(1, 3)), plain(x, 1000 * t, text, taps=(1, 3))):
+        for a, b in zip(
+            role(model, name)(x, 1000 * t, text, taps=(1, 3)), plain(x, 1000 * t, text, taps=(1, 3))
+        ):
             assert torch.equal(a, b)
-    assert {k: v for k, v in model.state_dict().items() if ".adapters." not in k}.keys() == plain.state_dict().keys()
+    assert {
+        k: v for k, v in model.state_dict().items() if ".adapters." not in k
+    }.keys() == plain.state_dict().keys()
 
 
 def test_each_role_is_its_own_merged_model(double, shared, wan, batch):
@@ -82,7 +86,9 @@ def test_each_role_is_its_own_merged_model(double, shared, wan, batch):
         own = merged(model, name)
         outputs.append(one_step(role(model, name), x, text))
         close(outputs[-1], one_step(own, x, text))
-        for a, b in zip(role(model, name)(x, 1000 * t, text, taps=(2, 3)), own(x, 1000 * t, text, taps=(2, 3))):
+        for a, b in zip(
+            role(model, name)(x, 1000 * t, text, taps=(2, 3)), own(x, 1000 * t, text, taps=(2, 3))
+        ):
             close(a, b)
     assert torch.equal(outputs[2], one_step(wan().double(), x, text))
     assert (outputs[0] - outputs[1]).abs().mean() > 0.01 < (outputs[0] - outputs[2]).abs().mean()
@@ -93,7 +99,10 @@ def test_the_merge_by_hand(double, shared, wan):
     adapters, whole = adapter_state(model, "generator"), merged_state(model, "generator")
     layer = "blocks.1.attn2.to_k"
     assert adapters[f"{layer}.lora_A.weight"].shape == (3, 24)
-    by_hand = plain[f"{layer}.weight"] + 6 / 3 * adapters[f"{layer}.lora_B.weight"] @ adapters[f"{layer}.lora_A.weight"]
+    by_hand = (
+        plain[f"{layer}.weight"]
+        + 6 / 3 * adapters[f"{layer}.lora_B.weight"] @ adapters[f"{layer}.lora_A.weight"]
+    )
     close(whole[f"{layer}.weight"], by_hand)
     touched = {key.removesuffix(".lora_A.weight") for key in adapters if key.endswith("lora_A.weight")}
     assert len(touched) == 30  # 10 linear layers in each of 3 blocks
@@ -103,7 +112,9 @@ def test_the_merge_by_hand(double, shared, wan):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_calls_of_all_roles_in_one_graph(double, shared, batch, checkpointing):
-    """The classic trap: a block recomputed in the backward pass must play the role of its call, not the last or no role."""
+    """The classic trap: a block recomputed in the backward pass must play the role of its call, not the last
+    or no role.
+    """
     x, other, text, t, *_ = doubles(batch())
     model = shared().double()
     views = {name: role(model, name) for name in (*ROLES, None)}
@@ -140,12 +151,18 @@ def test_calls_of_all_roles_in_one_graph(double, shared, batch, checkpointing):
 def test_a_foreign_checkpoint_function_takes_the_role_along(shared, batch):
     x, _, text, *_ = batch()
     results = []
-    for function in (None, lambda block, tokens, *rest: checkpoint(lambda x: block(x, *rest), tokens, use_reentrant=False)):
+    for function in (
+        None,
+        lambda block, tokens, *rest: checkpoint(lambda x: block(x, *rest), tokens, use_reentrant=False),
+    ):
         model = shared()
         generator = role(model, "generator")
         if function:
             generator.enable_gradient_checkpointing(function)
-        loss = one_step(generator, x, text).square().mean() + one_step(role(model, "discriminator"), x, text).square().mean()
+        loss = (
+            one_step(generator, x, text).square().mean()
+            + one_step(role(model, "discriminator"), x, text).square().mean()
+        )
         loss.backward()
         results.append([p.grad for name in ROLES for p in role(model, name).parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -164,7 +181,9 @@ def test_a_block_called_outside_of_a_role_is_an_error(shared, batch):
 
 @pytest.mark.parametrize("mode, checkpointing", [("batched", True), ("separate", False), ("two_pass", True)])
 def test_training_both_roles(double, shared, batch, mode, checkpointing):
-    """Against two models of their own: the same logits, losses and generated sample; and the base stays as it was to the last bit."""
+    """Against two models of their own: the same logits, losses and generated sample; and the base stays as it
+    was to the last bit.
+    """
     real, z, text, t, noise, _ = doubles(batch())
     model = shared().double()
     before = copy.deepcopy(model.state_dict())
@@ -173,7 +192,16 @@ def test_training_both_roles(double, shared, batch, mode, checkpointing):
     own.heads.load_state_dict(d.heads.state_dict())
     own.logit.load_state_dict(d.logit.state_dict())
     expected = [
-        discriminator_backward(own, Objective.paper("video"), real, one_step(merged(model, "generator"), z, text), text, t, noise, mode=mode),
+        discriminator_backward(
+            own,
+            Objective.paper("video"),
+            real,
+            one_step(merged(model, "generator"), z, text),
+            text,
+            t,
+            noise,
+            mode=mode,
+        ),
         generator_backward(merged(model, "generator"), own, Objective.paper("video"), z, text, t),
     ]
     if checkpointing:
@@ -211,11 +239,15 @@ def test_discriminator_has_no_idle_adapters_and_the_generator_keeps_its_own(shar
     d(x, t, text).sum().backward()
     idle = [n for n, p in d.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == []
-    assert set(d.backbone.adapters()) == {f"blocks.{i}.{layer}" for i in range(4) for layer in ("attn1.to_q", "ffn.net.2")}
+    assert set(d.backbone.adapters()) == {
+        f"blocks.{i}.{layer}" for i in range(4) for layer in ("attn1.to_q", "ffn.net.2")
+    }
     assert d.backbone.config.num_layers == 4 and model.config.num_layers == len(model.blocks) == 6
     assert len(role(model, "generator").adapters()) == 13
     assert torch.equal(one_step(role(model, "generator"), x, text), before)
-    assert set(role(model, "discriminator").adapters()) == set(d.backbone.adapters())  # gone for good, from any view
+    assert set(role(model, "discriminator").adapters()) == set(
+        d.backbone.adapters()
+    )  # gone for good, from any view
     with pytest.raises(AptError, match="taps"):
         d.backbone(x, 1000 * t, text)
 
@@ -231,7 +263,9 @@ def test_ema_of_a_role_and_copies_between_roles(shared):
     ema.update(generator)
     ema.copy_to(role(model, "discriminator"))  # both roles' names are the layers'
     for key, value in adapter_state(model, "discriminator").items():
-        torch.testing.assert_close(value, start[key] + 0.5, rtol=0, atol=2**-22)  # numbers below 2, rounded twice
+        torch.testing.assert_close(
+            value, start[key] + 0.5, rtol=0, atol=2**-22
+        )  # numbers below 2, rounded twice
 
 
 def test_bf16_base_and_fp32_adapters(shared, batch):
@@ -258,24 +292,51 @@ def test_a_compiled_block(double, shared, batch):
             model.blocks[1].compile(backend="eager", fullgraph=True)
             role(model, "generator").enable_gradient_checkpointing()
         made = one_step(role(model, "generator"), x, text)
-        sum(f.square().mean() for f in role(model, "discriminator")(made, 1000 * t, text, taps=(1, 3))).backward()
+        sum(
+            f.square().mean() for f in role(model, "discriminator")(made, 1000 * t, text, taps=(1, 3))
+        ).backward()
         results.append([made.detach()] + [p.grad for name in ROLES for p in role(model, name).parameters()])
     for a, b in zip(*results, strict=True):
         close(a, b)
 
 
-TARGETS = ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_v", "ffn.net.0.proj", "ffn.net.2", "proj_out"]
-TARGETS += ["time_embedder.linear_1", "time_embedder.linear_2", "time_proj", "text_embedder.linear_1", "text_embedder.linear_2"]
+TARGETS = [
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "attn2.to_q",
+    "attn2.to_v",
+    "ffn.net.0.proj",
+    "ffn.net.2",
+    "proj_out",
+]
+TARGETS += [
+    "time_embedder.linear_1",
+    "time_embedder.linear_2",
+    "time_proj",
+    "text_embedder.linear_1",
+    "text_embedder.linear_2",
+]
 
 
 @pytest.mark.parametrize("targets", [None, TARGETS])
 def test_diffusers_loads_the_file(double, shared, batch, tmp_path, targets):
-    """What is compared is in fp64, the file in fp32; doubling loses nothing, nor does alpha / rank = 2 within the file."""
+    """What is compared is in fp64, the file in fp32; doubling loses nothing, nor does alpha / rank = 2 within
+    the file.
+    """
     x, _, text, t, *_ = doubles(batch())
     model = shared(targets=targets).double()
     path = tmp_path / "lora.safetensors"
     save_lora(path, model, "generator", {"base": "tiny", "phase": "video", "modelspec.title": "Tiny"})
-    assert read_metadata(path) == {"format": 1, "kind": "lora", "timestep": 1000, "base": "tiny", "phase": "video", "rank": 3}
+    assert read_metadata(path) == {
+        "format": 1,
+        "kind": "lora",
+        "timestep": 1000,
+        "base": "tiny",
+        "phase": "video",
+        "rank": 3,
+    }
 
     stock = WanTransformer3DModel.from_config(model.config)
     stock.load_state_dict(merged_state(model, None), strict=True)
@@ -284,7 +345,9 @@ def test_diffusers_loads_the_file(double, shared, batch, tmp_path, targets):
     loaded = [n for n, _ in stock.named_parameters() if "lora_A" in n]
     assert len(loaded) == len(role(model, "generator").adapters())
     with torch.no_grad():
-        theirs = stock.double()(hidden_states=x, timestep=1000 * t, encoder_hidden_states=text, return_dict=False)[0]
+        theirs = stock.double()(
+            hidden_states=x, timestep=1000 * t, encoder_hidden_states=text, return_dict=False
+        )[0]
         ours = merged(model, "generator")(x, 1000 * t, text, return_dict=False)[0]
         close(theirs, ours)
         assert (ours - role(model, None)(x, 1000 * t, text, return_dict=False)[0]).abs().mean() > 0.01
@@ -304,7 +367,10 @@ def test_file_round_trip(double, shared, batch, tmp_path):
     with pytest.raises(AptError, match="not known"):
         load_lora(path, shared(targets=["to_q"]), "generator")
     save_generator(path, merged_state(model, "generator"), model.config, {})
-    assert torch.equal(load_transformer(path).blocks[0].ffn.net[2].weight, merged_state(model, "generator")["blocks.0.ffn.net.2.weight"].to(torch.float32))
+    assert torch.equal(
+        load_transformer(path).blocks[0].ffn.net[2].weight,
+        merged_state(model, "generator")["blocks.0.ffn.net.2.weight"].to(torch.float32),
+    )
     with pytest.raises(AptError, match="not a LoRA"):
         load_lora(path, model, "generator")
 

@@ -122,35 +122,57 @@ PAIR = {"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 24), "blocks.0.ffn.0.lora_
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"blocks.0.ffn.1.lora_A.weight": torch.ones(2, 2), "blocks.0.x.diff": torch.ones(2)},
-         "blocks.0.ffn.1.lora_A.weight and 1 more cannot be placed in a Wan transformer: give a LoRA of "
-         "this model"),
-        ({"lora_unet_blocks_0_ffn_5.alpha": torch.ones(1)}, "lora_unet_blocks_0_ffn_5.alpha cannot be "
-                                                            "placed in a Wan transformer"),
+        (
+            {"blocks.0.ffn.1.lora_A.weight": torch.ones(2, 2), "blocks.0.x.diff": torch.ones(2)},
+            "blocks.0.ffn.1.lora_A.weight and 1 more cannot be placed in a Wan transformer: give a LoRA of "
+            "this model",
+        ),
+        (
+            {"lora_unet_blocks_0_ffn_5.alpha": torch.ones(1)},
+            "lora_unet_blocks_0_ffn_5.alpha cannot be placed in a Wan transformer",
+        ),
         ({"blocks.0.ffn.0.lora_A.bias": torch.ones(2)}, "blocks.0.ffn.0.lora_A.bias cannot be placed"),
-        ({"blocks.0.ffn.0.weight": torch.ones(32, 24)}, "blocks.0.ffn.0.weight cannot be placed in a Wan "
-                                                        "transformer"),
-        ({"lora_unet_blocks_0_ffn_0.lora_down.weight": torch.ones(2, 24)},
-         "changes blocks.0.ffn.0 twice (blocks.0.ffn.0.lora_A.weight, "
-         "lora_unet_blocks_0_ffn_0.lora_down.weight): give a file with one LoRA"),
+        (
+            {"blocks.0.ffn.0.weight": torch.ones(32, 24)},
+            "blocks.0.ffn.0.weight cannot be placed in a Wan transformer",
+        ),
+        (
+            {"lora_unet_blocks_0_ffn_0.lora_down.weight": torch.ones(2, 24)},
+            "changes blocks.0.ffn.0 twice (blocks.0.ffn.0.lora_A.weight, "
+            "lora_unet_blocks_0_ffn_0.lora_down.weight): give a file with one LoRA",
+        ),
         ({"blocks.0.ffn.0.lora_A.second.weight": torch.ones(2, 24)}, "changes blocks.0.ffn.0 twice"),
-        ({"blocks.0.ffn.0.diff_b": torch.ones(32), "blocks.0.ffn.0.lora_B.bias": torch.ones(32)},
-         "changes the bias of blocks.0.ffn.0 twice"),
-        ({"blocks.0.ffn.2.lora_A.weight": torch.ones(2, 32)}, "of blocks.0.ffn.2 there is only "
-                                                              "blocks.0.ffn.2.lora_A.weight: the file is "
-                                                              "not whole"),
+        (
+            {"blocks.0.ffn.0.diff_b": torch.ones(32), "blocks.0.ffn.0.lora_B.bias": torch.ones(32)},
+            "changes the bias of blocks.0.ffn.0 twice",
+        ),
+        (
+            {"blocks.0.ffn.2.lora_A.weight": torch.ones(2, 32)},
+            "of blocks.0.ffn.2 there is only blocks.0.ffn.2.lora_A.weight: the file is not whole",
+        ),
         ({"blocks.0.ffn.2.alpha": torch.ones(())}, "of blocks.0.ffn.2 there is only blocks.0.ffn.2.alpha"),
-        ({"blocks.0.ffn.0.lora_A.weight": torch.ones(3, 24)}, "the factors of blocks.0.ffn.0, (3, 24) and "
-                                                              "(32, 2), do not fit"),
-        ({"blocks.0.ffn.0.lora_A.weight": torch.ones(0, 24), "blocks.0.ffn.0.lora_B.weight": torch.ones(32, 0)},
-         "(0, 24) and (32, 0), do not fit"),
-        ({"blocks.0.ffn.0.lora_A.weight": torch.ones(2)}, "the factors of blocks.0.ffn.0, (2,) and (32, 2), "
-                                                          "do not fit"),
+        (
+            {"blocks.0.ffn.0.lora_A.weight": torch.ones(3, 24)},
+            "the factors of blocks.0.ffn.0, (3, 24) and (32, 2), do not fit",
+        ),
+        (
+            {
+                "blocks.0.ffn.0.lora_A.weight": torch.ones(0, 24),
+                "blocks.0.ffn.0.lora_B.weight": torch.ones(32, 0),
+            },
+            "(0, 24) and (32, 0), do not fit",
+        ),
+        (
+            {"blocks.0.ffn.0.lora_A.weight": torch.ones(2)},
+            "the factors of blocks.0.ffn.0, (2,) and (32, 2), do not fit",
+        ),
         ({"blocks.0.ffn.0.alpha": torch.ones(2)}, "blocks.0.ffn.0.alpha has shape (2,), and is no number"),
-        ({"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 24, dtype=torch.int8)},
-         "blocks.0.ffn.0.lora_A.weight is stored as I8: only fp32"),
+        (
+            {"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 24, dtype=torch.int8)},
+            "blocks.0.ffn.0.lora_A.weight is stored as I8: only fp32",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_not_whole(tmp_path, change, says):
     path = tmp_path / "x.safetensors"
     save_file(PAIR | change, path)
@@ -170,15 +192,25 @@ def test_a_base_that_does_not_fit(wan, tmp_path):
     path, shapes = tmp_path / "x.safetensors", official_shapes(wan())
     end = "give as the base the model that this LoRA was trained on"
     for layer, says in [
-        ("blocks.30.self_attn.q", f"{path} changes blocks.30.self_attn.q.weight, which b (3 blocks) does "
-                                  f"not have: {end}."),
-        ("blocks.0.cross_attn.k_img", f"{path} changes blocks.0.cross_attn.k_img.weight, which b (3 blocks) "
-                                      f"does not have: {end}, an image-to-video model."),
-        ("blocks.0.self_attn.q", f"{path} changes blocks.0.self_attn.q.weight by (5120, 5120), but in b it "
-                                 f"is (24, 24): {end}, of width 5120 (that of the 14B models)."),
-        ("blocks.0.modulation", f"{path} changes blocks.0.modulation by (5120, 5120), but in b it is (1, 6, "
-                                f"24): {end}."),
-    ]:  # fmt: skip
+        (
+            "blocks.30.self_attn.q",
+            f"{path} changes blocks.30.self_attn.q.weight, which b (3 blocks) does not have: {end}.",
+        ),
+        (
+            "blocks.0.cross_attn.k_img",
+            f"{path} changes blocks.0.cross_attn.k_img.weight, which b (3 blocks) "
+            f"does not have: {end}, an image-to-video model.",
+        ),
+        (
+            "blocks.0.self_attn.q",
+            f"{path} changes blocks.0.self_attn.q.weight by (5120, 5120), but in b it "
+            f"is (24, 24): {end}, of width 5120 (that of the 14B models).",
+        ),
+        (
+            "blocks.0.modulation",
+            f"{path} changes blocks.0.modulation by (5120, 5120), but in b it is (1, 6, 24): {end}.",
+        ),
+    ]:
         save_file(
             {f"{layer}.lora_A.weight": torch.ones(1, 5120), f"{layer}.lora_B.weight": torch.ones(5120, 1)},
             path,

@@ -122,14 +122,18 @@ def test_whole_differences_and_biases(wan, tmp_path):
     g = torch.Generator().manual_seed(1)
     whole = {
         "blocks.0.modulation.diff": "blocks.0.modulation",
-        "blocks.1.diff_m": "blocks.1.modulation", "head.modulation.diff": "head.modulation",
-        "blocks.0.norm3.diff": "blocks.0.norm3.weight", "blocks.0.norm3.diff_b": "blocks.0.norm3.bias",
+        "blocks.1.diff_m": "blocks.1.modulation",
+        "head.modulation.diff": "head.modulation",
+        "blocks.0.norm3.diff": "blocks.0.norm3.weight",
+        "blocks.0.norm3.diff_b": "blocks.0.norm3.bias",
         "head.head.diff": "head.head.weight",
-        "blocks.1.norm3.w_norm": "blocks.1.norm3.weight", "blocks.1.norm3.b_norm": "blocks.1.norm3.bias",
-        "patch_embedding.diff": "patch_embedding.weight", "head.head.diff_b": "head.head.bias",
+        "blocks.1.norm3.w_norm": "blocks.1.norm3.weight",
+        "blocks.1.norm3.b_norm": "blocks.1.norm3.bias",
+        "patch_embedding.diff": "patch_embedding.weight",
+        "head.head.diff_b": "head.head.bias",
         "blocks.2.self_attn.norm_q.diff": "blocks.2.self_attn.norm_q.weight",
         "blocks.2.ffn.0.diff": "blocks.2.ffn.0.weight",
-    }  # fmt: skip
+    }
     tensors = {key: torch.randn(shapes[name], generator=g) for key, name in whole.items()}
     for key, name in whole.items():
         state[name] += tensors[key].double()

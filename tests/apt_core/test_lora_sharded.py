@@ -22,7 +22,9 @@ from apt_core.models.wan import WanBackbone
 
 def build(kind):
     torch.manual_seed(0)
-    size = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, num_layers=4)
+    size = dict(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, num_layers=4
+    )
     if kind == "wan":
         base = WanBackbone(freq_dim=16, ffn_dim=32, rope_max_seq_len=32, **size)
     else:
@@ -39,7 +41,9 @@ def build(kind):
 
 
 def shard(base, discriminator, dtype=None):
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.get_default_dtype(), cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.get_default_dtype(), cast_forward_inputs=False
+    )
     for block in base.blocks:
         fully_shard(block, mp_policy=policy)
     fully_shard(base, mp_policy=policy)
@@ -66,7 +70,13 @@ def train(base, generator, discriminator, mode, part=slice(None)):
         optimizers[0].zero_grad()
     heads = {name: p for name, p in discriminator.named_parameters() if "lora" not in name}
     heads = {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in heads.items()}
-    return torch.stack(numbers), merged_state(base, "generator"), merged_state(base, "discriminator"), lora_state(base, "generator"), heads
+    return (
+        torch.stack(numbers),
+        merged_state(base, "generator"),
+        merged_state(base, "discriminator"),
+        lora_state(base, "generator"),
+        heads,
+    )
 
 
 def mixed_precision(kind):
@@ -94,7 +104,11 @@ def work(rank, port, kind, mode, out):
     with double():  # RMSProp moves a weight by its gradient's sign: where that is near zero, rounding decides
         base, generator, discriminator = build(kind)
         shard(base, discriminator)
-        sharded = [isinstance(p, DTensor) for network in (base, generator, discriminator) for p in network.parameters()]
+        sharded = [
+            isinstance(p, DTensor)
+            for network in (base, generator, discriminator)
+            for p in network.parameters()
+        ]
         numbers, *weights = train(base, generator, discriminator, mode, slice(rank, rank + 1))
         dist.all_reduce(numbers)
     half = mixed_precision(kind)
@@ -109,7 +123,9 @@ def test_two_processes_are_one(tmp_path, kind, mode, adapted):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     # Not spawn: one import of torch serves all processes.
-    multiprocessing.set_forkserver_preload(["apt_core.models.lora", "apt_core.models.wan", "torch.distributed.fsdp"])
+    multiprocessing.set_forkserver_preload(
+        ["apt_core.models.lora", "apt_core.models.wan", "torch.distributed.fsdp"]
+    )
     mp.start_processes(work, (port, kind, mode, tmp_path / "out.pt"), nprocs=2, start_method="forkserver")
     sharded, sample, dtypes, *found = torch.load(tmp_path / "out.pt")
     generator = build(kind)[1]
@@ -125,5 +141,7 @@ def test_two_processes_are_one(tmp_path, kind, mode, adapted):
         for key in other:
             torch.testing.assert_close(state[key], other[key], rtol=0, atol=1e-9)
     moved = [key for key in untouched if not torch.equal(found[1][key], untouched[key])]
-    assert len(moved) == adapted and all(key.startswith("blocks.") for key in moved)  # the adapted weights of G, and none else
+    assert len(moved) == adapted and all(
+        key.startswith("blocks.") for key in moved
+    )  # the adapted weights of G, and none else
     assert dtypes == {torch.float32} and 0 < (sample - exact).norm() / exact.norm() < 0.02

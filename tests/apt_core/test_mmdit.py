@@ -14,7 +14,14 @@ from apt_core.models.lora import add_adapters, load_lora, merged_state, role, sa
 from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import predict_velocity
 
-TINY = dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, axes_dims_rope=(4, 4, 4))
+TINY = dict(
+    num_attention_heads=2,
+    attention_head_dim=12,
+    in_channels=4,
+    out_channels=4,
+    text_dim=10,
+    axes_dims_rope=(4, 4, 4),
+)
 
 
 def mmdit(layers=4, seed=0):
@@ -48,16 +55,29 @@ NAMES = {
     "proj_out": "proj_out",
 }
 STREAMS = {
-    "visual": {"modulation": "img_mod.1", "to_out": "attn.to_out.0", "mlp.0": "img_mlp.net.0.proj", "mlp.2": "img_mlp.net.2"}
+    "visual": {
+        "modulation": "img_mod.1",
+        "to_out": "attn.to_out.0",
+        "mlp.0": "img_mlp.net.0.proj",
+        "mlp.2": "img_mlp.net.2",
+    }
     | {n: f"attn.{n}" for n in ("to_q", "to_k", "to_v", "norm_q", "norm_k")},
-    "text": {"modulation": "txt_mod.1", "to_out": "attn.to_add_out", "mlp.0": "txt_mlp.net.0.proj", "mlp.2": "txt_mlp.net.2"}
-    | {f"to_{x}": f"attn.add_{x}_proj" for x in "qkv"} | {f"norm_{x}": f"attn.norm_added_{x}" for x in "qk"},
-}  # fmt: skip
+    "text": {
+        "modulation": "txt_mod.1",
+        "to_out": "attn.to_add_out",
+        "mlp.0": "txt_mlp.net.0.proj",
+        "mlp.2": "txt_mlp.net.2",
+    }
+    | {f"to_{x}": f"attn.add_{x}_proj" for x in "qkv"}
+    | {f"norm_{x}": f"attn.norm_added_{x}" for x in "qk"},
+}
 
 
 def stock_of(model):
     """diffusers' dual-stream transformer with the weights of ours."""
-    size = dict(num_attention_heads=2, attention_head_dim=12, axes_dims_rope=(4, 4, 4), joint_attention_dim=10)
+    size = dict(
+        num_attention_heads=2, attention_head_dim=12, axes_dims_rope=(4, 4, 4), joint_attention_dim=10
+    )
     stock = QwenImageTransformer2DModel(in_channels=16, out_channels=4, num_layers=len(model.blocks), **size)
     state = stock.state_dict()
     for key, value in model.state_dict().items():
@@ -81,12 +101,27 @@ def test_against_diffusers_dual_stream_transformer(double, size):
     stock = stock_of(model).double()
     f, h, w = size
     x, text, t = doubles((torch.randn(2, 4, f, h, w), torch.randn(2, 5, 10), torch.tensor([1000.0, 437.5])))
-    packed = x.unflatten(4, (w // 2, 2)).unflatten(3, (h // 2, 2)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
-    lengths = {"txt_seq_lens": [5, 5]} if "txt_seq_lens" in inspect.signature(stock.forward).parameters else {}  # up to diffusers 0.36
+    packed = (
+        x.unflatten(4, (w // 2, 2))
+        .unflatten(3, (h // 2, 2))
+        .permute(0, 2, 3, 5, 1, 4, 6)
+        .flatten(4)
+        .flatten(1, 3)
+    )
+    lengths = (
+        {"txt_seq_lens": [5, 5]} if "txt_seq_lens" in inspect.signature(stock.forward).parameters else {}
+    )  # up to diffusers 0.36
     with torch.no_grad():
-        expected = stock(packed, text, timestep=t / 1000, img_shapes=[[(f, h // 2, w // 2)]] * 2, **lengths).sample
+        expected = stock(
+            packed, text, timestep=t / 1000, img_shapes=[[(f, h // 2, w // 2)]] * 2, **lengths
+        ).sample
         found = model(x, t, text).sample
-    unpacked = expected.unflatten(1, (f, h // 2, w // 2)).unflatten(4, (4, 2, 2)).permute(0, 4, 1, 2, 5, 3, 6).reshape(x.shape)
+    unpacked = (
+        expected.unflatten(1, (f, h // 2, w // 2))
+        .unflatten(4, (4, 2, 2))
+        .permute(0, 4, 1, 2, 5, 3, 6)
+        .reshape(x.shape)
+    )
     torch.testing.assert_close(found, unpacked, rtol=0, atol=1e-6)  # both have tables of sines in fp32
     assert found.std() > 0.1
 
@@ -94,7 +129,9 @@ def test_against_diffusers_dual_stream_transformer(double, size):
 def test_size_of_the_papers_shape():
     with torch.device("meta"):
         model = MMDiTBackbone()
-    assert len(model.blocks) == 36 and model.config.num_attention_heads * model.config.attention_head_dim == 2496
+    assert (
+        len(model.blocks) == 36 and model.config.num_attention_heads * model.config.attention_head_dim == 2496
+    )
     block = sum(p.numel() for p in model.blocks[0].parameters())
     assert block == 36 * 2496**2 + 30 * 2496 + 4 * 104
     assert sum(p.numel() for p in model.parameters()) == 8_019_454_872
@@ -145,11 +182,15 @@ def test_one_step_and_fp32_time(batch):
     x, _, text, *_ = batch()
     model = mmdit()
     with torch.no_grad():
-        assert torch.equal(one_step(model, x, text), x - model(x, torch.full((2,), 1000.0), text, return_dict=False)[0])
+        assert torch.equal(
+            one_step(model, x, text), x - model(x, torch.full((2,), 1000.0), text, return_dict=False)[0]
+        )
         exact = predict_velocity(model, x, torch.tensor([0.701, 0.5]), text)
         assert (exact - predict_velocity(model, x, torch.tensor([0.7, 0.5]), text))[0].abs().max() > 1e-5
         seen = []
-        model.to(torch.bfloat16).timesteps_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        model.to(torch.bfloat16).timesteps_proj.register_forward_pre_hook(
+            lambda _m, args: seen.append(args[0])
+        )
         rounded = predict_velocity(model, x, torch.tensor([0.701, 0.5]), text)
     assert seen[0].dtype == torch.float32 and seen[0].tolist() == pytest.approx([701.0, 500.0], abs=1e-3)
     assert rounded.dtype == torch.float32 and (rounded - exact).norm() / exact.norm() < 0.03
@@ -161,7 +202,12 @@ def test_every_input_matters(batch):
     with torch.no_grad():
         base = model(x, 1000 * t, text).sample
         frames = model(x.flip(2), 1000 * t, text).sample.flip(2)  # positions, not only contents
-        for changed in (model(other, 1000 * t, text).sample, model(x, 1000 - 1000 * t, text).sample, model(x, 1000 * t, text.flip(0)).sample, frames):
+        for changed in (
+            model(other, 1000 * t, text).sample,
+            model(x, 1000 - 1000 * t, text).sample,
+            model(x, 1000 * t, text.flip(0)).sample,
+            frames,
+        ):
             assert ((base - changed).abs().amax((1, 2, 3, 4)) > 1e-3).all()
 
 
@@ -228,7 +274,10 @@ def test_roles_on_one_mmdit(double, batch, tmp_path):
             for p in role(base, name).parameters():
                 p.normal_(std=0.1)
     base.double()
-    generator, d = role(base, "generator"), Discriminator(role(base, "discriminator"), (1 / 4, 1 / 2)).double()
+    generator, d = (
+        role(base, "generator"),
+        Discriminator(role(base, "discriminator"), (1 / 4, 1 / 2)).double(),
+    )
     own = MMDiTBackbone.from_config(base.config).double()
     own.load_state_dict(merged_state(base, "generator"), strict=True)
     close(one_step(generator, z, text), one_step(own, z, text))

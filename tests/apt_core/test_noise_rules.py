@@ -42,10 +42,14 @@ def test_a_walk_keeps_the_norm_and_turns_in_equal_angles():
     assert way[0] is a and way[8] is b
     flat = torch.stack(way).flatten(1).double()
     norms = flat.norm(dim=1)
-    torch.testing.assert_close(norms, torch.linspace(norms[0], norms[8], 9, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        norms, torch.linspace(norms[0], norms[8], 9, dtype=torch.float64), rtol=1e-6, atol=0
+    )
     cosines = torch.nn.functional.cosine_similarity(flat[1:], flat[:-1])
     whole = math.acos(torch.nn.functional.cosine_similarity(flat[:1], flat[8:]).item())
-    torch.testing.assert_close(cosines, torch.full((8,), math.cos(whole / 8), dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        cosines, torch.full((8,), math.cos(whole / 8), dtype=torch.float64), rtol=1e-6, atol=0
+    )
     # In a plane: each place is a mix of the two ends.
     rest = flat - flat @ torch.linalg.pinv(flat[[0, 8]]) @ flat[[0, 8]]
     assert rest.norm() < 1e-5 * norms[0]

@@ -41,7 +41,9 @@ def doubles(*inputs):
 
 
 class Spy(nn.Module):
-    """A smooth discriminator of (x, t, text) that leans on t and text far more than on x, and remembers what it was asked."""
+    """A smooth discriminator of (x, t, text) that leans on t and text far more than on x, and remembers what
+    it was asked.
+    """
 
     def __init__(self):
         super().__init__()
@@ -61,30 +63,58 @@ def test_presets():
     assert Objective.paper("video") == Objective(False, 100.0, 0.1, 0.0, 0.1, 1.0, 0.0)
     for phase, sigma in (("image", 0.01), ("video", 0.1)):
         o = Objective.stable(phase)
-        assert (o.relativistic, o.reg_fraction, o.centering, o.r1_sigma, o.r2_sigma) == (True, 0.25, 0.01, sigma, sigma)
+        assert (o.relativistic, o.reg_fraction, o.centering, o.r1_sigma, o.r2_sigma) == (
+            True,
+            0.25,
+            0.01,
+            sigma,
+            sigma,
+        )
         assert o.r1_weight * o.r1_sigma**2 == pytest.approx(0.25) == o.r2_weight * o.r2_sigma**2
     with pytest.raises(AptError, match="phase"):
         Objective.paper("audio")
 
 
-@pytest.mark.parametrize("kw", [{"r1_weight": -1}, {"r1_sigma": 0}, {"r2_weight": 1, "r2_sigma": 0}, {"reg_fraction": 0}, {"reg_fraction": 1.5}, {"centering": -0.1}])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {"r1_weight": -1},
+        {"r1_sigma": 0},
+        {"r2_weight": 1, "r2_sigma": 0},
+        {"reg_fraction": 0},
+        {"reg_fraction": 1.5},
+        {"centering": -0.1},
+    ],
+)
 def test_objective_refuses(kw):
     with pytest.raises(AptError):
         Objective(**kw)
 
 
 def test_regularized_part_is_the_ceiling():
-    sizes = {(0.25, 1): 1, (0.25, 4): 1, (0.25, 5): 2, (0.25, 8): 2, (1.0, 7): 7, (0.55, 20): 11, (0.1, 30): 3}
+    sizes = {
+        (0.25, 1): 1,
+        (0.25, 4): 1,
+        (0.25, 5): 2,
+        (0.25, 8): 2,
+        (1.0, 7): 7,
+        (0.55, 20): 11,
+        (0.1, 30): 3,
+    }
     assert {(f, n): Objective(reg_fraction=f).regularized(n) for f, n in sizes} == sizes
 
 
 def test_losses_by_hand():
     r, f = torch.tensor([0.5, -1.0], dtype=torch.float64), torch.tensor([2.0, 0.25], dtype=torch.float64)
-    assert discriminator_loss(r, f).item() == pytest.approx((softplus(-0.5) + softplus(2.0) + softplus(1.0) + softplus(0.25)) / 2, abs=1e-12)
+    assert discriminator_loss(r, f).item() == pytest.approx(
+        (softplus(-0.5) + softplus(2.0) + softplus(1.0) + softplus(0.25)) / 2, abs=1e-12
+    )
     relativistic = (softplus(1.5) + softplus(1.25)) / 2
     assert discriminator_loss(r, f, relativistic=True).item() == pytest.approx(relativistic, abs=1e-12)
     centred = relativistic + 0.01 * (2.5**2 + 0.75**2) / 2
-    assert discriminator_loss(r, f, relativistic=True, centering=0.01).item() == pytest.approx(centred, abs=1e-12)
+    assert discriminator_loss(r, f, relativistic=True, centering=0.01).item() == pytest.approx(
+        centred, abs=1e-12
+    )
     assert generator_loss(f).item() == pytest.approx((softplus(-2.0) + softplus(-0.25)) / 2, abs=1e-12)
     assert generator_loss(f, r).item() == pytest.approx((softplus(-1.5) + softplus(-1.25)) / 2, abs=1e-12)
     assert approximate_penalty(r, f).item() == pytest.approx((1.5**2 + 1.25**2) / 2, abs=1e-12)
@@ -95,9 +125,13 @@ def test_directions_and_offsets():
     for relativistic in (False, True):
         g_r, g_f = torch.autograd.grad(discriminator_loss(r, f, relativistic), (r, f))
         assert (g_r < 0).all() and (g_f > 0).all()  # real up, fake down
-        assert (torch.autograd.grad(generator_loss(f, r if relativistic else None), f)[0] < 0).all()  # fake up
+        assert (
+            torch.autograd.grad(generator_loss(f, r if relativistic else None), f)[0] < 0
+        ).all()  # fake up
     a, b = torch.randn(5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    assert torch.allclose(discriminator_loss(a, b, True), discriminator_loss(a + 3, b + 3, True), rtol=0, atol=1e-12)
+    assert torch.allclose(
+        discriminator_loss(a, b, True), discriminator_loss(a + 3, b + 3, True), rtol=0, atol=1e-12
+    )
     assert torch.allclose(generator_loss(a, b), generator_loss(a + 3, b + 3), rtol=0, atol=1e-12)
     assert torch.isfinite(discriminator_loss(torch.full((1,), -1e4), torch.full((1,), 1e4)))
 
@@ -112,7 +146,9 @@ def test_perturbed_passes_differ_in_the_noise_and_in_nothing_else(batch, mode):
     o = Objective(r1_weight=2.0, r1_sigma=0.3, r2_weight=3.0, r2_sigma=0.7, reg_fraction=0.5)
     discriminator_backward(spy, o, real, fake, text, t, real_noise, fake_noise, mode)
     x, times, texts = (torch.cat(parts) for parts in zip(*spy.calls[: 1 if mode == "batched" else 4]))
-    assert torch.equal(x, torch.cat([real, fake, real[:3] + 0.3 * real_noise[:3], fake[:3] + 0.7 * fake_noise[:3]]))
+    assert torch.equal(
+        x, torch.cat([real, fake, real[:3] + 0.3 * real_noise[:3], fake[:3] + 0.7 * fake_noise[:3]])
+    )
     assert torch.equal(times, torch.cat([t, t, t[:3], t[:3]]))
     assert torch.equal(texts, torch.cat([text, text, text[:3], text[:3]]))
 
@@ -121,7 +157,9 @@ def test_penalty_vanishes_with_sigma_though_the_logit_leans_on_t(batch):
     real, fake, text, t, noise, _ = batch(4)
     r1 = []
     for sigma in (1e-1, 1e-2, 1e-3):
-        metrics = discriminator_backward(Spy().double(), Objective(r1_sigma=sigma), *(x.double() for x in (real, fake, text, t, noise)))
+        metrics = discriminator_backward(
+            Spy().double(), Objective(r1_sigma=sigma), *(x.double() for x in (real, fake, text, t, noise))
+        )
         r1.append(metrics["r1"].item())
     assert r1[0] / r1[1] == pytest.approx(100, rel=0.1) and r1[1] / r1[2] == pytest.approx(100, rel=0.02)
     assert r1[2] < 1e-6
@@ -137,7 +175,9 @@ def test_penalty_is_autograds_r1_for_small_sigma(double, disc, batch):
     r1 = discriminator_backward(d, Objective(r1_sigma=sigma), *many, noise)["r1"].item()
     along_the_same_noise = (sigma * (noise * gradient).flatten(1).sum(1)).square().mean().item()
     assert r1 == pytest.approx(along_the_same_noise, rel=0.01)
-    assert r1 == pytest.approx(sigma**2 * gradient.square().sum().item(), rel=0.2)  # the mean of chi^2 over 512 draws
+    assert r1 == pytest.approx(
+        sigma**2 * gradient.square().sum().item(), rel=0.2
+    )  # the mean of chi^2 over 512 draws
 
 
 # ---- the discriminator step
@@ -196,21 +236,28 @@ def test_three_modes_are_equal(double, disc, batch, objective, checkpointing):
 
 
 ROUNDING = 16 * 2**-23
-"""What fp32 leaves uncertain of a logit near 1, and of a gradient as a share of the largest: 16 of its spacings.
+"""What fp32 leaves uncertain of a logit near 1, and of a gradient as a share of the largest: 16 of its
+spacings.
 
-A logit was off by 3 to 5 of them with AVX-512, with AVX2 and with neither."""
+A logit was off by 3 to 5 of them with AVX-512, with AVX2 and with neither.
+"""
 
 
 def rounding(d, objective, real, fake, text, t, real_noise, fake_noise):
-    """How far the metrics and the gradients of one step may be from fp64's where logits and gradients are only known to ROUNDING.
+    """How far the metrics and the gradients of one step may be from fp64's where logits and gradients are
+    only known to ROUNDING.
 
-    The penalty's gradient is 2 lambda (D(x) - D(x + e)) (grad D(x) - grad D(x + e)). Both of its differences are small, lambda is not: two logits' rounding
-    times what the gradients differ by, and the logits' difference times two gradients' rounding.
+    The penalty's gradient is 2 lambda (D(x) - D(x + e)) (grad D(x) - grad D(x + e)). Both of its differences
+    are small, lambda is not: two logits' rounding times what the gradients differ by, and the logits'
+    difference times two gradients' rounding.
     """
 
     def one_by_one(x, n):
         logits = [d(x[i : i + 1], t[i : i + 1], text[i : i + 1]) for i in range(n)]
-        return torch.cat(logits).detach(), [torch.cat([g.flatten() for g in torch.autograd.grad(logit, list(d.parameters()))]) for logit in logits]
+        return torch.cat(logits).detach(), [
+            torch.cat([g.flatten() for g in torch.autograd.grad(logit, list(d.parameters()))])
+            for logit in logits
+        ]
 
     n = objective.regularized(len(real))
     of_logits, of_gradients, largest = ROUNDING, 0.0, 0.0
@@ -224,13 +271,20 @@ def rounding(d, objective, real, fake, text, t, real_noise, fake_noise):
         for logit, other, gradient, beside in zip(logits[:n], perturbed, gradients[:n], others):
             apart = float((logit - other).abs())
             of_logits += 2 * weight / n * apart * 2 * ROUNDING
-            of_gradients += 2 * weight / n * (2 * ROUNDING * float((gradient - beside).abs().max()) + apart * 2 * ROUNDING * largest)
+            of_gradients += (
+                2
+                * weight
+                / n
+                * (2 * ROUNDING * float((gradient - beside).abs().max()) + apart * 2 * ROUNDING * largest)
+            )
     return of_logits, of_gradients + 2 * ROUNDING * largest
 
 
 @pytest.mark.parametrize("objective", PRESETS)
 def test_fp32_is_as_near_to_fp64_as_its_rounding(disc, batch, monkeypatch, objective):
-    """In every mode. That the modes are one is shown above; in bf16, of 2^-8, a logit's rounding would be 2000 times as much."""
+    """In every mode. That the modes are one is shown above; in bf16, of 2^-8, a logit's rounding would be
+    2000 times as much.
+    """
     results = all_modes(disc(), objective, batch(5))
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     d, inputs = disc().double(), doubles(*batch(5))
@@ -245,17 +299,24 @@ def test_fp32_is_as_near_to_fp64_as_its_rounding(disc, batch, monkeypatch, objec
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("objective", [Objective.paper("video"), Objective(True, 25.0, 0.1, 25.0, 0.1, 0.5, 0.01)])
+@pytest.mark.parametrize(
+    "objective", [Objective.paper("video"), Objective(True, 25.0, 0.1, 25.0, 0.1, 0.5, 0.01)]
+)
 def test_accumulation_gives_the_whole_batchs_gradient(double, disc, batch, mode, objective):
     d = disc().double()
     inputs = doubles(*batch(4))
-    if objective.reg_fraction == 0.5:  # every microbatch regularises its own first half, so the whole batch needs that order
+    if (
+        objective.reg_fraction == 0.5
+    ):  # every microbatch regularises its own first half, so the whole batch needs that order
         order = torch.tensor([0, 2, 1, 3])
     else:
         order = torch.arange(4)
     whole = discriminator_backward(d, objective, *(x[order] for x in inputs), mode=mode)
     expected = take_grads(d)
-    parts = [discriminator_backward(d, objective, *(x[s : s + 2] for x in inputs), mode=mode, loss_scale=0.5) for s in (0, 2)]
+    parts = [
+        discriminator_backward(d, objective, *(x[s : s + 2] for x in inputs), mode=mode, loss_scale=0.5)
+        for s in (0, 2)
+    ]
     assert_close(take_grads(d), expected)
     assert_close({k: (parts[0][k] + parts[1][k]) / 2 for k in whole}, whole)
 
@@ -337,7 +398,10 @@ def test_generator_accumulation(double, wan, disc, batch):
     _, _, text, t, z, _ = doubles(*batch(4))
     whole = generator_backward(g, d, Objective(), z, text, t)
     expected = take_grads(g)
-    parts = [generator_backward(g, d, Objective(), z[s : s + 2], text[s : s + 2], t[s : s + 2], loss_scale=0.5) for s in (0, 2)]
+    parts = [
+        generator_backward(g, d, Objective(), z[s : s + 2], text[s : s + 2], t[s : s + 2], loss_scale=0.5)
+        for s in (0, 2)
+    ]
     assert_close(take_grads(g), expected)
     assert_close({k: (parts[0][k] + parts[1][k]) / 2 for k in whole}, whole)
 
@@ -364,7 +428,11 @@ def test_a_step_moves_the_logits_the_right_way(wan, disc, batch):
 def test_the_verdict_counts_each_side_and_the_pairs():
     real, fake = torch.tensor([2.0, -1.0, 0.5, 0.0]), torch.tensor([1.0, -2.0, 0.5, 3.0])
     found = {name: float(value) for name, value in verdict(real, fake).items()}
-    assert found == {"right_real": (1 + 0 + 1 + 0.5) / 4, "right_fake": (0 + 1 + 0 + 0) / 4, "right_pairs": (1 + 1 + 0.5 + 0) / 4}
+    assert found == {
+        "right_real": (1 + 0 + 1 + 0.5) / 4,
+        "right_fake": (0 + 1 + 0 + 0) / 4,
+        "right_pairs": (1 + 1 + 0.5 + 0) / 4,
+    }
 
 
 def test_the_floor_is_a_ten_thousandth_of_a_smooth_penalty_and_more_where_rounding_rules():

@@ -29,7 +29,10 @@ def distance(a, b):
 @pytest.mark.parametrize("eps", [1e-8, 1e-2])
 def test_bias_corrected_is_adam_with_betas_0_and_09(eps):
     a, b = models()
-    ours, adam = make_rmsprop(a.parameters(), 1e-3, eps=eps), torch.optim.Adam(b.parameters(), 1e-3, betas=(0.0, 0.9), eps=eps)
+    ours, adam = (
+        make_rmsprop(a.parameters(), 1e-3, eps=eps),
+        torch.optim.Adam(b.parameters(), 1e-3, betas=(0.0, 0.9), eps=eps),
+    )
     for i in range(50):
         lr = 1e-3 * min(1, (i + 1) / 10)  # a warm-up from outside
         ours.param_groups[0]["lr"] = adam.param_groups[0]["lr"] = lr
@@ -81,7 +84,10 @@ def test_resume_goes_on_counting():
 
 def test_a_group_added_later_starts_its_own_count():
     a, b = models()
-    ours, adam = make_rmsprop(a[0].parameters(), 1e-3), torch.optim.Adam(b[0].parameters(), 1e-3, betas=(0.0, 0.9))
+    ours, adam = (
+        make_rmsprop(a[0].parameters(), 1e-3),
+        torch.optim.Adam(b[0].parameters(), 1e-3, betas=(0.0, 0.9)),
+    )
     for i in range(8):
         if i == 4:
             ours.add_param_group({"params": list(a[2].parameters()), "lr": 2e-3})

@@ -13,16 +13,28 @@ from apt_core.errors import AptError
 
 VERSIONS = {
     "2.1": {"base_dim": 4},
-    "2.2": {"base_dim": 4, "decoder_base_dim": 8, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
-            "scale_factor_spatial": 16, "latents_mean": [0.1] * 48, "latents_std": [1.1] * 48},
-}  # fmt: skip
+    "2.2": {
+        "base_dim": 4,
+        "decoder_base_dim": 8,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.1] * 48,
+        "latents_std": [1.1] * 48,
+    },
+}
 HEIGHTS = (8, 6, 4)
 """Of latents: even on four processes; uneven; one row each."""
 
 
 def build(version: str) -> AutoencoderKLWan:
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(**VERSIONS[version]).eval().requires_grad_(False).double()  # a difference is then a mistake, not rounding
+    vae = (
+        AutoencoderKLWan(**VERSIONS[version]).eval().requires_grad_(False).double()
+    )  # a difference is then a mistake, not rounding
     for name, p in vae.named_parameters():
         if name.endswith(("bias", "gamma")):
             p.add_(torch.randn_like(p) * 0.1)  # an unlike border, and attention that matters
@@ -42,13 +54,18 @@ def decode_all(group, folder) -> None:
         # Not every process has the same memory; all take the plan of the one with the least.
         least = Decoder(build(version), budget=1 << (10 if group.rank() == 1 else 40), group=group)
         results[version, "slices"] = [part.shape[1] for part in least.stream(latents(version, 8))]
-        with pytest.raises(AptError, match=r"^\d processes cannot share 1 rows of latents: decode with at most 1 processes\.$"):
+        with pytest.raises(
+            AptError,
+            match=r"^\d processes cannot share 1 rows of latents: decode with at most 1 processes\.$",
+        ):
             decoder.decode(latents(version, 1))
     torch.save(results, folder / f"{group.rank()}.pt")
 
 
 def fail_everywhere(group, folder) -> None:
-    """On the last process each layer in turn is out of memory: in the first call after it exchanged something, or in the second before."""
+    """On the last process each layer in turn is out of memory: in the first call after it exchanged
+    something, or in the second before.
+    """
     results, vae, z = {}, build("2.2"), latents("2.2", 6)[..., :2]
     for part in ("_low", "_high"):
         for index in range(len(getattr(Decoder(vae), part))):
@@ -59,7 +76,10 @@ def fail_everywhere(group, folder) -> None:
             results[part, index] = decoder.decode(z), decoder.steps_taken
     hopeless = Decoder(vae, group=group)
     hopeless._high[0] = Failing(hopeless._high[0], calls=range(100) if group.rank() == 0 else ())
-    with pytest.raises(AptError, match="out of memory even with 1 latent frame per call, what it remembers on the CPU: free memory"):
+    with pytest.raises(
+        AptError,
+        match="out of memory even with 1 latent frame per call, what it remembers on the CPU: free memory",
+    ):
         hopeless.decode(z)
     torch.save(results, folder / f"{group.rank()}.pt")
 
@@ -87,7 +107,9 @@ def test_all_take_the_plan_of_the_least_memory(version, found):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_part_of_the_seam_matters(version):
-    """A row decodes differently without its neighbours' rows, and the frame's attention is felt: the equality above is no accident."""
+    """A row decodes differently without its neighbours' rows, and the frame's attention is felt: the equality
+    above is no accident.
+    """
     vae, z = build(version), latents(version, 8)
     whole = Decoder(vae).decode(z)
     half = Decoder(vae).decode(z[..., :4, :])
@@ -106,4 +128,6 @@ def test_out_of_memory_on_one_process_makes_all_step_down(tmp_path):
         assert len(results) > 15
         for pixels, steps_taken in results.values():
             torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
-            assert steps_taken == ["The VAE decode was out of memory with 2 latent frames per call: it goes on with 1 latent frame per call."]
+            assert steps_taken == [
+                "The VAE decode was out of memory with 2 latent frames per call: it goes on with 1 latent frame per call."
+            ]

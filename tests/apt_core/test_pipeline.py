@@ -1,4 +1,6 @@
-"""Prompts to video on the miniature: the same numbers as the parts give, and every mistake as one sentence before a weight is read."""
+"""Prompts to video on the miniature: the same numbers as the parts give, and every mistake as one sentence
+before a weight is read.
+"""
 
 import math
 import subprocess
@@ -40,11 +42,17 @@ def pipeline(**options) -> OneStepPipeline:
     return OneStepPipeline.from_checkpoint(SHIPPED["base"], **MINI, **options)
 
 
-def by_hand(number: int = 0, seed: int = 0, prompt: str = PROMPT, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def by_hand(
+    number: int = 0, seed: int = 0, prompt: str = PROMPT, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     text = load_text_encoder(SHIPPED["text_encoder"])
     z = sample_noise([number], (16, 2, 6, 6), seed, "generate/z")
     with torch.no_grad():
-        return one_step(load_backbone(SHIPPED["base"], dtype).eval(), z.to(dtype), text.pad(text.encode([prompt]), text.text_length).to(dtype))
+        return one_step(
+            load_backbone(SHIPPED["base"], dtype).eval(),
+            z.to(dtype),
+            text.pad(text.encode([prompt]), text.text_length).to(dtype),
+        )
 
 
 def exactly(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -66,7 +74,9 @@ def close(found: np.ndarray, expected: np.ndarray) -> bool:
 def test_one_step_is_what_its_parts_compute(tmp_path):
     pipe = pipeline(cache=tmp_path)
     video = pipe(PROMPT, seed=3, **SIZE)
-    assert video.frames.dtype == np.uint8 and video.frames.std() > 5 and (video.fps, video.prompt) == (8, PROMPT)
+    assert (
+        video.frames.dtype == np.uint8 and video.frames.std() > 5 and (video.fps, video.prompt) == (8, PROMPT)
+    )
     assert close(video.frames, as_bytes(by_hand(seed=3)))
     assert close(np.concatenate(list(pipe.stream(PROMPT, seed=3, **SIZE))), video.frames)
 
@@ -74,7 +84,12 @@ def test_one_step_is_what_its_parts_compute(tmp_path):
 def test_many_prompts(tmp_path):
     pipe = pipeline(cache=tmp_path)
     videos = pipe([PROMPT, "a blue square"], count=2, **SIZE)
-    assert [(video.prompt, video.number) for video in videos] == [(PROMPT, 0), (PROMPT, 1), ("a blue square", 2), ("a blue square", 3)]
+    assert [(video.prompt, video.number) for video in videos] == [
+        (PROMPT, 0),
+        (PROMPT, 1),
+        ("a blue square", 2),
+        ("a blue square", 3),
+    ]
     assert close(videos[3].frames, as_bytes(by_hand(3, prompt="a blue square")))
 
 
@@ -109,7 +124,16 @@ def test_steps_of_an_apt_or_distilled_file_add_noise_again_up_to_its_times(about
 def test_steps_of_a_base_are_eulers(guidance, tmp_path):
     pipe, model = pipeline(cache=tmp_path), load_backbone(SHIPPED["base"]).eval()
     for steps in (1, 2, 3):
-        request = pipe.request(PROMPT, steps=steps, guidance=guidance, shift=3.0, negative="blurry", noise="comfyui", seed=2**40, **SIZE)
+        request = pipe.request(
+            PROMPT,
+            steps=steps,
+            guidance=guidance,
+            shift=3.0,
+            negative="blurry",
+            noise="comfyui",
+            seed=2**40,
+            **SIZE,
+        )
         text = pipe.embed(request)
         z = torch.randn(1, 16, 2, 6, 6, generator=torch.Generator().manual_seed(2**40))
         wanted = euler_cfg(model, z, text[:1], text[1:], steps, guidance, 3.0)
@@ -150,11 +174,17 @@ def test_a_lora_is_merged_into_its_base(double, tmp_path):
     save_lora(tmp_path / "lora.safetensors", adapted, "generator", {"base": "mini"})
     with pytest.raises(AptError, match=r"is a LoRA: add base=PATH of the transformer that it belongs to\.$"):
         OneStepPipeline.from_checkpoint(tmp_path / "lora.safetensors")
-    pipe = OneStepPipeline.from_checkpoint(tmp_path / "lora.safetensors", base="mini", cache=tmp_path, dtype=torch.float64)
+    pipe = OneStepPipeline.from_checkpoint(
+        tmp_path / "lora.safetensors", base="mini", cache=tmp_path, dtype=torch.float64
+    )
     request = pipe.request(PROMPT, **SIZE)
     text = pipe.embed(request).double()
     with torch.no_grad():
-        expected = one_step(role(adapted.double().eval(), "generator"), sample_noise([0], (16, 2, 6, 6), 0, "generate/z").double(), text)
+        expected = one_step(
+            role(adapted.double().eval(), "generator"),
+            sample_noise([0], (16, 2, 6, 6), 0, "generate/z").double(),
+            text,
+        )
     assert (expected - by_hand(dtype=torch.float64)).abs().max() > 0.1
     # The product of the file's factors is rounded to fp32 before it is added: 6e-8 of numbers below 0.1.
     torch.testing.assert_close(pipe.latents(request, 0, text), expected, rtol=0, atol=1e-7)
@@ -170,11 +200,18 @@ def no_weights(monkeypatch):
     for name in ("load_vae", "load_text_encoder_files"):
         monkeypatch.setattr(sources, name, refuse)
     real = sources.load_transformer
-    monkeypatch.setattr(sources, "load_transformer", lambda path, dtype, device: real(path, dtype=dtype, device=device) if device == "meta" else refuse())
+    monkeypatch.setattr(
+        sources,
+        "load_transformer",
+        lambda path, dtype, device: real(path, dtype=dtype, device=device) if device == "meta" else refuse(),
+    )
 
 
 def other_model(path, **changes):
-    config = dict(num_attention_heads=2, attention_head_dim=12, text_dim=96, freq_dim=16, ffn_dim=32, num_layers=1) | changes
+    config = (
+        dict(num_attention_heads=2, attention_head_dim=12, text_dim=96, freq_dim=16, ffn_dim=32, num_layers=1)
+        | changes
+    )
     save_generator(path, WanBackbone(**config), config, {})
     return path
 
@@ -182,7 +219,10 @@ def other_model(path, **changes):
 def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weights):
     pipe = pipeline()
     for wishes, sentence in (
-        ({"height": 50}, "a sample of 48x50 and 5 frames does not fit: height 50 must be a multiple of 16 (48 or 64)."),
+        (
+            {"height": 50},
+            "a sample of 48x50 and 5 frames does not fit: height 50 must be a multiple of 16 (48 or 64).",
+        ),
         ({"frames": 6}, "a sample of 48x48 and 6 frames does not fit: frames 6 must be 4 n + 1 (5 or 9)."),
         ({"height": 0}, "height 0 must be a multiple of 16 (16)"),
         ({"steps": 0}, "1 samples in 0 steps cannot be made: both must be 1 or more."),
@@ -194,23 +234,37 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
         ({"guidance": float("nan"), "steps": 3}, "guidance nan cannot be: it must be a finite number."),
         ({"shift": -1.0}, "shift -1 cannot be: it must be above 0."),
         ({"noise": "gpu"}, "noise 'gpu' is not known: use apt or comfyui."),
-        ({"negative": "\ud800"}, "the prompt '\\ud800' cannot be read: give text that can be written as UTF-8."),
+        (
+            {"negative": "\ud800"},
+            "the prompt '\\ud800' cannot be read: give text that can be written as UTF-8.",
+        ),
     ):
         with pytest.raises(AptError) as error:
             pipe(PROMPT, **SIZE | wishes)
         assert sentence in str(error.value) and str(error.value).count(". ") == 0
     with pytest.raises(AptError, match="there is no prompt"):
         pipe([])
-    for make in (lambda: pipe.stream([PROMPT, PROMPT]), lambda: pipe.write(PROMPT, tmp_path / "a.mp4", count=2)):
-        with pytest.raises(AptError, match="^2 samples were asked for where one can be made: call the pipeline itself for many"):
+    for make in (
+        lambda: pipe.stream([PROMPT, PROMPT]),
+        lambda: pipe.write(PROMPT, tmp_path / "a.mp4", count=2),
+    ):
+        with pytest.raises(
+            AptError,
+            match="^2 samples were asked for where one can be made: call the pipeline itself for many",
+        ):
             make()
     for prompt in (None, [3], b"red"):
         with pytest.raises(AptError, match="cannot be read: give text that can be written as UTF-8"):
             pipe(prompt)
     for memory in (0, -1.0, float("nan"), "8"):
-        with pytest.raises(AptError, match=r"^memory .* cannot be: give GiB above 0, or None for what is free\.$"):
+        with pytest.raises(
+            AptError, match=r"^memory .* cannot be: give GiB above 0, or None for what is free\.$"
+        ):
             pipeline(memory=memory)
-    with pytest.raises(AptError, match=r"^there is no attention backend 'flush' \(did you mean flash\?\): use auto, or one of "):
+    with pytest.raises(
+        AptError,
+        match=r"^there is no attention backend 'flush' \(did you mean flash\?\): use auto, or one of ",
+    ):
         pipeline(backend="flush")
     for name, frames in (("a.avi", 5), ("a.gif", 1), ("a.mp4", 1)):
         with pytest.raises(AptError, match=rf"{name}: "):
@@ -236,10 +290,22 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
     "metadata, said",
     [
         ({"native": [48, 48]}, r"native [48, 48], not width, height, frames and fps"),
-        ({"native": SIZES | {"height": 48.0}}, f"native {SIZES | {'height': 48.0}}, not width, height, frames and fps"),
-        ({"native": SIZES | {"frames": "9"}}, f"native {SIZES | {'frames': '9'}}, not width, height, frames and fps"),
-        ({"native": SIZES | {"fps": None}}, f"native {SIZES | {'fps': None}}, not width, height, frames and fps"),
-        ({"native": SIZES | {"fps": math.inf}}, f"native {SIZES | {'fps': math.inf}}, not width, height, frames and fps"),
+        (
+            {"native": SIZES | {"height": 48.0}},
+            f"native {SIZES | {'height': 48.0}}, not width, height, frames and fps",
+        ),
+        (
+            {"native": SIZES | {"frames": "9"}},
+            f"native {SIZES | {'frames': '9'}}, not width, height, frames and fps",
+        ),
+        (
+            {"native": SIZES | {"fps": None}},
+            f"native {SIZES | {'fps': None}}, not width, height, frames and fps",
+        ),
+        (
+            {"native": SIZES | {"fps": math.inf}},
+            f"native {SIZES | {'fps': math.inf}}, not width, height, frames and fps",
+        ),
         ({"native": {"height": 48}}, "native {'height': 48}, not width, height, frames and fps"),
         ({"text_length": "32"}, "text_length '32', not a whole number from 1"),
         ({"text_length": 0}, "text_length 0, not a whole number from 1"),
@@ -256,10 +322,14 @@ def test_a_text_encoder_without_its_tokenizer_is_refused_at_once(tmp_path, no_we
     save_text_encoder(tmp_path / "text.safetensors", encoder.model, b"", 32)
     from safetensors.torch import load_file, save_file
 
-    tensors = {key: value for key, value in load_file(tmp_path / "text.safetensors").items() if key != "spiece_model"}
+    tensors = {
+        key: value for key, value in load_file(tmp_path / "text.safetensors").items() if key != "spiece_model"
+    }
     save_file(tensors, tmp_path / "bare.safetensors")
     with pytest.raises(AptError, match="carries no tokenizer: add tokenizer=PATH"):
-        OneStepPipeline.from_checkpoint(SHIPPED["base"], vae="mini", text_encoder=tmp_path / "bare.safetensors")
+        OneStepPipeline.from_checkpoint(
+            SHIPPED["base"], vae="mini", text_encoder=tmp_path / "bare.safetensors"
+        )
 
 
 def fail_times(monkeypatch, times: int) -> list[int]:
@@ -286,7 +356,9 @@ def test_out_of_memory_in_the_transformer(double, times, level, monkeypatch, tmp
     latents = pipe.latents(request, 0, text)
     exactly(latents, by_hand(dtype=torch.float64))
     assert pipe._residence.level == level and len(said) == times and pipe.steps_taken == said
-    assert torch.equal(pipe.latents(request, 0, text), latents) and len(said) == times  # it stays there, and says nothing twice
+    assert (
+        torch.equal(pipe.latents(request, 0, text), latents) and len(said) == times
+    )  # it stays there, and says nothing twice
     assert close(pipe(PROMPT, **SIZE).frames, as_bytes(by_hand(dtype=torch.float64)))
 
 
@@ -296,12 +368,17 @@ def test_a_budget_is_for_weights_and_decode_together(tmp_path):
         assert pipe._residence.level == level
         pipe(PROMPT, **SIZE | {"frames": 1})
         weights = pipe._weights()
-        assert pipe._beside_weights() == int(memory * 2**30) - (sum(weights.values()) if level == ALL else weights["vae"])
+        assert pipe._beside_weights() == int(memory * 2**30) - (
+            sum(weights.values()) if level == ALL else weights["vae"]
+        )
 
 
 def test_the_noise_of_the_next_sample_is_drawn_ahead(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("apt_core.engine.pipeline.draw", lambda rule, seed, number, shape: drawn.append(number) or draw(rule, seed, number, shape))
+    monkeypatch.setattr(
+        "apt_core.engine.pipeline.draw",
+        lambda rule, seed, number, shape: drawn.append(number) or draw(rule, seed, number, shape),
+    )
     pipe = pipeline(cache=tmp_path)
     videos = pipe(PROMPT, count=3, **SIZE)
     assert drawn == [0, 1, 2] and close(videos[2].frames, as_bytes(by_hand(2)))
@@ -310,7 +387,10 @@ def test_the_noise_of_the_next_sample_is_drawn_ahead(tmp_path, monkeypatch):
 def test_out_of_memory_that_nothing_helps(monkeypatch, tmp_path):
     pipe = pipeline(cache=tmp_path, report=lambda _: None)
     fail_times(monkeypatch, 3)
-    with pytest.raises(AptError, match="runs out of memory even with one block of a network on it: ask for fewer frames or a smaller size"):
+    with pytest.raises(
+        AptError,
+        match="runs out of memory even with one block of a network on it: ask for fewer frames or a smaller size",
+    ):
         pipe(PROMPT, **SIZE)
 
 
@@ -328,7 +408,9 @@ def together(group, folder) -> None:
         request = pipe.request(PROMPT, **SIZE)
         latents = pipe.latents(request, 0, pipe.embed(request).double())
         frames = np.concatenate(list(pipe.frames(latents)))
-        pixels = Decoder(load_vae(SHIPPED["vae"], torch.float64), group=group).decode(latents)  # as the pipeline does, before they are bytes
+        pixels = Decoder(load_vae(SHIPPED["vae"], torch.float64), group=group).decode(
+            latents
+        )  # as the pipeline does, before they are bytes
     torch.save((latents, pixels, torch.from_numpy(frames)), folder / f"{group.rank()}.pt")
 
 

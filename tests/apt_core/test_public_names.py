@@ -1,4 +1,6 @@
-"""`from apt_core import ...`: every short name is there, is the one of its room, and costs nothing before it is asked for."""
+"""`from apt_core import ...`: every short name is there, is the one of its room, and costs nothing before it
+is asked for.
+"""
 
 import ast
 import subprocess

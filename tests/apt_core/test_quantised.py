@@ -176,19 +176,45 @@ def bytes_of(**about):
 MODULE = Q.removesuffix(".weight")
 ELSE = "give the file in bf16, fp16 or scaled fp8."
 REFUSED = {
-    "nvfp4": (lambda t: t.update({f"{MODULE}.comfy_quant": bytes_of(format="nvfp4")}), f"{MODULE} is quantised as nvfp4, which is not read: {ELSE}"),
+    "nvfp4": (
+        lambda t: t.update({f"{MODULE}.comfy_quant": bytes_of(format="nvfp4")}),
+        f"{MODULE} is quantised as nvfp4, which is not read: {ELSE}",
+    ),
     "rotated": (
-        lambda t: t.update({f"{MODULE}.comfy_quant": bytes_of(format="float8_e4m3fn", convrot=True, convrot_groupsize=64)}),
+        lambda t: t.update(
+            {f"{MODULE}.comfy_quant": bytes_of(format="float8_e4m3fn", convrot=True, convrot_groupsize=64)}
+        ),
         f"{MODULE} is quantised as float8_e4m3fn, convrot, convrot_groupsize, which is not read: {ELSE}",
     ),
-    "int8": (lambda t: t.update({Q: torch.zeros(24, 24, dtype=torch.int8)}), f"its weights are quantised as int8, which is not read: {ELSE}"),
-    "gptq": (lambda t: t.update({f"{MODULE}.qweight": torch.zeros(3, 24, dtype=torch.int32)}), f"its weights are quantised as GPTQ or AWQ, which is not read: {ELSE}"),
-    "bitsandbytes": (lambda t: t.update({f"{Q}.absmax": torch.zeros(9)}), f"its weights are quantised as bitsandbytes, which is not read: {ELSE}"),
-    "blocks": (lambda t: t.update({f"{MODULE}.scale_weight": torch.ones(3, 3)}), f"{MODULE}.scale_weight is F32 of shape [3, 3], and only one number or one a row is read: give the file in bf16 or fp16."),
-    "lost": (lambda t: t.pop(f"{MODULE}.scale_weight"), f"{Q} is in fp8 and lacks the scale that others have: download or export the file again."),
-    "halfway": (lambda t: t.update({Q: t[Q].float().half()}), f"{Q} has a scale, but is stored as F16, not in fp8: download it again."),
-    "no json": (lambda t: t.update({f"{MODULE}.comfy_quant": torch.zeros(4, dtype=torch.uint8)}), f"what it says of the quantisation of {MODULE} is not a JSON object: download it again."),
-}  # fmt: skip
+    "int8": (
+        lambda t: t.update({Q: torch.zeros(24, 24, dtype=torch.int8)}),
+        f"its weights are quantised as int8, which is not read: {ELSE}",
+    ),
+    "gptq": (
+        lambda t: t.update({f"{MODULE}.qweight": torch.zeros(3, 24, dtype=torch.int32)}),
+        f"its weights are quantised as GPTQ or AWQ, which is not read: {ELSE}",
+    ),
+    "bitsandbytes": (
+        lambda t: t.update({f"{Q}.absmax": torch.zeros(9)}),
+        f"its weights are quantised as bitsandbytes, which is not read: {ELSE}",
+    ),
+    "blocks": (
+        lambda t: t.update({f"{MODULE}.scale_weight": torch.ones(3, 3)}),
+        f"{MODULE}.scale_weight is F32 of shape [3, 3], and only one number or one a row is read: give the file in bf16 or fp16.",
+    ),
+    "lost": (
+        lambda t: t.pop(f"{MODULE}.scale_weight"),
+        f"{Q} is in fp8 and lacks the scale that others have: download or export the file again.",
+    ),
+    "halfway": (
+        lambda t: t.update({Q: t[Q].float().half()}),
+        f"{Q} has a scale, but is stored as F16, not in fp8: download it again.",
+    ),
+    "no json": (
+        lambda t: t.update({f"{MODULE}.comfy_quant": torch.zeros(4, dtype=torch.uint8)}),
+        f"what it says of the quantisation of {MODULE} is not a JSON object: download it again.",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

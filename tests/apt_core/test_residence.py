@@ -1,4 +1,6 @@
-"""What is on the card at which moment, and that the results stay the same: on a card that is a stand-in, with real tensors."""
+"""What is on the card at which moment, and that the results stay the same: on a card that is a stand-in, with
+real tensors.
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from apt_core.models.wan import WanBackbone, predict_velocity
 
 PROMPTS = ["a red circle moving left on a green background", "a blue square"]
 SIZE = {"height": 48, "width": 48, "frames": 5, "fps": 8}
-SMALL = dict(num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=10, num_layers=3)
+SMALL = dict(
+    num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=10, num_layers=3
+)
 MEMORY = {ALL: None, PARTS: 0.015, BLOCKS: 1e-4}
 
 
@@ -50,12 +54,19 @@ def places(network) -> set[bool]:
 
 
 def pipeline(cache, **options) -> OneStepPipeline:
-    return OneStepPipeline.from_checkpoint("mini", dtype=torch.float32, cache=cache, report=lambda _: None, **options)
+    return OneStepPipeline.from_checkpoint(
+        "mini", dtype=torch.float32, cache=cache, report=lambda _: None, **options
+    )
 
 
 def test_the_stand_in_is_a_card(card):
     x, y = torch.ones(3), torch.ones(3).to(CARD)
-    assert (x.device, y.device, (y * 2)[1:].device, y.cpu().device) == (CPU, CARD, CARD, CPU) and card.held() == 12
+    assert (x.device, y.device, (y * 2)[1:].device, y.cpu().device) == (
+        CPU,
+        CARD,
+        CARD,
+        CPU,
+    ) and card.held() == 12
     with pytest.raises(RuntimeError, match="two devices"):
         x + y
     linear = nn.Linear(2, 2).to(CARD)
@@ -68,7 +79,9 @@ def test_the_stand_in_is_a_card(card):
 
 @pytest.mark.parametrize("level", [ALL, PARTS, BLOCKS])
 def test_many_samples_and_requests_one_after_another(level, card, tmp_path):
-    """Text encoder, then transformer and VAE for each sample, then all of it again: each network comes back to the card whole."""
+    """Text encoder, then transformer and VAE for each sample, then all of it again: each network comes back
+    to the card whole.
+    """
     plain = pipeline(tmp_path / "cpu", device="cpu")
     low = pipeline(tmp_path / "card", device=CARD, memory=MEMORY[level])
     for prompts, count in ((PROMPTS, 2), (["a green star"], 1)):
@@ -113,7 +126,9 @@ def test_what_a_decoder_made_of_the_weights_leaves_with_them(card, tmp_path):
     assert pipe._decoder is not None
     pipe.latents(pipe.request("a green star", **SIZE), 0, pipe.embed(pipe.request("a green star", **SIZE)))
     transformer = pipe._residence._networks["transformer"]
-    assert pipe._decoder is None and card.held() < 1.1 * sum(t.numel() * 4 for t in (*transformer.parameters(), *transformer.buffers()))
+    assert pipe._decoder is None and card.held() < 1.1 * sum(
+        t.numel() * 4 for t in (*transformer.parameters(), *transformer.buffers())
+    )
 
 
 @pytest.mark.parametrize("make", [wan, mmdit])
@@ -124,7 +139,9 @@ def test_a_stream_after_its_network_was_away(make, speed, card):
     expected = velocity(make_fast(make(), CPU, speed).to(CARD), CARD)
     residence, other = Residence(CARD, BLOCKS), nn.Linear(2, 2)
     for _ in range(3):
-        assert torch.equal(residence.run("a", lambda _: model, lambda network: velocity(network, CARD)), expected)
+        assert torch.equal(
+            residence.run("a", lambda _: model, lambda network: velocity(network, CARD)), expected
+        )
         residence.run("b", lambda _: other, lambda network: None)
         assert places(model) == {False} and card.held() == 24
     assert speed == Speed() or any(isinstance(module, Fp8Linear) for module in model.modules())
@@ -190,7 +207,11 @@ def test_stepping_down_to_blocks_and_on(card):
     for turn in range(2):
         assert torch.equal(residence.run("a", lambda device: model.to(device), work), expected)
         residence.run("b", lambda device: nn.Linear(2, 2).to(device), lambda _: None)
-    assert calls == [{True}, {True}, {True, False}, {True, False}] and residence.level == BLOCKS and len(residence.steps_taken) == 2
+    assert (
+        calls == [{True}, {True}, {True, False}, {True, False}]
+        and residence.level == BLOCKS
+        and len(residence.steps_taken) == 2
+    )
 
 
 def test_compiled_blocks_stay_compiled_in_a_stream(monkeypatch):
@@ -201,7 +222,9 @@ def test_compiled_blocks_stay_compiled_in_a_stream(monkeypatch):
         graphs.append(graph)
         return lambda *values: runs.append(graph) or graph(*values)
 
-    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=count, fullgraph=True, **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: real(function, backend=count, fullgraph=True, **options)
+    )
     torch._dynamo.reset()
     model, expected = make_fast(wan(), CPU, Speed(compile=True)), velocity(wan())
     residence = Residence(CPU)

@@ -19,13 +19,19 @@ def test_times():
     for second in (SECOND_TIME, 0.1, 1 / 3, 0.5, 0.95):
         assert step_times(2, second) == (1.0, second)  # to the last bit
         for steps in (3, 8, 25):
-            assert step_times(steps, second) == pytest.approx([shift(1 - i / steps, second / (1 - second)) for i in range(steps)], abs=1e-14)
+            assert step_times(steps, second) == pytest.approx(
+                [shift(1 - i / steps, second / (1 - second)) for i in range(steps)], abs=1e-14
+            )
     with pytest.raises(AptError, match=r"^the sampler needs at least 1 step, got 0\.$"):
         step_times(0)
 
 
 def test_which_files_are_sampled_by_re_noising():
-    assert is_few_step({"kind": "generator", "phase": "video"}) and is_few_step({"kind": "generator", "phase": "distilled"}) and is_few_step({"kind": "lora"})
+    assert (
+        is_few_step({"kind": "generator", "phase": "video"})
+        and is_few_step({"kind": "generator", "phase": "distilled"})
+        and is_few_step({"kind": "lora"})
+    )
     assert not is_few_step({"kind": "base"}) and not is_few_step({})
 
 
@@ -34,7 +40,10 @@ def test_the_second_time_of_a_file():
     for value in (0, 1, 7, -0.5, float("nan"), "0.4", None, True):
         with pytest.raises(AptError) as error:
             second_time("a.safetensors", {"second_time": value})
-        assert str(error.value) == f"a.safetensors: its metadata entry `apt` has second_time {value!r}, not a number between 0 and 1: export the file again."
+        assert (
+            str(error.value)
+            == f"a.safetensors: its metadata entry `apt` has second_time {value!r}, not a number between 0 and 1: export the file again."
+        )
 
 
 def test_it_imports_nothing_slow():

@@ -19,7 +19,12 @@ from apt_core.models.text import (
     train_tokenizer,
 )
 
-CAPTIONS = [f"a {c} {s} moving {d}" for c in ("red", "green", "blue") for s in ("circle", "square") for d in ("left", "right", "up", "down")] * 5
+CAPTIONS = [
+    f"a {c} {s} moving {d}"
+    for c in ("red", "green", "blue")
+    for s in ("circle", "square")
+    for d in ("left", "right", "up", "down")
+] * 5
 LENGTH = 24
 
 
@@ -33,7 +38,9 @@ def model():
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
-    return UMT5EncoderModel(UMT5Config(vocab_size=284, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.1)).eval()
+    return UMT5EncoderModel(
+        UMT5Config(vocab_size=284, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.1)
+    ).eval()
 
 
 @pytest.fixture
@@ -58,7 +65,9 @@ def test_tokens(text):
     assert text.tokenize([""]) == [[1]]
 
 
-@pytest.mark.parametrize("caption", ["🎈🎉", "一只红色的圆", "naïve Ωμέγα", "a\u0301", "0x41 <unk> </s> <0x41>", "#@!~`\\\"'{}[]|"])
+@pytest.mark.parametrize(
+    "caption", ["🎈🎉", "一只红色的圆", "naïve Ωμέγα", "a\u0301", "0x41 <unk> </s> <0x41>", "#@!~`\\\"'{}[]|"]
+)
 def test_any_text_has_tokens_and_comes_back(text, caption):
     (row,) = text.tokenize([caption])
     assert 2 not in row and 0 not in row and row.count(1) == 1
@@ -68,7 +77,9 @@ def test_any_text_has_tokens_and_comes_back(text, caption):
 @pytest.fixture
 def no_ftfy(monkeypatch):
     """WanPipeline without ftfy, installed or not; diffusers up to 0.36 calls it either way."""
-    monkeypatch.setattr("diffusers.pipelines.wan.pipeline_wan.ftfy", SimpleNamespace(fix_text=str), raising=False)
+    monkeypatch.setattr(
+        "diffusers.pipelines.wan.pipeline_wan.ftfy", SimpleNamespace(fix_text=str), raising=False
+    )
 
 
 def test_cleaning_is_that_of_wan_pipeline(no_ftfy):
@@ -154,7 +165,11 @@ def test_vocabulary_that_does_not_suit():
     [
         (lambda t: t.pop("spiece_model"), {}, ["spiece_model"]),
         (lambda t: t.update(spiece_model=torch.arange(9, dtype=torch.uint8)), {}, ["sentencepiece"]),
-        (lambda t: t.pop("encoder.final_layer_norm.weight"), {}, ["encoder.final_layer_norm.weight", "missing"]),
+        (
+            lambda t: t.pop("encoder.final_layer_norm.weight"),
+            {},
+            ["encoder.final_layer_norm.weight", "missing"],
+        ),
         (lambda t: t.update(extra=torch.ones(1)), {}, ["extra"]),
         (lambda t: t.update({"shared.weight": torch.ones(284, 8)}), {}, ["shared.weight", "(284, 8)"]),
         (lambda t: t["shared.weight"].fill_(float("inf")), {}, ["shared.weight", "NaN or infinite"]),

@@ -33,7 +33,10 @@ def test_a_prompt_is_encoded_once(tmp_path, dtype):
     first = cache.get(["red", "blue", "red"], encoder)
     assert encoder.asked == [["red", "blue"]] and first[0] is first[2]
     again = TextCache(tmp_path, "e").get([" red\n", "blue"], refuse)  # white space is nothing to the encoder
-    assert all(torch.equal(a, b.float()) and a.dtype == torch.float32 for a, b in zip(again, Encoder(dtype)(["red", "blue"])))
+    assert all(
+        torch.equal(a, b.float()) and a.dtype == torch.float32
+        for a, b in zip(again, Encoder(dtype)(["red", "blue"]))
+    )
     assert cache.get(["blue", "green"], encoder)[1].shape == (5, 3) and encoder.asked[1] == ["green"]
 
 
@@ -52,7 +55,14 @@ def test_damage_is_written_again(tmp_path, damage):
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[-2] ^= 1
-    path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2], "flipped": bytes(flipped), "foreign": b"PK\x03\x04 not ours"}[damage])
+    path.write_bytes(
+        {
+            "empty": b"",
+            "half": whole[: len(whole) // 2],
+            "flipped": bytes(flipped),
+            "foreign": b"PK\x03\x04 not ours",
+        }[damage]
+    )
     encoder = Encoder()
     assert torch.equal(cache.get(["red"], encoder)[0], right) and encoder.asked == [["red"]]
     assert path.read_bytes() == whole
@@ -103,7 +113,9 @@ def test_fingerprint(tmp_path):
     copy.write_bytes(data)
     data[-1] ^= 1
     changed.write_bytes(data)
-    mine, same, other = (encoder_fingerprint(read_text_encoder(path)) for path in (SHIPPED["text_encoder"], copy, changed))
+    mine, same, other = (
+        encoder_fingerprint(read_text_encoder(path)) for path in (SHIPPED["text_encoder"], copy, changed)
+    )
     assert mine == same != other
     with pytest.raises(AptError, match="tokenizer .* holds no spiece.model"):
         read_text_encoder(SHIPPED["text_encoder"], tmp_path)

@@ -23,8 +23,9 @@ def file(request, tmp_path_factory):
 
 
 def reference(path, latents: torch.Tensor) -> torch.Tensor:
-    """All frames of one clip at once, layer numbers as in the public files: 1 first convolution; 3-5, 9-11, 15-17 blocks with the frame before;
-    7, 13, 19 growth in time; 8, 14, 20 and 22 convolutions."""
+    """All frames of one clip at once, layer numbers as in the public files: 1 first convolution; 3-5, 9-11,
+    15-17 blocks with the frame before; 7, 13, 19 growth in time; 8, 14, 20 and 22 convolutions.
+    """
     w = {key: value.double() for key, value in load_file(path).items()}
 
     def conv(x, name):
@@ -62,7 +63,11 @@ def test_equals_the_public_architecture(file, monkeypatch):
 
 def test_says_that_it_is_approximate(file):
     model = load_tiny_decoder(file, torch.bfloat16)
-    assert model.approximate and model.decoder[1].weight.dtype == torch.bfloat16 and not model.decoder[1].weight.requires_grad
+    assert (
+        model.approximate
+        and model.decoder[1].weight.dtype == torch.bfloat16
+        and not model.decoder[1].weight.requires_grad
+    )
     assert model.decode(torch.zeros(1, model.z_dim, 1, 1, 1)).dtype == torch.float32
 
 
@@ -76,7 +81,10 @@ def test_a_pipeline_with_it_says_that_it_is_approximate(tmp_path):
     request = pipe.request("a red circle", seed=1)
     expected = load_tiny_decoder(path).decode(pipe.latents(request, 0, pipe.embed(request)), uint8=True)
     assert video.frames.shape == (9, 48, 48, 3) and (expected[0].numpy() == video.frames).all()
-    with pytest.raises(AptError, match=r"is a tiny decoder, whose pictures are only near the VAE's: give the VAE, or this as tiny_decoder\.$"):
+    with pytest.raises(
+        AptError,
+        match=r"is a tiny decoder, whose pictures are only near the VAE's: give the VAE, or this as tiny_decoder\.$",
+    ):
         OneStepPipeline.from_checkpoint("mini", vae=path)
     save_file(TinyDecoder(48).state_dict(), tmp_path / "wide.safetensors")
     with pytest.raises(AptError, match="has 48 channels, but .* makes latents of 16"):
@@ -96,7 +104,10 @@ def test_refuses_other_latents(file):
         (lambda t: t.update({"decoder.23.weight": torch.ones(1)}), ["decoder.23.weight"]),
         (lambda t: t.update({"decoder.22.bias": torch.ones(4)}), ["decoder.22.bias", "(4,)"]),
         (lambda t: t["decoder.22.bias"].fill_(float("nan")), ["decoder.22.bias", "NaN"]),
-        (lambda t: t.update({"decoder.1.weight": torch.ones(256, 32, 3, 3)}), ["not a tiny decoder for Wan", "taew2_1"]),
+        (
+            lambda t: t.update({"decoder.1.weight": torch.ones(256, 32, 3, 3)}),
+            ["not a tiny decoder for Wan", "taew2_1"],
+        ),
         (lambda t: t.clear() or t.update({"x": torch.ones(1)}), ["not a tiny decoder for Wan"]),
     ],
 )

@@ -24,9 +24,17 @@ from apt_core.models.vae import (
 )
 
 SMALL_22 = dict(
-    base_dim=4, decoder_base_dim=8, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
-    latents_mean=list(LATENTS_MEAN["2.2"]), latents_std=list(LATENTS_STD["2.2"]),
-)  # fmt: skip
+    base_dim=4,
+    decoder_base_dim=8,
+    z_dim=48,
+    is_residual=True,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_spatial=16,
+    latents_mean=list(LATENTS_MEAN["2.2"]),
+    latents_std=list(LATENTS_STD["2.2"]),
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,10 @@ def file(vae, tmp_path):
 
 
 def test_fixed_statistics_are_those_of_diffusers(vae):
-    assert (tuple(vae.config.latents_mean), tuple(vae.config.latents_std)) == (LATENTS_MEAN["2.1"], LATENTS_STD["2.1"])
+    assert (tuple(vae.config.latents_mean), tuple(vae.config.latents_std)) == (
+        LATENTS_MEAN["2.1"],
+        LATENTS_STD["2.1"],
+    )
     assert len(LATENTS_MEAN["2.2"]) == len(LATENTS_STD["2.2"]) == 48
 
 
@@ -55,7 +66,11 @@ def test_round_trip_in_official_keys(file, vae, clip, same):
     shapes = read_header(file).shapes
     assert shapes["decoder.head.0.gamma"] == (4, 1, 1, 1) and shapes["conv1.weight"] == (32, 32, 1, 1, 1)
     again = load_vae(file)
-    assert again.config.base_dim == 4 and not again.training and not any(p.requires_grad for p in again.parameters())
+    assert (
+        again.config.base_dim == 4
+        and not again.training
+        and not any(p.requires_grad for p in again.parameters())
+    )
     same(again, vae, lambda vae: decode(vae, encode(vae, clip)))
 
 
@@ -69,7 +84,9 @@ def test_wan_22(tmp_path):
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**SMALL_22).eval()
     save_vae(tmp_path / "v.safetensors", vae)
-    assert "decoder.upsamples.0.upsamples.3.time_conv.weight" in read_header(tmp_path / "v.safetensors").shapes
+    assert (
+        "decoder.upsamples.0.upsamples.3.time_conv.weight" in read_header(tmp_path / "v.safetensors").shapes
+    )
     again = load_vae(tmp_path / "v.safetensors")
     assert {k: again.config[k] for k in SMALL_22} == SMALL_22 and stride(again) == (4, 16, 16)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), vae.state_dict().values()))
@@ -109,13 +126,22 @@ def test_fold_statistics_is_exact(vae, clip):
     fold_statistics(folded, mean, std)
     after = folded.encode(clip).latent_dist
 
-    torch.testing.assert_close(after.mean.mean(dim=(0, 2, 3, 4)), torch.tensor(LATENTS_MEAN["2.1"]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(after.mean.std(dim=(0, 2, 3, 4)), torch.tensor(LATENTS_STD["2.1"]), rtol=1e-5, atol=0)
-    torch.testing.assert_close(folded.decode(after.mean).sample, vae.decode(before.mean).sample, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        after.mean.mean(dim=(0, 2, 3, 4)), torch.tensor(LATENTS_MEAN["2.1"]), rtol=0, atol=1e-5
+    )
+    torch.testing.assert_close(
+        after.mean.std(dim=(0, 2, 3, 4)), torch.tensor(LATENTS_STD["2.1"]), rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        folded.decode(after.mean).sample, vae.decode(before.mean).sample, rtol=0, atol=1e-4
+    )
     # Samples follow the same map, so their reconstructions stay as well.
     noise = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     torch.testing.assert_close(
-        folded.decode(after.sample(noise[0])).sample, vae.decode(before.sample(noise[1])).sample, rtol=0, atol=1e-4
+        folded.decode(after.sample(noise[0])).sample,
+        vae.decode(before.sample(noise[1])).sample,
+        rtol=0,
+        atol=1e-4,
     )
     normalised = encode(folded, clip)
     torch.testing.assert_close(normalised.mean(dim=(0, 2, 3, 4)), torch.zeros(16), rtol=0, atol=1e-5)
@@ -133,7 +159,10 @@ def test_fold_statistics_refuses(vae):
 
 def test_save_refuses_other_statistics(tmp_path):
     with pytest.raises(AptError, match="fold_statistics"):
-        save_vae(tmp_path / "v.safetensors", AutoencoderKLWan(base_dim=4, latents_mean=[0.0] * 16, latents_std=[1.0] * 16))
+        save_vae(
+            tmp_path / "v.safetensors",
+            AutoencoderKLWan(base_dim=4, latents_mean=[0.0] * 16, latents_std=[1.0] * 16),
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -151,13 +180,18 @@ def test_sizes():
         ((725, 1280, 49), "height 725 must be a multiple of 16 (720 or 736)"),
         ((5, 16, 1), "height 5 must be a multiple of 16 (16)"),
         ((16, 16, 0), "frames 0 must be 4 n + 1 (1)"),
-        ((50, 50, 8), "frames 8 must be 4 n + 1 (5 or 9), height 50 must be a multiple of 16 (48 or 64), width 50"),
+        (
+            (50, 50, 8),
+            "frames 8 must be 4 n + 1 (5 or 9), height 50 must be a multiple of 16 (48 or 64), width 50",
+        ),
     ],
 )
 def test_wrong_sizes_name_the_nearest_right_ones(size, near):
     with pytest.raises(AptError) as caught:
         check_size(*size, what="clip.mp4")
-    assert near in str(caught.value) and str(caught.value).startswith(f"clip.mp4 of {size[1]}x{size[0]} and {size[2]} frames")
+    assert near in str(caught.value) and str(caught.value).startswith(
+        f"clip.mp4 of {size[1]}x{size[0]} and {size[2]} frames"
+    )
 
 
 def test_720_lines_do_not_fit_the_22_vae():
@@ -181,7 +215,10 @@ def spoil(file, change):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda t: t.pop("decoder.upsamples.3.time_conv.weight"), ["decoder.upsamples.3.time_conv.weight", "missing"]),
+        (
+            lambda t: t.pop("decoder.upsamples.3.time_conv.weight"),
+            ["decoder.upsamples.3.time_conv.weight", "missing"],
+        ),
         (lambda t: t.pop("decoder.head.0.gamma"), ["decoder.head.0.gamma", "missing"]),
         (lambda t: [t.pop(k) for k in list(t) if k.startswith("encoder.")], ["encoder.conv1", "missing"]),
         (lambda t: t.update({"loss.logvar": torch.ones(1)}), ["loss.logvar"]),

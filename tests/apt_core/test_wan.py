@@ -8,15 +8,33 @@ from apt_core.models.wan import WanBackbone, predict_velocity, tap_blocks
 
 def inputs(n=2):
     g = torch.Generator().manual_seed(5)
-    return torch.randn(n, 4, 2, 4, 6, generator=g), torch.tensor([1000.0, 701.0])[:n], torch.randn(n, 5, 10, generator=g)
+    return (
+        torch.randn(n, 4, 2, 4, 6, generator=g),
+        torch.tensor([1000.0, 701.0])[:n],
+        torch.randn(n, 5, 10, generator=g),
+    )
 
 
-@pytest.mark.parametrize("layers, blocks", [(36, (16, 26, 36)), (30, (13, 22, 30)), (40, (18, 29, 40)), (6, (3, 4, 6)), (3, (1, 2, 3))])
+@pytest.mark.parametrize(
+    "layers, blocks",
+    [(36, (16, 26, 36)), (30, (13, 22, 30)), (40, (18, 29, 40)), (6, (3, 4, 6)), (3, (1, 2, 3))],
+)
 def test_tap_blocks(layers, blocks):
     assert tap_blocks(layers) == blocks
 
 
-@pytest.mark.parametrize("layers, fractions", [(2, (4 / 9, 13 / 18, 1)), (1, (0.4, 1)), (10, (0.5, 0.5)), (10, (0.9, 0.5)), (10, (0, 1)), (10, (0.5, 1.1)), (10, ())])
+@pytest.mark.parametrize(
+    "layers, fractions",
+    [
+        (2, (4 / 9, 13 / 18, 1)),
+        (1, (0.4, 1)),
+        (10, (0.5, 0.5)),
+        (10, (0.9, 0.5)),
+        (10, (0, 1)),
+        (10, (0.5, 1.1)),
+        (10, ()),
+    ],
+)
 def test_tap_blocks_refuses(layers, fractions):
     with pytest.raises(AptError):
         tap_blocks(layers, fractions)
@@ -126,7 +144,9 @@ def test_fp32_time_survives_a_bf16_model(wan):
         model(x, torch.tensor([701.0, 500.0]), text, taps=(1,))
     assert v.dtype == torch.float32
     for timestep in seen:
-        assert timestep.dtype == torch.float32 and timestep.tolist() == pytest.approx([701.0, 500.0], abs=1e-3)
+        assert timestep.dtype == torch.float32 and timestep.tolist() == pytest.approx(
+            [701.0, 500.0], abs=1e-3
+        )
 
 
 def test_a_stock_folder_loads(same, stock, tmp_path):

@@ -32,10 +32,15 @@ def chromium() -> str:
     """Path of the browser. Skips the test with a sentence where there is none."""
     path = os.environ.get("CHROMIUM")
     if not path:
-        pytest.skip("set CHROMIUM to a Chromium or chromium-headless-shell executable to test in a real browser")
+        pytest.skip(
+            "set CHROMIUM to a Chromium or chromium-headless-shell executable to test in a real browser"
+        )
     if not Path(path).is_file():
         pytest.fail(f"CHROMIUM is {path}, which is not a file")
-    pytest.importorskip("playwright", reason="pip install playwright to test in a real browser (its own browsers are not needed)")
+    pytest.importorskip(
+        "playwright",
+        reason="pip install playwright to test in a real browser (its own browsers are not needed)",
+    )
     return path
 
 

@@ -1,7 +1,9 @@
-"""Writes example_workflows/ (graphs and pictures) and the tests' snapshots of /object_info, interface and words: builds each graph of
-graphs.py in ComfyUI's own frontend and keeps what that saves; the picture is the graph's own output where the miniature is enough, else it says what is needed.
+"""Writes example_workflows/ (graphs and pictures) and the tests' snapshots of /object_info, interface and
+words: builds each graph of graphs.py in ComfyUI's own frontend and keeps what that saves; the picture is the
+graph's own output where the miniature is enough, else it says what is needed.
 
-COMFYUI_DIR=... COMFYUI_PYTHON=... CHROMIUM=... python tests/comfyui/build_workflows.py [--screenshots FOLDER] [NAME ...]
+COMFYUI_DIR=... COMFYUI_PYTHON=... CHROMIUM=... python tests/comfyui/build_workflows.py [--screenshots FOLDER]
+[NAME ...]
 """
 
 import argparse
@@ -54,14 +56,22 @@ def add_groups(graph: dict, made: Graph) -> None:
     *nodes, note = graph["nodes"]
     top = min(node["pos"][1] for node in nodes) - 30 - 10 - 40  # titles of nodes, edge, title of the group
     # What is decoded and saved makes its node taller than ComfyUI stores it.
-    bottom = max(node["pos"][1] + max(node["size"][1], mine.tall, ROOM * mine.type.startswith("APTVAE")) for node, mine in zip(nodes, made.nodes)) + 10
+    bottom = (
+        max(
+            node["pos"][1] + max(node["size"][1], mine.tall, ROOM * mine.type.startswith("APTVAE"))
+            for node, mine in zip(nodes, made.nodes)
+        )
+        + 10
+    )
     graph["groups"] = []
     for i, (title, color) in enumerate(GROUPS.items()):
         last = i if i < 2 else len(made.columns.widths) - 1
         left, right = made.columns[i] - 10, made.columns[last] + made.columns.widths[last] + 10
         assert right <= WIDTH
         bounding = [left, top, right - left, bottom - top]
-        graph["groups"].append({"id": i + 1, "title": title, "bounding": bounding, "color": color, "font_size": 24, "flags": {}})
+        graph["groups"].append(
+            {"id": i + 1, "title": title, "bounding": bounding, "color": color, "font_size": 24, "flags": {}}
+        )
     note["pos"] = [0, top - 15 - note["size"][1]]
 
 
@@ -78,7 +88,9 @@ def detours(graph: dict, made: Graph) -> dict:
 
 
 def finish(name: str, graph: dict, made: Graph, core_version: str) -> dict:
-    """Node ids in the order of their definition, where each node and each public model file comes from, and no view of the canvas."""
+    """Node ids in the order of their definition, where each node and each public model file comes from, and
+    no view of the canvas.
+    """
     pack = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     graph["nodes"].sort(key=lambda node: node["id"])
     for node in graph["nodes"]:
@@ -87,11 +99,17 @@ def finish(name: str, graph: dict, made: Graph, core_version: str) -> dict:
             node["properties"] = {}
             node["color"], node["bgcolor"] = "#432", "#653"
             continue
-        origin = {"cnr_id": pack["name"], "ver": pack["version"]} if ours else {"cnr_id": "comfy-core", "ver": core_version}
+        origin = (
+            {"cnr_id": pack["name"], "ver": pack["version"]}
+            if ours
+            else {"cnr_id": "comfy-core", "ver": core_version}
+        )
         node["properties"] = {**origin, "Node name for S&R": node["type"]}
         files = [value for value in node.get("widgets_values", []) if value in PUBLIC]
         if files:
-            node["properties"]["models"] = [{"name": file, "url": PUBLIC[file][0], "directory": PUBLIC[file][1]} for file in files]
+            node["properties"]["models"] = [
+                {"name": file, "url": PUBLIC[file][0], "directory": PUBLIC[file][1]} for file in files
+            ]
     add_groups(graph, made)
     graph["extra"] = detours(graph, made)
     graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-apt/workflows/{name}"))
@@ -110,15 +128,24 @@ def main() -> None:
             frontend = Frontend(server.url, os.environ["CHROMIUM"], 2200, 1200)
             version = server.get("/system_stats")["system"]["comfyui_version"]
             write_words(server.get("/object_info"))
-            write_snapshot(server.get("/object_info"), {node.type for make in WORKFLOWS.values() for node in make().nodes})
+            write_snapshot(
+                server.get("/object_info"),
+                {node.type for make in WORKFLOWS.values() for node in make().nodes},
+            )
             for name in arguments.names:
                 made = WORKFLOWS[name]()
-                graph = finish(name, json.loads(frontend.page.evaluate(BUILD, made.description())), made, version)
-                (FOLDER / f"{name}.json").write_text(json.dumps(graph, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                graph = finish(
+                    name, json.loads(frontend.page.evaluate(BUILD, made.description())), made, version
+                )
+                (FOLDER / f"{name}.json").write_text(
+                    json.dumps(graph, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                )
                 frontend.open(graph)
                 frontend.picture(screenshots / f"{name}.png")
                 if name in RUNNABLE:
-                    card_of_videos([file for (file,) in server.run(frontend.prompt()).values()], FOLDER / f"{name}.jpg")
+                    card_of_videos(
+                        [file for (file,) in server.run(frontend.prompt()).values()], FOLDER / f"{name}.jpg"
+                    )
                 else:
                     card_of_words(CARDS[name], FOLDER / f"{name}.jpg")
                 print(f"{name}: {len(graph['nodes'])} nodes", flush=True)

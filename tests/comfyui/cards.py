@@ -39,7 +39,12 @@ def card_of_words(words: tuple[str, str, str], out: Path) -> None:
     draw = ImageDraw.Draw(card)
     title, how, needs = words
     made_by = "python -m trainer makes it from your clips"
-    lines = ((title, 68, 90, "white"), (how, 44, 196, "#a8c0d8"), (needs, 44, 350, "#e8c060"), (made_by, 40, 430, "#9a9a9a"))
+    lines = (
+        (title, 68, 90, "white"),
+        (how, 44, 196, "#a8c0d8"),
+        (needs, 44, 350, "#e8c060"),
+        (made_by, 40, 430, "#9a9a9a"),
+    )
     for text, size, top, color in lines:
         font = ImageFont.load_default(size)
         draw.text(((WIDTH - draw.textlength(text, font)) / 2, top), text, color, font)

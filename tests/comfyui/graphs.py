@@ -1,7 +1,9 @@
-"""The graphs of example_workflows/, in code: `build_workflows.py` has ComfyUI's frontend turn them into files.
+"""The graphs of example_workflows/, in code: `build_workflows.py` has ComfyUI's frontend turn them into
+files.
 
-Positions and sizes are pixels of the canvas. ComfyUI opens a graph at 3/4 of the window and leaves text away below 8 pixels, so at 1366x768 a
-graph has room for 1,790 x 1,000. Every link goes to a column further right, and a lane is left free for one that skips a column.
+Positions and sizes are pixels of the canvas. ComfyUI opens a graph at 3/4 of the window and leaves text away
+below 8 pixels, so at 1366x768 a graph has room for 1,790 x 1,000. Every link goes to a column further right,
+and a lane is left free for one that skips a column.
 """
 
 from dataclasses import dataclass, field
@@ -11,10 +13,16 @@ WAN21 = f"{HUB}/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 WAN22 = f"{HUB}/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
 # Public files, by name: (address, folder under models/).
 PUBLIC = {
-    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": (f"{WAN21}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", "text_encoders"),
+    "umt5_xxl_fp8_e4m3fn_scaled.safetensors": (
+        f"{WAN21}/text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+        "text_encoders",
+    ),
     "wan_2.1_vae.safetensors": (f"{WAN21}/vae/wan_2.1_vae.safetensors", "vae"),
     "wan2.2_vae.safetensors": (f"{WAN22}/vae/wan2.2_vae.safetensors", "vae"),
-    "wan2.1_t2v_1.3B_fp16.safetensors": (f"{WAN21}/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors", "diffusion_models"),
+    "wan2.1_t2v_1.3B_fp16.safetensors": (
+        f"{WAN21}/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",
+        "diffusion_models",
+    ),
 }
 UMT5 = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
 MINI, MINI_VAE, MINI_TEXT = "apt_mini.safetensors", "apt_mini_vae.safetensors", "apt_mini_text_encoder"
@@ -33,7 +41,11 @@ class Columns:
     GROUPS, RESULT, EDGE = 60, 40, 10  # between groups, within the last one, around all
 
     def __getitem__(self, column: int) -> int:
-        return self.EDGE + sum(self.widths[:column]) + sum([self.GROUPS, self.GROUPS, *[self.RESULT] * len(self.widths)][:column])
+        return (
+            self.EDGE
+            + sum(self.widths[:column])
+            + sum([self.GROUPS, self.GROUPS, *[self.RESULT] * len(self.widths)][:column])
+        )
 
 
 FIVE, SIX = Columns((290, 310, 270, 270, 290)), Columns((250, 260, 245, 180, 200, 255))
@@ -84,8 +96,10 @@ class Graph:
         off: bool = False,
         **inputs,
     ) -> Node:
-        """`inputs` are values of widgets, in the order in which a user would set them, or nodes to link from. `tall`: pixels, where the node's
-        own height will not do; `span`: over how many columns; `off`: muted, to be turned on by who wants it."""
+        """`inputs` are values of widgets, in the order in which a user would set them, or nodes to link from.
+        `tall`: pixels, where the node's own height will not do; `span`: over how many columns; `off`: muted,
+        to be turned on by who wants it.
+        """
         node = Node(len(self.nodes) + 1, type, column, y, tall, title, inputs, span, off)
         self.nodes.append(node)
         return node
@@ -95,7 +109,9 @@ class Graph:
         self.detours[source.id, target.id] = list(points)
 
     def note(self, title: str, *lines: str) -> None:
-        """Above everything, as wide as the graph. All in headings, for these alone are large enough where the graph just fits the window."""
+        """Above everything, as wide as the graph. All in headings, for these alone are large enough where the
+        graph just fits the window.
+        """
         self.about = "\n\n".join([f"# {title}", *(f"## {line}" for line in lines)])
         self.about_height = 60 + 34 * len(lines)
 
@@ -104,12 +120,20 @@ class Graph:
         return self.columns[last] + self.columns.widths[last] - self.columns[node.column]
 
     def description(self) -> dict:
-        """Plain JSON for the browser: nodes with the values of their widgets, and links by the names of inputs."""
+        """Plain JSON for the browser: nodes with the values of their widgets, and links by the names of
+        inputs.
+        """
         nodes, links = [], []
         for node in self.nodes:
             widgets = []
             for name, value in node.inputs.items():
-                source, slot = (value, 0) if isinstance(value, Node) else value if isinstance(value, tuple) else (None, 0)
+                source, slot = (
+                    (value, 0)
+                    if isinstance(value, Node)
+                    else value
+                    if isinstance(value, tuple)
+                    else (None, 0)
+                )
                 if source:
                     links.append({"from": source.id, "slot": slot, "to": node.id, "input": name})
                 else:
@@ -118,7 +142,12 @@ class Graph:
             mode = {"mode": MUTED} if node.off else {}
             made = {"id": node.id, "type": node.type, "title": node.title, "widgets": widgets}
             nodes.append(made | place | mode)
-        note = {"id": len(nodes) + 1, "type": "MarkdownNote", "title": "About this workflow", "widgets": [["text", self.about]]}
+        note = {
+            "id": len(nodes) + 1,
+            "type": "MarkdownNote",
+            "title": "About this workflow",
+            "widgets": [["text", self.about]],
+        }
         nodes.append(note | {"at": (0, 0), "size": (WIDTH, self.about_height)})
         return {"nodes": nodes, "links": links}
 
@@ -142,14 +171,25 @@ def wan_front(g: Graph, model: Node, vae_name: str, prompt: str, size: dict, sec
     return text, latent, vae
 
 
-def video_out(g: Graph, vae: Node, samples: Node, fps, prefix: str, title: str | None = None, tall: int = 420, span: int = 1) -> None:
+def video_out(
+    g: Graph,
+    vae: Node,
+    samples: Node,
+    fps,
+    prefix: str,
+    title: str | None = None,
+    tall: int = 420,
+    span: int = 1,
+) -> None:
     video = g.add("APTVAEDecodeToVideo", 3, DECODE, span=span, vae=vae, samples=samples, fps=fps)
     g.add("SaveVideo", 3 + span, 0, title, tall=tall, video=video, filename_prefix=prefix)
 
 
 def mini_text_to_video() -> Graph:
     g = Graph()
-    model, text, latent, vae = mini_front(g, "a red circle moving left on a green background", {"size": "native"})
+    model, text, latent, vae = mini_front(
+        g, "a red circle moving left on a green background", {"size": "native"}
+    )
     samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=5)
     video_out(g, vae, samples, latent[1], "video/apt_mini")
     g.note(
@@ -210,7 +250,9 @@ def text_to_image() -> Graph:
     g = Graph()
     model = g.add("APTLoadCheckpoint", 0, 0, checkpoint="wan2.1_1.3B_apt.safetensors")
     prompt = "A portrait of an old fisherman in a yellow raincoat, grey beard, soft morning light, the harbour behind him out of focus."
-    text, latent, vae = wan_front(g, model, "wan_2.1_vae.safetensors", prompt, {"size": IMAGE_PRESET, "batch_size": 4})
+    text, latent, vae = wan_front(
+        g, model, "wan_2.1_vae.safetensors", prompt, {"size": IMAGE_PRESET, "batch_size": 4}
+    )
     samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=1)
     images = g.add("APTVAEDecode", 3, DECODE, vae=vae, samples=samples)
     g.add("SaveImage", 4, 0, tall=420, images=images, filename_prefix="apt_image")
@@ -250,7 +292,9 @@ def lora_text_to_video() -> Graph:
 def noise_walk() -> Graph:
     g = Graph(SIX)
     model, text, latent, vae = mini_front(
-        g, "a blue circle on a yellow background", {"size": "custom", "size.width": 48, "size.height": 48, "size.frames": 1, "batch_size": 48}
+        g,
+        "a blue circle on a yellow background",
+        {"size": "custom", "size.width": 48, "size.height": 48, "size.frames": 1, "batch_size": 48},
     )
     noise = g.add("APTNoiseWalk", 1, 500, seeds="1, 2, 3", closed=True)
     seed = {"seed": 0, "control_after_generate": "fixed"}
@@ -269,7 +313,9 @@ def noise_walk() -> Graph:
 
 def stock_nodes() -> Graph:
     g = Graph(SIX)
-    model, text, latent, vae = mini_front(g, "a purple square moving down on a yellow background", {"size": "native"})
+    model, text, latent, vae = mini_front(
+        g, "a purple square moving down on a yellow background", {"size": "native"}
+    )
     seed = {"seed": 5, "control_after_generate": "fixed"}
     samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, **seed)
     video_out(g, vae, samples, latent[1], "video/apt_ours", "Save Video (APT nodes)", tall=330, span=2)
@@ -277,12 +323,31 @@ def stock_nodes() -> Graph:
     stock = g.add("UNETLoader", 0, down, unet_name=MINI)
     empty = g.add("EmptyHunyuanLatentVideo", 1, down + 60, width=48, height=48, length=9, batch_size=1)
     stock_samples = g.add(
-        "KSampler", 2, down, model=stock, positive=text, negative=text, latent_image=empty,
-        **seed, steps=1, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
-    )  # fmt: skip
+        "KSampler",
+        2,
+        down,
+        model=stock,
+        positive=text,
+        negative=text,
+        latent_image=empty,
+        **seed,
+        steps=1,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
     images = g.add("VAEDecode", 3, down + 130, samples=stock_samples, vae=vae)
     video = g.add("CreateVideo", 4, down + 130, images=images, fps=8.0)
-    g.add("SaveVideo", 5, down, "Save Video (stock nodes)", tall=270, video=video, filename_prefix="video/apt_stock")
+    g.add(
+        "SaveVideo",
+        5,
+        down,
+        "Save Video (stock nodes)",
+        tall=270,
+        video=video,
+        filename_prefix="video/apt_stock",
+    )
     g.note(
         "Press **Run**: above the APT nodes, below **stock nodes only**, and the same clip from the same seed",
         "*KSampler* needs steps **1**, cfg **1**, denoise **1**, **euler**, **simple**. Negative must be connected but is not used. "
@@ -306,8 +371,24 @@ WORKFLOWS = {
 RUNNABLE = {"apt_mini_text_to_video", "apt_noise_walk", "apt_stock_nodes"}
 # What the pictures of the others say: as long as nobody has such weights, there is no output to show.
 CARDS = {
-    "apt_text_to_image": ("Wan 2.1: text to image", "four pictures of 1024 x 1024", "Needs your own APT checkpoint of Wan 2.1"),
-    "apt_wan21_lora_text_to_video": ("Wan 2.1: APT as a LoRA", "the released model and stock loaders", "Needs your own APT LoRA of Wan 2.1"),
-    "apt_wan21_text_to_video": ("Wan 2.1: text to video", "832 x 480, one step", "Needs your own APT checkpoint of Wan 2.1"),
-    "apt_wan22_5b_text_to_video": ("Wan 2.2 5B: text to video", "1280 x 704, 24 fps, one step", "Needs your own APT checkpoint of Wan 2.2 5B"),
+    "apt_text_to_image": (
+        "Wan 2.1: text to image",
+        "four pictures of 1024 x 1024",
+        "Needs your own APT checkpoint of Wan 2.1",
+    ),
+    "apt_wan21_lora_text_to_video": (
+        "Wan 2.1: APT as a LoRA",
+        "the released model and stock loaders",
+        "Needs your own APT LoRA of Wan 2.1",
+    ),
+    "apt_wan21_text_to_video": (
+        "Wan 2.1: text to video",
+        "832 x 480, one step",
+        "Needs your own APT checkpoint of Wan 2.1",
+    ),
+    "apt_wan22_5b_text_to_video": (
+        "Wan 2.2 5B: text to video",
+        "1280 x 704, 24 fps, one step",
+        "Needs your own APT checkpoint of Wan 2.2 5B",
+    ),
 }

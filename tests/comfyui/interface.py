@@ -1,5 +1,6 @@
-"""The public interface of nodes, cut out of ComfyUI's /object_info: ids, inputs in their order, types, limits and outputs;
-and their words."""
+"""The public interface of nodes, cut out of ComfyUI's /object_info: ids, inputs in their order, types, limits
+and outputs; and their words.
+"""
 
 import json
 from pathlib import Path
@@ -7,11 +8,20 @@ from pathlib import Path
 SNAPSHOT = Path(__file__).parents[1] / "workflows" / "object_info.json"
 WORDS = SNAPSHOT.with_name("words.json")
 KEPT = ("default", "min", "max", "step", "control_after_generate", "multiline", "forceInput")
-FILES = ("checkpoint", "text_encoder", "vae_name", "unet_name", "clip_name", "lora_name")  # what these list depends on the machine
+FILES = (
+    "checkpoint",
+    "text_encoder",
+    "vae_name",
+    "unet_name",
+    "clip_name",
+    "lora_name",
+)  # what these list depends on the machine
 
 
 def interface(info: dict) -> dict:
-    """One node's entry of /object_info without its words, which may change, and without the files of this machine."""
+    """One node's entry of /object_info without its words, which may change, and without the files of this
+    machine.
+    """
     return {
         "display_name": info["display_name"],
         "input": {section: _inputs(given) for section, given in info["input"].items() if section != "hidden"},
@@ -30,7 +40,10 @@ def _input(name: str, kind: str | list, options: dict | None = None) -> list:
     choices = kind if isinstance(kind, list) else options.get("options", [])
     kind = "COMBO" if isinstance(kind, list) else kind
     if kind == "COMFY_DYNAMICCOMBO_V3":
-        kept["options"] = [{"key": choice["key"], "inputs": {s: _inputs(g) for s, g in choice["inputs"].items()}} for choice in choices]
+        kept["options"] = [
+            {"key": choice["key"], "inputs": {s: _inputs(g) for s, g in choice["inputs"].items()}}
+            for choice in choices
+        ]
     elif kind == "COMBO" and name not in FILES:
         kept["options"] = choices
     if name in FILES:
@@ -44,7 +57,9 @@ def read_snapshot() -> dict:
 
 def write_snapshot(object_info: dict, stock: set[str]) -> None:
     """Ours, all of them, and the stock nodes that our workflows use."""
-    nodes = {name: interface(info) for name, info in sorted(object_info.items()) if is_ours(info) or name in stock}
+    nodes = {
+        name: interface(info) for name, info in sorted(object_info.items()) if is_ours(info) or name in stock
+    }
     SNAPSHOT.write_text(json.dumps(nodes, indent=1) + "\n")
 
 

@@ -6,7 +6,13 @@ NATIVE = {"size": "native", "batch_size": 1}
 
 def custom(width: int, height: int, frames: int, batch_size: int = 1) -> dict:
     """Inputs of Empty APT Latent for a size of one's own."""
-    return {"size": "custom", "size.width": width, "size.height": height, "size.frames": frames, "batch_size": batch_size}
+    return {
+        "size": "custom",
+        "size.width": width,
+        "size.height": height,
+        "size.frames": frames,
+        "batch_size": batch_size,
+    }
 
 
 def node(class_type: str, **inputs) -> dict:
@@ -15,7 +21,14 @@ def node(class_type: str, **inputs) -> dict:
 
 def mini_latents(caption: str, seed: int, size: dict = NATIVE, checkpoint: str = MINI, **sampler) -> dict:
     """The miniature up to latents, node "samples"."""
-    inputs = {"model": ["model", 0], "positive": ["text", 0], "latent": ["latent", 0], "seed": seed, "steps": 1, **sampler}
+    inputs = {
+        "model": ["model", 0],
+        "positive": ["text", 0],
+        "latent": ["latent", 0],
+        "seed": seed,
+        "steps": 1,
+        **sampler,
+    }
     return {
         "model": node("APTLoadCheckpoint", checkpoint=checkpoint, weight_dtype="default"),
         "clip": node("APTLoadTextEncoder", text_encoder=MINI_TEXT),
@@ -30,7 +43,9 @@ def mini_video(caption: str, seed: int, size: dict = NATIVE, **sampler) -> dict:
     return mini_latents(caption, seed, size, **sampler) | {
         "vae": node("VAELoader", vae_name=MINI_VAE),
         "video": node("APTVAEDecodeToVideo", vae=["vae", 0], samples=["samples", 0], fps=["latent", 1]),
-        "save": node("SaveVideo", video=["video", 0], filename_prefix="video/test", format="auto", codec="auto"),
+        "save": node(
+            "SaveVideo", video=["video", 0], filename_prefix="video/test", format="auto", codec="auto"
+        ),
     }
 
 
@@ -52,10 +67,19 @@ def stock_latents(caption: str, seed: int, checkpoint: str, width: int, height: 
         "negative": node("ConditioningZeroOut", conditioning=["text", 0]),
         "latent": node("EmptyHunyuanLatentVideo", width=width, height=height, length=length, batch_size=1),
         "samples": node(
-            "KSampler", model=["model", 0], positive=["text", 0], negative=["negative", 0], latent_image=["latent", 0],
-            seed=seed, steps=1, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+            "KSampler",
+            model=["model", 0],
+            positive=["text", 0],
+            negative=["negative", 0],
+            latent_image=["latent", 0],
+            seed=seed,
+            steps=1,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
         ),
-    }  # fmt: skip
+    }
 
 
 def saving_latents(prompt: dict, name: str) -> dict:

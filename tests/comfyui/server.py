@@ -1,4 +1,6 @@
-"""A real ComfyUI server on the CPU, in a base directory of its own, with this pack as its registry zip would hold it."""
+"""A real ComfyUI server on the CPU, in a base directory of its own, with this pack as its registry zip would
+hold it.
+"""
 
 import json
 import os
@@ -28,11 +30,17 @@ class Rejected(Exception):
     @property
     def sentences(self) -> list[str]:
         """What is said of each node, in the server's order."""
-        return [f"{node['class_type']}: {error['message']}: {error['details']}" for node in self.node_errors.values() for error in node["errors"]]
+        return [
+            f"{node['class_type']}: {error['message']}: {error['details']}"
+            for node in self.node_errors.values()
+            for error in node["errors"]
+        ]
 
 
 class Server:
-    """Runs from `start` to `stop`; with `with` it does both. `base` holds models, input, output and custom_nodes."""
+    """Runs from `start` to `stop`; with `with` it does both. `base` holds models, input, output and
+    custom_nodes.
+    """
 
     def __init__(self, comfyui_dir: Path, base: Path, *arguments: str):
         self.comfyui_dir, self.base, self.arguments = comfyui_dir, base, arguments
@@ -54,14 +62,27 @@ class Server:
         """Lay the pack into custom_nodes and run main.py until /object_info answers."""
         copy_pack(self.base / "custom_nodes" / PACK)
         command = [os.environ.get("COMFYUI_PYTHON", sys.executable), str(self.comfyui_dir / "main.py")]
-        command += ["--cpu", "--port", str(self.port), "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        command += [
+            "--cpu",
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(self.base),
+            "--database-url",
+            "sqlite:///:memory:",
+        ]
         command += ["--disable-auto-launch", "--disable-api-nodes", *self.arguments]
         with self.log_file.open("w") as log:
-            # Not in the checkout: ComfyUI writes beside its working directory, and `nodes` must be ComfyUI's own.
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base, env=one_thread())
+            # Not in the checkout: ComfyUI writes beside its working directory, and `nodes` must be ComfyUI's
+            # own.
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base, env=one_thread()
+            )
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log()[-6000:]}"
+            assert self.process.poll() is None, (
+                f"the server ended with {self.process.returncode}:\n{self.log()[-6000:]}"
+            )
             try:
                 self.get("/object_info/KSampler")
                 return
@@ -85,7 +106,9 @@ class Server:
         return self._answer(urllib.request.Request(self.url + path))
 
     def post(self, path: str, body: dict):
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         return self._answer(request)
 
     def queue(self, prompt: dict) -> str:
@@ -103,7 +126,9 @@ class Server:
             history = self.get(f"/history/{prompt_id}")
             if prompt_id in history:
                 return history[prompt_id]
-            assert self.process.poll() is None, f"the server ended with {self.process.returncode}:\n{self.log()[-6000:]}"
+            assert self.process.poll() is None, (
+                f"the server ended with {self.process.returncode}:\n{self.log()[-6000:]}"
+            )
             time.sleep(0.1)
         raise TimeoutError(f"prompt {prompt_id} took longer than {seconds} s:\n{self.log()[-6000:]}")
 
@@ -116,7 +141,12 @@ class Server:
     def files(self, output: dict) -> list[Path]:
         """Paths of what a history entry lists for one output node."""
         places = {"output": self.output, "temp": self.base / "temp"}
-        items = [item for value in output.values() for item in value if isinstance(item, dict) and "filename" in item]
+        items = [
+            item
+            for value in output.values()
+            for item in value
+            if isinstance(item, dict) and "filename" in item
+        ]
         return [places[item["type"]] / item["subfolder"] / item["filename"] for item in items]
 
     def interrupt(self, prompt_id: str | None = None) -> None:
@@ -134,7 +164,9 @@ class Server:
 
 
 def one_thread() -> dict[str, str]:
-    """The environment of a process of ComfyUI: beside other load, threads that wait for one another in every operation stall it."""
+    """The environment of a process of ComfyUI: beside other load, threads that wait for one another in every
+    operation stall it.
+    """
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -145,10 +177,16 @@ def failure(entry: dict) -> str:
 
 
 def packed_files() -> list[str]:
-    """What the registry's zip holds, relative to the root: files git knows or would add, without what .comfyignore names."""
+    """What the registry's zip holds, relative to the root: files git knows or would add, without what
+    .comfyignore names.
+    """
     ignored = ["--ignored", "--exclude-from=.comfyignore"]
     files = _git("--cached", "--others", "--exclude-standard")
-    return sorted(file for file in files - _git("--cached", *ignored) - _git("--others", *ignored) if (ROOT / file).is_file())
+    return sorted(
+        file
+        for file in files - _git("--cached", *ignored) - _git("--others", *ignored)
+        if (ROOT / file).is_file()
+    )
 
 
 def copy_pack(folder: Path) -> None:
@@ -158,5 +196,7 @@ def copy_pack(folder: Path) -> None:
 
 
 def _git(*arguments: str) -> set[str]:
-    listed = subprocess.run(["git", "ls-files", "-z", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
     return set(listed.split("\0")) - {""}

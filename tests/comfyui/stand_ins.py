@@ -1,8 +1,8 @@
-"""Small files in the places and under the names of the big ones, enough for ComfyUI to list them and to load the transformers, and
-the miniature in fp32.
+"""Small files in the places and under the names of the big ones, enough for ComfyUI to list them and to load
+the transformers, and the miniature in fp32.
 
-The stock loaders of UMT5-XXL and of Wan 2.2's VAE have fixed sizes, so these two stand-ins are lists of no tensors: a prompt that
-names them validates, and would fail if it ran.
+The stock loaders of UMT5-XXL and of Wan 2.2's VAE have fixed sizes, so these two stand-ins are lists of no
+tensors: a prompt that names them validates, and would fail if it ran.
 """
 
 import json
@@ -49,14 +49,20 @@ def make_stand_ins(models: Path) -> None:
     save_generator(diffusion / "apt_mini_fp32.safetensors", mini, mini.config, read_metadata(GENERATOR))
     pair = {"lora_A": torch.zeros(4, 128), "lora_B": torch.zeros(128, 4)}
     lora = {f"diffusion_model.blocks.0.self_attn.q.{name}.weight": value for name, value in pair.items()}
-    save_file(lora, folders["loras"] / "wan2.1_1.3B_apt_lora.safetensors", {"apt": json.dumps({"format": 1, "kind": "lora", **WAN21})})
+    save_file(
+        lora,
+        folders["loras"] / "wan2.1_1.3B_apt_lora.safetensors",
+        {"apt": json.dumps({"format": 1, "kind": "lora", **WAN21})},
+    )
     save_vae(folders["vae"] / "wan_2.1_vae.safetensors", AutoencoderKLWan(base_dim=8).eval())
     save_file({}, folders["vae"] / "wan2.2_vae.safetensors")
     save_file({}, folders["text_encoders"] / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
 
 
 def save_plain(path: Path, source: Path) -> None:
-    """A file as Wan itself is released: the tensors of `source` without any metadata, but for that which ComfyUI needs for odd shapes."""
+    """A file as Wan itself is released: the tensors of `source` without any metadata, but for that which
+    ComfyUI needs for odd shapes.
+    """
     with safe_open(source, "pt") as file:
         config = {key: value for key, value in file.metadata().items() if key == "config"}
     save_file(load_file(source), path, config)

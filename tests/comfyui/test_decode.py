@@ -10,9 +10,15 @@ from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD, save_vae
 
 PACK = Path(__file__).parents[2]
 WAN_22 = dict(
-    z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
-    latents_mean=list(LATENTS_MEAN["2.2"]), latents_std=list(LATENTS_STD["2.2"]),
-)  # fmt: skip
+    z_dim=48,
+    is_residual=True,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_spatial=16,
+    latents_mean=list(LATENTS_MEAN["2.2"]),
+    latents_std=list(LATENTS_STD["2.2"]),
+)
 
 
 @pytest.fixture
@@ -26,12 +32,16 @@ def random_vae(tmp_path):
 
 
 def test_images_are_stock_vae_decodes(comfyui, random_vae):
-    vaes = {"vae_21": random_vae("21.safetensors", base_dim=8), "vae_22": random_vae("22.safetensors", base_dim=8, decoder_base_dim=12, **WAN_22)}
+    vaes = {
+        "vae_21": random_vae("21.safetensors", base_dim=8),
+        "vae_22": random_vae("22.safetensors", base_dim=8, decoder_base_dim=12, **WAN_22),
+    }
     result = comfyui("decode_images", pack=PACK, **vaes)
 
     for name in ("tiny autoencoder", "another decoder"):
         assert result.pop(name) == {"equal": True, "progress": []}, name
-    # Frames after each slice: stock cuts Wan 2.1's latents into 1, 2, 2, ... and Wan 2.2's into single frames.
+    # Frames after each slice: stock cuts Wan 2.1's latents into 1, 2, 2, ... and Wan 2.2's into single
+    # frames.
     expected = {
         "2.1 1x1": ([1, 24, 16, 3], [1]),
         "2.1 1x2": ([5, 24, 16, 3], [1, 5]),
@@ -65,7 +75,8 @@ def test_a_video_file_holds_the_frames(comfyui, random_vae):
     assert result["folder"] and result["shape"] == [18, 64, 96, 3]
     assert (result["fps"], result["duration"]) == (12.5, pytest.approx(18 / 12.5))
     assert (result["progress"], result["previews"]) == ([1, 9, 10, 18], 4)
-    # Codec noise, and no more of it than in a stock file: that one truncates to bytes, which costs half a level.
+    # Codec noise, and no more of it than in a stock file: that one truncates to bytes, which costs half a
+    # level.
     assert result["mean error"] < min(result["stock's mean error"], result["frame to frame"] / 8)
     # Save Video copies the stream and embeds the graph. 13: sRGB.
     assert result["saved"] == {"metadata": '{"1": "a graph"}', "colours": 13, "copied": True}

@@ -1,4 +1,6 @@
-"""The fp8 export in stock ComfyUI: loaded whole, unpacked with its scales, and computing what the unpacked weights compute."""
+"""The fp8 export in stock ComfyUI: loaded whole, unpacked with its scales, and computing what the unpacked
+weights compute.
+"""
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -12,11 +14,18 @@ from trainer.checkpoints.export import FP8, save_fp8
 
 def test_one_step_of_a_tiny_fp8_generator(comfyui, tmp_path):
     torch.manual_seed(0)
-    model = WanBackbone(num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3)
+    model = WanBackbone(
+        num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3
+    )
     save_fp8(tmp_path / "g.safetensors", model, {"base": "test"})
     z, text = torch.randn(2, 16, 3, 6, 8), torch.randn(1, 7, 20)
     save_file({"noise": z, "text": text}, tmp_path / "in.safetensors")
-    result = comfyui("sample_transformer", model=tmp_path / "g.safetensors", inputs=tmp_path / "in.safetensors", out=tmp_path / "out.safetensors")
+    result = comfyui(
+        "sample_transformer",
+        model=tmp_path / "g.safetensors",
+        inputs=tmp_path / "in.safetensors",
+        out=tmp_path / "out.safetensors",
+    )
     assert (result["complaints"], result["detected"], result["num_heads"]) == ([], "WAN21_T2V", 2)
 
     with torch.no_grad():

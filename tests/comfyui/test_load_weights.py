@@ -15,11 +15,23 @@ from apt_core.models.wan import WanBackbone
 @pytest.mark.parametrize("heads, head_dim", [(2, 24), (1, 128), (1, 192)])
 def test_one_step_of_a_tiny_generator(comfyui, tmp_path, heads, head_dim):
     torch.manual_seed(0)
-    model = WanBackbone(num_attention_heads=heads, attention_head_dim=head_dim, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3)
+    model = WanBackbone(
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        text_dim=20,
+        freq_dim=32,
+        ffn_dim=80,
+        num_layers=3,
+    )
     save_generator(tmp_path / "g.safetensors", model, model.config, {"base": "test"})
     z, text = torch.randn(2, 16, 3, 6, 8), torch.randn(1, 7, 20)
     save_file({"noise": z, "text": text}, tmp_path / "in.safetensors")
-    result = comfyui("sample_transformer", model=tmp_path / "g.safetensors", inputs=tmp_path / "in.safetensors", out=tmp_path / "out.safetensors")
+    result = comfyui(
+        "sample_transformer",
+        model=tmp_path / "g.safetensors",
+        inputs=tmp_path / "in.safetensors",
+        out=tmp_path / "out.safetensors",
+    )
 
     assert result == {"complaints": [], "differing": [], "detected": "WAN21_T2V", "num_heads": heads}
     with torch.no_grad():
@@ -34,9 +46,16 @@ def test_small_vae(comfyui, tmp_path):
     vae = AutoencoderKLWan(base_dim=12).eval().requires_grad_(False)
     save_vae(tmp_path / "vae.safetensors", vae)
     pixels, latents = torch.rand(9, 48, 32, 3), torch.randn(1, 16, 3, 6, 4)
-    raw = latents * torch.tensor(LATENTS_STD["2.1"]).view(-1, 1, 1, 1) + torch.tensor(LATENTS_MEAN["2.1"]).view(-1, 1, 1, 1)
+    raw = latents * torch.tensor(LATENTS_STD["2.1"]).view(-1, 1, 1, 1) + torch.tensor(
+        LATENTS_MEAN["2.1"]
+    ).view(-1, 1, 1, 1)
     save_file({"pixels": pixels, "latents": raw}, tmp_path / "in.safetensors")
-    result = comfyui("run_vae", vae=tmp_path / "vae.safetensors", inputs=tmp_path / "in.safetensors", out=tmp_path / "out.safetensors")
+    result = comfyui(
+        "run_vae",
+        vae=tmp_path / "vae.safetensors",
+        inputs=tmp_path / "in.safetensors",
+        out=tmp_path / "out.safetensors",
+    )
 
     assert result == {"complaints": [], "module": "comfy.ldm.wan.vae", "dtype": "torch.float32"}
     theirs = load_file(tmp_path / "out.safetensors")
@@ -51,14 +70,30 @@ def test_our_official_names_are_comfyuis(comfyui):
         small = dict(num_attention_heads=2, num_layers=2, ffn_dim=64)
         ours = {
             "t2v": WanTransformer3DModel(**small),
-            "i2v": WanTransformer3DModel(**small, in_channels=36, image_dim=1280, added_kv_proj_dim=256, pos_embed_seq_len=514),
+            "i2v": WanTransformer3DModel(
+                **small, in_channels=36, image_dim=1280, added_kv_proj_dim=256, pos_embed_seq_len=514
+            ),
             "vae 2.1": AutoencoderKLWan(),
             "vae 2.2": AutoencoderKLWan(
-                base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2,
-                scale_factor_spatial=16, latents_mean=list(LATENTS_MEAN["2.2"]), latents_std=list(LATENTS_STD["2.2"]),
+                base_dim=160,
+                decoder_base_dim=256,
+                z_dim=48,
+                is_residual=True,
+                in_channels=12,
+                out_channels=12,
+                patch_size=2,
+                scale_factor_spatial=16,
+                latents_mean=list(LATENTS_MEAN["2.2"]),
+                latents_std=list(LATENTS_STD["2.2"]),
             ),
-        }  # fmt: skip
+        }
     theirs = comfyui("official_names")
     for name, model in ours.items():
-        rename = (lambda key: keys.vae_to_official(key, name[-3:])) if name.startswith("vae") else keys.transformer_to_official
-        assert {rename(key): list(value.shape) for key, value in model.state_dict().items()} == theirs[name], name
+        rename = (
+            (lambda key: keys.vae_to_official(key, name[-3:]))
+            if name.startswith("vae")
+            else keys.transformer_to_official
+        )
+        assert {rename(key): list(value.shape) for key, value in model.state_dict().items()} == theirs[
+            name
+        ], name

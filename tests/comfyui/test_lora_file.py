@@ -13,12 +13,19 @@ from apt_core.models.vae import normalize
 from apt_core.models.wan import WanBackbone
 
 EVERY_LAYER = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "proj_out", "time_proj"]
-EVERY_LAYER += ["time_embedder.linear_1", "time_embedder.linear_2", "text_embedder.linear_1", "text_embedder.linear_2"]
+EVERY_LAYER += [
+    "time_embedder.linear_1",
+    "time_embedder.linear_2",
+    "text_embedder.linear_1",
+    "text_embedder.linear_2",
+]
 
 
 def test_one_step_with_a_lora(comfyui, tmp_path):
     torch.manual_seed(0)
-    model = WanBackbone(num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3)
+    model = WanBackbone(
+        num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3
+    )
     add_adapters(model, ["generator", "discriminator"], rank=4, alpha=2.0, targets=EVERY_LAYER)
     with torch.no_grad():
         for p in role(model, "generator").parameters():
@@ -45,7 +52,9 @@ def test_a_foreign_lora_is_merged_as_comfyui_does(comfyui, tmp_path):
     module that has layers inside (ModelPatcher._load_list).
     """
     torch.manual_seed(0)
-    config = dict(num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3)
+    config = dict(
+        num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3
+    )
     model = WanBackbone(**config)
     z, text = torch.randn(2, 16, 3, 6, 8), torch.randn(1, 7, 20)
     files = {name: tmp_path / f"{name}.safetensors" for name in ("model", "lora", "inputs", "out")}

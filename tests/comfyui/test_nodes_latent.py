@@ -18,7 +18,9 @@ NAME = "Empty APT Latent:"
 @pytest.fixture(scope="module")
 def result(comfyui, tmp_path_factory):
     files = tmp_path_factory.mktemp("latents") / "files"
-    small = dict(num_attention_heads=1, attention_head_dim=128, text_dim=20, freq_dim=32, ffn_dim=16, num_layers=1)
+    small = dict(
+        num_attention_heads=1, attention_head_dim=128, text_dim=20, freq_dim=32, ffn_dim=16, num_layers=1
+    )
     for name, channels, native in (
         ("wan 2.1", 16, {}),
         ("wan 2.2", 48, {}),
@@ -33,7 +35,10 @@ def result(comfyui, tmp_path_factory):
     save_generator(files / "released.safetensors", model, model.config, {})
     save_plain(files / "released.safetensors", files / "released.safetensors")
     apt = {"format": 1, "kind": "lora", "native": {"width": 320, "height": 192, "frames": 49, "fps": 24}}
-    lora = {f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": torch.zeros(shape) for side, shape in (("A", (2, 128)), ("B", (128, 2)))}
+    lora = {
+        f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": torch.zeros(shape)
+        for side, shape in (("A", (2, 128)), ("B", (128, 2)))
+    }
     save_file(lora, files / "lora.safetensors", {"apt": json.dumps(apt)})
     return comfyui("empty_latents", pack=PACK, files=files)
 
@@ -51,14 +56,22 @@ def test_sizes_come_from_the_model(result):
     # Stock loaders drop the metadata, but their files have it.
     expected["mini with LoRA"] = expected["mini by the stock loader"] = expected["mini"]
     expected["trained by the stock loader"] = expected["trained"]
-    assert result["sizes"] == {name: [[shape, fps, stride, 4] for shape in shapes] for name, (shapes, fps, stride) in expected.items()}
+    assert result["sizes"] == {
+        name: [[shape, fps, stride, 4] for shape in shapes]
+        for name, (shapes, fps, stride) in expected.items()
+    }
 
 
 def test_a_size_that_is_a_guess_is_told(result):
     said = "The native size is a guess, {}: the model's file does not say. Choose custom for another."
-    shown = {"wan 2.1": said.format("832x480 with 81 frames"), "wan 2.2": said.format("1280x704 with 121 frames")}
+    shown = {
+        "wan 2.1": said.format("832x480 with 81 frames"),
+        "wan 2.2": said.format("1280x704 with 121 frames"),
+    }
     # And taken away at the next size, which is none.
-    assert result["shown"] == {name: [[text, "APTEmptyLatent"], [" ", "APTEmptyLatent"]] for name, text in shown.items()}
+    assert result["shown"] == {
+        name: [[text, "APTEmptyLatent"], [" ", "APTEmptyLatent"]] for name, text in shown.items()
+    }
 
 
 def test_sizes_of_ones_own(result):

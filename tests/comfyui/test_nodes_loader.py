@@ -1,4 +1,6 @@
-"""Load APT Checkpoint in a real ComfyUI: weights, dtypes, warnings, and what it says to files that it cannot take."""
+"""Load APT Checkpoint in a real ComfyUI: weights, dtypes, warnings, and what it says to files that it cannot
+take.
+"""
 
 import json
 from pathlib import Path
@@ -24,14 +26,22 @@ TEXT = torch.randn(1, 7, 20, generator=torch.Generator().manual_seed(1))
 
 def tiny(seed: int, **config) -> WanBackbone:
     torch.manual_seed(seed)
-    config = dict(num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=2) | config
+    config = (
+        dict(num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=2)
+        | config
+    )
     return WanBackbone(**config).requires_grad_(False)
 
 
 def another() -> WanBackbone:
-    """Other weights but for the modulation, which ComfyUI leaves out when it patches: it patches modules that have no modules inside."""
+    """Other weights but for the modulation, which ComfyUI leaves out when it patches: it patches modules that
+    have no modules inside.
+    """
     model, other = tiny(0), tiny(1)
-    other.load_state_dict({key: value for key, value in model.state_dict().items() if key.endswith("scale_shift_table")}, strict=False)
+    other.load_state_dict(
+        {key: value for key, value in model.state_dict().items() if key.endswith("scale_shift_table")},
+        strict=False,
+    )
     return other
 
 
@@ -48,10 +58,22 @@ def write_good_files(folder: Path) -> None:
     official = {transformer_to_official(key): value.clone() for key, value in model.state_dict().items()}
     save_file(model.state_dict(), folder / "diffusers.safetensors", config)
     save_file(official, folder / "foreign.safetensors", config)
-    save_file({f"diffusion_model.{key}": value for key, value in official.items()}, folder / "prefixed.safetensors", config)
+    save_file(
+        {f"diffusion_model.{key}": value for key, value in official.items()},
+        folder / "prefixed.safetensors",
+        config,
+    )
     apt = config | {"apt": json.dumps({"format": 1, "kind": "generator", "timestep": 1000})}
-    linear = [key for key, value in official.items() if key.startswith("blocks.") and value.ndim == 2 and key.endswith(".weight")]
-    save_file(official | {key: official[key].to(torch.float8_e4m3fn) for key in linear}, folder / "fp8.safetensors", apt)
+    linear = [
+        key
+        for key, value in official.items()
+        if key.startswith("blocks.") and value.ndim == 2 and key.endswith(".weight")
+    ]
+    save_file(
+        official | {key: official[key].to(torch.float8_e4m3fn) for key in linear},
+        folder / "fp8.safetensors",
+        apt,
+    )
     scaled = dict(official, scaled_fp8=torch.zeros(2, dtype=torch.float8_e4m3fn))
     for key in linear:
         scale = official[key].abs().max() / 448
@@ -74,14 +96,27 @@ def write_bad_files(folder: Path) -> None:
     torch.save(official, folder / "pickle.pt")
     (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (folder / "vae.safetensors").write_bytes(VAE.read_bytes())
-    lora = {f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": torch.zeros(shape) for side, shape in (("A", (2, 48)), ("B", (48, 2)))}
+    lora = {
+        f"diffusion_model.blocks.0.self_attn.q.lora_{side}.weight": torch.zeros(shape)
+        for side, shape in (("A", (2, 48)), ("B", (48, 2)))
+    }
     save_file(lora, folder / "lora.safetensors")
     save_file(lora, folder / "apt lora.safetensors", apt(kind="lora"))
-    save_file({f"backbone.{key}": value for key, value in model.state_dict().items()}, folder / "discriminator.safetensors")
-    save_file({key: value for key, value in official.items() if key != "blocks.1.cross_attn.k.weight"}, folder / "missing.safetensors", apt())
+    save_file(
+        {f"backbone.{key}": value for key, value in model.state_dict().items()},
+        folder / "discriminator.safetensors",
+    )
+    save_file(
+        {key: value for key, value in official.items() if key != "blocks.1.cross_attn.k.weight"},
+        folder / "missing.safetensors",
+        apt(),
+    )
     save_file(official, folder / "no heads.safetensors")
     wide = tiny(0, num_attention_heads=1, attention_head_dim=128)
-    save_file({transformer_to_official(key): value for key, value in wide.state_dict().items()}, folder / "no config.safetensors")
+    save_file(
+        {transformer_to_official(key): value for key, value in wide.state_dict().items()},
+        folder / "no config.safetensors",
+    )
     save_file(official, folder / "newer.safetensors", apt(format=2))
     save_file(official, folder / "kind.safetensors", apt(kind="critic"))
     save_file(official, folder / "native.safetensors", apt(native={"width": 64}))
@@ -89,7 +124,9 @@ def write_bad_files(folder: Path) -> None:
     narrow = official | {"blocks.1.self_attn.q.weight": official["blocks.1.self_attn.q.weight"][:-2].clone()}
     save_file(narrow, folder / "shape.safetensors", apt())
     foreign = comfy_config(model.config) | {"attention_head_dim": 24}
-    save_file(official, folder / "foreign config.safetensors", {"config": json.dumps({"transformer": foreign})})
+    save_file(
+        official, folder / "foreign config.safetensors", {"config": json.dumps({"transformer": foreign})}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +136,13 @@ def run(comfyui, tmp_path_factory):
     write_good_files(files)
     write_bad_files(files)
     save_file({"text": TEXT}, folder / "in.safetensors")
-    result = comfyui("load_checkpoints", pack=PACK, files=files, inputs=folder / "in.safetensors", out=folder / "out.safetensors")
+    result = comfyui(
+        "load_checkpoints",
+        pack=PACK,
+        files=files,
+        inputs=folder / "in.safetensors",
+        out=folder / "out.safetensors",
+    )
     latents = {name: (value - MEAN) / STD for name, value in load_file(folder / "out.safetensors").items()}
     return files, latents, result
 
@@ -116,7 +159,9 @@ def test_weights_arrive_whole(run):
     for name in ("bf16", "fp16"):
         model, dtype = tiny(0), {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
         # ComfyUI keeps the patch embedding of Wan in fp32, whatever the rest.
-        for weight in (weight for key, weight in model.named_parameters() if not key.startswith("patch_embedding")):
+        for weight in (
+            weight for key, weight in model.named_parameters() if not key.startswith("patch_embedding")
+        ):
             weight.copy_(weight.to(dtype))
         assert_close(latents[f"as {name}"], one_step(model, Z, TEXT), rtol=0, atol=1e-5)
 
@@ -124,7 +169,10 @@ def test_weights_arrive_whole(run):
 def test_fp8_files_load(run):
     exact, _, latents = one_step(tiny(0), Z, TEXT), *run[:2]
     velocity = (Z - exact).norm()
-    errors = {name: ((latents[name] - exact).norm() / velocity).item() for name in ("fp8.safetensors", "scaled.safetensors", "as fp8_e4m3fn")}
+    errors = {
+        name: ((latents[name] - exact).norm() / velocity).item()
+        for name in ("fp8.safetensors", "scaled.safetensors", "as fp8_e4m3fn")
+    }
     # e4m3 has 3 bits of mantissa: a rounding of up to 1/16, 0.036 in the mean square, on some of the layers.
     assert all(1e-4 < error < 0.05 for error in errors.values()), errors
 
@@ -139,7 +187,14 @@ def test_a_clone_for_another_device_is_the_same_model(run):
     _, latents, result = run
     for clone in ("clone 0", "clone 1"):
         assert torch.equal(latents[clone], latents["fp32.safetensors"])
-    apt = {"format": 1, "kind": "generator", "timestep": 1000, "base": "test", "phase": "video", "native": NATIVE}
+    apt = {
+        "format": 1,
+        "kind": "generator",
+        "timestep": 1000,
+        "base": "test",
+        "phase": "video",
+        "native": NATIVE,
+    }
     assert result["attachments"] == [apt] * 3
 
 
@@ -147,8 +202,14 @@ def test_weights_are_held_as_the_file_has_them(run):
     result = run[2]
     held = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     assert result["held"] == {f"{name}.safetensors": f"torch.{dtype}" for name, dtype in held.items()}
-    assert result["chosen"] == {"bf16": "torch.bfloat16", "fp16": "torch.float16", "fp8_e4m3fn": "torch.float8_e4m3fn"}
-    assert result["stock"] == "torch.float16", "ComfyUI has come to follow the file: then ours need not choose"
+    assert result["chosen"] == {
+        "bf16": "torch.bfloat16",
+        "fp16": "torch.float16",
+        "fp8_e4m3fn": "torch.float8_e4m3fn",
+    }
+    assert result["stock"] == "torch.float16", (
+        "ComfyUI has come to follow the file: then ours need not choose"
+    )
 
 
 def test_a_model_without_adversarial_training_gets_a_warning(run):
@@ -157,9 +218,15 @@ def test_a_model_without_adversarial_training_gets_a_warning(run):
     foreign = [f"{name}.safetensors" for name in ("foreign", "prefixed", "diffusers")]
     expected = {name: f"{name} has no metadata that tells of adversarial training: {end}" for name in foreign}
     expected["base.safetensors"] = f"base.safetensors is a base model, not adversarially trained: {end}"
-    expected["distilled.safetensors"] = f"distilled.safetensors was distilled but not adversarially trained: {end}"
-    assert {name: text for name, text in shown.items() if text} == {name: [text, [text, "APTLoadCheckpoint"]] for name, text in expected.items()}
-    assert {name: lines for name, lines in logged.items() if lines} == {name: [f"Load APT Checkpoint: {text}"] for name, text in expected.items()}
+    expected["distilled.safetensors"] = (
+        f"distilled.safetensors was distilled but not adversarially trained: {end}"
+    )
+    assert {name: text for name, text in shown.items() if text} == {
+        name: [text, [text, "APTLoadCheckpoint"]] for name, text in expected.items()
+    }
+    assert {name: lines for name, lines in logged.items() if lines} == {
+        name: [f"Load APT Checkpoint: {text}"] for name, text in expected.items()
+    }
     assert {"fp32.safetensors", "fp8.safetensors", "scaled.safetensors"} < shown.keys()
 
 
@@ -206,4 +273,7 @@ def test_bad_files_get_a_sentence(run):
         "unexpected keyword argument 'attention_head_dim'): export or download it again.",
     }
     places = "models/diffusion_models or models/apt"
-    assert result["not there"] == f"{name} nowhere.safetensors is not in {places}: put the file there, or choose another one."
+    assert (
+        result["not there"]
+        == f"{name} nowhere.safetensors is not in {places}: put the file there, or choose another one."
+    )

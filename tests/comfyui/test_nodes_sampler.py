@@ -1,4 +1,6 @@
-"""APT One-Step Sampler in a real ComfyUI: the numbers of apt_core and of stock KSampler, and what it says to bad input."""
+"""APT One-Step Sampler in a real ComfyUI: the numbers of apt_core and of stock KSampler, and what it says to
+bad input.
+"""
 
 import json
 from pathlib import Path
@@ -33,7 +35,9 @@ def noise(seed: int, steps: int = 1) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def generator():
     torch.manual_seed(0)
-    return WanBackbone(num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=2).requires_grad_(False)
+    return WanBackbone(
+        num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=2
+    ).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,11 @@ def files(tmp_path_factory):
 def run(comfyui, generator, text, files):
     """(latents by name as the transformer has them, the rest of the result)"""
     folder = files.parent
-    for name, about in (("model", {}), ("early", {"second_time": 0.4}), ("base", {"kind": "base", "second_time": 0.5})):
+    for name, about in (
+        ("model", {}),
+        ("early", {"second_time": 0.4}),
+        ("base", {"kind": "base", "second_time": 0.5}),
+    ):
         save_generator(files / f"{name}.safetensors", generator, generator.config, {"base": "test"} | about)
 
     save_plain(files / "plain.safetensors", files / "model.safetensors")
@@ -60,7 +68,11 @@ def run(comfyui, generator, text, files):
 
     key, down, up = "blocks.1.self_attn.q", torch.randn(4, 48) / 7, torch.randn(48, 4) / 2
     lora = {f"diffusion_model.{key}.lora_A.weight": down, f"diffusion_model.{key}.lora_B.weight": up}
-    save_file(lora, files / "lora.safetensors", {"apt": json.dumps({"format": 1, "kind": "lora", "second_time": 0.3})})
+    save_file(
+        lora,
+        files / "lora.safetensors",
+        {"apt": json.dumps({"format": 1, "kind": "lora", "second_time": 0.3})},
+    )
     merged = {name: value.clone() for name, value in generator.state_dict().items()}
     merged["blocks.1.attn1.to_q.weight"] += up @ down
     save_generator(files / "merged.safetensors", merged, generator.config, {"base": "test"})
@@ -73,8 +85,16 @@ def run(comfyui, generator, text, files):
         save_file(load_file(files / "model.safetensors"), files / "wrong.safetensors", wrong)
 
     save_file({"text": text}, folder / "in.safetensors")
-    result = comfyui("sample_nodes", pack=PACK, files=files, inputs=folder / "in.safetensors", out=folder / "out.safetensors")
-    return {name: (value - MEAN) / STD for name, value in load_file(folder / "out.safetensors").items()}, result
+    result = comfyui(
+        "sample_nodes",
+        pack=PACK,
+        files=files,
+        inputs=folder / "in.safetensors",
+        out=folder / "out.safetensors",
+    )
+    return {
+        name: (value - MEAN) / STD for name, value in load_file(folder / "out.safetensors").items()
+    }, result
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -108,7 +128,9 @@ def test_a_few_steps_are_apt_cores(run, generator, text):
     latents, result = run
     for item in range(2):
         z, *fresh = noise(SEED + item, 2)
-        close(latents["two"][item : item + 1], few_step(generator, z, text, (1.0, 0.7), lambda i: fresh[i - 1]))
+        close(
+            latents["two"][item : item + 1], few_step(generator, z, text, (1.0, 0.7), lambda i: fresh[i - 1])
+        )
     z, *fresh = noise(SEED, 3)
     close(latents["times"], few_step(generator, z, text, (1.0, 0.75, 0.25), lambda i: fresh[i - 1]))
     assert torch.equal(latents["times"], latents["times without 0"])
@@ -124,7 +146,9 @@ def test_presets_have_the_times_of_ksampler_under_the_shift(run, generator, text
         assert result["presets"][shift] == pytest.approx(result["KSampler's"][shift], abs=1e-2)
     assert result["sigmas before preset"] == pytest.approx([1000, 500], abs=1e-3)
     z, *fresh = noise(SEED, 4)
-    close(latents["shift 5"], few_step(generator, z, text, (1.0, 0.9375, 5 / 6, 0.625), lambda i: fresh[i - 1]))
+    close(
+        latents["shift 5"], few_step(generator, z, text, (1.0, 0.9375, 5 / 6, 0.625), lambda i: fresh[i - 1])
+    )
 
 
 @pytest.mark.parametrize("file", ["model", "early"])
@@ -136,14 +160,18 @@ def test_every_steps_and_noise_are_the_pipelines(run, text, files, file, rule):
     pipe = OneStepPipeline(Sources(read_transformer(files / f"{file}.safetensors"), *parts))
     for steps in (1, 2, 3):
         made = latents[f"{'early ' * (file == 'early')}{rule} {steps}"]
-        request = pipe.request("x", height=48, width=32, frames=5, fps=8, count=2, seed=SEED, steps=steps, noise=rule)
+        request = pipe.request(
+            "x", height=48, width=32, frames=5, fps=8, count=2, seed=SEED, steps=steps, noise=rule
+        )
         for item in range(2):
             close(made[item : item + 1], pipe.latents(request, item, text))
 
 
 def test_settings_change_what_they_name(run):
     latents, _ = run
-    assert torch.equal(latents["comfyui 2"], latents["two"]), "the default, and what a graph from before the setting has"
+    assert torch.equal(latents["comfyui 2"], latents["two"]), (
+        "the default, and what a graph from before the setting has"
+    )
     assert torch.equal(latents["early apt 1"], latents["apt 1"])
     for steps in (2, 3):
         assert (latents[f"early apt {steps}"] - latents[f"apt {steps}"]).abs().mean() > 0.05
@@ -163,13 +191,19 @@ def test_what_does_not_reach_the_model_is_told(run):
     no_input = "The {} is ignored: this model has no input for one."
     expected = {
         "a text that fits": [],
-        "a text too long": ["The prompt is too long: 7 tokens, 6 at most in this model's training. The result can be noise, "
-        "so shorten the prompt (a word has one to three tokens)."],
+        "a text too long": [
+            "The prompt is too long: 7 tokens, 6 at most in this model's training. The result can be noise, "
+            "so shorten the prompt (a word has one to three tokens)."
+        ],
         "images": [no_input.format("start image") + "\n" + no_input.format("CLIP vision image")],
-        "an encoded picture": ["The picture in the latent is ignored: this method starts from noise alone. Take Empty APT Latent."],
+        "an encoded picture": [
+            "The picture in the latent is ignored: this method starts from noise alone. Take Empty APT Latent."
+        ],
         "a picture to go on with": [],
-    }  # fmt: skip
-    assert run[1]["shown"] == {name: [[text, "APTSampler"] for text in texts] for name, texts in expected.items()}
+    }
+    assert run[1]["shown"] == {
+        name: [[text, "APTSampler"] for text in texts] for name, texts in expected.items()
+    }
     assert run[1]["taken away"] == [[" ", "APTSampler"]]
 
 
@@ -186,12 +220,20 @@ def test_noise_given_replaces_that_of_the_seed(run, generator, text):
     for item, (z, fresh) in enumerate(walk):
         close(latents["walk"][item : item + 1], few_step(generator, z, text, (1.0, 0.7), lambda i: fresh))
         close(latents["walk advanced"][item : item + 1], one_step(generator, z, text))
-    both = torch.randn(2, 16, 2, 6, 4, generator=torch.Generator().manual_seed(SEED))  # stock noise: one seed for the batch
+    both = torch.randn(
+        2, 16, 2, 6, 4, generator=torch.Generator().manual_seed(SEED)
+    )  # stock noise: one seed for the batch
     for item in range(2):
         fresh = noise(77 + item, 2)[1]
-        close(latents["stock noise"][item : item + 1], few_step(generator, both[item : item + 1], text, (1.0, 0.7), lambda i: fresh))
+        close(
+            latents["stock noise"][item : item + 1],
+            few_step(generator, both[item : item + 1], text, (1.0, 0.7), lambda i: fresh),
+        )
         fresh = draw("apt", 77, item, (16, 2, 6, 4), 1)[None]
-        close(latents["stock noise apt"][item : item + 1], few_step(generator, both[item : item + 1], text, (1.0, 0.7), lambda i: fresh))
+        close(
+            latents["stock noise apt"][item : item + 1],
+            few_step(generator, both[item : item + 1], text, (1.0, 0.7), lambda i: fresh),
+        )
     close(latents["no noise"], one_step(generator, torch.zeros(1, 16, 2, 6, 4), text))
 
 
@@ -207,7 +249,9 @@ def test_bad_input_gets_a_sentence(run):
     takes = "but this model takes [batch, 16, frames, height, width]: make it with Empty APT Latent from this model."
     sizes = "but this model takes sides in steps of 16:"
     order = "but they must start at 1 and decrease, staying above 0 until a last 0: for two steps 1, 0.7."
-    second = "its metadata entry `apt` has second_time 700, not a number between 0 and 1: export the file again."
+    second = (
+        "its metadata entry `apt` has second_time 700, not a number between 0 and 1: export the file again."
+    )
     out = "but APT is a flow at timestep 1000: take that Model Sampling node out."
     assert run[1]["sentences"] == {
         "channels": f"{name} the latent is [1, 48, 2, 6, 4], {takes}",

@@ -1,4 +1,6 @@
-"""Load APT Text Encoder in a real ComfyUI: stock CLIP Text Encode then gives the embeddings of apt_core.models.text."""
+"""Load APT Text Encoder in a real ComfyUI: stock CLIP Text Encode then gives the embeddings of
+apt_core.models.text.
+"""
 
 import json
 from pathlib import Path
@@ -14,7 +16,12 @@ from apt_core.models.text import TextEncoder, load_text_encoder, save_text_encod
 from trainer.mini import ASSETS
 
 PACK = Path(__file__).parents[2]
-CAPTIONS = ["a red circle moving left on a green background", "", "a yellow triangle\nmoving  up, on a purple background", "Ünknown wörds: 圆"]
+CAPTIONS = [
+    "a red circle moving left on a green background",
+    "",
+    "a yellow triangle\nmoving  up, on a purple background",
+    "Ünknown wörds: 圆",
+]
 BUILT_IN = ASSETS / "text_encoder.safetensors"
 
 
@@ -24,7 +31,16 @@ def run(comfyui, tmp_path_factory):
     files = folder / "files"
     spiece = train_tokenizer([f"{caption} {i}" for i in range(500) for caption in CAPTIONS], 300)
     torch.manual_seed(0)
-    config = UMT5Config(vocab_size=300, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=2, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    config = UMT5Config(
+        vocab_size=300,
+        d_model=24,
+        d_kv=8,
+        d_ff=40,
+        num_layers=3,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
     save_text_encoder(files / "other.safetensors", UMT5EncoderModel(config).eval(), spiece, 64)
 
     tensors, header = read_tensors(files / "other.safetensors", floats_only=False)
@@ -32,13 +48,27 @@ def run(comfyui, tmp_path_factory):
     whole = (files / "other.safetensors").read_bytes()
     (files / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     (files / "pickle.pt").write_bytes(b"\x80\x02}q\x00.")
-    save_file({key: value for key, value in tensors.items() if key != "spiece_model"}, files / "no tokenizer.safetensors", metadata)
-    save_file(tensors, files / "eps.safetensors", metadata | {"config": json.dumps(fields | {"layer_norm_epsilon": 1e-5})})
+    save_file(
+        {key: value for key, value in tensors.items() if key != "spiece_model"},
+        files / "no tokenizer.safetensors",
+        metadata,
+    )
+    save_file(
+        tensors,
+        files / "eps.safetensors",
+        metadata | {"config": json.dumps(fields | {"layer_norm_epsilon": 1e-5})},
+    )
     save_file(tensors, files / "length.safetensors", metadata | {"text_length": "many"})
     save_file(tensors, files / "foreign.safetensors")
-    without = {key: value for key, value in tensors.items() if not key.endswith("block.2.layer.0.SelfAttention.q.weight")}
+    without = {
+        key: value
+        for key, value in tensors.items()
+        if not key.endswith("block.2.layer.0.SelfAttention.q.weight")
+    }
     save_file(without, files / "missing.safetensors", metadata)
-    result = comfyui("encode_texts", pack=PACK, files=files, captions=json.dumps(CAPTIONS), out=folder / "out.safetensors")
+    result = comfyui(
+        "encode_texts", pack=PACK, files=files, captions=json.dumps(CAPTIONS), out=folder / "out.safetensors"
+    )
     return files, load_file(folder / "out.safetensors"), result
 
 

@@ -1,4 +1,6 @@
-"""A real ComfyUI server with the pack: its list of nodes, the miniature's clips, equal latents, and what it says to bad input."""
+"""A real ComfyUI server with the pack: its list of nodes, the miniature's clips, equal latents, and what it
+says to bad input.
+"""
 
 import json
 import re
@@ -40,7 +42,9 @@ CAPTION = "a red circle moving left on a green background"
 
 
 def test_the_public_interface_is_that_of_the_snapshot(server):
-    ours = {name: interface(info) for name, info in sorted(server.get("/object_info").items()) if is_ours(info)}
+    ours = {
+        name: interface(info) for name, info in sorted(server.get("/object_info").items()) if is_ours(info)
+    }
     snapshot = {name: nodes for name, nodes in read_snapshot().items() if name.startswith("APT")}
     # As text, for the order of inputs is part of it.
     assert json.dumps(ours, indent=1) == json.dumps(snapshot, indent=1)
@@ -48,7 +52,9 @@ def test_the_public_interface_is_that_of_the_snapshot(server):
 
 def test_the_words_are_those_that_were_translated(server):
     translated = json.loads(WORDS.read_text(encoding="utf-8"))
-    assert words(server.get("/object_info")) == translated, "translate what has changed, then build_workflows.py"
+    assert words(server.get("/object_info")) == translated, (
+        "translate what has changed, then build_workflows.py"
+    )
 
 
 def test_the_locales_are_served(server):
@@ -82,7 +88,9 @@ def test_the_workflows_are_offered_as_templates(server):
 def test_the_pack_is_silent(server):
     start, _ = server.log().split("Starting server", 1)
     (line,) = [line for line in start.splitlines() if "ComfyUI-APT" in line]
-    assert re.search(r"\d\.\d seconds: \S*ComfyUI-APT$", line)  # ComfyUI's own list of import times; IMPORT FAILED would be in it
+    assert re.search(
+        r"\d\.\d seconds: \S*ComfyUI-APT$", line
+    )  # ComfyUI's own list of import times; IMPORT FAILED would be in it
 
 
 def test_clips_show_what_their_prompts_say(server):
@@ -93,7 +101,8 @@ def test_clips_show_what_their_prompts_say(server):
         pixels = read_video(path)
         assert path.suffix == ".mp4" and pixels.shape == (9, 48, 48, 3)
         right.update(word for word, said in read_clip(pixels).agrees(drawn).items() if said)
-    # Chance would be 1 in 5, 1 in 5 and 1 in 4. Whole shapes are what the generator is worst at; the README has its figures.
+    # Chance would be 1 in 5, 1 in 5 and 1 in 4. Whole shapes are what the generator is worst at; the README
+    # has its figures.
     least = {"background": 9, "color": 9, "direction": 5}
     assert all(right[word] >= least[word] for word in least), right
 
@@ -103,11 +112,16 @@ def test_latents_of_our_sampler_of_ksampler_and_of_apt_core_are_equal(server, he
     checkpoint, seed = "apt_mini_fp32.safetensors", 1234
     ours = mini_latents(CAPTION, seed, custom(width, height, frames), checkpoint)
     latents = {}
-    for name, prompt in (("ours", ours), ("stock", stock_latents(CAPTION, seed, checkpoint, width, height, frames))):
+    for name, prompt in (
+        ("ours", ours),
+        ("stock", stock_latents(CAPTION, seed, checkpoint, width, height, frames)),
+    ):
         (path,) = server.run(saving_latents(prompt, name))["save"]
         latents[name] = load_file(path)["latent_tensor"]
 
-    z = torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
+    z = torch.randn(
+        1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=torch.Generator().manual_seed(seed)
+    )
     encoder = load_text_encoder(ASSETS / "text_encoder.safetensors")
     text = encoder.pad(encoder.encode([CAPTION]), encoder.text_length)
     with torch.no_grad():
@@ -119,9 +133,13 @@ def test_latents_of_our_sampler_of_ksampler_and_of_apt_core_are_equal(server, he
 
 def test_a_saved_checkpoint_is_listed_and_makes_the_same_latents(server):
     prompt = mini_latents(CAPTION, 7, custom(48, 48, 1))
-    save = node("APTSaveCheckpoint", model=["model", 0], filename_prefix="diffusion_models/kept", dtype="default")
+    save = node(
+        "APTSaveCheckpoint", model=["model", 0], filename_prefix="diffusion_models/kept", dtype="default"
+    )
     entry = server.wait(server.queue(saving_latents(prompt | {"keep": save}, "before")))
-    assert entry["outputs"]["keep"]["text"] == ["Saved diffusion_models/kept_00001_.safetensors"], failure(entry)
+    assert entry["outputs"]["keep"]["text"] == ["Saved diffusion_models/kept_00001_.safetensors"], failure(
+        entry
+    )
     (before,) = server.files(entry["outputs"]["save"])
     inputs = server.get("/object_info/APTLoadCheckpoint")["APTLoadCheckpoint"]["input"]["required"]
     assert "kept_00001_.safetensors" in inputs["checkpoint"][1]["options"]
@@ -164,8 +182,14 @@ WALK = {"extra": node("APTNoiseWalk", seeds="1 2", closed=False)}
 IMAGE_LATENT = {"extra": node("EmptySD3LatentImage", width=64, height=64, batch_size=1)}
 # What is wrong: (prompt, pattern of the answer)
 BAD = {
-    "side": (mini_image(CAPTION, 0, custom(50, 48, 9)), r"APTEmptyLatent: Empty APT Latent: 50x48 with 9 frames .*: 48x48 with 9 .*\."),
-    "frames": (mini_image(CAPTION, 0, custom(48, 48, 8)), r"APTEmptyLatent: Empty APT Latent: 48x48 with 8 frames .*: 48x48 with 9 .*\."),
+    "side": (
+        mini_image(CAPTION, 0, custom(50, 48, 9)),
+        r"APTEmptyLatent: Empty APT Latent: 50x48 with 9 frames .*: 48x48 with 9 .*\.",
+    ),
+    "frames": (
+        mini_image(CAPTION, 0, custom(48, 48, 8)),
+        r"APTEmptyLatent: Empty APT Latent: 48x48 with 8 frames .*: 48x48 with 9 .*\.",
+    ),
     "steps": (mini_image(CAPTION, 0, NATIVE, steps=9), "APTSampler: Value 9 bigger than max of 8: steps"),
     "times": (
         mini_image(CAPTION, 0, NATIVE, sigmas=["extra", 0]) | SIGMAS,
@@ -184,10 +208,22 @@ BAD = {
         r"APTVAEDecodeToVideo: APT VAE Decode to Video: the latent is \[1, 16, 8, 8\], but this VAE takes .*\.",
     ),
     "fps": (decoding(fps=0.5), "APTVAEDecodeToVideo: Value 0.5 smaller than min of 1.0: fps"),
-    "no such file": (mini_latents(CAPTION, 0, NATIVE, "nowhere.safetensors"), "APTLoadCheckpoint: Value not in list: .*nowhere.safetensors.*"),
-    "a LoRA": (mini_latents(CAPTION, 0, NATIVE, "lora.safetensors"), r"APTLoadCheckpoint: Load APT Checkpoint: .*lora.safetensors is a LoRA, .*\."),
-    "half a file": (mini_latents(CAPTION, 0, NATIVE, "half.safetensors"), r"APTLoadCheckpoint: Load APT Checkpoint: .*half.safetensors.*\."),
-    "no Wan": (mini_latents(CAPTION, 0, NATIVE, "vae.safetensors"), r"APTLoadCheckpoint: Load APT Checkpoint: .*vae.safetensors.*\."),
+    "no such file": (
+        mini_latents(CAPTION, 0, NATIVE, "nowhere.safetensors"),
+        "APTLoadCheckpoint: Value not in list: .*nowhere.safetensors.*",
+    ),
+    "a LoRA": (
+        mini_latents(CAPTION, 0, NATIVE, "lora.safetensors"),
+        r"APTLoadCheckpoint: Load APT Checkpoint: .*lora.safetensors is a LoRA, .*\.",
+    ),
+    "half a file": (
+        mini_latents(CAPTION, 0, NATIVE, "half.safetensors"),
+        r"APTLoadCheckpoint: Load APT Checkpoint: .*half.safetensors.*\.",
+    ),
+    "no Wan": (
+        mini_latents(CAPTION, 0, NATIVE, "vae.safetensors"),
+        r"APTLoadCheckpoint: Load APT Checkpoint: .*vae.safetensors.*\.",
+    ),
 }
 
 
@@ -211,10 +247,16 @@ def test_bad_input_is_answered_in_a_sentence(server, bad_files, case):
 
 def test_a_model_that_was_never_adversarially_trained_is_named(server):
     prompt = mini_latents(CAPTION, 0, custom(48, 48, 1), "wan2.1_t2v_1.3B_fp16.safetensors")
-    prompt = {"model": prompt["model"], "latent": prompt["latent"], "save": node("SaveLatent", samples=["latent", 0], filename_prefix="plain")}
+    prompt = {
+        "model": prompt["model"],
+        "latent": prompt["latent"],
+        "save": node("SaveLatent", samples=["latent", 0], filename_prefix="plain"),
+    }
     entry = server.wait(server.queue(prompt))
     (text,) = entry["outputs"]["model"]["text"]
-    assert text.startswith("wan2.1_t2v_1.3B_fp16.safetensors has no metadata that tells of adversarial training")
+    assert text.startswith(
+        "wan2.1_t2v_1.3B_fp16.safetensors has no metadata that tells of adversarial training"
+    )
     assert text in server.log()
 
 
@@ -226,10 +268,13 @@ def changed(source: Path, target: Path, name: str) -> None:
         save_file(weights, target, file.metadata())
 
 
-@pytest.mark.parametrize("node_id, folder, source, weight", [
-    ("model", "diffusion_models", GENERATOR, "head.head.weight"),
-    ("clip", "text_encoders", ASSETS / "text_encoder.safetensors", "shared.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "node_id, folder, source, weight",
+    [
+        ("model", "diffusion_models", GENERATOR, "head.head.weight"),
+        ("clip", "text_encoders", ASSETS / "text_encoder.safetensors", "shared.weight"),
+    ],
+)
 def test_a_file_that_is_replaced_under_its_name_is_loaded_again(server, node_id, folder, source, weight):
     target = server.models / folder / "changing.safetensors"
     shutil.copy(source, target)
@@ -239,10 +284,14 @@ def test_a_file_that_is_replaced_under_its_name_is_loaded_again(server, node_id,
     for _ in range(2):
         entry = server.wait(server.queue(saving_latents(prompt, "changing")))
         (path,) = server.files(entry["outputs"]["save"])
-        (_, cached), *_ = (message for message in entry["status"]["messages"] if message[0] == "execution_cached")
+        (_, cached), *_ = (
+            message for message in entry["status"]["messages"] if message[0] == "execution_cached"
+        )
         runs.append((load_file(path)["latent_tensor"], node_id in cached["nodes"]))
         entry = server.wait(server.queue(saving_latents(prompt, "the same again")))
-        (_, cached), *_ = (message for message in entry["status"]["messages"] if message[0] == "execution_cached")
+        (_, cached), *_ = (
+            message for message in entry["status"]["messages"] if message[0] == "execution_cached"
+        )
         assert node_id in cached["nodes"], "what has not changed is not read again"
         changed(source, target, weight)
     (before, first), (after, second) = runs

@@ -19,12 +19,21 @@ def test_the_shipped_transformer_in_one_step(comfyui, tmp_path):
     file, vae = ASSETS / "transformer.safetensors", load_vae(VAE)
     torch.manual_seed(0)
     z = torch.randn(2, 16, 3, 6, 6)
-    text = load_text_encoder(ASSETS / "text_encoder.safetensors").encode(["a red circle moving left on a green background"])[0][None]
+    text = load_text_encoder(ASSETS / "text_encoder.safetensors").encode(
+        ["a red circle moving left on a green background"]
+    )[0][None]
     save_file({"noise": z, "text": text}, tmp_path / "in.safetensors")
-    result = comfyui("sample_transformer", model=file, inputs=tmp_path / "in.safetensors", out=tmp_path / "out.safetensors")
+    result = comfyui(
+        "sample_transformer", model=file, inputs=tmp_path / "in.safetensors", out=tmp_path / "out.safetensors"
+    )
 
     model = load_transformer(file)
-    assert result == {"complaints": [], "differing": [], "detected": "WAN21_T2V", "num_heads": model.config.num_attention_heads}
+    assert result == {
+        "complaints": [],
+        "differing": [],
+        "detected": "WAN21_T2V",
+        "num_heads": model.config.num_attention_heads,
+    }
     with torch.no_grad():
         ours = one_step(model, z, text.expand(2, -1, -1))
     # ComfyUI hands latents out as the VAE has them.

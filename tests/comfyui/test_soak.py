@@ -12,9 +12,10 @@ GROWTH = 1.05
 
 
 def test_a_hundred_prompts_with_cancels_leave_the_server_as_it_was(comfyui_dir, tmp_path, monkeypatch):
-    # What is freed goes back to the system at once, so that resident memory is what the server holds. By default glibc keeps freed blocks
-    # of up to 32 MB, how many depends on what lies above them: over 300 of these prompts the resident memory went up and down between
-    # 977 and 1077 MB (200 with stock nodes alone: 996 and 1107), while malloc had 239 MB in use at every look. So it goes from 934 to 943.
+    # What is freed goes back to the system at once, so that resident memory is what the server holds. By
+    # default glibc keeps freed blocks of up to 32 MB, how many depends on what lies above them: over 300 of
+    # these prompts the resident memory went up and down between 977 and 1077 MB (200 with stock nodes alone:
+    # 996 and 1107), while malloc had 239 MB in use at every look. So it goes from 934 to 943.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     rng = random.Random(0)
     # Without the cache of outputs, which is meant to grow until memory is short.
@@ -27,16 +28,25 @@ def test_a_hundred_prompts_with_cancels_leave_the_server_as_it_was(comfyui_dir, 
         after = server.memory()
         assert server.get("/queue") == {"queue_running": [], "queue_pending": []}
         # And it still makes the same thing of the same prompt.
-        first, again = (server.run(mini_image("a red circle on a blue background", 5, custom(48, 48, 1)))["save"] for _ in range(2))
-        assert first != again and [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+        first, again = (
+            server.run(mini_image("a red circle on a blue background", 5, custom(48, 48, 1)))["save"]
+            for _ in range(2)
+        )
+        assert first != again and [path.read_bytes() for path in first] == [
+            path.read_bytes() for path in again
+        ]
     assert after <= GROWTH * before, f"from {before / 1e6:.0f} to {after / 1e6:.0f} MB"
     assert 5 <= cancelled < PROMPTS / 2, f"{cancelled} prompts were cancelled in time"
 
 
 def finish(server: Server, rng: random.Random, size: tuple[int, int, int], seed: int, cancel: bool) -> bool:
-    """Run one prompt to its end; with `cancel`, interrupt it somewhere on the way. True when that came in time."""
+    """Run one prompt to its end; with `cancel`, interrupt it somewhere on the way. True when that came in
+    time.
+    """
     make = mini_video if size[2] > 1 else mini_image
-    prompt_id = server.queue(make(f"a {rng.choice(['red', 'blue'])} circle on a green background", seed, custom(*size)))
+    prompt_id = server.queue(
+        make(f"a {rng.choice(['red', 'blue'])} circle on a green background", seed, custom(*size))
+    )
     if cancel:
         time.sleep(rng.uniform(0, 0.3))
         server.interrupt(prompt_id)

@@ -1,4 +1,6 @@
-"""Every graph of example_workflows/ in ComfyUI's own frontend, in a real browser: opens whole, converts, validates, and runs where it can."""
+"""Every graph of example_workflows/ in ComfyUI's own frontend, in a real browser: opens whole, converts,
+validates, and runs where it can.
+"""
 
 import json
 from pathlib import Path
@@ -37,12 +39,19 @@ BOXES = "() => window.app.graph.nodes.map(n => [n.id, n.pos[0], n.pos[1] - 30, n
 
 
 def curve(points: list) -> np.ndarray:
-    """Points on a link as the canvas draws it: from each point to the next one a spline that leaves and arrives level."""
+    """Points on a link as the canvas draws it: from each point to the next one a spline that leaves and
+    arrives level.
+    """
     t = np.linspace(0, 1, 200)[:, None]
     pieces = []
     for a, b in zip(np.array(points), np.array(points[1:])):
         reach = np.array([np.hypot(*(b - a)) / 4, 0])
-        pieces.append((1 - t) ** 3 * a + 3 * (1 - t) ** 2 * t * (a + reach) + 3 * (1 - t) * t**2 * (b - reach) + t**3 * b)
+        pieces.append(
+            (1 - t) ** 3 * a
+            + 3 * (1 - t) ** 2 * t * (a + reach)
+            + 3 * (1 - t) * t**2 * (b - reach)
+            + t**3 * b
+        )
     return np.concatenate(pieces)
 
 
@@ -75,7 +84,12 @@ def test_a_graph_opens_with_its_text_and_wires_in_sight(small_window, name):
         for node, left, top, right, bottom in boxes:
             # Its own two nodes it may touch at their edges.
             margin = 15 if node in (source, target) else 0
-            inside = (way[:, 0] > left + margin) & (way[:, 0] < right - margin) & (way[:, 1] > top) & (way[:, 1] < bottom)
+            inside = (
+                (way[:, 0] > left + margin)
+                & (way[:, 0] < right - margin)
+                & (way[:, 1] > top)
+                & (way[:, 1] < bottom)
+            )
             assert not inside.any(), (source, target, "runs behind", node)
 
 
@@ -86,19 +100,29 @@ def test_templates_are_listed_by_name_with_those_that_need_nothing_first(fronten
 
 
 def custom_size(frontend, **at_once: int) -> list[int]:
-    """What a user finds who chooses custom in the open graph's Empty APT Latent, and sets some values before the file has been asked."""
-    return frontend.page.evaluate("""async values => {
+    """What a user finds who chooses custom in the open graph's Empty APT Latent, and sets some values before
+    the file has been asked.
+    """
+    return frontend.page.evaluate(
+        """async values => {
         const latent = window.app.graph.nodes.find(n => n.type === "APTEmptyLatent"), size = latent.widgets.find(w => w.name === "size")
         size.value = "custom"
         size.callback("custom", window.app.canvas, latent)
         for (const [name, value] of Object.entries(values)) latent.widgets.find(w => w.name === `size.${name}`).value = value
         await new Promise(done => setTimeout(done, 3000))
         return ["width", "height", "frames"].map(name => latent.widgets.find(w => w.name === `size.${name}`).value)
-    }""", at_once)
+    }""",
+        at_once,
+    )
 
 
 @pytest.mark.parametrize(
-    "name, size", [("apt_mini_text_to_video", [48, 48, 9]), ("apt_wan22_5b_text_to_video", [1280, 704, 49]), ("apt_wan21_lora_text_to_video", [832, 480, 49])]
+    "name, size",
+    [
+        ("apt_mini_text_to_video", [48, 48, 9]),
+        ("apt_wan22_5b_text_to_video", [1280, 704, 49]),
+        ("apt_wan21_lora_text_to_video", [832, 480, 49]),
+    ],
 )
 def test_a_custom_size_starts_at_the_models_own(frontend, name, size):
     frontend.open(load(name))
@@ -123,13 +147,25 @@ def outputs(server, prompt: dict) -> dict[str, Path]:
 @pytest.mark.parametrize("name", NAMES)
 def test_opens_whole_and_its_prompt_validates(frontend, server, name):
     prompt = convert(frontend, name)
-    nodes = {str(node["id"]): node for node in load(name)["nodes"] if node["type"] != "MarkdownNote" and node["mode"] != MUTED}
-    assert {key: node["class_type"] for key, node in prompt.items()} == {key: node["type"] for key, node in nodes.items()}
+    nodes = {
+        str(node["id"]): node
+        for node in load(name)["nodes"]
+        if node["type"] != "MarkdownNote" and node["mode"] != MUTED
+    }
+    assert {key: node["class_type"] for key, node in prompt.items()} == {
+        key: node["type"] for key, node in nodes.items()
+    }
     for key, node in nodes.items():
-        values = {name: value for name, value in node.get("widgets_values_named", {}).items() if name != "control_after_generate"}
+        values = {
+            name: value
+            for name, value in node.get("widgets_values_named", {}).items()
+            if name != "control_after_generate"
+        }
         given = prompt[key]["inputs"]
         # A list is a link, which takes the place of the widget's value.
-        assert {name: given[name] for name in values if not isinstance(given[name], list)}.items() <= values.items()
+        assert {
+            name: given[name] for name in values if not isinstance(given[name], list)
+        }.items() <= values.items()
     prompt_id = server.queue(prompt)  # raises what the server does not like
     if name not in RUNNABLE:
         server.post("/queue", {"delete": [prompt_id]})
@@ -145,10 +181,13 @@ def test_is_what_the_frontend_itself_would_save(frontend, name):
     workflow = load(name)
     frontend.open(workflow)
     saved = json.loads(frontend.page.evaluate("() => JSON.stringify(window.app.graph.serialize())"))
-    for mine, theirs in zip(workflow["nodes"], sorted(saved["nodes"], key=lambda node: node["id"]), strict=True):
+    for mine, theirs in zip(
+        workflow["nodes"], sorted(saved["nodes"], key=lambda node: node["id"]), strict=True
+    ):
         for key in ("id", "type", "pos", "inputs", "outputs", "properties", "widgets_values"):
             if key == "inputs" and not mine["type"].startswith("APT"):
-                # The frontend itself lists the inputs under a choice before or after it, by whether the node is new or loaded.
+                # The frontend itself lists the inputs under a choice before or after it, by whether the node
+                # is new or loaded.
                 assert by_name(mine) == by_name(theirs), mine["type"]
             else:
                 assert mine.get(key) == theirs.get(key), (mine["type"], key)
@@ -167,7 +206,9 @@ def test_a_graph_from_before_a_setting_opens_with_its_default(frontend, server):
     prompt = frontend.prompt()
     inputs = prompt[str(sampler["id"])]["inputs"]
     assert (inputs["seed"], inputs["steps"]) == (5, 1)
-    assert {name: inputs.pop(name) for name in defaults} == defaults  # what is left is a prompt from before them
+    assert {
+        name: inputs.pop(name) for name in defaults
+    } == defaults  # what is left is a prompt from before them
     server.run(prompt)
 
 
@@ -179,13 +220,21 @@ def test_the_miniature_makes_the_clip_of_its_prompt(frontend, server):
     prompt = convert(frontend, "apt_mini_text_to_video")
     (path,) = outputs(server, prompt).values()
     reading = read_clip(read_video(path))
-    caption = next(node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode")
+    caption = next(
+        node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode"
+    )
     # One in eight seeds makes a clip that goes astray; the graph comes with one that does not.
-    assert caption == f"a {reading.color} {reading.shape} moving {reading.direction} on a {reading.background} background", reading
+    assert (
+        caption
+        == f"a {reading.color} {reading.shape} moving {reading.direction} on a {reading.background} background"
+    ), reading
 
 
 def test_stock_nodes_make_the_same_clip(frontend, server):
-    ours, stock = (read_video(path).astype(int) for _, path in sorted(outputs(server, convert(frontend, "apt_stock_nodes")).items()))
+    ours, stock = (
+        read_video(path).astype(int)
+        for _, path in sorted(outputs(server, convert(frontend, "apt_stock_nodes")).items())
+    )
     assert ours.shape == stock.shape == (9, 48, 48, 3)
     # Two encodings of the same frames.
     assert np.abs(ours - stock).mean() < 4

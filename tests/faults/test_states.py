@@ -1,4 +1,6 @@
-"""Training states that somebody tampered with, or that a disk has spoilt: nothing in them is run, and nobody trains on with other numbers."""
+"""Training states that somebody tampered with, or that a disk has spoilt: nothing in them is run, and nobody
+trains on with other numbers.
+"""
 
 import copyreg
 import functools
@@ -102,8 +104,17 @@ def test_nothing_in_a_state_is_run(harm, run, files, tmp_path):
         assert place.exists()
         place.rmdir()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for command, code in ((["inspect", state(run)], 0), (["export", state(run), "--out", run / "out.safetensors"], 2)):
-        done = subprocess.run([sys.executable, "-m", "trainer", *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    for command, code in (
+        (["inspect", state(run)], 0),
+        (["export", state(run), "--out", run / "out.safetensors"], 2),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "trainer", *map(str, command)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         said = done.stdout + done.stderr
         assert done.returncode == code and "Traceback" not in said and "training state" in said, said
     for read in (open_generator, open_discriminator):  # what generate, probe, walk and attention open it with
@@ -131,7 +142,9 @@ def test_every_name_that_an_index_may_have_is_one_that_states_have(trained):
     assert index.state_dict_metadata.keys() == plain_index(state(trained)).state_dict_metadata.keys()
 
 
-@pytest.mark.parametrize("value", [print, functools.partial(print), copyreg.__newobj__, torch.nn.Linear, Path, complex])
+@pytest.mark.parametrize(
+    "value", [print, functools.partial(print), copyreg.__newobj__, torch.nn.Linear, Path, complex]
+)
 def test_other_names_are_refused(value, run):
     forget_digests(run)
     (state(run) / ".metadata").write_bytes(pickle.dumps(value))
@@ -246,7 +259,11 @@ def test_only_the_trainers_own_names_are_states_and_only_its_own_leftovers_go(ru
         shutil.copytree(state(run), states / name)
     (states / "step-000005").mkdir()
     assert whole_states(states) == [state(run)] and resolve(states) == state(run)
-    assert {path.name for path in unfinished_states(states)} == {"step-000003.part", "step-000004-half.part", "step-000005"}
+    assert {path.name for path in unfinished_states(states)} == {
+        "step-000003.part",
+        "step-000004-half.part",
+        "step-000005",
+    }
     run_layout(files, TWO, run)
     left = {path.name for path in states.iterdir()}
     assert left == {*others, "step-000009.zip", "about.json", "step-000001", "step-000002"}
@@ -261,13 +278,18 @@ def holds(files, layout, out, ready):
 
 
 def test_two_runs_in_one_folder(files, tmp_path):
-    """The second says who the first is, and takes nothing away; when that has died, however it did, the folder is free."""
+    """The second says who the first is, and takes nothing away; when that has died, however it did, the
+    folder is free.
+    """
     (first,) = start_workers(1, holds, files, None, tmp_path, tmp_path / "ready")
     while not (tmp_path / "ready").exists():
         assert first.is_alive()
     half = tmp_path / "states" / "step-000001.part"
     half.mkdir()
-    with pytest.raises(AptError, match=rf"states is in use by another run \(process {first.pid} on .*since .*\): wait for its end"):
+    with pytest.raises(
+        AptError,
+        match=rf"states is in use by another run \(process {first.pid} on .*since .*\): wait for its end",
+    ):
         Checkpoints(Keep(tmp_path / "states"), World(), {})
     assert half.exists()
     first.kill()
@@ -281,14 +303,23 @@ def test_two_runs_in_one_folder(files, tmp_path):
 def test_dcp_still_reads_our_states(trained):
     """They are plain checkpoints of torch's: whoever wants to may read them without this project."""
     index = plain_index(state(trained))
-    name, entry = next((name, entry) for name, entry in index.state_dict_metadata.items() if name.startswith("generator.weights/"))
+    name, entry = next(
+        (name, entry)
+        for name, entry in index.state_dict_metadata.items()
+        if name.startswith("generator.weights/")
+    )
     value = {name: torch.zeros(entry.size)}
     dcp.load(value, checkpoint_id=state(trained), no_dist=True)
-    assert torch.equal(value[name], state_of(trained, 1)[name.replace(".", "/", 1)]) or value[name].abs().sum() > 0
+    assert (
+        torch.equal(value[name], state_of(trained, 1)[name.replace(".", "/", 1)])
+        or value[name].abs().sum() > 0
+    )
 
 
 def test_what_runs_no_code_may_do_harm_too(run):
-    """Attributes set on a class for the whole process, and tuples within tuples, of which one small file has more than anybody can hash."""
+    """Attributes set on a class for the whole process, and tuples within tuples, of which one small file has
+    more than anybody can hash.
+    """
     forget_digests(run)
     index = state(run) / ".metadata"
     poison = b"\x80\x04ctorch.distributed.checkpoint.metadata\nStorageMeta\nN}X\x08\x00\x00\x00__init__X\x01\x00\x00\x00xs\x86b."
@@ -327,10 +358,15 @@ def change(path: Path, **changes) -> None:
 @pytest.mark.parametrize(
     "file, changes",
     [
-        ("run.json", {"update": None}), ("run.json", {"identity__ema_decay": "much"}), ("run.json", {"identity__phase": None}), ("run.json", {"identity": []}),
-        ("about.json", {"lora": ["a", {}]}), ("about.json", {"base": 3}), ("about.json", {"base": "/nowhere.safetensors"}),
+        ("run.json", {"update": None}),
+        ("run.json", {"identity__ema_decay": "much"}),
+        ("run.json", {"identity__phase": None}),
+        ("run.json", {"identity": []}),
+        ("about.json", {"lora": ["a", {}]}),
+        ("about.json", {"base": 3}),
+        ("about.json", {"base": "/nowhere.safetensors"}),
     ],
-)  # fmt: skip
+)
 def test_facts_that_cannot_be_are_said_alike_by_all(file, changes, run):
     change((state(run) if file == "run.json" else run / "states") / file, **changes)
     for read in (open_generator, open_discriminator):
@@ -342,7 +378,14 @@ def test_facts_that_cannot_be_are_said_alike_by_all(file, changes, run):
 def test_a_refused_run_leaves_what_belongs_to_the_other(run, files):
     """The facts beside the states are written once the folder is known to be this run's."""
     about = (run / "states" / "about.json").read_bytes()
-    (worker,) = start_workers(1, train_adversarial, files, Layout(settings={"updates": 2, "batch": 2}), run, {"keep": Keep(run / "states", every=2, describe=spoil_about(run))})
+    (worker,) = start_workers(
+        1,
+        train_adversarial,
+        files,
+        Layout(settings={"updates": 2, "batch": 2}),
+        run,
+        {"keep": Keep(run / "states", every=2, describe=spoil_about(run))},
+    )
     worker.join()
     assert worker.exitcode != 0 and (run / "states" / "about.json").read_bytes() == about
 

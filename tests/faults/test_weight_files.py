@@ -1,4 +1,6 @@
-"""Weight files whose header was harmed: they are read right, or refused in one sentence, and nothing of their size is believed."""
+"""Weight files whose header was harmed: they are read right, or refused in one sentence, and nothing of their
+size is believed.
+"""
 
 import json
 import os
@@ -88,7 +90,9 @@ def test_a_header_that_is_hardly_json(text, file):
 
 def test_a_good_file_is_read_to_the_last_number(file):
     tensors, header = read_tensors(file)
-    assert all(torch.equal(tensors[key], value) for key, value in GOOD.items()) and header.metadata["x"] == "y"
+    assert (
+        all(torch.equal(tensors[key], value) for key, value in GOOD.items()) and header.metadata["x"] == "y"
+    )
 
 
 def test_mutations_are_read_right_or_refused(file, tmp_path):
@@ -100,7 +104,9 @@ def test_mutations_are_read_right_or_refused(file, tmp_path):
         raw = bytearray(good)
         for _ in range(rng.randint(1, 3)):
             place = rng.randrange(length)
-            raw[place] = rng.choice([rng.randrange(256), 0x30 + rng.randrange(10), ord("["), ord('"'), ord("{"), 0])
+            raw[place] = rng.choice(
+                [rng.randrange(256), 0x30 + rng.randrange(10), ord("["), ord('"'), ord("{"), 0]
+            )
         file.write_bytes(raw)
         try:
             tensors, _ = read_tensors(file)
@@ -109,7 +115,9 @@ def test_mutations_are_read_right_or_refused(file, tmp_path):
             continue
         read += 1
         stored = {value.numpy().tobytes() for value in GOOD.values()}
-        assert b"".join(sorted(value.numpy().tobytes() for value in tensors.values())) == b"".join(sorted(stored))
+        assert b"".join(sorted(value.numpy().tobytes() for value in tensors.values())) == b"".join(
+            sorted(stored)
+        )
     assert read < 200  # or the harm was none
 
 
@@ -139,7 +147,9 @@ def test_counts_are_compared_before_anything_is_built(wan_file, tmp_path):
     save_file(model.state_dict(), folder / "diffusion_pytorch_model.safetensors")
     with pytest.raises(AptError, match="num_layers 1000000000, but the file holds"):
         load_transformer(folder)
-    names = dict(read_tensors(wan_file)[0]) | {f"blocks.{number}.x": torch.zeros(1) for number in range(2, 3000)}
+    names = dict(read_tensors(wan_file)[0]) | {
+        f"blocks.{number}.x": torch.zeros(1) for number in range(2, 3000)
+    }
     save_file(names, tmp_path / "names.safetensors", metadata=dict(read_header(wan_file).metadata))
     with pytest.raises(AptError, match="names 3000 blocks, but only the first ones have tensors"):
         load_transformer(tmp_path / "names.safetensors")
@@ -151,12 +161,27 @@ def wan_file(tmp_path_factory) -> Path:
     from layouts import tiny_wan
 
     path, model = tmp_path_factory.mktemp("wan") / "wan.safetensors", tiny_wan(0)
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(("blocks.2.", "blocks.3."))}
+    state = {
+        key: value
+        for key, value in model.state_dict().items()
+        if not key.startswith(("blocks.2.", "blocks.3."))
+    }
     save_generator(path, state, dict(model.config) | {"num_layers": 2}, {"kind": "base"})
     return path
 
 
-DAMAGE = ["", "{", "[]", "null", "[" * 100_000, '{"base": 3}', '{"base": "x", "metadata": [], "lora": null}', "9" * 5000, "\ufeff{}", '{"a": NaN}']
+DAMAGE = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "[" * 100_000,
+    '{"base": 3}',
+    '{"base": "x", "metadata": [], "lora": null}',
+    "9" * 5000,
+    "\ufeff{}",
+    '{"a": NaN}',
+]
 
 
 @pytest.mark.parametrize("name", ["about.json", "step-000001/run.json"])
@@ -174,7 +199,9 @@ def test_damaged_json_beside_a_state_is_one_sentence(name, trained, tmp_path):
     assert open_generator(states / "step-000001").metadata["updates"] == 1
 
 
-@pytest.mark.parametrize("text", [*DAMAGE[:5], DAMAGE[7], '{"format": 99, "kind": "generator"}', '{"format": 1, "kind": 3}'])
+@pytest.mark.parametrize(
+    "text", [*DAMAGE[:5], DAMAGE[7], '{"format": 99, "kind": "generator"}', '{"format": 1, "kind": 3}']
+)
 def test_damaged_json_in_a_diffusers_folder_is_one_sentence(text, wan_file, tmp_path):
     from apt_core.loading.checkpoint import save_diffusers_folder
     from apt_core.loading.sources import read_transformer
@@ -187,9 +214,13 @@ def test_damaged_json_in_a_diffusers_folder_is_one_sentence(text, wan_file, tmp_
 
 
 def test_messages_can_be_shown():
-    """What a file or a person wrote stands in them: on one line, without what moves a terminal's cursor, and not by the megabyte."""
+    """What a file or a person wrote stands in them: on one line, without what moves a terminal's cursor, and
+    not by the megabyte.
+    """
     message = str(AptError(f"the key {'k' * 10_000}\x1b[2J\n\x00é is not known"))
-    assert message.isprintable() and len(message) < 1100 and message.endswith("is not known") and "é" in message
+    assert (
+        message.isprintable() and len(message) < 1100 and message.endswith("is not known") and "é" in message
+    )
     assert readable("a\tb") == "a\\tb"
 
 
@@ -206,10 +237,14 @@ def test_a_path_with_a_nul_is_one_sentence():
         read_header("a\0b.safetensors")
 
 
-@pytest.mark.parametrize("change", [{"num_res_blocks": 10**7}, {"num_res_blocks": "2"}, {"dim_mult": [1] * 10**5}, {"dim_mult": 3}])
+@pytest.mark.parametrize(
+    "change", [{"num_res_blocks": 10**7}, {"num_res_blocks": "2"}, {"dim_mult": [1] * 10**5}, {"dim_mult": 3}]
+)
 def test_a_vae_that_its_file_cannot_fill_is_not_built(change, tmp_path):
     vae = load_vae(VAE)
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")} | {"_class_name": "AutoencoderKLWan"}
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")} | {
+        "_class_name": "AutoencoderKLWan"
+    }
     (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
     save_file(vae.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(AptError):
@@ -217,8 +252,14 @@ def test_a_vae_that_its_file_cannot_fill_is_not_built(change, tmp_path):
 
 
 def test_what_makes_other_channels_is_refused_before_a_weight_is_read():
-    """A model for images or control videos beside the noise, and VAEs whose pixels are not red, green and blue."""
+    """A model for images or control videos beside the noise, and VAEs whose pixels are not red, green and
+    blue.
+    """
     whole = read_sources("mini")
-    other = replace(whole.transformer, config=dict(whole.transformer.config) | {"in_channels": 36, "out_channels": 16})
-    with pytest.raises(AptError, match="takes 36 channels and makes 16: it wants an image or a control video"):
+    other = replace(
+        whole.transformer, config=dict(whole.transformer.config) | {"in_channels": 36, "out_channels": 16}
+    )
+    with pytest.raises(
+        AptError, match="takes 36 channels and makes 16: it wants an image or a control video"
+    ):
         replace(whole, transformer=other)

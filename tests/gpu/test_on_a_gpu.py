@@ -1,4 +1,6 @@
-"""What only a card can show: `pytest tests/gpu` on a machine with one. APT_GPU=cpu rehearses all that a CPU can do."""
+"""What only a card can show: `pytest tests/gpu` on a machine with one. APT_GPU=cpu rehearses all that a CPU
+can do.
+"""
 
 import copy
 import json
@@ -22,7 +24,9 @@ from trainer.bench.shapes import find_shapes
 DEVICE = torch.device(os.environ.get("APT_GPU", "cuda"))
 CARD = DEVICE.type == "cuda"
 PROMPT = "a red circle moving left on a green background"
-pytestmark = pytest.mark.skipif(CARD and not torch.cuda.is_available(), reason="no GPU here; APT_GPU=cpu rehearses what a CPU can do")
+pytestmark = pytest.mark.skipif(
+    CARD and not torch.cuda.is_available(), reason="no GPU here; APT_GPU=cpu rehearses what a CPU can do"
+)
 card_only = pytest.mark.skipif(not CARD, reason="only a card has memory of its own")
 FULL = {"2.1": "wan2.1-1.3b", "2.2": "wan2.2-5b"}
 
@@ -41,7 +45,10 @@ def draw(vae, *size: int) -> torch.Tensor:
 def exact(vae):
     """(latents, diffusers' decode of them in fp32, PSNR of diffusers' own in bf16)."""
     z = draw(vae, 4, 6, 8)
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+    with (
+        torch.no_grad(),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False),
+    ):
         wide = decode(copy.deepcopy(vae).float(), z).movedim(1, -1).clamp(-1, 1)
         own = decode(vae, z).movedim(1, -1).clamp(-1, 1)
     assert 0.05 < wide.std() and (wide.abs() == 1).float().mean() < 0.5
@@ -121,7 +128,9 @@ def test_real_out_of_memory(vae):
 
 
 def make(tmp_path, dtype=torch.bfloat16, **options) -> tuple[torch.Tensor, np.ndarray, OneStepPipeline]:
-    pipe = OneStepPipeline.from_checkpoint("mini", device=DEVICE, dtype=dtype, cache=tmp_path, report=lambda _: None, **options)
+    pipe = OneStepPipeline.from_checkpoint(
+        "mini", device=DEVICE, dtype=dtype, cache=tmp_path, report=lambda _: None, **options
+    )
     request = pipe.request(PROMPT, seed=3)
     latents = pipe.latents(request, 0, pipe.embed(request))
     return latents.cpu(), np.concatenate(list(pipe.frames(latents))), pipe
@@ -137,7 +146,9 @@ def test_pipeline_where_memory_is_short(tmp_path):
         assert np.abs(shown.astype(int) - frames).max() <= 4
         again = pipe(PROMPT, seed=3)
         assert np.array_equal(again.frames, shown)
-        many = pipe([PROMPT, "a blue square"], seed=3, count=2)  # a text that the cache has not: the encoder comes back, too
+        many = pipe(
+            [PROMPT, "a blue square"], seed=3, count=2
+        )  # a text that the cache has not: the encoder comes back, too
         assert np.array_equal(many[0].frames, shown) and len(many) == 4
 
 
@@ -165,7 +176,10 @@ def test_fp8_linear(dtype):
 
 
 def test_attention_backends():
-    q, k, v = (torch.randn(1, n, 3, 128, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in (300, 200, 200))
+    q, k, v = (
+        torch.randn(1, n, 3, 128, generator=torch.Generator().manual_seed(n)).to(DEVICE)
+        for n in (300, 200, 200)
+    )
     scores = torch.einsum("bmhc,bnhc->bhmn", q, k) * 128**-0.5
     expected = torch.einsum("bhmn,bnhc->bmhc", scores.softmax(-1), v)
     for backend in {"native", best_backend(DEVICE, torch.bfloat16)}:
@@ -175,7 +189,10 @@ def test_attention_backends():
 
 def test_gradients_of_attention_backends():
     """What trainings on this card use, beside PyTorch's own choice."""
-    inputs = [torch.randn(1, n, 3, 128, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in (300, 200, 200, 300)]
+    inputs = [
+        torch.randn(1, n, 3, 128, generator=torch.Generator().manual_seed(n)).to(DEVICE)
+        for n in (300, 200, 200, 300)
+    ]
     *qkv, grad = inputs
     wide = [x.clone().requires_grad_() for x in qkv]
     attend(*wide, backend="_native_math").backward(grad)
@@ -193,14 +210,29 @@ def command(*arguments) -> None:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    command("trainer", "precompute", "mini", "images=64", "--kinds", "image", f"device={DEVICE}", "--out", folder)
+    command(
+        "trainer", "precompute", "mini", "images=64", "--kinds", "image", f"device={DEVICE}", "--out", folder
+    )
     return folder / "latents"
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_training_of_one_process_and_torchrun(mode, shards, tmp_path):
-    """FSDP2, NCCL and states on one card; the same start gives nearly the same first losses as one process without them."""
-    settings = ("adversarial", "mini", "--phase", "image", "updates=3", "batch=8", f"mode={mode}", f"device={DEVICE}", "--shards", shards)
+    """FSDP2, NCCL and states on one card; the same start gives nearly the same first losses as one process
+    without them.
+    """
+    settings = (
+        "adversarial",
+        "mini",
+        "--phase",
+        "image",
+        "updates=3",
+        "batch=8",
+        f"mode={mode}",
+        f"device={DEVICE}",
+        "--shards",
+        shards,
+    )
     command("trainer", *settings, "--out", tmp_path / "one")
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", 1)
     command(*torchrun, "-m", "trainer", *settings, "compute=bf16", "--out", tmp_path / "many")
@@ -212,7 +244,9 @@ def test_training_of_one_process_and_torchrun(mode, shards, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-@pytest.mark.parametrize("what", [("inference", "--model", "mini", "--repeats", 2), ("train", "mini", "device=" + DEVICE.type)])
+@pytest.mark.parametrize(
+    "what", [("inference", "--model", "mini", "--repeats", 2), ("train", "mini", "device=" + DEVICE.type)]
+)
 def test_bench(what, tmp_path):
     place = ("--device", DEVICE) if what[0] == "inference" else ()
     command("trainer", "bench", *what, *place, "--json", tmp_path / "a.json")

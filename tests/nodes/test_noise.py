@@ -37,15 +37,21 @@ def stock(seed: int) -> torch.Tensor:
 def test_an_item_is_what_stock_nodes_make_of_its_seed(noise):
     made = noise.SeedNoise(5).generate_noise(batch(3))
     assert all(torch.equal(item, stock(5 + i)) for i, item in enumerate(made))
-    assert torch.equal(noise.SeedNoise(5).generate_noise(batch(2, batch_index=[7, 1])), torch.stack([stock(12), stock(6)]))
+    assert torch.equal(
+        noise.SeedNoise(5).generate_noise(batch(2, batch_index=[7, 1])), torch.stack([stock(12), stock(6)])
+    )
     # Seeds go up to 2^64 - 1; the next item starts over.
-    assert torch.equal(noise.SeedNoise(2**64 - 1).generate_noise(batch(2)), torch.stack([stock(2**64 - 1), stock(0)]))
+    assert torch.equal(
+        noise.SeedNoise(2**64 - 1).generate_noise(batch(2)), torch.stack([stock(2**64 - 1), stock(0)])
+    )
 
 
 def test_further_steps_go_on_from_there(noise):
     torch.manual_seed(9)
     expected = [torch.randn(SHAPE) for _ in range(3)]
-    assert all(torch.equal(noise.SeedNoise(9).generate_noise(batch(1), step)[0], expected[step]) for step in range(3))
+    assert all(
+        torch.equal(noise.SeedNoise(9).generate_noise(batch(1), step)[0], expected[step]) for step in range(3)
+    )
 
 
 def test_apt_noise_is_the_pipelines_for_the_same_seed(noise):
@@ -69,7 +75,9 @@ def test_a_closed_walk_comes_back_to_its_first_seed(noise):
         assert torch.equal(walk[item], stock(seed))
     # The step over the seam is as long as any other of its leg.
     steps = (walk - walk.roll(1, 0)).flatten(1).norm(dim=1)
-    assert steps[0] == pytest.approx(steps[7].item(), rel=0.05) and steps[0] == pytest.approx(steps[8].item(), rel=0.05)
+    assert steps[0] == pytest.approx(steps[7].item(), rel=0.05) and steps[0] == pytest.approx(
+        steps[8].item(), rel=0.05
+    )
 
 
 def test_in_between_the_noise_is_still_normal_and_the_steps_equal(noise):

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NODES = {name: info for name, info in json.loads((ROOT / "tests/workflows/object_info.json").read_text(encoding="utf-8")).items() if name.startswith("APT")}
+NODES = {
+    name: info
+    for name, info in json.loads(
+        (ROOT / "tests/workflows/object_info.json").read_text(encoding="utf-8")
+    ).items()
+    if name.startswith("APT")
+}
 
 AS_COMFYUI_DOES = """
 import importlib.util, inspect, sys
@@ -25,7 +31,10 @@ assert "torch" not in sys.modules
 
 def test_the_door_opens_without_comfyui():
     # As a package, and as the lone file that pytest and pip may come across.
-    for script in (AS_COMFYUI_DOES, "import runpy; assert 'comfy_entrypoint' not in runpy.run_path('__init__.py')"):
+    for script in (
+        AS_COMFYUI_DOES,
+        "import runpy; assert 'comfy_entrypoint' not in runpy.run_path('__init__.py')",
+    ):
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -47,20 +56,32 @@ assert "pack.nodes.folders" not in sys.modules
 
 
 def test_an_old_comfyui_is_told_which_one_is_needed():
-    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["comfy"][
+        "requires-comfyui"
+    ].removeprefix(">=")
     opened = AS_COMFYUI_DOES.partition("assert")[0]
     for version in ("0.3.64", "0.32.9", ""):
         command = [sys.executable, "-c", opened + IN_AN_OLD_COMFYUI, *([version] if version else [])]
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         this = version or "an older one"
-        assert said.stdout == f"AptError: ComfyUI-APT needs ComfyUI {needed} or newer and this is {this}: update ComfyUI.\n", said.stderr
+        assert (
+            said.stdout
+            == f"AptError: ComfyUI-APT needs ComfyUI {needed} or newer and this is {this}: update ComfyUI.\n"
+        ), said.stderr
     for version in (needed, "0.33.1", "0.100.0", "1.0.0"):  # go on to what a stand-in has not
-        said = subprocess.run([sys.executable, "-c", opened + IN_AN_OLD_COMFYUI, version], cwd=ROOT, capture_output=True, text=True)
+        said = subprocess.run(
+            [sys.executable, "-c", opened + IN_AN_OLD_COMFYUI, version],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         assert said.stdout == "ModuleNotFoundError: No module named 'comfy_api'\n", said.stderr
 
 
 def test_every_node_has_its_help_page_and_no_page_is_left_over():
-    web = re.search(r'^WEB_DIRECTORY = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    web = re.search(
+        r'^WEB_DIRECTORY = "(.+)"$', (ROOT / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+    )[1]
     assert sorted(page.stem for page in (ROOT / web / "docs").iterdir()) == sorted(NODES)
 
 
@@ -68,7 +89,9 @@ def test_every_node_has_its_help_page_and_no_page_is_left_over():
 def test_a_help_page_explains_every_input(name):
     page = (ROOT / "nodes/web/docs" / f"{name}.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {NODES[name]['display_name']}\n")
-    items = re.findall(r"^- \*\*(\w+)\*\*: ", page.partition("\n## Inputs\n")[2].partition("\n## Outputs\n")[0], re.MULTILINE)
+    items = re.findall(
+        r"^- \*\*(\w+)\*\*: ", page.partition("\n## Inputs\n")[2].partition("\n## Outputs\n")[0], re.MULTILINE
+    )
     inputs = [key for section in ("required", "optional") for key in NODES[name]["input"].get(section, {})]
     assert [item for item in items if item in inputs] == inputs
     outputs = page.partition("\n## Outputs\n")[2].partition("\n## ")[0]

@@ -1,4 +1,6 @@
-"""The account against what is known: true parameter counts, published FLOPs, and the memory of measured parts."""
+"""The account against what is known: true parameter counts, published FLOPs, and the memory of measured
+parts.
+"""
 
 import pytest
 
@@ -25,7 +27,12 @@ def preset(name, *overrides):
 
 @pytest.mark.parametrize(
     "name, count, block",
-    [("wan2.1-1.3b-480p", 1_418_996_800, 46.44e6), ("wan2.1-14b", 14_288_491_584, 351.4e6), ("wan2.2-5b", 4_999_787_712, 163.7e6), ("seaweed-8b", 8.107e9, 224.4e6)],
+    [
+        ("wan2.1-1.3b-480p", 1_418_996_800, 46.44e6),
+        ("wan2.1-14b", 14_288_491_584, 351.4e6),
+        ("wan2.2-5b", 4_999_787_712, 163.7e6),
+        ("seaweed-8b", 8.107e9, 224.4e6),
+    ],
 )
 def test_parameters_are_those_of_the_released_models(name, count, block):
     model = preset(name).model
@@ -42,15 +49,25 @@ def test_parameters_are_those_of_what_we_build():
     model = preset("mini").model
     with torch.device("meta"):
         wan = WanBackbone(
-            num_attention_heads=model.heads, attention_head_dim=model.head_dim, text_dim=model.text_dim, ffn_dim=model.ffn, num_layers=model.layers
+            num_attention_heads=model.heads,
+            attention_head_dim=model.head_dim,
+            text_dim=model.text_dim,
+            ffn_dim=model.ffn,
+            num_layers=model.layers,
         )
         count = sum(p.numel() for p in wan.parameters())
         discriminator = Discriminator(wan)
     assert parameters(model) == count
-    assert account(preset("mini"), "image").parameters["discriminator's heads"] == head_parameters(model, model.width)
-    built = sum(p.numel() for p in discriminator.parameters()) - sum(p.numel() for p in discriminator.backbone.parameters())
+    assert account(preset("mini"), "image").parameters["discriminator's heads"] == head_parameters(
+        model, model.width
+    )
+    built = sum(p.numel() for p in discriminator.parameters()) - sum(
+        p.numel() for p in discriminator.backbone.parameters()
+    )
     assert head_parameters(model, model.width) == built
-    assert account(preset("mini"), "image").parameters["discriminator"] == sum(p.numel() for p in discriminator.backbone.parameters())
+    assert account(preset("mini"), "image").parameters["discriminator"] == sum(
+        p.numel() for p in discriminator.backbone.parameters()
+    )
 
 
 @pytest.mark.parametrize("taps", [(1.0,), (1 / 4, 1 / 2), (8 / 27, 13 / 27, 2 / 3)])
@@ -62,27 +79,48 @@ def test_a_discriminator_of_less_depth_has_the_parameters_of_what_we_build(taps)
 
     one = preset("mini", f"stage2.paper.image.taps={list(taps)}", "head_width=64")
     with torch.device("meta"):
-        discriminator = Discriminator(build_backbone(one.model, torch.device("meta"), torch.float32), taps, 2, 64)
+        discriminator = Discriminator(
+            build_backbone(one.model, torch.device("meta"), torch.float32), taps, 2, 64
+        )
     found = account(one, "image", "paper").parameters
-    assert found["discriminator's heads"] == sum(p.numel() for name, p in discriminator.named_parameters() if not name.startswith("backbone."))
+    assert found["discriminator's heads"] == sum(
+        p.numel() for name, p in discriminator.named_parameters() if not name.startswith("backbone.")
+    )
     assert found["discriminator"] == sum(p.numel() for p in discriminator.backbone.parameters())
 
 
 def test_less_depth_and_a_still_backbone_cost_less():
-    whole, half = (account(preset("wan2.1-1.3b-480p", f"stage2.paper.video.taps={taps}"), "video", "paper") for taps in ("[1.0]", "[0.5]"))
-    still = account(preset("wan2.1-1.3b-480p", "stage2.paper.video.taps=[1.0]", "stage2.paper.video.train_backbone=false"), "video", "paper")
+    whole, half = (
+        account(preset("wan2.1-1.3b-480p", f"stage2.paper.video.taps={taps}"), "video", "paper")
+        for taps in ("[1.0]", "[0.5]")
+    )
+    still = account(
+        preset(
+            "wan2.1-1.3b-480p", "stage2.paper.video.taps=[1.0]", "stage2.paper.video.train_backbone=false"
+        ),
+        "video",
+        "paper",
+    )
     n = sum(forward_flops(preset("wan2.1-1.3b-480p").model, tokens(preset("wan2.1-1.3b-480p"), "video")))
     # Three passes of the discriminator are not run again and not back, which are three forward passes each.
     assert whole.memory["optimizer"] - still.memory["optimizer"] == 4 * whole.parameters["discriminator"]
     assert whole.memory["weights (fp32)"] == still.memory["weights (fp32)"]
     assert half.flops < whole.flops and whole.flops - still.flops == pytest.approx(2048 * 3 * 3 * n, rel=1e-6)
     model = preset("wan2.1-1.3b-480p").model
-    assert whole.parameters["discriminator"] - half.parameters["discriminator"] == 15 * block_parameters(model)
+    assert whole.parameters["discriminator"] - half.parameters["discriminator"] == 15 * block_parameters(
+        model
+    )
 
 
 @pytest.mark.parametrize(
     "name, n, teraflop",
-    [("wan2.1-1.3b-480p", 20280, 128.6), ("wan2.1-1.3b-720p", 46800, 525), ("wan2.2-5b", 11440, 150), ("wan2.1-14b", 46800, 2935), ("seaweed-8b", 46800, 1059)],
+    [
+        ("wan2.1-1.3b-480p", 20280, 128.6),
+        ("wan2.1-1.3b-720p", 46800, 525),
+        ("wan2.2-5b", 11440, 150),
+        ("wan2.1-14b", 46800, 2935),
+        ("seaweed-8b", 46800, 1059),
+    ],
 )
 def test_one_forward_pass(name, n, teraflop):
     one = preset(name)
@@ -90,12 +128,17 @@ def test_one_forward_pass(name, n, teraflop):
     assert sum(forward_flops(one.model, n)) / 1e12 == pytest.approx(teraflop, rel=0.003)
 
 
-@pytest.mark.parametrize("name, teraflop", [("wan2.1-1.3b-480p", 2649), ("wan2.2-5b", 3057), ("wan2.1-14b", 60512)])
+@pytest.mark.parametrize(
+    "name, teraflop", [("wan2.1-1.3b-480p", 2649), ("wan2.2-5b", 3057), ("wan2.1-14b", 60512)]
+)
 def test_one_sample_of_stage_2(name, teraflop):
     """13 F of the discriminator's step and 7.1 to 7.8 F of the generator's."""
     one = preset(name, "context_parallel=1", "stage2.paper.video.discriminator_step=batched")
     assert account(one, "video", "paper").flops / 2048 / 1e12 == pytest.approx(teraflop, rel=0.01)
-    two_pass = account(preset(name, "context_parallel=1"), "video", "paper").flops - account(one, "video", "paper").flops
+    two_pass = (
+        account(preset(name, "context_parallel=1"), "video", "paper").flops
+        - account(one, "video", "paper").flops
+    )
     assert two_pass == pytest.approx(2048 * 3 * sum(forward_flops(one.model, tokens(one, "video"))), rel=1e-6)
 
 
@@ -104,7 +147,9 @@ def test_stage_1_is_seven_forward_passes():
     assert account(one, "distill").flops == pytest.approx(32 * 7 * 128.6e12, rel=0.003)
 
 
-@pytest.mark.parametrize("name, gigabytes", [("wan2.1-1.3b-720p", 35), ("wan2.2-5b", 124), ("wan2.1-14b", 354)])
+@pytest.mark.parametrize(
+    "name, gigabytes", [("wan2.1-1.3b-720p", 35), ("wan2.2-5b", 124), ("wan2.1-14b", 354)]
+)
 def test_weights_and_states_are_24_bytes_a_parameter(name, gigabytes):
     one = preset(name, "ema_decays=[]", "context_parallel=1", "sync_every_microbatch=true")
     for gpus, share in ((1, 1), (8, 8)):
@@ -115,18 +160,27 @@ def test_weights_and_states_are_24_bytes_a_parameter(name, gigabytes):
 
 
 def test_gradients_that_are_reduced_once_an_update_are_whole():
-    once, each = (account(preset("wan2.2-5b", f"sync_every_microbatch={flag}"), "video", None, 8).memory["gradients"] for flag in ("false", "true"))
+    once, each = (
+        account(preset("wan2.2-5b", f"sync_every_microbatch={flag}"), "video", None, 8).memory["gradients"]
+        for flag in ("false", "true")
+    )
     assert once == pytest.approx(8 * each)
 
 
-@pytest.mark.parametrize("name, two_pass, batched", [("wan2.1-1.3b-720p", 10.2, 31), ("wan2.2-5b", 5, 15), ("wan2.1-14b", 36, 106)])
+@pytest.mark.parametrize(
+    "name, two_pass, batched", [("wan2.1-1.3b-720p", 10.2, 31), ("wan2.2-5b", 5, 15), ("wan2.1-14b", 36, 106)]
+)
 def test_activations_of_the_discriminator(name, two_pass, batched):
     """The account adds what the heads keep, which training.md's figures leave out."""
     one = preset(name, "context_parallel=1", "head_width=128")
-    several = preset(name, "context_parallel=1", "head_width=128", "stage2.paper.video.discriminator_step=batched")
+    several = preset(
+        name, "context_parallel=1", "head_width=128", "stage2.paper.video.discriminator_step=batched"
+    )
     n, model = tokens(one, "video"), one.model
     heads = 3 * n * 4 * (model.width + 3 * 128)  # in fp32
-    assert (account(several, "video", "paper").memory["activations"] - 3 * heads) / GIB == pytest.approx(batched, abs=0.6)
+    assert (account(several, "video", "paper").memory["activations"] - 3 * heads) / GIB == pytest.approx(
+        batched, abs=0.6
+    )
     kept = 2 * n * model.width * model.layers
     generator_step = account(one, "video", "paper").memory["activations"] - heads
     assert (generator_step - kept) / GIB == pytest.approx(two_pass, rel=0.06)
@@ -147,8 +201,20 @@ def test_the_targets_fit():
     "name, overrides, gpus, gib, sentence",
     [
         ("wan2.1-1.3b-480p", [], 1, 24, "on each GPU, which 24 GiB cannot hold: add train.mode=lora ("),
-        ("wan2.1-14b", ["sync_every_microbatch=false"], 8, 80, "which 8 x 80 GiB cannot hold: add train.sync_every_microbatch=true ("),
-        ("wan2.1-1.3b-720p", ["stage2.budget.video.discriminator_step=batched"], 1, 64, "add stage2.budget.video.discriminator_step=two_pass ("),
+        (
+            "wan2.1-14b",
+            ["sync_every_microbatch=false"],
+            8,
+            80,
+            "which 8 x 80 GiB cannot hold: add train.sync_every_microbatch=true (",
+        ),
+        (
+            "wan2.1-1.3b-720p",
+            ["stage2.budget.video.discriminator_step=batched"],
+            1,
+            64,
+            "add stage2.budget.video.discriminator_step=two_pass (",
+        ),
     ],
 )
 def test_what_does_not_fit_names_the_nearest_that_does(name, overrides, gpus, gib, sentence):
@@ -162,8 +228,16 @@ def test_what_does_not_fit_names_the_nearest_that_does(name, overrides, gpus, gi
 @pytest.mark.parametrize(
     "overrides, gpus, sentence",
     [
-        (["context_parallel=8"], 8, "context_parallel=8 does not divide the 12 attention heads of wan2.1-1.3b-480p: 6 would."),
-        (["context_parallel=4"], 6, "context_parallel=4 does not divide 6 processes: use a multiple of 4, or context_parallel=2."),
+        (
+            ["context_parallel=8"],
+            8,
+            "context_parallel=8 does not divide the 12 attention heads of wan2.1-1.3b-480p: 6 would.",
+        ),
+        (
+            ["context_parallel=4"],
+            6,
+            "context_parallel=4 does not divide 6 processes: use a multiple of 4, or context_parallel=2.",
+        ),
         ([], 8, "batch=9062 does not divide over 8 groups of processes: 9056 or 9064 would."),
     ],
 )
@@ -178,6 +252,8 @@ def test_what_is_written_beside_a_preset_is_its_account(name):
     text = (PRESETS / f"{name}.toml").read_text(encoding="utf-8")
     for line in summary(preset(name)):
         assert f"# {line}\n" in text
-    assert preset(name).phases("paper").image.batch == 9062 and preset(name).phases("paper").video.batch == 2048
+    assert (
+        preset(name).phases("paper").image.batch == 9062 and preset(name).phases("paper").video.batch == 2048
+    )
     for phase in (preset(name).phases("budget").image, preset(name).phases("budget").video):
         assert (phase.batch, phase.updates) == (256, 200)

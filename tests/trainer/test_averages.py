@@ -1,4 +1,6 @@
-"""A setting of the average changes the average: decays differ from the first update on, and the warm-up is what it says."""
+"""A setting of the average changes the average: decays differ from the first update on, and the warm-up is
+what it says.
+"""
 
 from types import SimpleNamespace
 
@@ -38,7 +40,9 @@ def test_decays_differ_in_every_recipe_at_its_own_number_of_updates(variant, pha
     decays = (settings.ema_decay, 0.9, 0.98, 0.99, 0.995)
     averages = averages_of(settings.updates, decays, settings.ema_warmup)
     for decay, ema in averages.emas.items():
-        assert ema.shadow["weight"].item() == pytest.approx(by_hand(settings.updates, decay, settings.ema_warmup), rel=1e-4)
+        assert ema.shadow["weight"].item() == pytest.approx(
+            by_hand(settings.updates, decay, settings.ema_warmup), rel=1e-4
+        )
     values = sorted(ema.shadow["weight"].item() for ema in averages.emas.values())
     assert min(b - a for a, b in zip(values, values[1:])) > 0.01 * values[-1]
 

@@ -1,4 +1,6 @@
-"""Weights from where people have them: ComfyUI's single files, folders of diffusers and transformers; and what does not fit."""
+"""Weights from where people have them: ComfyUI's single files, folders of diffusers and transformers; and
+what does not fit.
+"""
 
 import pytest
 import torch
@@ -25,12 +27,27 @@ TEXTS = ["a red circle moving left", "a blue square on a green background"] * 20
 def umt5():
     torch.manual_seed(0)
     spiece = train_tokenizer(TEXTS, 280)
-    model = UMT5EncoderModel(UMT5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0))
+    model = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=320,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
     return model.eval(), spiece
 
 
 def comfy_tensors(model, spiece, dtype):
-    tensors = {key: value.to(dtype).clone() for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
+    tensors = {
+        key: value.to(dtype).clone()
+        for key, value in model.state_dict().items()
+        if key != "encoder.embed_tokens.weight"
+    }
     return tensors | {TOKENIZER_KEY: torch.tensor(list(spiece), dtype=torch.uint8)}
 
 
@@ -46,7 +63,10 @@ def test_the_text_encoder_in_every_form(umt5, tmp_path):
     for key, value in comfy_tensors(model, spiece, torch.float32).items():
         if value.ndim == 2 and "encoder.block" in key and "relative" not in key:
             scale = value.abs().max() / 448
-            packed[key], packed[key.replace("weight", "scale_weight")] = (value / scale).to(torch.float8_e4m3fn), scale
+            packed[key], packed[key.replace("weight", "scale_weight")] = (
+                (value / scale).to(torch.float8_e4m3fn),
+                scale,
+            )
         else:
             packed[key] = value.half() if value.is_floating_point() else value
     save_file(packed | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "8.safetensors")
@@ -55,11 +75,23 @@ def test_the_text_encoder_in_every_form(umt5, tmp_path):
     (tmp_path / "pipeline" / "tokenizer" / "spiece.model").write_bytes(spiece)
 
     exact = embed(open_text_encoder(Files(text_encoder=str(tmp_path / "32.safetensors")), 64))
-    ids = torch.tensor([open_text_encoder(Files(text_encoder=str(tmp_path / "32.safetensors")), 64).tokenize(["a red circle moving left"])[0]])
+    ids = torch.tensor(
+        [
+            open_text_encoder(Files(text_encoder=str(tmp_path / "32.safetensors")), 64).tokenize(
+                ["a red circle moving left"]
+            )[0]
+        ]
+    )
     with torch.no_grad():
-        torch.testing.assert_close(exact, model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0])
-    torch.testing.assert_close(embed(open_text_encoder(Files(text_encoder=str(tmp_path / "pipeline")), 64)), exact)
-    torch.testing.assert_close(embed(open_text_encoder(Files(text_encoder=str(tmp_path / "pipeline" / "text_encoder")), 64)), exact)
+        torch.testing.assert_close(
+            exact, model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        )
+    torch.testing.assert_close(
+        embed(open_text_encoder(Files(text_encoder=str(tmp_path / "pipeline")), 64)), exact
+    )
+    torch.testing.assert_close(
+        embed(open_text_encoder(Files(text_encoder=str(tmp_path / "pipeline" / "text_encoder")), 64)), exact
+    )
     for name, error in (("16", 0.02), ("8", 0.1)):
         encoder = open_text_encoder(Files(text_encoder=str(tmp_path / f"{name}.safetensors")), 64)
         assert encoder.model.dtype == torch.bfloat16
@@ -71,11 +103,18 @@ def test_a_text_encoder_without_its_tokenizer_or_its_weights(umt5, tmp_path):
     tensors = comfy_tensors(model, spiece, torch.float32)
     del tensors[TOKENIZER_KEY]
     save_file(tensors, tmp_path / "bare.safetensors")
-    with pytest.raises(AptError, match=r"carries no tokenizer: add tokenizer=PATH of its folder, or of its spiece.model.$"):
+    with pytest.raises(
+        AptError, match=r"carries no tokenizer: add tokenizer=PATH of its folder, or of its spiece.model.$"
+    ):
         open_text_encoder(Files(text_encoder=str(tmp_path / "bare.safetensors")), 64)
     (tmp_path / "spiece.model").write_bytes(spiece)
     for tokenizer in (tmp_path, tmp_path / "spiece.model"):
-        assert open_text_encoder(Files(text_encoder=str(tmp_path / "bare.safetensors"), tokenizer=str(tokenizer)), 64).dim == 32
+        assert (
+            open_text_encoder(
+                Files(text_encoder=str(tmp_path / "bare.safetensors"), tokenizer=str(tokenizer)), 64
+            ).dim
+            == 32
+        )
     del tensors["encoder.block.1.layer.0.SelfAttention.q.weight"]
     save_file(tensors, tmp_path / "part.safetensors")
     with pytest.raises(AptError, match="SelfAttention.q.weight missing"):
@@ -90,11 +129,16 @@ def test_vae_and_base_from_a_diffusers_folder(tmp_path):
     assert open_vae(Files(vae=str(tmp_path))).config.base_dim == 8
     mini = load_preset("mini").model
     shape = dict(num_attention_heads=4, attention_head_dim=32, text_dim=96, ffn_dim=512, freq_dim=256)
-    WanTransformer3DModel(**shape, num_layers=6).save_pretrained(tmp_path / "transformer", max_shard_size="2MB")
+    WanTransformer3DModel(**shape, num_layers=6).save_pretrained(
+        tmp_path / "transformer", max_shard_size="2MB"
+    )
     check_base(tmp_path, mini, "mini")
     assert find_base(load_preset("mini", [f"files.base={tmp_path}"])) == tmp_path
     WanTransformer3DModel(**shape, num_layers=5).half().save_pretrained(tmp_path / "other")
-    with pytest.raises(AptError, match=r"is not the model of preset mini \(blocks 5 instead of 6\): give that model, or the preset of this one.$"):
+    with pytest.raises(
+        AptError,
+        match=r"is not the model of preset mini \(blocks 5 instead of 6\): give that model, or the preset of this one.$",
+    ):
         check_base(tmp_path / "other", mini, "mini")
 
 
@@ -108,5 +152,7 @@ def test_an_mmdit_starts_from_noise_and_is_known_by_its_file(tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
     with pytest.raises(AptError, match="is an MMDiT, which preset mini is not for"):
         check_base(tmp_path / "a.safetensors", load_preset("mini").model, "mini")
-    with pytest.raises(AptError, match="base=random is for backbones without public weights, and mini is a Wan transformer"):
+    with pytest.raises(
+        AptError, match="base=random is for backbones without public weights, and mini is a Wan transformer"
+    ):
         write_random_base(tmp_path / "c.safetensors", load_preset("mini"))

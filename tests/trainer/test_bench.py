@@ -30,16 +30,28 @@ def bench(*arguments) -> str:
 def test_inference_in_miniature(tmp_path):
     shown = bench("inference", "--repeats", 2, "--json", tmp_path / "a.json", "--device", "cpu")
     found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
-    # Not that the engine takes longer than its floor: on a busy machine the rates that the floor stands on may have been measured in a bad moment.
+    # Not that the engine takes longer than its floor: on a busy machine the rates that the floor stands on
+    # may have been measured in a bad moment.
     for part in ("dit", "vae"):
         work = found["work"][part]
-        assert found["floor"][part] == max(work["flops"] / found["rates"]["matrix"], work["bytes"] / found["rates"]["copy"]) > 0 < found["seconds"][part]
+        assert (
+            found["floor"][part]
+            == max(work["flops"] / found["rates"]["matrix"], work["bytes"] / found["rates"]["copy"])
+            > 0
+            < found["seconds"][part]
+        )
     assert found["floor"]["total"] == pytest.approx(sum(found["floor"][part] for part in PARTS[:3]))
     assert set(found["stock"]) == set(PARTS) and found["paper"]["total"] == 6.03
     # a decode that keeps less than one frame more than it gives out would be a broken ruler
     assert all(size > 48 * 48 * 3 for size in found["decode_peak_bytes"].values())
-    assert found["velocity_error"] < 1e-5 and found["decode_psnr"]["engine"] > 100 and (found["decode_psnr"]["stock"] or float("inf")) > 100  # null: equal to the last digit
-    assert found["uncompiled_decode_seconds"] is None and all(found["first_seconds"][part] > 0 for part in ("dit", "vae"))
+    assert (
+        found["velocity_error"] < 1e-5
+        and found["decode_psnr"]["engine"] > 100
+        and (found["decode_psnr"]["stock"] or float("inf")) > 100
+    )  # null: equal to the last digit
+    assert found["uncompiled_decode_seconds"] is None and all(
+        found["first_seconds"][part] > 0 for part in ("dit", "vae")
+    )
     assert "A MODEL of several such GPUs" in shown and "not a measurement" in shown and "table 7" in shown
     assert set(found["modelled_seconds_on_gpus"]) == {"1", "2", "4"}  # 4 heads
 
@@ -47,9 +59,14 @@ def test_inference_in_miniature(tmp_path):
 def test_inference_in_fp8_says_how_far_it_is_off(tmp_path):
     shown = bench("inference", "--fp8", "--repeats", 1, "--json", tmp_path / "a.json", "--device", "cpu")
     found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
-    assert 0.01 < found["velocity_error"] < 0.08 and f"Velocity in fp8: {found['velocity_error']:.1e} from diffusers in float32" in shown
+    assert (
+        0.01 < found["velocity_error"] < 0.08
+        and f"Velocity in fp8: {found['velocity_error']:.1e} from diffusers in float32" in shown
+    )
     dit = found["work"]["dit"]
-    assert found["floor"]["dit"] == max(dit["flops"] / found["rates"]["matrix_fp8"], dit["bytes"] / found["rates"]["copy"])
+    assert found["floor"]["dit"] == max(
+        dit["flops"] / found["rates"]["matrix_fp8"], dit["bytes"] / found["rates"]["copy"]
+    )
 
 
 def test_training_in_miniature(tmp_path):
@@ -62,7 +79,10 @@ def test_training_in_miniature(tmp_path):
     for row in (full, lora):
         assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"])
         assert row["seconds_of_whole_batch"] == pytest.approx(found["whole_batch"] * row["seconds"])
-        assert row["share_of_peak"] == pytest.approx(row["flops_per_second"] / found["peak_flops"]) and row["seconds"] > 0 < row["account_bytes"]
+        assert (
+            row["share_of_peak"] == pytest.approx(row["flops_per_second"] / found["peak_flops"])
+            and row["seconds"] > 0 < row["account_bytes"]
+        )
     assert "s / update" in shown and not (tmp_path / "random").exists()
 
 
@@ -72,7 +92,9 @@ def test_work_is_what_the_shapes_say():
     n, d = 3 * 3 * 3, model.width
     linear = model.layers * (n * (12 * d * d + 4 * d * model.ffn) + 32 * 4 * d * d)
     assert work["dit"].flops == linear + model.layers * 4 * d * (n * n + n * 32)
-    assert work["dit"].moved == 4 * (parameters(model) + 2 * 16 * 3 * 6 * 6)  # weights, noise in, velocity out
+    assert work["dit"].moved == 4 * (
+        parameters(model) + 2 * 16 * 3 * 6 * 6
+    )  # weights, noise in, velocity out
     assert work["vae"].flops > 20 * work["dit"].flops  # the decode is where the work is
 
 
@@ -97,10 +119,14 @@ def test_the_model_of_many_divides_what_divides(monkeypatch):
     assert many[1]["text"] == 1 and many[1]["dit"] == 8 and many[1]["vae"] == pytest.approx(4, abs=1e-4)
     for gpus in (2, 4):
         assert many[gpus]["text"] == 1
-        assert 8 / gpus < many[gpus]["dit"] < 8 / gpus + 0.01 and 4 / gpus < many[gpus]["vae"] < 4 / gpus + 0.05
+        assert (
+            8 / gpus < many[gpus]["dit"] < 8 / gpus + 0.01 and 4 / gpus < many[gpus]["vae"] < 4 / gpus + 0.05
+        )
         assert many[gpus]["total"] == pytest.approx(sum(many[gpus][part] for part in PARTS[:3]))
 
 
 def test_a_model_that_is_not_known_is_a_sentence():
-    with pytest.raises(AptError, match="there is no model 'wan3' in the benchmark: use one of mini, wan2.2-5b"):
+    with pytest.raises(
+        AptError, match="there is no model 'wan3' in the benchmark: use one of mini, wan2.2-5b"
+    ):
         find_shapes("wan3")

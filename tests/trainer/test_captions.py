@@ -1,4 +1,6 @@
-"""Captions from every source, in one order, and each thing that can be wrong with a folder named in one sentence."""
+"""Captions from every source, in one order, and each thing that can be wrong with a folder named in one
+sentence.
+"""
 
 import json
 
@@ -29,10 +31,24 @@ def refused(folder, *parts: str) -> None:
 
 
 def test_sidecars_in_order_of_paths(tmp_path):
-    fill(tmp_path, {"b.mp4": "x", "b.txt": " two\n lines ", "a/c.PNG": "x", "a/c.txt": "\ufeffpicture", "B.webm": "x", "B.txt": "caps"})
+    fill(
+        tmp_path,
+        {
+            "b.mp4": "x",
+            "b.txt": " two\n lines ",
+            "a/c.PNG": "x",
+            "a/c.txt": "\ufeffpicture",
+            "B.webm": "x",
+            "B.txt": "caps",
+        },
+    )
     fill(tmp_path, {".hidden/d.mp4": "x", "._e.mp4": "x", "README.md": "x", "notes.txt": "x"})
     items, bad = find_items(tmp_path)
-    assert list(ids(tmp_path, items).items()) == [("B.webm", "caps"), ("a/c.PNG", "picture"), ("b.mp4", "two lines")] and not bad
+    assert (
+        list(ids(tmp_path, items).items())
+        == [("B.webm", "caps"), ("a/c.PNG", "picture"), ("b.mp4", "two lines")]
+        and not bad
+    )
     assert [item.kind for item in items] == ["video", "image", "video"]
 
 
@@ -40,18 +56,35 @@ def test_sidecars_in_order_of_paths(tmp_path):
 def test_metadata_files(tmp_path, column):
     rows = [("b.mp4", 'a "quoted", caption'), ("a/c.png", "\u5929\u7a7a")]
     for name, text in (
-        ("metadata.jsonl", "\n".join(json.dumps({"file_name": name, column: caption, "more": 1}) for name, caption in rows) + "\n\n"),
-        ("metadata.csv", f"more,file_name,{column}\r\n" + "\r\n".join(f'1,{n},"{c.replace(chr(34), chr(34) * 2)}"' for n, c in rows)),
+        (
+            "metadata.jsonl",
+            "\n".join(json.dumps({"file_name": name, column: caption, "more": 1}) for name, caption in rows)
+            + "\n\n",
+        ),
+        (
+            "metadata.csv",
+            f"more,file_name,{column}\r\n"
+            + "\r\n".join(f'1,{n},"{c.replace(chr(34), chr(34) * 2)}"' for n, c in rows),
+        ),
     ):
         folder = tmp_path / name
         # metadata goes before a sidecar, and a sidecar serves what metadata leaves out
-        fill(folder, {"b.mp4": "x", "b.txt": "not this", "a/c.png": "x", "d.png": "x", "d.txt": "beside", name: text})
+        fill(
+            folder,
+            {"b.mp4": "x", "b.txt": "not this", "a/c.png": "x", "d.png": "x", "d.txt": "beside", name: text},
+        )
         items, _ = find_items(folder)
-        assert ids(folder, items) == {"a/c.png": "\u5929\u7a7a", "b.mp4": 'a "quoted", caption', "d.png": "beside"}
+        assert ids(folder, items) == {
+            "a/c.png": "\u5929\u7a7a",
+            "b.mp4": 'a "quoted", caption',
+            "d.png": "beside",
+        }
 
 
 def test_one_kind_alone(tmp_path):
-    fill(tmp_path, {"a.mp4": "x", "b.png": "x", "b.txt": "b"})  # the clip without a caption is nobody's concern
+    fill(
+        tmp_path, {"a.mp4": "x", "b.png": "x", "b.txt": "b"}
+    )  # the clip without a caption is nobody's concern
     items, bad = find_items(tmp_path, ("image",), skip_bad=False)
     assert ids(tmp_path, items) == {"b.png": "b"} and not bad
     with pytest.raises(AptError, match=r"no captions \(videos in it: 1\): put"):
@@ -79,11 +112,23 @@ def test_folders_that_cannot_be_used(tmp_path):
         ({"b.mp4": "x", "b.txt": b"caf\xe9"}, "b.txt is not UTF-8 text"),
         ({"b.mp4": "x", "b.txt": "word".encode("utf-16-le")}, "b.txt is not UTF-8 text"),
         ({"b.flv": "x", "b.txt": "word"}, "b.flv is of a kind that cannot be read (.flv)"),
-        ({"metadata.jsonl": '{"file_name": "b.mp4", "text": "x"}'}, "b.mp4 does not exist, but metadata names it"),
-        ({"metadata.jsonl": '{"file_name": "b.mp4"', "b.mp4": "x", "b.txt": "x"}, "metadata.jsonl, line 1, is not a JSON object"),
+        (
+            {"metadata.jsonl": '{"file_name": "b.mp4", "text": "x"}'},
+            "b.mp4 does not exist, but metadata names it",
+        ),
+        (
+            {"metadata.jsonl": '{"file_name": "b.mp4"', "b.mp4": "x", "b.txt": "x"},
+            "metadata.jsonl, line 1, is not a JSON object",
+        ),
         ({"metadata.jsonl": '\n{"text": "x"}'}, "metadata.jsonl, line 2, has no file_name"),
-        ({"metadata.jsonl": '{"file_name": "b.mp4", "text": 3}', "b.mp4": "x", "b.txt": "x"}, "line 1, has a caption that is not text"),
-        ({"metadata.jsonl": '{"file_name": "b.mp4", "text": "x"}\n' * 2, "b.mp4": "x"}, "line 2, names b.mp4 a second time"),
+        (
+            {"metadata.jsonl": '{"file_name": "b.mp4", "text": 3}', "b.mp4": "x", "b.txt": "x"},
+            "line 1, has a caption that is not text",
+        ),
+        (
+            {"metadata.jsonl": '{"file_name": "b.mp4", "text": "x"}\n' * 2, "b.mp4": "x"},
+            "line 2, names b.mp4 a second time",
+        ),
         ({"metadata.csv": "file_name,text\nb.mp4,\n", "b.mp4": "x"}, "b.mp4 has an empty caption"),
     ],
 )
@@ -110,10 +155,16 @@ def captions_of(folder) -> dict[str, str]:
 
 def test_a_csv_loses_nothing(tmp_path):
     media = {"a.mp4": "x", "b.mp4": "x"}
-    fill(tmp_path / "lines", {**media, "metadata.csv": "file_name,text\na.mp4,one\u2028two\u0085three\nb.mp4,\"x, y\nz\"\n"})
+    fill(
+        tmp_path / "lines",
+        {**media, "metadata.csv": 'file_name,text\na.mp4,one\u2028two\u0085three\nb.mp4,"x, y\nz"\n'},
+    )
     assert captions_of(tmp_path / "lines") == {"a.mp4": "one two three", "b.mp4": "x, y z"}
     fill(tmp_path / "commas", {**media, "metadata.csv": "file_name,text\na.mp4,a dog, running\nb.mp4,fine\n"})
-    refused(tmp_path / "commas", "metadata.csv, line 2, has more fields than the header: put a caption with commas in quotation marks")
+    refused(
+        tmp_path / "commas",
+        "metadata.csv, line 2, has more fields than the header: put a caption with commas in quotation marks",
+    )
     assert ids(tmp_path / "commas", find_items(tmp_path / "commas", skip_bad=True)[0]) == {"b.mp4": "fine"}
     fill(tmp_path / "open", {**media, "metadata.csv": 'file_name,text\na.mp4,"a dog\nb.mp4,fine\n'})
     refused(tmp_path / "open", "is not valid CSV (unexpected end of data)")
@@ -139,12 +190,18 @@ def test_a_link_to_no_file_is_called_so(tmp_path):
 
 
 def test_names_of_other_trainers_cameras_and_nas(tmp_path):
-    fill(tmp_path / "upper", {"A.MP4": "x", "A.TXT": "upper", "@eaDir/A.MP4/thumb.jpg": "x", "__MACOSX/b.mp4": "x"})
+    fill(
+        tmp_path / "upper",
+        {"A.MP4": "x", "A.TXT": "upper", "@eaDir/A.MP4/thumb.jpg": "x", "__MACOSX/b.mp4": "x"},
+    )
     assert captions_of(tmp_path / "upper") == {"A.MP4": "upper"}
     for name in ("a.caption", "a.mp4.txt"):
         fill(tmp_path / name, {"a.mp4": "x", name: "word"})
         refused(tmp_path / name, "has no captions", f"{name} beside it is not read: rename it to a.txt")
         fill(tmp_path / name, {"c.mp4": "x", "c.txt": "word"})
         refused(tmp_path / name, f"a.mp4 has no caption; {name} beside it is not read: rename it to a.txt")
-    fill(tmp_path / "list", {"clips/a.mp4": "x", "metadata.jsonl": json.dumps({"file_name": "clips\\a.mp4", "text": "word"})})
+    fill(
+        tmp_path / "list",
+        {"clips/a.mp4": "x", "metadata.jsonl": json.dumps({"file_name": "clips\\a.mp4", "text": "word"})},
+    )
     assert captions_of(tmp_path / "list") == {"clips/a.mp4": "word"}

@@ -14,34 +14,71 @@ from torch.distributed.run import get_args_parser
 from trainer.__main__ import app
 
 # The package may be imported from the checkout, without being installed.
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
+    )
+}
 
 
 def command(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "trainer", *arguments], capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT)
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=ENVIRONMENT,
+    )
 
 
 def test_help_names_the_commands():
     result = command("--help")
     assert result.returncode == 0
-    for name in ("precompute", "distill", "adversarial", "generate", "export", "inspect", "demo", "measure", "ablate", "probe", "walk", "attention", "preference", "pretrain-mini"):
+    for name in (
+        "precompute",
+        "distill",
+        "adversarial",
+        "generate",
+        "export",
+        "inspect",
+        "demo",
+        "measure",
+        "ablate",
+        "probe",
+        "walk",
+        "attention",
+        "preference",
+        "pretrain-mini",
+    ):
         assert name in result.stdout
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (("demo", "--preset", "wild"), "preset mini has no stage 2 named 'wild'; it has demo, proof, paper, stable."),
+        (
+            ("demo", "--preset", "wild"),
+            "preset mini has no stage 2 named 'wild'; it has demo, proof, paper, stable.",
+        ),
         (("demo", "--recipe", "nope"), "there is no preset 'nope'; use one of mini, seaweed-8b, "),
         (("ablate", "--only", "t0,no_r1"), "there is no variant 'no_r1' (did you mean no_ar1"),
         (("measure", "nowhere"), "nowhere holds no run of the demo"),
         (("probe", "nowhere"), "nowhere does not exist: give a checkpoint file"),
-        (("walk", "mini", "--seeds", "1"), "--seeds 1 cannot be walked through: give two or more whole numbers"),
+        (
+            ("walk", "mini", "--seeds", "1"),
+            "--seeds 1 cannot be walked through: give two or more whole numbers",
+        ),
         (("attention", "."), ". holds no training state of stage 2: give states/PHASE/step-..."),
         (("pretrain-mini", "everything"), "there is no part 'everything' to train"),
         (("pretrain-mini", "text", "--device", "nope"), "torch cannot use the device 'nope' here"),
-        (("adversarial", "mini", "--phase", "image", "device=nope", "--dry-run"), "torch cannot use the device 'nope' here"),
-        (("adversarial", "mini", "--phase", "image", "compile=foo", "--dry-run"), "compile=foo is no compiler of torch's: use "),
+        (
+            ("adversarial", "mini", "--phase", "image", "device=nope", "--dry-run"),
+            "torch cannot use the device 'nope' here",
+        ),
+        (
+            ("adversarial", "mini", "--phase", "image", "compile=foo", "--dry-run"),
+            "compile=foo is no compiler of torch's: use ",
+        ),
         (("distill", "mini", "compile=foo"), "compile=foo is no compiler of torch's: use "),
         (("bench", "inference", "--device", "nope"), "torch cannot use the device 'nope' here"),
     ],
@@ -58,7 +95,9 @@ def test_an_unknown_option_is_refused(tmp_path):
     assert result.returncode == 2 and "--sede" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [("demo", "--seed", "-1"), ("demo", "--samples", "1"), ("pretrain-mini", "--seed", "-1")])
+@pytest.mark.parametrize(
+    "arguments", [("demo", "--seed", "-1"), ("demo", "--samples", "1"), ("pretrain-mini", "--seed", "-1")]
+)
 def test_a_number_out_of_range_is_refused(arguments, tmp_path):
     result = command(*arguments, cwd=tmp_path)
     assert result.returncode == 2 and arguments[1] in result.stderr and "Traceback" not in result.stderr
@@ -66,10 +105,13 @@ def test_a_number_out_of_range_is_refused(arguments, tmp_path):
 
 
 def test_ctrl_c_says_what_is_kept(tmp_path):
-    # Shells start background jobs, this test's run perhaps among them, with Ctrl-C ignored, which children inherit.
+    # Shells start background jobs, this test's run perhaps among them, with Ctrl-C ignored, which children
+    # inherit.
     program = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module('trainer', run_name='__main__')"
     command = [sys.executable, "-c", program, "demo"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT
+    )
     try:
         data = tmp_path / "runs" / "demo" / "data"
         deadline = time.monotonic() + 600
@@ -91,17 +133,31 @@ def leaves(command, path=()):
         yield path, command
 
 
-OPTIONS = [(path, parameter.opts) for path, command in leaves(typer.main.get_command(app)) for parameter in command.params if parameter.opts[0].startswith("--")]
+OPTIONS = [
+    (path, parameter.opts)
+    for path, command in leaves(typer.main.get_command(app))
+    for parameter in command.params
+    if parameter.opts[0].startswith("--")
+]
 
 
-@pytest.mark.parametrize("path, spellings", OPTIONS, ids=[f"{' '.join(path)} {spellings[0]}" for path, spellings in OPTIONS])
+@pytest.mark.parametrize(
+    "path, spellings", OPTIONS, ids=[f"{' '.join(path)} {spellings[0]}" for path, spellings in OPTIONS]
+)
 def test_torchrun_lets_every_option_through(path, spellings, capsys):
-    """It looks for beginnings of its own options even behind the module's name, and refuses what could be two of them."""
+    """It looks for beginnings of its own options even behind the module's name, and refuses what could be two
+    of them.
+    """
 
     def through(option: str) -> bool:
         given = [*path, option, "value"]
         try:
-            return get_args_parser().parse_args(["--nproc-per-node", "2", "-m", "trainer", *given]).training_script_args == given
+            return (
+                get_args_parser()
+                .parse_args(["--nproc-per-node", "2", "-m", "trainer", *given])
+                .training_script_args
+                == given
+            )
         except SystemExit:
             return False
 
@@ -111,15 +167,51 @@ def test_torchrun_lets_every_option_through(path, spellings, capsys):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full disk")
 def test_a_full_disk_under_the_display_ends_nothing(tmp_path):
     """The log of a batch system, say. It is said where it still can be, and the file is there."""
-    arguments = ["adversarial", "mini", "--phase", "image", "data.images=4", "data.clips=0", "held_out=0", "updates=1", "batch=2", "warmup=0", "save_every=0", "--out", "run"]
+    arguments = [
+        "adversarial",
+        "mini",
+        "--phase",
+        "image",
+        "data.images=4",
+        "data.clips=0",
+        "held_out=0",
+        "updates=1",
+        "batch=2",
+        "warmup=0",
+        "save_every=0",
+        "--out",
+        "run",
+    ]
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "trainer", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENVIRONMENT)
+        done = subprocess.run(
+            [sys.executable, "-m", "trainer", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+        )
     assert done.returncode in (0, 120), done.stderr  # 120: Python could not flush stdout at its end
-    assert (tmp_path / "run" / "apt-image.safetensors").is_file() and done.stderr.count("the training goes on without") == 1 and "Traceback" not in done.stderr
+    assert (
+        (tmp_path / "run" / "apt-image.safetensors").is_file()
+        and done.stderr.count("the training goes on without") == 1
+        and "Traceback" not in done.stderr
+    )
 
 
-@pytest.mark.parametrize("option, value", [("--gpu-tflops", "nan"), ("--gpu-tflops", "inf"), ("--gpu-memory", "inf"), ("--gpu-memory", "nan"), ("--gpus", "0")])
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--gpu-tflops", "nan"),
+        ("--gpu-tflops", "inf"),
+        ("--gpu-memory", "inf"),
+        ("--gpu-memory", "nan"),
+        ("--gpus", "0"),
+    ],
+)
 def test_a_machine_of_no_numbers_is_refused(option, value, tmp_path):
     given = {"--gpus": "2", "--gpu-memory": "80", "--gpu-tflops": "800"} | {option: value}
-    result = command("distill", "mini", "--dry-run", *(word for pair in given.items() for word in pair), cwd=tmp_path)
+    result = command(
+        "distill", "mini", "--dry-run", *(word for pair in given.items() for word in pair), cwd=tmp_path
+    )
     assert result.returncode == 2 and "all three must be numbers above 0" in result.stderr

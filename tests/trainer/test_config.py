@@ -24,7 +24,12 @@ def test_the_paper_variant_keeps_the_papers_structure():
 def test_the_stable_variant_is_relativistic_with_both_penalties():
     for phase in (load_preset("mini").phases("stable").image, load_preset("mini").phases("stable").video):
         objective = phase.objective()
-        assert objective.relativistic and objective.r1_weight > 0 and objective.r2_weight > 0 and objective.centering == 0.01
+        assert (
+            objective.relativistic
+            and objective.r1_weight > 0
+            and objective.r2_weight > 0
+            and objective.centering == 0.01
+        )
 
 
 def test_unknown_names_are_refused_with_what_there_is():
@@ -54,7 +59,11 @@ def test_a_bad_value_is_named(tmp_path, line, complaint):
 
 def test_a_misspelled_setting_is_an_error(tmp_path):
     bad = tmp_path / "bad.toml"
-    bad.write_text((PRESETS / "mini.toml").read_text(encoding="utf-8").replace("[sampling]", "[sampling]\ngiudance = 2", 1))
+    bad.write_text(
+        (PRESETS / "mini.toml")
+        .read_text(encoding="utf-8")
+        .replace("[sampling]", "[sampling]\ngiudance = 2", 1)
+    )
     with pytest.raises(AptError, match="giudance"):
         load_preset(bad)
 
@@ -68,7 +77,9 @@ def test_broken_toml_is_named(tmp_path):
 
 def test_a_missing_value_and_a_file_that_is_no_text_are_named(tmp_path):
     bad = tmp_path / "bad.toml"
-    bad.write_text((PRESETS / "mini.toml").read_text(encoding="utf-8").replace("second_time", "# second_time", 1))
+    bad.write_text(
+        (PRESETS / "mini.toml").read_text(encoding="utf-8").replace("second_time", "# second_time", 1)
+    )
     with pytest.raises(AptError, match=r"^preset bad.toml: sampling.second_time is missing: add it.$"):
         load_preset(bad)
     bad.write_bytes(b"name = '\xff\xfe'")
@@ -80,19 +91,43 @@ SECTIONS = ("stage2.paper.image", "train", "files")
 
 
 def test_overrides_change_single_numbers():
-    changed = load_preset("mini", ["updates=2", "mode=lora", "distill.lr=1e-3", "base=/models/wan", "ema_decays=[0.9, 0.99]"], SECTIONS)
-    assert changed.phases("paper").image.updates == 2 and changed.phases("paper").video.updates == load_preset("mini").phases("paper").video.updates
-    assert changed.train.mode == "lora" and changed.distill.lr == 1e-3 and changed.files.base == "/models/wan" and changed.train.ema_decays == (0.9, 0.99)
+    changed = load_preset(
+        "mini",
+        ["updates=2", "mode=lora", "distill.lr=1e-3", "base=/models/wan", "ema_decays=[0.9, 0.99]"],
+        SECTIONS,
+    )
+    assert (
+        changed.phases("paper").image.updates == 2
+        and changed.phases("paper").video.updates == load_preset("mini").phases("paper").video.updates
+    )
+    assert (
+        changed.train.mode == "lora"
+        and changed.distill.lr == 1e-3
+        and changed.files.base == "/models/wan"
+        and changed.train.ema_decays == (0.9, 0.99)
+    )
 
 
 @pytest.mark.parametrize(
     "override, sentence",
     [
-        ("updtes=2", "there is no setting 'updtes' (did you mean updates?): see the preset's file for all of them."),
-        ("distill.update=3", "there is no setting 'distill.update' (did you mean distill.updates?): see the preset's file for all of them."),
-        ("stage2.wild.image.updates=3", "there is no setting 'stage2.wild.image.updates' (did you mean stage2.demo.image.updates?): see the preset's file for all of them."),
+        (
+            "updtes=2",
+            "there is no setting 'updtes' (did you mean updates?): see the preset's file for all of them.",
+        ),
+        (
+            "distill.update=3",
+            "there is no setting 'distill.update' (did you mean distill.updates?): see the preset's file for all of them.",
+        ),
+        (
+            "stage2.wild.image.updates=3",
+            "there is no setting 'stage2.wild.image.updates' (did you mean stage2.demo.image.updates?): see the preset's file for all of them.",
+        ),
         ("updates", "'updates' is not a setting: write key=value, for example updates=100."),
-        ("updates=-3", "preset mini.toml: stage2.paper.image.updates is -3: input should be greater than or equal to 1."),
+        (
+            "updates=-3",
+            "preset mini.toml: stage2.paper.image.updates is -3: input should be greater than or equal to 1.",
+        ),
         ("mode=half", "preset mini.toml: train.mode is 'half': input should be 'full' or 'lora'."),
     ],
 )
@@ -104,13 +139,20 @@ def test_a_wrong_override_is_one_sentence(override, sentence):
 
 def test_a_misspelled_setting_in_a_file_names_the_right_one(tmp_path):
     bad = tmp_path / "bad.toml"
-    bad.write_text((PRESETS / "mini.toml").read_text(encoding="utf-8").replace("guidance = 2.0", "giudance = 2.0", 1))
-    with pytest.raises(AptError, match=r"(sampling.guidance is missing|there is no setting sampling.giudance \(did you mean sampling.guidance\?\))"):
+    bad.write_text(
+        (PRESETS / "mini.toml").read_text(encoding="utf-8").replace("guidance = 2.0", "giudance = 2.0", 1)
+    )
+    with pytest.raises(
+        AptError,
+        match=r"(sampling.guidance is missing|there is no setting sampling.giudance \(did you mean sampling.guidance\?\))",
+    ):
         load_preset(bad)
 
 
 def test_the_rate_of_stage_1_rises_and_falls():
-    settings = load_preset("mini").distill.model_copy(update=dict(updates=100, lr=0.01, lr_end=0.002, lr_warmup=20))
+    settings = load_preset("mini").distill.model_copy(
+        update=dict(updates=100, lr=0.01, lr_end=0.002, lr_warmup=20)
+    )
     assert settings.rate(0) == pytest.approx(0.01 / 20)
     assert settings.rate(9) == pytest.approx((0.01 - 0.008 * 0.09) / 2)
     assert settings.rate(50) == pytest.approx(0.006)
@@ -118,7 +160,19 @@ def test_the_rate_of_stage_1_rises_and_falls():
     assert settings.model_copy(update=dict(lr_end=None, lr_warmup=0)).rate(77) == 0.01
 
 
-@pytest.mark.parametrize("name", ["data.fps", "sampling.guidance", "distill.lr", "distill.guidance", "sampling.shift_video", "stage2.demo.image.lr_generator", "stage2.demo.image.r1_sigma", "train.lora_alpha"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data.fps",
+        "sampling.guidance",
+        "distill.lr",
+        "distill.guidance",
+        "sampling.shift_video",
+        "stage2.demo.image.lr_generator",
+        "stage2.demo.image.r1_sigma",
+        "train.lora_alpha",
+    ],
+)
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999"])
 def test_no_setting_takes_what_is_no_number(name, value):
     with pytest.raises(AptError, match=name.rpartition(".")[2]):

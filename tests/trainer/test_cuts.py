@@ -1,4 +1,6 @@
-"""Buckets: every file goes to the nearest shape, and what it is cut to has whole patches and the wanted number of pixels."""
+"""Buckets: every file goes to the nearest shape, and what it is cut to has whole patches and the wanted
+number of pixels.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,13 @@ ASPECTS = ("16:9", "4:3", "1:1", "3:4", "9:16")
 
 
 def video(path, height, width, frames, fps=8):
-    write_video(path, np.stack([np.full((height, width, 3), 5 * i, np.uint8) for i in range(frames)]), fps, crf=4, pixel_format="yuv444p")
+    write_video(
+        path,
+        np.stack([np.full((height, width, 3), 5 * i, np.uint8) for i in range(frames)]),
+        fps,
+        crf=4,
+        pixel_format="yuv444p",
+    )
     return Item(path, "video", "a caption")
 
 
@@ -27,7 +35,11 @@ def test_buckets_have_whole_patches_and_the_same_number_of_pixels():
 
 def test_a_file_goes_to_the_nearest_bucket(tmp_path):
     cut = Cut(96, 160, 5, 8, aspects=ASPECTS, image_height=128, image_width=128)
-    for name, (height, width), aspect in (("wide", (90, 160), 0), ("square", (70, 72), 2), ("tall", (160, 80), 4)):
+    for name, (height, width), aspect in (
+        ("wide", (90, 160), 0),
+        ("square", (70, 72), 2),
+        ("tall", (160, 80), 4),
+    ):
         (clip,) = cut.plan(video(tmp_path / f"{name}.mp4", height, width, 6))
         assert (clip.height, clip.width) == cut.sizes("video")[aspect]
         assert cut.read(clip).shape == (5, clip.height, clip.width, 3)
@@ -46,10 +58,17 @@ def test_short_clips_get_fewer_frames_and_long_ones_give_several(tmp_path):
                 cut.plan(item)
             continue
         clips = cut.plan(item)
-        assert [clip.frames for clip in clips] == expected and [clip.number for clip in clips] == list(range(len(expected)))
+        assert [clip.frames for clip in clips] == expected and [clip.number for clip in clips] == list(
+            range(len(expected))
+        )
         for clip in clips:  # frame k of the file is grey 5 k
             first = round(clip.start * 8)
-            assert abs(cut.read(clip)[:, 16, 16].astype(int).mean(1) - 5 * np.arange(first, first + clip.frames)).max() <= 2
+            assert (
+                abs(
+                    cut.read(clip)[:, 16, 16].astype(int).mean(1) - 5 * np.arange(first, first + clip.frames)
+                ).max()
+                <= 2
+            )
 
 
 @pytest.mark.parametrize(
@@ -73,4 +92,6 @@ def test_a_list_names_what_to_take(tmp_path):
         video(tmp_path / "clips" / f"{name}.mp4", 32, 32, 5)
     (tmp_path / "some.jsonl").write_text('{"file_name": "clips/b.mp4", "caption": "only this"}\n')
     items, bad = find_items(tmp_path / "some.jsonl")
-    assert [(item.path, item.caption) for item in items] == [(tmp_path / "clips" / "b.mp4", "only this")] and not bad
+    assert [(item.path, item.caption) for item in items] == [
+        (tmp_path / "clips" / "b.mp4", "only this")
+    ] and not bad

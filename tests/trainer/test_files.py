@@ -15,7 +15,10 @@ def test_json_makes_its_folder_and_leaves_nothing_beside_it(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize("error, seen", [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), AptError)])
+@pytest.mark.parametrize(
+    "error, seen",
+    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), AptError)],
+)
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, error, seen):
     path = tmp_path / "a.json"
     path.write_text("old")

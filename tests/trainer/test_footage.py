@@ -176,9 +176,13 @@ def test_colours_that_nothing_converts_are_refused_before_anything_is_read(tmp_p
 
 
 TRANSPARENT = [
-    ("a.webm", "libvpx-vp9", "yuva420p", {}), ("b.webm", "libvpx", "yuva420p", {"auto-alt-ref": "0"}),
-    ("a.mov", "prores_ks", "yuva444p10le", {}), ("b.mov", "qtrle", "argb", {}), ("c.mov", "png", "rgba", {}), ("a.mkv", "ffv1", "bgra", {}),
-]  # fmt: skip
+    ("a.webm", "libvpx-vp9", "yuva420p", {}),
+    ("b.webm", "libvpx", "yuva420p", {"auto-alt-ref": "0"}),
+    ("a.mov", "prores_ks", "yuva444p10le", {}),
+    ("b.mov", "qtrle", "argb", {}),
+    ("c.mov", "png", "rgba", {}),
+    ("a.mkv", "ffv1", "bgra", {}),
+]
 
 
 @pytest.mark.parametrize("name, codec, pixels, options", TRANSPARENT)

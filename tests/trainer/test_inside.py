@@ -1,4 +1,6 @@
-"""A look inside: probes, walks and the discriminator's attention, by value, on networks that are known and on the miniature."""
+"""A look inside: probes, walks and the discriminator's attention, by value, on networks that are known and on
+the miniature.
+"""
 
 import json
 import math
@@ -41,10 +43,22 @@ def pipe(tmp_path_factory):
 
 def tiny(layers: int = 3) -> WanBackbone:
     torch.manual_seed(0)
-    return WanBackbone(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, freq_dim=16,
-        ffn_dim=32, num_layers=layers, rope_max_seq_len=32,
-    ).eval().requires_grad_(False)  # fmt: skip
+    return (
+        WanBackbone(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=10,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=layers,
+            rope_max_seq_len=32,
+        )
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def sample(number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,8 +66,9 @@ def sample(number: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Known(nn.Module):
-    """A generator whose block 2 holds the result, mixed with something else and by a known linear map; block 1 holds its mean over each frame
-    and channel, block 3 nothing."""
+    """A generator whose block 2 holds the result, mixed with something else and by a known linear map; block
+    1 holds its mean over each frame and channel, block 3 nothing.
+    """
 
     class config:
         num_layers, patch_size = 3, (1, 2, 2)
@@ -73,7 +88,11 @@ class Known(nn.Module):
         g = torch.Generator().manual_seed(int(hidden_states.abs().sum() * 1000))
         other = torch.randn(1, 32, 8, generator=g)
         layout = to_patches(x.mean((3, 4), keepdim=True).expand_as(x), (1, 2, 2))
-        return [layout, torch.cat([to_patches(x, (1, 2, 2)), other], dim=2) @ self.mixing + 5, torch.randn(1, 32, 24, generator=g)]
+        return [
+            layout,
+            torch.cat([to_patches(x, (1, 2, 2)), other], dim=2) @ self.mixing + 5,
+            torch.randn(1, 32, 24, generator=g),
+        ]
 
 
 def test_a_block_that_holds_the_result_has_error_zero_and_one_that_holds_nothing_has_one():
@@ -91,7 +110,10 @@ def test_a_block_that_holds_the_result_has_error_zero_and_one_that_holds_nothing
 
 def test_the_error_is_relative_to_the_variance_at_each_place():
     model = Known()
-    zero = [(torch.zeros(width, 16, dtype=torch.float64), torch.full((16,), 0.25, dtype=torch.float64)) for width in (16, 16, 24, 24)]
+    zero = [
+        (torch.zeros(width, 16, dtype=torch.float64), torch.full((16,), 0.25, dtype=torch.float64))
+        for width in (16, 16, 24, 24)
+    ]
     error = judge(model, zero, sample, range(8), cut=1 / 3)
     x = torch.cat([model.result(sample(number)[0]) for number in range(8)]).double()
     expected = (x - 0.25).square().sum() / (x - x.mean(0)).square().sum()
@@ -102,7 +124,9 @@ def test_the_miniatures_probe_in_small(pipe, tmp_path):
     result = run_probe(pipe, tmp_path, samples=40, held_out=6, frames=1)
     assert result == json.loads((tmp_path / "probe.json").read_text())
     error = result["error"]["low"]
-    assert len(error) == 7 and error[6] < 0.7 * error[1]  # the last block knows the sample, the first one does not
+    assert (
+        len(error) == 7 and error[6] < 0.7 * error[1]
+    )  # the last block knows the sample, the first one does not
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -170,7 +194,12 @@ def test_where_the_discriminator_looks_is_the_mean_over_its_times():
     for depth in range(3):
         assert weights[depth].shape == (2, 2, 4, 4)
         torch.testing.assert_close(weights[depth].sum((1, 2, 3)), torch.ones(2), rtol=0, atol=1e-5)
-        torch.testing.assert_close(weights[depth].flatten(1), torch.stack([found[depth][0] for found in each]).mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            weights[depth].flatten(1),
+            torch.stack([found[depth][0] for found in each]).mean(0),
+            rtol=1e-4,
+            atol=1e-6,
+        )
 
 
 def test_maps_are_multiples_of_an_even_look():

@@ -1,4 +1,6 @@
-"""The number that says which states to keep: known values, the right order, the same for any number of processes."""
+"""The number that says which states to keep: known values, the right order, the same for any number of
+processes.
+"""
 
 from types import SimpleNamespace
 
@@ -29,10 +31,18 @@ class Data:
         return 40
 
     def get(self, i):
-        return torch.randn(SHAPES[i % 2], generator=torch.Generator().manual_seed(i)), torch.ones(2, 5), "a caption"
+        return (
+            torch.randn(SHAPES[i % 2], generator=torch.Generator().manual_seed(i)),
+            torch.ones(2, 5),
+            "a caption",
+        )
 
     def batch(self, indices):
-        return torch.stack([self.get(i)[0] for i in indices]), torch.ones(len(indices), 2, 5), ["a caption"] * len(indices)
+        return (
+            torch.stack([self.get(i)[0] for i in indices]),
+            torch.ones(len(indices), 2, 5),
+            ["a caption"] * len(indices),
+        )
 
 
 def one_of(dp, dp_rank, cp, gather) -> World:
@@ -45,23 +55,34 @@ def judge(count=40, world=None):
 
 
 def test_statistics_by_hand():
-    ramp = torch.stack([torch.arange(6.0).reshape(2, 3), torch.arange(6.0).reshape(2, 3) + 10])[None]  # [1, 2, 2, 3]: 1 to the right, 3 down, 10 a frame
+    ramp = torch.stack([torch.arange(6.0).reshape(2, 3), torch.arange(6.0).reshape(2, 3) + 10])[
+        None
+    ]  # [1, 2, 2, 3]: 1 to the right, 3 down, 10 a frame
     mean, std, space, motion = statistics(ramp)
     assert mean == 7.5 and std == pytest.approx(float(ramp.std()))
     assert space == pytest.approx(10**0.5) and motion == 10
-    assert statistics(torch.randn(4, 1, 3, 3)).shape == (16,) and not statistics(torch.randn(4, 1, 3, 3))[12:].any()
+    assert (
+        statistics(torch.randn(4, 1, 3, 3)).shape == (16,)
+        and not statistics(torch.randn(4, 1, 3, 3))[12:].any()
+    )
 
 
 def test_distance_by_hand():
     real = torch.tensor([[0.0, 1.0], [2.0, 5.0], [4.0, 9.0]])  # spreads 2 and 4
     assert distance(real.flip(0), real) == 0
-    assert distance(real + torch.tensor([2.0, 0.0]), real) == pytest.approx(0.5)  # one unit in one of two features
+    assert distance(real + torch.tensor([2.0, 0.0]), real) == pytest.approx(
+        0.5
+    )  # one unit in one of two features
     assert distance(real.mean(0).expand(3, 2), real) == pytest.approx(1.0)  # all alike: no spread in either
 
 
 def test_better_generators_are_judged_better():
-    perfect, dull, shifted, still = (judge()(Velocity(*how)) for how in ((1.0,), (0.7,), (1.0, 0.3), (0.0, 0.1)))
-    assert perfect < 0.2 < dull < still and perfect < 0.2 < shifted  # 0.08 is what 40 samples differ by chance
+    perfect, dull, shifted, still = (
+        judge()(Velocity(*how)) for how in ((1.0,), (0.7,), (1.0, 0.3), (0.0, 0.1))
+    )
+    assert (
+        perfect < 0.2 < dull < still and perfect < 0.2 < shifted
+    )  # 0.08 is what 40 samples differ by chance
     assert judge()(Velocity(1.0)) == perfect
 
 

@@ -1,4 +1,6 @@
-"""Pixels survive the way to a file and back, times and geometry are exact, and bad files are named in one sentence."""
+"""Pixels survive the way to a file and back, times and geometry are exact, and bad files are named in one
+sentence.
+"""
 
 import os
 from fractions import Fraction
@@ -61,7 +63,12 @@ def test_near_lossless_round_trip(tmp_path):
 
 def test_players_format_keeps_smooth_colours(tmp_path):
     ramp = np.linspace(0, 255, 48).astype(np.uint8)
-    clip = np.stack([np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], np.uint8(100 + 9 * k)), -1) for k in range(9)])
+    clip = np.stack(
+        [
+            np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], np.uint8(100 + 9 * k)), -1)
+            for k in range(9)
+        ]
+    )
     write_video(tmp_path / "a.mp4", clip, 8, crf=4, pixel_format="yuv420p")
     assert psnr(read_video(tmp_path / "a.mp4", 9, 8, 48, 48), clip) > 35
     start = (tmp_path / "a.mp4").read_bytes()
@@ -70,7 +77,14 @@ def test_players_format_keeps_smooth_colours(tmp_path):
 
 def test_probe(clip24, tmp_path):
     media = probe(clip24)
-    assert (media.kind, media.frames, media.duration, media.height, media.width, media.fps) == ("video", 27, 1.125, 32, 32, 24)
+    assert (media.kind, media.frames, media.duration, media.height, media.width, media.fps) == (
+        "video",
+        27,
+        1.125,
+        32,
+        32,
+        24,
+    )
     write_image(tmp_path / "a.png", quadrants(20, 30))
     media = probe(tmp_path / "a.png")
     assert (media.kind, media.frames, media.height, media.width) == ("image", 1, 20, 30)
@@ -120,7 +134,9 @@ def test_colours_without_a_tag_are_read_as_players_show_them(tmp_path):
         with av.open(str(path), "w") as container:
             stream = container.add_stream("libx264", rate=8)
             stream.width, stream.height, stream.pix_fmt, stream.options = 64, size, "yuv444p", {"crf": "4"}
-            frame = av.VideoFrame.from_ndarray(np.broadcast_to(np.uint8([200, 40, 90]), (size, 64, 3)).copy(), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.broadcast_to(np.uint8([200, 40, 90]), (size, 64, 3)).copy(), format="rgb24"
+            )
             frame = frame.reformat(format="yuv444p", dst_colorspace=matrix)
             frame.colorspace = 2  # unspecified
             container.mux(stream.encode(frame))
@@ -167,17 +183,26 @@ def test_wide_pixels_are_made_square(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(quadrants(32, 32), format="rgb24")))
         container.mux(stream.encode())
     # shown 64 wide, so a 32 x 64 cut takes all of it and a square one the middle half
-    assert np.abs(read_video(path, 1, 8, 32, 64)[0, :, 10].astype(int) - read_video(path, 1, 8, 32, 64)[0, :, 22]).max() < 12
+    assert (
+        np.abs(
+            read_video(path, 1, 8, 32, 64)[0, :, 10].astype(int) - read_video(path, 1, 8, 32, 64)[0, :, 22]
+        ).max()
+        < 12
+    )
     assert np.abs(read_video(path, 1, 8, 32, 64)[0].astype(int) - quadrants(32, 64)).mean() < 6
 
 
-@pytest.mark.parametrize("size, expected", [((32, 48), (0, 8)), ((48, 32), (8, 0)), ((32, 32), (0, 0)), ((33, 49), (0, 8))])
+@pytest.mark.parametrize(
+    "size, expected", [((32, 48), (0, 8)), ((48, 32), (8, 0)), ((32, 32), (0, 0)), ((33, 49), (0, 8))]
+)
 def test_centre_crop_without_resizing_copies_pixels(tmp_path, size, expected):
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
     write_image(tmp_path / "a.png", picture)
     top, left = expected
     want = min(size)
-    assert np.array_equal(read_image(tmp_path / "a.png", want, want)[0], picture[top : top + want, left : left + want])
+    assert np.array_equal(
+        read_image(tmp_path / "a.png", want, want)[0], picture[top : top + want, left : left + want]
+    )
 
 
 def test_cover_then_crop_is_exact(tmp_path):
@@ -243,12 +268,18 @@ def bad_files(folder, clip) -> dict[str, tuple[str, str]]:
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return {
-        "zero.mp4": ("video", "is empty (0 bytes)"), "zero.png": ("image", "is empty (0 bytes)"),
-        "junk.mp4": ("video", "cannot be read as a video"), "junk.jpg": ("image", "cannot be read as an image"),
-        "half.mp4": ("video", ""), "half.png": ("image", "truncated"), "half.jpg": ("image", "truncated"),
-        "clip.flv": ("video", "of a kind that cannot be read (.flv)"), "sound.mp4": ("video", "no video stream"),
-        "gone.mp4": ("video", "does not exist"), "gone.png": ("image", "does not exist"),
-    }  # fmt: skip
+        "zero.mp4": ("video", "is empty (0 bytes)"),
+        "zero.png": ("image", "is empty (0 bytes)"),
+        "junk.mp4": ("video", "cannot be read as a video"),
+        "junk.jpg": ("image", "cannot be read as an image"),
+        "half.mp4": ("video", ""),
+        "half.png": ("image", "truncated"),
+        "half.jpg": ("image", "truncated"),
+        "clip.flv": ("video", "of a kind that cannot be read (.flv)"),
+        "sound.mp4": ("video", "no video stream"),
+        "gone.mp4": ("video", "does not exist"),
+        "gone.png": ("image", "does not exist"),
+    }
 
 
 def test_bad_files_are_named_in_one_sentence(clip24, tmp_path):
@@ -267,7 +298,10 @@ def test_a_clip_too_short(tmp_path):
     for read in (lambda path: read_video(path, 9, 8, 32, 32), lambda path: check_video(path, 9, 8)):
         with pytest.raises(AptError) as error:
             read(tmp_path / "short.mp4")
-        one_sentence(error, "short.mp4 has 0.50 s, 1.13 s (9 frames at 8 fps) are needed: give a longer clip or lower frames")
+        one_sentence(
+            error,
+            "short.mp4 has 0.50 s, 1.13 s (9 frames at 8 fps) are needed: give a longer clip or lower frames",
+        )
     check_video(tmp_path / "short.mp4", 4, 8)
     assert numbers(read_video(tmp_path / "short.mp4", 4, 8, 32, 32)) == [0, 1, 2, 3]
 
@@ -276,7 +310,12 @@ def test_what_cannot_be_written_is_refused_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.mp4"
     write_video(path, numbered(3), 8)
     before = path.read_bytes()
-    for clip, says in ((numbered(3)[..., :2], "[3, 32, 32, 2]"), (numbered(3) / 255, "float64"), (numbered(3)[:0], "[0, "), (numbered(3, 31), "even")):
+    for clip, says in (
+        (numbered(3)[..., :2], "[3, 32, 32, 2]"),
+        (numbered(3) / 255, "float64"),
+        (numbered(3)[:0], "[0, "),
+        (numbered(3, 31), "even"),
+    ):
         with pytest.raises(AptError) as error:
             write_video(path, clip, 8)
         one_sentence(error, "a.mp4", says)

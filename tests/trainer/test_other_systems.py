@@ -1,4 +1,6 @@
-"""Where a module or a call of POSIX is missing, as on Windows, everything can still be imported and the commands start."""
+"""Where a module or a call of POSIX is missing, as on Windows, everything can still be imported and the
+commands start.
+"""
 
 import os
 import subprocess
@@ -28,7 +30,11 @@ sys.path.insert(0, {root!r})
 
 def without_posix(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", HIDE.format(root=str(ROOT)) + code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"APT_CACHE": str(tmp_path / "cache")}
+        [sys.executable, "-c", HIDE.format(root=str(ROOT)) + code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"APT_CACHE": str(tmp_path / "cache")},
     )
 
 
@@ -91,4 +97,7 @@ def test_a_planted_link_is_not_written_through(tmp_path):
         part.with_name(f"{name}-{number}.partial").symlink_to(victim)
     with replacing(tmp_path / "run.json") as part:
         part.write_text("new", encoding="utf-8")
-    assert victim.read_text(encoding="utf-8") == "mine" and (tmp_path / "run.json").read_text(encoding="utf-8") == "new"
+    assert (
+        victim.read_text(encoding="utf-8") == "mine"
+        and (tmp_path / "run.json").read_text(encoding="utf-8") == "new"
+    )

@@ -1,4 +1,6 @@
-"""`paper` is the paper, number by number, in every preset; the miniature's numbers stand beside the paper's own."""
+"""`paper` is the paper, number by number, in every preset; the miniature's numbers stand beside the paper's
+own.
+"""
 
 import re
 
@@ -9,11 +11,42 @@ from trainer.config import PRESETS, load_preset
 
 # arXiv 2501.08316, sections 3.2, 3.3 and 3.5.
 GUIDANCE = 7.5
-BOTH = {"ema_decay": 0.995, "ema_warmup": 0, "warmup": 0, "r1_weight": 100, "r2_weight": 0, "reg_fraction": 1, "centering": 0, "relativistic": False, "lr_heads": None}
-BOTH |= {"taps": PAPER_FRACTIONS, "discriminator_time": None, "discriminator_start": "base", "train_backbone": True}
+BOTH = {
+    "ema_decay": 0.995,
+    "ema_warmup": 0,
+    "warmup": 0,
+    "r1_weight": 100,
+    "r2_weight": 0,
+    "reg_fraction": 1,
+    "centering": 0,
+    "relativistic": False,
+    "lr_heads": None,
+}
+BOTH |= {
+    "taps": PAPER_FRACTIONS,
+    "discriminator_time": None,
+    "discriminator_start": "base",
+    "train_backbone": True,
+}
 PAPER = {
-    "image": BOTH | {"updates": 350, "batch": 9062, "lr_generator": 5e-6, "lr_discriminator": 5e-6, "shift": 1, "r1_sigma": 0.01},
-    "video": BOTH | {"updates": 300, "batch": 2048, "lr_generator": 3e-6, "lr_discriminator": 3e-6, "shift": 12, "r1_sigma": 0.1},
+    "image": BOTH
+    | {
+        "updates": 350,
+        "batch": 9062,
+        "lr_generator": 5e-6,
+        "lr_discriminator": 5e-6,
+        "shift": 1,
+        "r1_sigma": 0.01,
+    },
+    "video": BOTH
+    | {
+        "updates": 300,
+        "batch": 2048,
+        "lr_generator": 3e-6,
+        "lr_discriminator": 3e-6,
+        "shift": 12,
+        "r1_sigma": 0.1,
+    },
 }
 REAL = sorted(path.stem for path in PRESETS.glob("*.toml") if path.stem != "mini")
 
@@ -38,6 +71,17 @@ def test_the_miniature_names_the_papers_number_beside_its_own():
     for phase, paper in PAPER.items():
         section = text.split(f"[stage2.paper.{phase}]\n")[1].split("[")[0]
         beside = dict(re.findall(r"^(\w+) = \S+ +# ([\d.e-]+)", section, re.MULTILINE))
-        assert {"updates", "batch", "lr_generator", "lr_discriminator", "ema_decay", "shift", "r1_weight", "r1_sigma"} <= beside.keys()
-        assert {name: float(value) for name, value in beside.items()} == {name: paper[name] for name in beside}
+        assert {
+            "updates",
+            "batch",
+            "lr_generator",
+            "lr_discriminator",
+            "ema_decay",
+            "shift",
+            "r1_weight",
+            "r1_sigma",
+        } <= beside.keys()
+        assert {name: float(value) for name, value in beside.items()} == {
+            name: paper[name] for name in beside
+        }
     assert len(re.findall(r"^guidance = \S+ +# 7.5", text, re.MULTILINE)) == 2

@@ -16,7 +16,16 @@ def write(folder, rows):
 
 
 def test_a_picture_for_each_stage_that_was_trained(tmp_path):
-    rows = [{"right_pairs": 0.5 + n / 100, "logit_real": n / 10, "logit_fake": -n / 10, "d_adversarial": 1.4 - n / 50, "r1_loss": 0.1} for n in range(20)]
+    rows = [
+        {
+            "right_pairs": 0.5 + n / 100,
+            "logit_real": n / 10,
+            "logit_fake": -n / 10,
+            "d_adversarial": 1.4 - n / 50,
+            "r1_loss": 0.1,
+        }
+        for n in range(20)
+    ]
     rows[9]["held_right_pairs"] = 0.7
     write(tmp_path / "log" / "image", rows)
     write(tmp_path / "log" / "distill", [{"cd_loss_image": 0.1}, {"cd_loss_video": 0.2}])
@@ -26,7 +35,10 @@ def test_a_picture_for_each_stage_that_was_trained(tmp_path):
     assert history["held_right_pairs"] == ([10], [0.7]) and history["right_pairs"][1][-1] == 0.69
     with Image.open(made[1]) as picture:
         colors = {tuple(c) for c in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
-    assert {(0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73)} <= colors  # the lines of pairs and of real logits are there
+    assert {
+        (0x00, 0x72, 0xB2),
+        (0x00, 0x9E, 0x73),
+    } <= colors  # the lines of pairs and of real logits are there
 
 
 def test_what_is_no_run_is_named(tmp_path):

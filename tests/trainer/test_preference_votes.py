@@ -1,4 +1,6 @@
-"""Votes of the preference study become the paper's score, with intervals and agreement; what is no vote is one sentence."""
+"""Votes of the preference study become the paper's score, with intervals and agreement; what is no vote is
+one sentence.
+"""
 
 import json
 
@@ -81,12 +83,14 @@ def test_of_one_pair_there_is_no_interval():
 
 
 # Krippendorff's example of four observers and twelve units (Computing Krippendorff's Alpha-Reliability).
-EXAMPLE = np.array([
-    [1, 2, 3, 3, 2, 1, 4, 1, 2, N, N, N],
-    [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, N, 3],
-    [N, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, N],
-    [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, N],
-])  # fmt: skip
+EXAMPLE = np.array(
+    [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, N, N, N],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, N, 3],
+        [N, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, N],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, N],
+    ]
+)
 
 
 @pytest.mark.parametrize("metric, published", [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])

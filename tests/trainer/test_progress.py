@@ -9,7 +9,13 @@ NAMES = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "
 
 
 def test_the_table_of_columns_fits_80_characters():
-    row = dict.fromkeys(NAMES, 0.5) | {"fd": 1551.26, "patch_fd": 10.434, "structure": None, "motion": 14.25, "calls": 50}
+    row = dict.fromkeys(NAMES, 0.5) | {
+        "fd": 1551.26,
+        "patch_fd": 10.434,
+        "structure": None,
+        "motion": 14.25,
+        "calls": 50,
+    }
     console = Console(width=80)
     with console.capture() as shown:
         console.print(columns_table("Video", {"base_25_cfg": row}))
@@ -27,7 +33,10 @@ def test_a_bar_shows_its_title_and_the_metrics_in_80_characters(monkeypatch):
     with console.capture() as shown, stage_bar("run [/1]: images") as report:
         report(150, 150, ROW)
     assert "run [/1]: images" in shown.get() and "150/150" in shown.get()
-    assert "d_loss 1.25  g_loss 0.5  real 0.1  \u03bb\u03c3\u00b2 9" in shown.get() and "other" not in shown.get()
+    assert (
+        "d_loss 1.25  g_loss 0.5  real 0.1  \u03bb\u03c3\u00b2 9" in shown.get()
+        and "other" not in shown.get()
+    )
 
 
 def test_a_log_gets_a_line_twice_a_minute(monkeypatch):

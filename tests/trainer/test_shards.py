@@ -1,4 +1,6 @@
-"""What goes into shards comes out, whatever happened in between; and every sample is drawn once per epoch by any number of processes."""
+"""What goes into shards comes out, whatever happened in between; and every sample is drawn once per epoch by
+any number of processes.
+"""
 
 import json
 
@@ -44,7 +46,10 @@ def test_samples_come_back_as_they_were(folder):
     assert (len(images), len(videos)) == (4, 8)
     assert (videos.fps, videos.text_length, videos.text_dim, videos.vae) == (8, 7, 5, FACTS["vae"])
     assert videos.buckets == {(2, 3, 2, 4): list(range(8))}
-    for data, kind, numbers in ((images, "image", range(0, 12, 3)), (videos, "video", [i for i in range(12) if i % 3])):
+    for data, kind, numbers in (
+        (images, "image", range(0, 12, 3)),
+        (videos, "video", [i for i in range(12) if i % 3]),
+    ):
         for i, number in enumerate(numbers):
             sample, latent, text = entry(number, kind)
             got = data.get(i)
@@ -55,7 +60,11 @@ def test_samples_come_back_as_they_were(folder):
 def test_a_batch_is_padded_with_zeros(folder):
     data = ShardDataset(folder, "video")
     latents, text, captions = data.batch([5, 0, 5])
-    assert latents.shape == (3, 2, 3, 2, 4) and text.shape == (3, 7, 5) and captions[0] == captions[2] == "caption 8"
+    assert (
+        latents.shape == (3, 2, 3, 2, 4)
+        and text.shape == (3, 7, 5)
+        and captions[0] == captions[2] == "caption 8"
+    )
     for row, i in enumerate([5, 0, 5]):
         latent, embedding, _ = data.get(i)
         assert torch.equal(latents[row], latent) and torch.equal(text[row, : len(embedding)], embedding)
@@ -108,7 +117,10 @@ def test_an_interrupted_writer_keeps_what_it_had_and_goes_on(tmp_path):
 
 def test_other_settings_are_refused_and_change_nothing(folder):
     before = files(folder)
-    for settings, options, says in (({**SETTINGS, "height": 32}, {}, "height 16 instead of 32"), (SETTINGS, {"dtype": torch.bfloat16}, "dtype float32 instead of bfloat16")):
+    for settings, options, says in (
+        ({**SETTINGS, "height": 32}, {}, "height 16 instead of 32"),
+        (SETTINGS, {"dtype": torch.bfloat16}, "dtype float32 instead of bfloat16"),
+    ):
         with pytest.raises(AptError, match=f"{says}: give another folder"):
             ShardWriter(folder, settings, **options)
     assert files(folder) == before
@@ -122,7 +134,11 @@ def test_damaged_shards_are_named_and_made_anew(folder):
         path.write_bytes(content)
         with pytest.raises(AptError) as error:
             ShardDataset(folder, "video")
-        assert str(path) in str(error.value) and "run precompute again." in str(error.value) and "\n" not in str(error.value)
+        assert (
+            str(path) in str(error.value)
+            and "run precompute again." in str(error.value)
+            and "\n" not in str(error.value)
+        )
         assert len(ShardDataset(folder, "image")) == 4
     path.unlink()
     with pytest.raises(AptError, match="does not exist: run precompute again"):
@@ -134,7 +150,13 @@ def test_damaged_shards_are_named_and_made_anew(folder):
 def test_damaged_indices_are_named(folder):
     path = folder / "index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
-    for text in ("{", "", "[]", json.dumps(index | {"version": 99}), json.dumps({k: v for k, v in index.items() if k != "samples"})):
+    for text in (
+        "{",
+        "",
+        "[]",
+        json.dumps(index | {"version": 99}),
+        json.dumps({k: v for k, v in index.items() if k != "samples"}),
+    ):
         path.write_text(text)
         with pytest.raises(AptError, match="index.json.* run precompute again"):
             ShardDataset(folder, "video")

@@ -1,6 +1,8 @@
-"""The graphs of example_workflows/ against a snapshot of ComfyUI's /object_info: what can be known without ComfyUI and a browser.
+"""The graphs of example_workflows/ against a snapshot of ComfyUI's /object_info: what can be known without
+ComfyUI and a browser.
 
-`python tests/comfyui/build_workflows.py` writes both; tests/comfyui opens the same files in the real frontend.
+`python tests/comfyui/build_workflows.py` writes both; tests/comfyui opens the same files in the real
+frontend.
 """
 
 import json
@@ -22,7 +24,14 @@ NAMES = [
     "apt_wan21_text_to_video",
     "apt_wan22_5b_text_to_video",
 ]
-WIDGETS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": str, "COMFY_DYNAMICCOMBO_V3": str}
+WIDGETS = {
+    "INT": int,
+    "FLOAT": (int, float),
+    "STRING": str,
+    "BOOLEAN": bool,
+    "COMBO": str,
+    "COMFY_DYNAMICCOMBO_V3": str,
+}
 CONTROL = "control_after_generate"
 CARD = 16 / 9  # width to height, as the template browser crops pictures
 
@@ -32,7 +41,9 @@ def load(name: str) -> dict:
 
 
 def inputs_of(node: dict) -> dict[str, tuple[str, dict]]:
-    """Name: (type, options) of a node's inputs in the snapshot's order, with those that the chosen keys of its dynamic combos open."""
+    """Name: (type, options) of a node's inputs in the snapshot's order, with those that the chosen keys of
+    its dynamic combos open.
+    """
     found = {}
 
     def walk(prefix: str, inputs: dict) -> None:
@@ -50,7 +61,9 @@ def inputs_of(node: dict) -> dict[str, tuple[str, dict]]:
 
 
 def widgets_of(node: dict) -> list[str]:
-    """Names of a node's widgets in the order of their saved values; a seed is followed by what becomes of it after each run."""
+    """Names of a node's widgets in the order of their saved values; a seed is followed by what becomes of it
+    after each run.
+    """
     names = []
     for name, (kind, options) in inputs_of(node).items():
         if kind in WIDGETS and not options.get("forceInput"):
@@ -61,13 +74,20 @@ def widgets_of(node: dict) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_graph_fits_a_small_window_in_three_groups(name):
     graph = load(name)
-    boxes = [(*node["pos"], *node["size"]) for node in graph["nodes"]] + [group["bounding"] for group in graph["groups"]]
+    boxes = [(*node["pos"], *node["size"]) for node in graph["nodes"]] + [
+        group["bounding"] for group in graph["groups"]
+    ]
     assert max(x + width for x, _, width, _ in boxes) - min(x for x, *_ in boxes) <= 1650
     assert [group["title"] for group in graph["groups"]] == ["1 Model", "2 Prompt", "3 Result"]
     assert len({group["color"] for group in graph["groups"]}) == 3
     for node in ours_and_stock(name):
         (x, y), (width, height) = node["pos"], node["size"]
-        around = [g for g in graph["groups"] for a, b, w, h in [g["bounding"]] if a < x and x + width < a + w and b < y - 30 and y + height < b + h]
+        around = [
+            g
+            for g in graph["groups"]
+            for a, b, w, h in [g["bounding"]]
+            if a < x and x + width < a + w and b < y - 30 and y + height < b + h
+        ]
         assert len(around) == 1, node["type"]
 
 
@@ -77,7 +97,9 @@ def ours_and_stock(name: str) -> list[dict]:
 
 def test_every_workflow_is_here_with_its_picture_and_nothing_else():
     # ComfyUI offers every *.json of the folder as a template, and looks for a .jpg of the same name.
-    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(["README.md", *(f"{name}.{end}" for name in NAMES for end in ("jpg", "json"))])
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(
+        ["README.md", *(f"{name}.{end}" for name in NAMES for end in ("jpg", "json"))]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,8 +134,16 @@ def test_links_join_outputs_to_inputs_of_their_type(name):
     assert len(set(ids)) == len(ids) and max(ids) <= graph["last_link_id"]
     said_by_nodes = set()
     for node in graph["nodes"]:
-        said_by_nodes |= {(link, node["id"], i, "out") for i, slot in enumerate(node["outputs"]) for link in slot["links"] or []}
-        said_by_nodes |= {(slot["link"], node["id"], i, "in") for i, slot in enumerate(node["inputs"]) if slot["link"] is not None}
+        said_by_nodes |= {
+            (link, node["id"], i, "out")
+            for i, slot in enumerate(node["outputs"])
+            for link in slot["links"] or []
+        }
+        said_by_nodes |= {
+            (slot["link"], node["id"], i, "in")
+            for i, slot in enumerate(node["inputs"])
+            if slot["link"] is not None
+        }
     said_by_links = {(link, source, i, "out") for link, source, i, *_ in graph["links"]}
     said_by_links |= {(link, target, i, "in") for link, _, _, target, i, _ in graph["links"]}
     assert said_by_nodes == said_by_links
@@ -127,16 +157,22 @@ def test_links_join_outputs_to_inputs_of_their_type(name):
 def test_inputs_are_those_of_the_snapshot(name):
     for node in ours_and_stock(name):
         slots, known = {slot["name"]: slot for slot in node["inputs"]}, inputs_of(node)
-        assert {key: slot["type"] for key, slot in slots.items()} == {key: kind for key, (kind, _) in known.items()}, node["type"]
+        assert {key: slot["type"] for key, slot in slots.items()} == {
+            key: kind for key, (kind, _) in known.items()
+        }, node["type"]
         for key in NODES[node["type"]]["input"].get("required", {}):
-            assert "widget" in slots[key] or slots[key]["link"] is not None, f"{node['type']}.{key} is not connected"
+            assert "widget" in slots[key] or slots[key]["link"] is not None, (
+                f"{node['type']}.{key} is not connected"
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_values_are_in_the_order_of_the_widgets_and_allowed(name):
     for node in ours_and_stock(name):
         values, known = node.get("widgets_values_named", {}), inputs_of(node)
-        assert list(values) == widgets_of(node) and list(values.values()) == node.get("widgets_values", []), node["type"]
+        assert list(values) == widgets_of(node) and list(values.values()) == node.get("widgets_values", []), (
+            node["type"]
+        )
         for key, value in values.items():
             where = f"{node['type']}.{key} = {value!r}"
             if key == CONTROL:
@@ -153,12 +189,18 @@ def test_values_are_in_the_order_of_the_widgets_and_allowed(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_are_public_come_with_their_address(name):
     for node in ours_and_stock(name):
-        named = [value for value in node.get("widgets_values", []) if isinstance(value, str) and value.endswith(".safetensors")]
+        named = [
+            value
+            for value in node.get("widgets_values", [])
+            if isinstance(value, str) and value.endswith(".safetensors")
+        ]
         models = node["properties"].get("models", [])
         assert [model["name"] for model in models] == [file for file in named if "apt" not in file]
         for model in models:
             assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
-            assert model["url"].startswith("https://huggingface.co/Comfy-Org/") and model["url"].endswith(f"/{model['directory']}/{model['name']}")
+            assert model["url"].startswith("https://huggingface.co/Comfy-Org/") and model["url"].endswith(
+                f"/{model['directory']}/{model['name']}"
+            )
 
 
 def test_each_of_our_nodes_is_shown_in_a_workflow():

@@ -1,1 +1,3 @@
-"""What the engine and the trainer reach on this machine, beside what it could reach; with random weights of the true shapes."""
+"""What the engine and the trainer reach on this machine, beside what it could reach; with random weights of
+the true shapes.
+"""

@@ -12,7 +12,9 @@ from trainer.machines.account import forward_flops, tokens
 
 @dataclass(frozen=True)
 class Work:
-    """flops: of matrix products and convolutions; moved: bytes that must be read and written at least once (weights, input, output)."""
+    """flops: of matrix products and convolutions; moved: bytes that must be read and written at least once
+    (weights, input, output).
+    """
 
     flops: float
     moved: float
@@ -22,18 +24,25 @@ def count_work(shapes: Shapes, width: int, text_tokens: int) -> dict[str, Work]:
     """Of "text", "dit" and "vae", in weights and activations of `width` bytes."""
     model, (height, pixels_wide, frames) = shapes.preset.model, shapes.size
     t, down, across = model.stride
-    latents = torch.empty(1, model.channels, (frames - 1) // t + 1, height // down, pixels_wide // across, device="meta")
+    latents = torch.empty(
+        1, model.channels, (frames - 1) // t + 1, height // down, pixels_wide // across, device="meta"
+    )
     encoder, vae = (part("meta", torch.float32) for part in (shapes.text_encoder, shapes.vae))
     transformer = shapes.transformer("meta", torch.float32)
     ids = torch.zeros(1, text_tokens, dtype=torch.long, device="meta")
     with torch.no_grad():
         text_flops = _flops(lambda: encoder(input_ids=ids))
         vae_flops = _flops(lambda: vae.decode(latents))
-    layers = _bytes(encoder, width) - encoder.shared.weight.numel() * width  # of the embedding only the prompt's rows are read
+    layers = (
+        _bytes(encoder, width) - encoder.shared.weight.numel() * width
+    )  # of the embedding only the prompt's rows are read
     video = 3 * height * pixels_wide * frames
     return {
         "text": Work(text_flops, layers),
-        "dit": Work(sum(forward_flops(model, tokens(shapes.preset, "video"))), _bytes(transformer, width) + 2 * latents.numel() * width),
+        "dit": Work(
+            sum(forward_flops(model, tokens(shapes.preset, "video"))),
+            _bytes(transformer, width) + 2 * latents.numel() * width,
+        ),
         "vae": Work(vae_flops, _bytes(vae.decoder, width) + latents.numel() * width + video),
     }
 

@@ -1,4 +1,6 @@
-"""`bench inference`: what each part takes, beside what it must take, stock diffusers in the same run, and the paper."""
+"""`bench inference`: what each part takes, beside what it must take, stock diffusers in the same run, and the
+paper.
+"""
 
 import gc
 import tempfile
@@ -20,15 +22,24 @@ from trainer.files import write_json
 from trainer.machines.machine import versions
 from trainer.run.progress import console
 
-PAPER = {"text": 0.28, "dit": 2.65, "vae": 3.10, "total": 6.03}  # table 7: the 8B at 1280x720, 2 s at 24 fps, one H100
+PAPER = {
+    "text": 0.28,
+    "dit": 2.65,
+    "vae": 3.10,
+    "total": 6.03,
+}  # table 7: the 8B at 1280x720, 2 s at 24 fps, one H100
 NAMES = {"text": "text", "dit": "transformer", "vae": "decode", "total": "total"}
 MIB = 2**20
 
 
 def run(name: str, device: str, repeats: int, compiled: bool | None, fp8: bool, out: Path | None) -> dict:
-    """Measure, print, and write JSON to `out` if given; returns it. Raises AptError for a model that is not known, or no fp8."""
+    """Measure, print, and write JSON to `out` if given; returns it. Raises AptError for a model that is not
+    known, or no fp8.
+    """
     place = torch.device(device)
-    result = measure(find_shapes(name), place, repeats, place.type == "cuda" if compiled is None else compiled, fp8)
+    result = measure(
+        find_shapes(name), place, repeats, place.type == "cuda" if compiled is None else compiled, fp8
+    )
     if out:
         write_json(out, result)
     show(result)
@@ -41,14 +52,20 @@ def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     rates = measure_rates(device, dtype, fp8)
     with tempfile.TemporaryDirectory() as folder:
-        pipe = OneStepPipeline(shapes.sources(), device=device, compile=compiled, fp8=fp8, cache=folder, memory=None)
+        pipe = OneStepPipeline(
+            shapes.sources(), device=device, compile=compiled, fp8=fp8, cache=folder, memory=None
+        )
         prompt = _long_prompt(pipe)
         request = pipe.request(prompt)
         text = pipe.embed(request)
-        latents = torch.randn(1, *request.latents(pipe.sources), generator=torch.Generator().manual_seed(0)).to(device)
+        latents = torch.randn(
+            1, *request.latents(pipe.sources), generator=torch.Generator().manual_seed(0)
+        ).to(device)
         noise = draw(request.noise, request.seed, 0, request.latents(pipe.sources))[None].to(device)
         work = count_work(shapes, dtype.itemsize, sum(bool(row.any()) for row in text[0]))
-        stock = measure_stock(shapes, device, dtype, repeats, noise, latents, text)  # gone again when the engine is measured
+        stock = measure_stock(
+            shapes, device, dtype, repeats, noise, latents, text
+        )  # gone again when the engine is measured
         numbers = iter(range(10**6))  # a prompt that was not there before each time
 
         def embed():
@@ -71,24 +88,42 @@ def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, 
     theirs = stock.seconds | {"text": ours["text"]}  # the same encoder
     if "both" in theirs:
         theirs["total"] = ours["text"] + theirs.pop("both")
-    floors = {part: rates.floor(need.flops, need.moved, eight=fp8 and part == "dit") for part, need in work.items()}
+    floors = {
+        part: rates.floor(need.flops, need.moved, eight=fp8 and part == "dit") for part, need in work.items()
+    }
     floors["total"] = sum(floors.values())
     height, width, frames = shapes.size
     return {
-        "model": shapes.name, "date": date.today().isoformat(), "device": _device_name(device), "versions": versions(),
-        "size": f"{width}x{height}, {frames} frames", "dtype": str(dtype).removeprefix("torch."), "compiled": compiled, "fp8": fp8, "repeats": repeats,
+        "model": shapes.name,
+        "date": date.today().isoformat(),
+        "device": _device_name(device),
+        "versions": versions(),
+        "size": f"{width}x{height}, {frames} frames",
+        "dtype": str(dtype).removeprefix("torch."),
+        "compiled": compiled,
+        "fp8": fp8,
+        "repeats": repeats,
         "rates": {"matrix": rates.matrix, "matrix_fp8": rates.matrix_fp8, "copy": rates.copy},
         "work": {part: {"flops": need.flops, "bytes": need.moved} for part, need in work.items()},
-        "seconds": ours, "first_seconds": first, "floor": floors, "stock": theirs, "paper": PAPER,
-        "uncompiled_decode_seconds": _uncompiled_decode(shapes, device, dtype, repeats, latents) if compiled and device.type != "cpu" else None,
+        "seconds": ours,
+        "first_seconds": first,
+        "floor": floors,
+        "stock": theirs,
+        "paper": PAPER,
+        "uncompiled_decode_seconds": _uncompiled_decode(shapes, device, dtype, repeats, latents)
+        if compiled and device.type != "cpu"
+        else None,
         "velocity_error": ((made - stock.latents).norm() / (stock.latents - noise.cpu()).norm()).item(),
         "decode_psnr": {"engine": stock.engine_psnr, "stock": stock.stock_psnr},
-        "decode_peak_bytes": {"engine": peak.bytes, "stock": stock.decode_peak}, "steps_taken": steps_taken,
+        "decode_peak_bytes": {"engine": peak.bytes, "stock": stock.decode_peak},
+        "steps_taken": steps_taken,
         "modelled_seconds_on_gpus": model_of_many(shapes, ours),
-    }  # fmt: skip
+    }
 
 
-def _uncompiled_decode(shapes: Shapes, device: torch.device, dtype: torch.dtype, repeats: int, latents: torch.Tensor) -> float:
+def _uncompiled_decode(
+    shapes: Shapes, device: torch.device, dtype: torch.dtype, repeats: int, latents: torch.Tensor
+) -> float:
     """Seconds with this project's own kernels in the place of torch.compile."""
     decoder = Decoder(shapes.vae(device, dtype).eval())
     return median_seconds(lambda: list(on_the_cpu(decoder.stream(latents, uint8=True))), device, repeats)
@@ -99,39 +134,73 @@ def _long_prompt(pipe: OneStepPipeline) -> str:
     length = pipe.sources.transformer.text_length
     encoder = pipe.sources.text.load(length, torch.device("meta"))  # only to cut texts into tokens
     words = "a red circle moving left on a green background".split() * length
-    count = next(n for n in range(len(words), 0, -1) if len(encoder.tokenize([" ".join(words[:n])])[0]) <= length - 8)
+    count = next(
+        n for n in range(len(words), 0, -1) if len(encoder.tokenize([" ".join(words[:n])])[0]) <= length - 8
+    )
     return " ".join(words[:count])
 
 
 def show(result: dict) -> None:
     """The table."""
-    ours, floors, stock, memory = result["seconds"], result["floor"], result["stock"], result["decode_peak_bytes"]
-    table = Table(title=f"{result['model']}, {result['size']}, {result['dtype']}, {result['device']}: seconds", title_justify="left", box=None)
+    ours, floors, stock, memory = (
+        result["seconds"],
+        result["floor"],
+        result["stock"],
+        result["decode_peak_bytes"],
+    )
+    table = Table(
+        title=f"{result['model']}, {result['size']}, {result['dtype']}, {result['device']}: seconds",
+        title_justify="left",
+        box=None,
+    )
     for column in ("", "engine", "floor", "/ floor", "stock", "/ engine", "paper"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for part, name in NAMES.items():
         other = stock.get(part)
         table.add_row(
-            name, _seconds(ours[part]), _seconds(floors[part]), f"{ours[part] / floors[part]:.1f}", _seconds(other) if other else "-",
-            f"{other / ours[part]:.2f}" if other else "-", f"{PAPER[part]:.2f}",
-        )  # fmt: skip
+            name,
+            _seconds(ours[part]),
+            _seconds(floors[part]),
+            f"{ours[part] / floors[part]:.1f}",
+            _seconds(other) if other else "-",
+            f"{other / ours[part]:.2f}" if other else "-",
+            f"{PAPER[part]:.2f}",
+        )
     console.print(table)
     rates = result["rates"]
-    say = ["stock: diffusers' WanPipeline, one step, in the same run; paper: table 7, its 8B model at 1280x720 on one H100."]
-    say += [f"Measured here: {rates['matrix'] / 1e12:.3g} TFLOP/s in matrix products, {rates['copy'] / 1e9:.3g} GB/s in copies; floors follow from these."]
+    say = [
+        "stock: diffusers' WanPipeline, one step, in the same run; paper: table 7, its 8B model at 1280x720 on one H100."
+    ]
+    say += [
+        f"Measured here: {rates['matrix'] / 1e12:.3g} TFLOP/s in matrix products, {rates['copy'] / 1e9:.3g} GB/s in copies; floors follow from these."
+    ]
     if result["fp8"]:
         say[-1] += f" In fp8 {rates['matrix_fp8'] / 1e12:.3g} TFLOP/s, which the transformer's floor takes."
     first, quality = result["first_seconds"], result["decode_psnr"]
-    say.append(f"First calls, with making the weights{' and compiling' * result['compiled']}: transformer {first['dit']:.2f}, decode {first['vae']:.2f}.")
+    say.append(
+        f"First calls, with making the weights{' and compiling' * result['compiled']}: transformer {first['dit']:.2f}, decode {first['vae']:.2f}."
+    )
     if result["uncompiled_decode_seconds"]:
-        say.append(f"Decode without torch.compile, by this project's kernels: {_seconds(result['uncompiled_decode_seconds'])}.")
-    say.append(f"Velocity in {'fp8' if result['fp8'] else result['dtype']}: {result['velocity_error']:.1e} from {_plain(result)}, relative (random weights).")
-    say.append(f"Decode against diffusers' in float32: engine {quality['engine']:.1f} dB, diffusers in {result['dtype']} {quality['stock']:.1f} dB.")
-    say.append(f"Peak memory of the decode beside weights: engine {memory['engine'] / MIB:.0f} MiB, diffusers {memory['stock'] / MIB:.0f} MiB.")
+        say.append(
+            f"Decode without torch.compile, by this project's kernels: {_seconds(result['uncompiled_decode_seconds'])}."
+        )
+    say.append(
+        f"Velocity in {'fp8' if result['fp8'] else result['dtype']}: {result['velocity_error']:.1e} from {_plain(result)}, relative (random weights)."
+    )
+    say.append(
+        f"Decode against diffusers' in float32: engine {quality['engine']:.1f} dB, diffusers in {result['dtype']} {quality['stock']:.1f} dB."
+    )
+    say.append(
+        f"Peak memory of the decode beside weights: engine {memory['engine'] / MIB:.0f} MiB, diffusers {memory['stock'] / MIB:.0f} MiB."
+    )
     say += result["steps_taken"]
     for line in say:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    many = Table(title="A MODEL of several such GPUs over NVLink (450 GB/s each way), not a measurement: seconds", title_justify="left", box=None)
+    many = Table(
+        title="A MODEL of several such GPUs over NVLink (450 GB/s each way), not a measurement: seconds",
+        title_justify="left",
+        box=None,
+    )
     for column in ("GPUs", *NAMES.values()):
         many.add_column(column, justify="right", no_wrap=True)
     for gpus, parts in result["modelled_seconds_on_gpus"].items():
@@ -148,4 +217,8 @@ def _seconds(value: float) -> str:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )

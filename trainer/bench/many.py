@@ -9,10 +9,12 @@ GPUS = (1, 2, 4, 8)
 
 
 def model_of_many(shapes: Shapes, seconds: dict[str, float]) -> dict[int, dict[str, float]]:
-    """Seconds by part for each number of GPUs that divides the attention heads, from the measured ones on one.
+    """Seconds by part for each number of GPUs that divides the attention heads, from the measured ones on
+    one.
 
-    Transformer: compute divides; queries, keys, values and answers of all tokens change places in each block. Decode: rows divide; each 3x3
-    convolution gets two rows of its neighbours, each GPU gets the finished rows of all. The text encoder runs on each.
+    Transformer: compute divides; queries, keys, values and answers of all tokens change places in each block.
+    Decode: rows divide; each 3x3 convolution gets two rows of its neighbours, each GPU gets the finished rows
+    of all. The text encoder runs on each.
     """
     model = shapes.preset.model
     n, d = tokens(shapes.preset, "video"), model.width
@@ -21,15 +23,25 @@ def model_of_many(shapes: Shapes, seconds: dict[str, float]) -> dict[int, dict[s
     out = {}
     for gpus in (count for count in GPUS if model.heads % count == 0):
         away = (gpus - 1) / gpus
-        swapped = model.layers * 4 * n * d * 2 / gpus * away / NVLINK + (gpus > 1) * model.layers * 4 * EXCHANGE
-        rows = (gpus > 1) * (halo_bytes / NVLINK + halos * EXCHANGE) + 3 * height * width * frames * 2 * away / NVLINK
-        parts = {"text": seconds["text"], "dit": seconds["dit"] / gpus + swapped, "vae": seconds["vae"] / gpus + rows}
+        swapped = (
+            model.layers * 4 * n * d * 2 / gpus * away / NVLINK + (gpus > 1) * model.layers * 4 * EXCHANGE
+        )
+        rows = (gpus > 1) * (
+            halo_bytes / NVLINK + halos * EXCHANGE
+        ) + 3 * height * width * frames * 2 * away / NVLINK
+        parts = {
+            "text": seconds["text"],
+            "dit": seconds["dit"] / gpus + swapped,
+            "vae": seconds["vae"] / gpus + rows,
+        }
         out[gpus] = parts | {"total": sum(parts.values())}
     return out
 
 
 def _halos(shapes: Shapes) -> tuple[float, int]:
-    """(bytes that one GPU receives from its neighbours, exchanges) of one decode, latent frame by latent frame."""
+    """(bytes that one GPU receives from its neighbours, exchanges) of one decode, latent frame by latent
+    frame.
+    """
     import torch
 
     vae, model = shapes.vae("meta", torch.float32), shapes.preset.model
@@ -47,5 +59,9 @@ def _halos(shapes: Shapes) -> tuple[float, int]:
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             module.register_forward_hook(count)
     with torch.no_grad():
-        vae.decode(torch.empty(1, model.channels, (frames - 1) // t + 1, height // down, width // across, device="meta"))
+        vae.decode(
+            torch.empty(
+                1, model.channels, (frames - 1) // t + 1, height // down, width // across, device="meta"
+            )
+        )
     return found[0], found[1]

@@ -1,4 +1,6 @@
-"""How fast this device multiplies and copies, measured; how long its work takes, and how much memory at its peak."""
+"""How fast this device multiplies and copies, measured; how long its work takes, and how much memory at its
+peak.
+"""
 
 import ctypes
 import os
@@ -19,16 +21,20 @@ from trainer.machines.machine import matrix_peak
 
 @dataclass(frozen=True)
 class Rates:
-    """matrix: FLOP/s of large products in the dtype that the engine computes in; copy: bytes/s read and written by a large copy.
+    """matrix: FLOP/s of large products in the dtype that the engine computes in; copy: bytes/s read and
+    written by a large copy.
 
-    matrix_fp8: as `matrix`, in fp8, where that was asked for."""
+    matrix_fp8: as `matrix`, in fp8, where that was asked for.
+    """
 
     matrix: float
     copy: float
     matrix_fp8: float | None = None
 
     def floor(self, flops: float, moved: float, eight: bool = False) -> float:
-        """Seconds that such work takes at least, when products and memory both run at their best, and at the same time. eight: products in fp8."""
+        """Seconds that such work takes at least, when products and memory both run at their best, and at the
+        same time. eight: products in fp8.
+        """
         return max(flops / (self.matrix_fp8 if eight else self.matrix), moved / self.copy)
 
 
@@ -50,7 +56,14 @@ def fp8_peak(device: torch.device, size: int) -> float:
     b_scale = b_scale.t().contiguous() if rowwise else b_scale
 
     def product():
-        torch._scaled_mm(a, b.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=device.type == "cuda")
+        torch._scaled_mm(
+            a,
+            b.t(),
+            scale_a=a_scale,
+            scale_b=b_scale,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=device.type == "cuda",
+        )
 
     return 2 * size**3 / min(once(product, device) for _ in range(5))
 
@@ -114,4 +127,6 @@ def peak_memory(device: torch.device, interval: float = 0.001) -> Iterator[Peak]
 def _resident() -> int:
     """Bytes of this process in memory; where the system does not tell, none."""
     path = Path("/proc/self/statm")
-    return int(path.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
+    return (
+        int(path.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
+    )

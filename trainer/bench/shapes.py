@@ -17,15 +17,38 @@ from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD, load_vae, stride
 from trainer.checkpoints.starting_models import build
 from trainer.config import Model, Preset, load_preset
 
-PRESETS = {"mini": "mini", "wan2.2-5b": "wan2.2-5b", "wan2.1-1.3b": "wan2.1-1.3b-720p", "wan2.1-14b": "wan2.1-14b", "seaweed-8b": "seaweed-8b"}
-UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu", dropout_rate=0.0)
+PRESETS = {
+    "mini": "mini",
+    "wan2.2-5b": "wan2.2-5b",
+    "wan2.1-1.3b": "wan2.1-1.3b-720p",
+    "wan2.1-14b": "wan2.1-14b",
+    "seaweed-8b": "seaweed-8b",
+}
+UMT5_XXL = dict(
+    vocab_size=256384,
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+    dropout_rate=0.0,
+)
 VAE_CONFIGS = {
     "2.1": {},
     "2.2": dict(
-        base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
-        latents_mean=list(LATENTS_MEAN["2.2"]), latents_std=list(LATENTS_STD["2.2"]),
+        base_dim=160,
+        decoder_base_dim=256,
+        z_dim=48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=list(LATENTS_MEAN["2.2"]),
+        latents_std=list(LATENTS_STD["2.2"]),
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -55,14 +78,21 @@ class Shapes:
         return random_weights(lambda: AutoencoderKLWan(**VAE_CONFIGS[self.preset.model.vae]), device, dtype)
 
     def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        config = load_text_encoder(SHIPPED["text_encoder"]).model.config if self.mini else UMT5Config(**UMT5_XXL)
+        config = (
+            load_text_encoder(SHIPPED["text_encoder"]).model.config if self.mini else UMT5Config(**UMT5_XXL)
+        )
         return random_weights(lambda: UMT5EncoderModel(config), device, dtype)
 
     def sources(self) -> Sources:
         """What a OneStepPipeline is made of; the tokenizer is the miniature's."""
         model, data = self.preset.model, self.preset.data
         transformer, vae = self.transformer("meta", torch.float32), self.vae("meta", torch.float32)
-        about = {"kind": "generator", "native": data.native("video"), "second_time": self.preset.sampling.second_time, "text_length": model.text_length}
+        about = {
+            "kind": "generator",
+            "native": data.native("video"),
+            "second_time": self.preset.sampling.second_time,
+            "text_length": model.text_length,
+        }
         spiece = SHIPPED["text_encoder"]
 
         def load_text(length: int, device: torch.device) -> TextEncoder:
@@ -73,12 +103,21 @@ class Shapes:
         facts = TextFacts(model.text_dim, _count(self.text_encoder("meta", torch.float32)), (spiece,), spiece)
         return Sources(
             TransformerSource(
-                self.name, dict(transformer.config), about, _count(transformer),
+                self.name,
+                dict(transformer.config),
+                about,
+                _count(transformer),
                 lambda dtype, device: self.transformer(device, dtype),
             ),
-            VaeSource(self.name, vae.config.z_dim, stride(vae), _count(vae), lambda dtype, device: self.vae(device, dtype)),
+            VaeSource(
+                self.name,
+                vae.config.z_dim,
+                stride(vae),
+                _count(vae),
+                lambda dtype, device: self.vae(device, dtype),
+            ),
             TextSource(self.name, facts, load_text),
-        )  # fmt: skip
+        )
 
 
 def find_shapes(name: str) -> Shapes:
@@ -93,13 +132,17 @@ def build_backbone(model: Model, device: torch.device | str, dtype: torch.dtype)
     built = cast(random_weights(lambda: build(model), device, dtype), dtype)
     if hasattr(built, "rope") and torch.device(device).type != "meta":  # Wan's tables are in no state dict
         config = built.config
-        built.rope = type(built.rope)(config.attention_head_dim, config.patch_size, config.rope_max_seq_len).to(device)
+        built.rope = type(built.rope)(
+            config.attention_head_dim, config.patch_size, config.rope_max_seq_len
+        ).to(device)
     return built
 
 
 @torch.no_grad()
 def random_weights(make, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """What `make` builds, on the device from the start: matrices keep the size of what goes through them, norms are 1, biases 0."""
+    """What `make` builds, on the device from the start: matrices keep the size of what goes through them,
+    norms are 1, biases 0.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # `.to(dtype)` afterwards would be warned about
     try:

@@ -1,4 +1,6 @@
-"""What people have without this engine: diffusers' own WanPipeline in one step, eager, with its own decode; and how near the engine is to it."""
+"""What people have without this engine: diffusers' own WanPipeline in one step, eager, with its own decode;
+and how near the engine is to it.
+"""
 
 import copy
 from dataclasses import dataclass
@@ -19,10 +21,13 @@ PART = 3
 
 @dataclass(frozen=True)
 class StockFigures:
-    """seconds: "vae", and of a Wan "dit" and "both" (they share the pipeline's call); decode_peak: bytes beside weights, as the engine's is measured.
+    """seconds: "vae", and of a Wan "dit" and "both" (they share the pipeline's call); decode_peak: bytes
+    beside weights, as the engine's is measured.
 
-    latents: from the noise that the engine gets; of the MMDiT, which has no pipeline in diffusers, by this project's plain backbone.
-    engine_psnr, stock_psnr: dB of the decode of PART latent frames against diffusers' decode in fp32, by the engine and by diffusers.
+    latents: from the noise that the engine gets; of the MMDiT, which has no pipeline in diffusers, by this
+    project's plain backbone.
+    engine_psnr, stock_psnr: dB of the decode of PART latent frames against diffusers' decode in fp32, by the
+    engine and by diffusers.
     """
 
     seconds: dict[str, float]
@@ -33,8 +38,18 @@ class StockFigures:
 
 
 @torch.no_grad()
-def measure_stock(shapes: Shapes, device: torch.device, dtype: torch.dtype, repeats: int, noise: Tensor, latents: Tensor, text: Tensor) -> StockFigures:
-    """noise, latents: `[1, C, f, h, w]` for the transformer and for the decode; text: `[1, L, d]`. Nothing stays on the device."""
+def measure_stock(
+    shapes: Shapes,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    noise: Tensor,
+    latents: Tensor,
+    text: Tensor,
+) -> StockFigures:
+    """noise, latents: `[1, C, f, h, w]` for the transformer and for the decode; text: `[1, L, d]`. Nothing
+    stays on the device.
+    """
     stock, text = Stock(shapes, device, dtype), text.to(device)
 
     def decode() -> Tensor:
@@ -51,7 +66,12 @@ def measure_stock(shapes: Shapes, device: torch.device, dtype: torch.dtype, repe
         made = one_step(shapes.transformer(device, dtype).eval(), noise, text)
     part = latents[:, :, :PART]
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
-        exact = copy.deepcopy(stock.vae).float().decode(denormalize(part, stock.vae), return_dict=False)[0].clamp(-1, 1)
+        exact = (
+            copy.deepcopy(stock.vae)
+            .float()
+            .decode(denormalize(part, stock.vae), return_dict=False)[0]
+            .clamp(-1, 1)
+        )
     own = stock.decode(denormalize(part, stock.vae)).float().clamp(-1, 1)
     engine = Decoder(stock.vae).decode(part).movedim(-1, 1)
     figures = StockFigures(seconds, peak.bytes, made.float().cpu(), psnr(engine, exact), psnr(own, exact))
@@ -62,7 +82,9 @@ def measure_stock(shapes: Shapes, device: torch.device, dtype: torch.dtype, repe
 
 
 class Stock:
-    """WanPipeline with random weights of the shapes. The MMDiT has no pipeline of diffusers: of it only the decode can be compared."""
+    """WanPipeline with random weights of the shapes. The MMDiT has no pipeline of diffusers: of it only the
+    decode can be compared.
+    """
 
     def __init__(self, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> None:
         self.shapes, self.device = shapes, device
@@ -75,18 +97,32 @@ class Stock:
             transformer.load_state_dict(backbone.state_dict(), assign=True)
             transformer.rope = backbone.rope
             scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-            self.pipe = WanPipeline(tokenizer=None, text_encoder=None, transformer=transformer.eval(), vae=self.vae, scheduler=scheduler)
+            self.pipe = WanPipeline(
+                tokenizer=None,
+                text_encoder=None,
+                transformer=transformer.eval(),
+                vae=self.vae,
+                scheduler=scheduler,
+            )
             self.pipe.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
     def generate(self, noise: Tensor, text: Tensor, pixels: bool) -> Tensor:
-        """The whole call, to bytes on the CPU or only to latents. noise: `[1, C, f, h, w]`; text: `[1, L, d]`."""
+        """The whole call, to bytes on the CPU or only to latents. noise: `[1, C, f, h, w]`; text: `[1, L,
+        d]`.
+        """
         height, width, frames = self.shapes.size
         text = text.to(self.pipe.transformer.dtype)
         made = self.pipe(
-            height=height, width=width, num_frames=frames, num_inference_steps=1, guidance_scale=1.0, latents=noise, prompt_embeds=text,
+            height=height,
+            width=width,
+            num_frames=frames,
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            latents=noise,
+            prompt_embeds=text,
             output_type="pt" if pixels else "latent",
-        ).frames  # fmt: skip
+        ).frames
         return _bytes(made) if pixels else made
 
     @torch.no_grad()

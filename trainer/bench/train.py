@@ -1,4 +1,6 @@
-"""`bench train`: how long an update of stage 2 takes, whole and as a LoRA, with random weights and random samples of a preset's shape."""
+"""`bench train`: how long an update of stage 2 takes, whole and as a LoRA, with random weights and random
+samples of a preset's shape.
+"""
 
 import gc
 from datetime import date
@@ -42,37 +44,70 @@ class RandomBatches:
         (height, width), (t, down, across), model = preset.data.size(kind), preset.model.stride, preset.model
         frames = preset.data.frames if kind == "video" else 1
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(model.channels, (frames - 1) // t + 1, height // down, width // across, generator=generator)
+        self.x = torch.randn(
+            model.channels, (frames - 1) // t + 1, height // down, width // across, generator=generator
+        )
         self.text = torch.randn(model.text_length, model.text_dim, generator=generator)
 
-    def take(self, kind: str, stream: str, update: int, size: int, world: World, microbatch: int | None = None) -> list[Micro]:
+    def take(
+        self, kind: str, stream: str, update: int, size: int, world: World, microbatch: int | None = None
+    ) -> list[Micro]:
         parts, out = split(size, world.dp, world.dp_rank, microbatch), []
         for places in parts:
             x, text = (value.expand(len(places), *value.shape).clone() for value in (self.x, self.text))
             share = len(places) * world.dp / size
-            out.append(Micro([update * size + place for place in places], list(places), x, text, ["random"] * len(places), share))
+            out.append(
+                Micro(
+                    [update * size + place for place in places],
+                    list(places),
+                    x,
+                    text,
+                    ["random"] * len(places),
+                    share,
+                )
+            )
         return out
 
 
 def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_given: bool) -> dict:
     """Time `updates` updates of each mode, print, and write JSON to `out` if given; returns it.
 
-    Unless a batch is given, one microbatch is timed, and the preset's own batch reckoned from it. Raises AptError for a phase that is none.
+    Unless a batch is given, one microbatch is timed, and the preset's own batch reckoned from it. Raises
+    AptError for a phase that is none.
     """
     if phase not in ("image", "video"):
         raise AptError(f"--phase {phase} is not known: it is image or video.")
     attention = attention_of(preset, pick_device(preset.train.device))
     machine = this_machine(pick_device(preset.train.device), preset.train.compute)
-    with connect(pick_device(preset.train.device), context_parallel=preset.train.context_parallel, sharded=preset.train.compute != "fp32") as world:
+    with connect(
+        pick_device(preset.train.device),
+        context_parallel=preset.train.context_parallel,
+        sharded=preset.train.compute != "fp32",
+    ) as world:
         whole = batch_of(preset, phase, phase, None)
         batch = whole if batch_given else world.dp * (preset.train.microbatch or 1)
-        modes = [mode for mode in MODES if preset.model.kind == "wan" or mode == "full"]  # there is no LoRA of an MMDiT
+        modes = [
+            mode for mode in MODES if preset.model.kind == "wan" or mode == "full"
+        ]  # there is no LoRA of an MMDiT
         result = {
-            "preset": preset.name, "phase": phase, "date": date.today().isoformat(), "device": machine.name, "processes": world.size,
-            "peak_flops": machine.peak, "compute": preset.train.compute, "attention": attention.name,
-            "batch": batch, "whole_batch": whole, "versions": versions(),
-            "modes": {mode: _measure(_changed(preset, phase, mode, batch), phase, mode, updates, world, machine.peak) for mode in modes},
-        }  # fmt: skip
+            "preset": preset.name,
+            "phase": phase,
+            "date": date.today().isoformat(),
+            "device": machine.name,
+            "processes": world.size,
+            "peak_flops": machine.peak,
+            "compute": preset.train.compute,
+            "attention": attention.name,
+            "batch": batch,
+            "whole_batch": whole,
+            "versions": versions(),
+            "modes": {
+                mode: _measure(
+                    _changed(preset, phase, mode, batch), phase, mode, updates, world, machine.peak
+                )
+                for mode in modes
+            },
+        }
         for figures in result["modes"].values():
             figures["seconds_of_whole_batch"] = figures["seconds"] * whole / batch
         if world.main:
@@ -86,11 +121,15 @@ def _changed(preset: Preset, phase: str, mode: str, batch: int) -> Preset:
     phases = preset.phases(preset.variant)
     settings = getattr(phases, phase).model_copy(update={"batch": batch, "warmup": 0})
     stage2 = preset.stage2 | {preset.variant: phases.model_copy(update={phase: settings})}
-    return preset.model_copy(update={"stage2": stage2, "train": preset.train.model_copy(update={"mode": mode})})
+    return preset.model_copy(
+        update={"stage2": stage2, "train": preset.train.model_copy(update={"mode": mode})}
+    )
 
 
 def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, peak_flops: float) -> dict:
-    """Seconds of one update, the first not counted, and peak memory of one process beside what the account says."""
+    """Seconds of one update, the first not counted, and peak memory of one process beside what the account
+    says.
+    """
     train, times = preset.train, []
     parallel, _ = parallel_of(preset, pick_device(train.device))
 
@@ -111,29 +150,62 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
         settings = getattr(preset.phases(preset.variant), phase).model_copy(update={"updates": updates})
         try:
             adversarial(
-                phase, NOWHERE, NOWHERE, RandomBatches(preset, phase), settings, NOWHERE, seed=0, metadata={}, world=world, parallel=parallel,
-                lora=Lora(train.lora_rank, train.lora_alpha) if mode == "lora" else None, head_width=train.head_width, load=load, report=report,
-            )  # fmt: skip
+                phase,
+                NOWHERE,
+                NOWHERE,
+                RandomBatches(preset, phase),
+                settings,
+                NOWHERE,
+                seed=0,
+                metadata={},
+                world=world,
+                parallel=parallel,
+                lora=Lora(train.lora_rank, train.lora_alpha) if mode == "lora" else None,
+                head_width=train.head_width,
+                load=load,
+                report=report,
+            )
         except _Enough:
             pass
     seconds = (times[-1] - times[0]) / (updates - 1)
     speed = needed.flops / seconds / world.size
     return {
-        "seconds": seconds, "flops": needed.flops, "flops_per_second": speed, "share_of_peak": speed / peak_flops,
-        "peak_bytes": peak.bytes, "account_bytes": needed.bytes,
-    }  # fmt: skip
+        "seconds": seconds,
+        "flops": needed.flops,
+        "flops_per_second": speed,
+        "share_of_peak": speed / peak_flops,
+        "peak_bytes": peak.bytes,
+        "account_bytes": needed.bytes,
+    }
 
 
 def show(result: dict) -> None:
     """The table."""
     title = f"{result['preset']}, {result['phase']}s, batch {result['batch']}, {result['processes']} x {result['device']}, {result['compute']}, {result['attention']}"
     table = Table(title=title, title_justify="left", box=None)
-    for column in ("", "s / update", f"at batch {result['whole_batch']}", "TFLOP/s each", "of peak", "GiB", "account"):
+    for column in (
+        "",
+        "s / update",
+        f"at batch {result['whole_batch']}",
+        "TFLOP/s each",
+        "of peak",
+        "GiB",
+        "account",
+    ):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for mode, row in result["modes"].items():
         table.add_row(
-            mode, f"{row['seconds']:.3g}", f"{row['seconds_of_whole_batch']:.3g}", f"{row['flops_per_second'] / 1e12:.3g}",
-            f"{row['share_of_peak']:.1%}", f"{row['peak_bytes'] / GIB:.2f}", f"{row['account_bytes'] / GIB:.2f}",
-        )  # fmt: skip
+            mode,
+            f"{row['seconds']:.3g}",
+            f"{row['seconds_of_whole_batch']:.3g}",
+            f"{row['flops_per_second'] / 1e12:.3g}",
+            f"{row['share_of_peak']:.1%}",
+            f"{row['peak_bytes'] / GIB:.2f}",
+            f"{row['account_bytes'] / GIB:.2f}",
+        )
     console.print(table)
-    console.print(f"Peak of matrix products, measured here: {result['peak_flops'] / 1e12:.3g} TFLOP/s in {result['compute']}.", markup=False, highlight=False)
+    console.print(
+        f"Peak of matrix products, measured here: {result['peak_flops'] / 1e12:.3g} TFLOP/s in {result['compute']}.",
+        markup=False,
+        highlight=False,
+    )

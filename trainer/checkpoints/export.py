@@ -1,4 +1,6 @@
-"""`export`: a trained generator as one file for ComfyUI (fp32, fp16, bf16 or fp8), a LoRA file, or a diffusers folder."""
+"""`export`: a trained generator as one file for ComfyUI (fp32, fp16, bf16 or fp8), a LoRA file, or a
+diffusers folder.
+"""
 
 import json
 from pathlib import Path
@@ -26,18 +28,30 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = ("file", "lora", "diffusers")
 FP8 = torch.float8_e4m3fn
 SCALED_FP8 = "scaled_fp8"
-"""The entry by which ComfyUI knows the format; two elements ask it to compute in 16 bits and only store in 8."""
+"""The entry by which ComfyUI knows the format; two elements ask it to compute in 16 bits and only store in 8.
+"""
 
 
-def export(source: Path, out: Path, form: str = "file", dtype: str = "bf16", base: str | None = None, ema: float | None = None) -> str:
+def export(
+    source: Path,
+    out: Path,
+    form: str = "file",
+    dtype: str = "bf16",
+    base: str | None = None,
+    ema: float | None = None,
+) -> str:
     """Write the generator at `source` (see `open_generator`) to `out`, and say what was written.
 
-    form: "file", "lora" (for one trained as a LoRA) or "diffusers"; dtype: "fp32", "fp16", "bf16", or for a file "fp8": linear layers of the
-    blocks in float8_e4m3fn with a scale each, the rest in bf16, as ComfyUI loads it.
-    Raises AptError for combinations that cannot be, and as `open_generator` and the writers of apt_core.loading.checkpoint do.
+    form: "file", "lora" (for one trained as a LoRA) or "diffusers"; dtype: "fp32", "fp16", "bf16", or for a
+    file "fp8": linear layers of the blocks in float8_e4m3fn with a scale each, the rest in bf16, as ComfyUI
+    loads it.
+    Raises AptError for combinations that cannot be, and as `open_generator` and the writers of
+    apt_core.loading.checkpoint do.
     """
     if form not in FORMS or dtype not in (*DTYPES, "fp8"):
-        raise AptError(f"--form {form} --dtype {dtype} cannot be: forms are {', '.join(FORMS)}, dtypes {', '.join(DTYPES)} and fp8.")
+        raise AptError(
+            f"--form {form} --dtype {dtype} cannot be: forms are {', '.join(FORMS)}, dtypes {', '.join(DTYPES)} and fp8."
+        )
     if dtype == "fp8" and form != "file":
         raise AptError(f"fp8 is for single files: use --form file, or --dtype bf16 with --form {form}.")
     if form != "diffusers" and out.suffix != ".safetensors":
@@ -47,7 +61,9 @@ def export(source: Path, out: Path, form: str = "file", dtype: str = "bf16", bas
     generator = open_generator(source, base, ema)
     kind = kind_of(generator.base or generator.model)
     if not kind.public:
-        raise AptError(f"{source} is {kind.words}, which neither ComfyUI nor diffusers know: use the file as it is, with this trainer.")
+        raise AptError(
+            f"{source} is {kind.words}, which neither ComfyUI nor diffusers know: use the file as it is, with this trainer."
+        )
     metadata = generator.metadata | {"kind": "generator"}
     if form == "lora":
         if generator.base is None:
@@ -81,11 +97,16 @@ def whole(generator: Generator) -> WanBackbone:
 
 
 def save_fp8(path: Path, model: WanBackbone, metadata: dict) -> None:
-    """One file in ComfyUI's scaled fp8: `X.weight` in float8_e4m3fn and `X.scale_weight` for every linear layer of the blocks, all else in bf16.
+    """One file in ComfyUI's scaled fp8: `X.weight` in float8_e4m3fn and `X.scale_weight` for every linear
+    layer of the blocks, all else in bf16.
 
     Raises AptError as `save_generator` does.
     """
-    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name.startswith("blocks.")}
+    linears = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith("blocks.")
+    }
     tensors: dict[str, Tensor] = {SCALED_FP8: torch.zeros(2, dtype=FP8)}
     for key, value in model.state_dict().items():
         official, (layer, _, leaf) = keys.transformer_to_official(key), key.rpartition(".")

@@ -1,4 +1,6 @@
-"""`generate`: prompts to videos or pictures, from any checkpoint of this project or a base model, on one process or many."""
+"""`generate`: prompts to videos or pictures, from any checkpoint of this project or a base model, on one
+process or many.
+"""
 
 import hashlib
 import json
@@ -27,9 +29,13 @@ from trainer.run.progress import console, stage_bar
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises AptError for a file that is not there, not text or empty."""
+    """The lines of a text file that are not empty. Raises AptError for a file that is not there, not text or
+    empty.
+    """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]  # no other character ends a line of a prompt
+        lines = [
+            line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")
+        ]  # no other character ends a line of a prompt
     except (OSError, UnicodeDecodeError):
         raise AptError(f"{path} cannot be read as UTF-8 text: give a file with one prompt a line.") from None
     if not any(lines):
@@ -38,35 +44,62 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def generate(
-    checkpoint: Path, request: Request, out: Path, files: Files, world: World = World(), ema: float | None = None, **options
+    checkpoint: Path,
+    request: Request,
+    out: Path,
+    files: Files,
+    world: World = World(),
+    ema: float | None = None,
+    **options,
 ) -> list[Path]:
-    """Write one file a sample into `out`, `NNNN-words-of-the-prompt-seedS-XXXXXX.mp4` (or .png), and return this process's.
+    """Write one file a sample into `out`, `NNNN-words-of-the-prompt-seedS-XXXXXX.mp4` (or .png), and return
+    this process's.
 
-    XXXXXX stands for all that the sample depends on (files, prompt, sizes, steps, ...): another request never takes the place of a file, and what is
-    there already is not made again.
-    files: the VAE and the text encoder, and the base of a LoRA. options: of OneStepPipeline. Sample number n is the same for any number of
-    processes: the `cp` processes of a row of the world make it together, rows take every dp-th one.
+    XXXXXX stands for all that the sample depends on (files, prompt, sizes, steps, ...): another request never
+    takes the place of a file, and what is there already is not made again.
+    files: the VAE and the text encoder, and the base of a LoRA. options: of OneStepPipeline. Sample number n
+    is the same for any number of processes: the `cp` processes of a row of the world make it together, rows
+    take every dp-th one.
     Raises AptError for files that do not fit the checkpoint, and for sizes that the model cannot make.
     """
     source = find_source(checkpoint, files.base, ema)
     pipe = OneStepPipeline.from_checkpoint(
-        source, files.vae, files.text_encoder, files.tokenizer, files.base,
-        device=world.device, group=world.cp_group if world.cp > 1 else None, **options,
-    )  # fmt: skip
+        source,
+        files.vae,
+        files.text_encoder,
+        files.tokenizer,
+        files.base,
+        device=world.device,
+        group=world.cp_group if world.cp > 1 else None,
+        **options,
+    )
     request = request.fitted(pipe.sources)
     if world.main:
-        pipe.embed(request)  # so that the others find it in the cache, and one encoder is loaded instead of many
+        pipe.embed(
+            request
+        )  # so that the others find it in the cache, and one encoder is loaded instead of many
     world.barrier()
     text = pipe.embed(request)
     mine = range(world.dp_rank, request.samples, world.dp)
     make_folder(out)
     common = _common(checkpoint, files, ema, options)
     paths = [out / _name(common, request, number) for number in range(request.samples)]
-    there = world.gather({number for number, path in enumerate(paths) if path.exists()})[0]  # as the first process sees it: partners must agree
+    there = world.gather({number for number, path in enumerate(paths) if path.exists()})[
+        0
+    ]  # as the first process sees it: partners must agree
     if there and world.main:
-        console.print(f"{len(there)} of {len(paths)} samples are in {out} already.", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{len(there)} of {len(paths)} samples are in {out} already.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     if pipe.approximate and world.main:
-        console.print(f"{pipe.sources.vae.name} stands in for the VAE: these pictures are near the VAE's own, not equal to them.", markup=False, highlight=False)
+        console.print(
+            f"{pipe.sources.vae.name} stands in for the VAE: these pictures are near the VAE's own, not equal to them.",
+            markup=False,
+            highlight=False,
+        )
     written = []
     with stage_bar("Sampling") as report:
         for done, number in enumerate(mine):
@@ -79,7 +112,9 @@ def generate(
 
 
 def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> TransformerSource | Path:
-    """What a pipeline starts from: a path as it is, a training state as a source of its own. Raises AptError as `open_generator` does."""
+    """What a pipeline starts from: a path as it is, a training state as a source of its own. Raises AptError
+    as `open_generator` does.
+    """
     path = resolve(checkpoint)
     if not is_state(path):
         if ema is not None:
@@ -103,10 +138,19 @@ def _common(checkpoint: Path, files: Files, ema: float | None, options: Mapping)
     def file(given: str | Path) -> list:
         path = Path(given)
         path = path / FACTS if is_state(path) else path
-        return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if given and path.exists() else [str(given)]
+        return (
+            [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+            if given and path.exists()
+            else [str(given)]
+        )
 
     looks = {name: str(value) for name, value in options.items() if name in ("fp8", "dtype", "tiny_decoder")}
-    return [file(resolve(checkpoint)), *(file(getattr(files, part)) for part in ("base", "vae", "text_encoder", "tokenizer")), ema, looks]
+    return [
+        file(resolve(checkpoint)),
+        *(file(getattr(files, part)) for part in ("base", "vae", "text_encoder", "tokenizer")),
+        ema,
+        looks,
+    ]
 
 
 def _name(common: list, request: Request, number: int) -> str:

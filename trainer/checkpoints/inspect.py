@@ -1,4 +1,6 @@
-"""`inspect`: what is in a checkpoint, an adapter, a VAE, a text encoder, a folder of shards or a training state, and whether it would load."""
+"""`inspect`: what is in a checkpoint, an adapter, a VAE, a text encoder, a folder of shards or a training
+state, and whether it would load.
+"""
 
 import json
 import math
@@ -27,11 +29,12 @@ from trainer.run.state import score_of
 
 
 def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str, str]:
-    """Facts about `path` by name, in the order to print them; "loads" is "yes", or the sentence that says why not.
+    """Facts about `path` by name, in the order to print them; "loads" is "yes", or the sentence that says why
+    not.
 
     deep: also read every weight, to find NaN and infinite ones. base: of a LoRA, the transformer to compare
-    it with ("mini" for the miniature's). Raises AptError when there is nothing at `path` that could be looked at,
-    and for a base with anything but a LoRA.
+    it with ("mini" for the miniature's). Raises AptError when there is nothing at `path` that could be looked
+    at, and for a base with anything but a LoRA.
     """
     if base is not None and not (path.is_file() and _what(read_header(path)) == "LoRA"):
         raise AptError(f"{path} is not a LoRA file: leave --base away.")
@@ -51,7 +54,11 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
         "dtypes": ", ".join(sorted(set(header.dtypes.values()))),
         "size": f"{path.stat().st_size / 2**30:.3f} GiB",
         **{name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in apt.items()},
-        **{name: value for name, value in header.metadata.items() if name.startswith("modelspec.") and len(value) < 200},
+        **{
+            name: value
+            for name, value in header.metadata.items()
+            if name.startswith("modelspec.") and len(value) < 200
+        },
     }
     return facts | _by_kind(path, header, deep, base)
 
@@ -91,7 +98,9 @@ def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[s
     if what.startswith("UMT5 text encoder"):
         if form_of(header) and (problem := _attempt(lambda: plain_header(path, header, EMBEDDINGS))) != "yes":
             return {"loads": problem}
-        return {"tokenizer": "inside" if TOKENIZER_KEY in header.shapes else "not inside: needs tokenizer=PATH"}
+        return {
+            "tokenizer": "inside" if TOKENIZER_KEY in header.shapes else "not inside: needs tokenizer=PATH"
+        }
     if what == "LoRA":
         return _lora(path, deep, base)
     try:
@@ -99,7 +108,11 @@ def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[s
         plain_header(path, header)
     except AptError as error:
         return {"loads": f"no: {error}"}
-    return {"loads": _attempt(lambda: check_finite(path, read_tensors(path, floats_only=False)[0]))} if deep else {}
+    return (
+        {"loads": _attempt(lambda: check_finite(path, read_tensors(path, floats_only=False)[0]))}
+        if deep
+        else {}
+    )
 
 
 def _lora(path: Path, deep: bool, base: str | None) -> dict[str, str]:
@@ -146,7 +159,9 @@ def _config_or_reason(path: Path) -> dict | str:
 def _numbers(config: dict) -> dict[str, str]:
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     channels = f"{config['in_channels']} latent channels, text of width {config['text_dim']}"
-    return {"shape": f"{config['num_layers']} blocks, {heads} heads x {dim} = width {heads * dim}, ffn {config['ffn_dim']}, {channels}"}
+    return {
+        "shape": f"{config['num_layers']} blocks, {heads} heads x {dim} = width {heads * dim}, ffn {config['ffn_dim']}, {channels}"
+    }
 
 
 def _loads(path: Path, deep: bool) -> str:
@@ -168,9 +183,16 @@ def _shards(path: Path) -> dict[str, str]:
             data = ShardDataset(path, kind)
         except AptError as error:
             return facts | {"loads": f"no: {error}"}
-        buckets = ", ".join(f"{len(places)} of {'x'.join(map(str, bucket))}" for bucket, places in data.buckets.items())
+        buckets = ", ".join(
+            f"{len(places)} of {'x'.join(map(str, bucket))}" for bucket, places in data.buckets.items()
+        )
         facts |= {f"{kind}s": f"{len(data)}{f' ({buckets})' if buckets else ''}"}
-    return facts | {"vae": json.dumps(data.vae), "text": f"width {data.text_dim}, length {data.text_length}", "fps": f"{data.fps:g}", "loads": "yes"}
+    return facts | {
+        "vae": json.dumps(data.vae),
+        "text": f"width {data.text_dim}, length {data.text_length}",
+        "fps": f"{data.fps:g}",
+        "loads": "yes",
+    }
 
 
 def _state(path: Path, deep: bool) -> dict[str, str]:
@@ -180,10 +202,20 @@ def _state(path: Path, deep: bool) -> dict[str, str]:
         base_of(path, state.about)
     except AptError as error:
         return what | {"loads": f"no: {error}"}
-    judged = {} if (score := score_of(path)) is None else {"judged": f"{score:.4g} (the lower the better, within this run)"}
+    judged = (
+        {}
+        if (score := score_of(path)) is None
+        else {"judged": f"{score:.4g} (the lower the better, within this run)"}
+    )
     parts: dict[str, int] = {}
     for name in state.names(""):
         part = name.partition("/")[0]
         parts[part] = parts.get(part, 0) + state.numel(name)
     numbers = {f"numbers in {part}": f"{count:,}" for part, count in sorted(parts.items())}
-    return what | {"update": str(state.facts["update"]), **judged, "of": json.dumps(state.identity), **numbers, "loads": "yes"}
+    return what | {
+        "update": str(state.facts["update"]),
+        **judged,
+        "of": json.dumps(state.identity),
+        **numbers,
+        "loads": "yes",
+    }

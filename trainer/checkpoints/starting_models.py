@@ -1,4 +1,6 @@
-"""The models that a run starts from, from where people have them: a diffusers folder, or the single files of ComfyUI. Never a download."""
+"""The models that a run starts from, from where people have them: a diffusers folder, or the single files of
+ComfyUI. Never a download.
+"""
 
 from pathlib import Path
 
@@ -24,7 +26,9 @@ RANDOM = "random"  # a backbone of which no weights are public may start from no
 
 
 def locate(files: Files, part: str) -> Path:
-    """Where the `base`, `vae` or `text_encoder` of a preset lies. Raises AptError when it is not given or not there."""
+    """Where the `base`, `vae` or `text_encoder` of a preset lies. Raises AptError when it is not given or not
+    there.
+    """
     return find_part(part, getattr(files, part))
 
 
@@ -36,7 +40,9 @@ def with_defaults(checkpoint: Path, base: str, vae: str, text_encoder: str, toke
     elif (checkpoint.parent / ABOUT).is_file():
         metadata = read_about(checkpoint.parent)["metadata"]
     shipped = MINI if metadata.get("base") == MINI or MINI in (base, vae, text_encoder) else ""
-    return Files(base=base or shipped, vae=vae or shipped, text_encoder=text_encoder or shipped, tokenizer=tokenizer)
+    return Files(
+        base=base or shipped, vae=vae or shipped, text_encoder=text_encoder or shipped, tokenizer=tokenizer
+    )
 
 
 def find_base(preset: Preset) -> Path:
@@ -50,28 +56,48 @@ def find_base(preset: Preset) -> Path:
 
 
 def check_base(path: Path, model: Model, name: str) -> None:
-    """Raises AptError when the transformer at `path` has not the shape of `model`, which preset `name` is for."""
+    """Raises AptError when the transformer at `path` has not the shape of `model`, which preset `name` is
+    for.
+    """
     kind = kind_of_file(path)
     if kind.name != model.kind:
-        raise AptError(f"base {path} is {kind.words}, which preset {name} is not for: give a base of its kind.")
+        raise AptError(
+            f"base {path} is {kind.words}, which preset {name} is not for: give a base of its kind."
+        )
     if path.is_file() and (form := form_of(read_header(path))):
-        raise AptError(f"base {path} is in {form}, too coarse to train from: give the model in fp32, bf16 or fp16.")
+        raise AptError(
+            f"base {path} is in {form}, too coarse to train from: give the model in fp32, bf16 or fp16."
+        )
     config = kind.config(path)
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     found = {
-        "blocks": config["num_layers"], "heads": heads, "width": heads * head_dim, "ffn": config.get("ffn_dim", 4 * heads * head_dim),
-        "channels": config["in_channels"], "text width": config["text_dim"],
-    }  # fmt: skip
+        "blocks": config["num_layers"],
+        "heads": heads,
+        "width": heads * head_dim,
+        "ffn": config.get("ffn_dim", 4 * heads * head_dim),
+        "channels": config["in_channels"],
+        "text width": config["text_dim"],
+    }
     wanted = {
-        "blocks": model.layers, "heads": model.heads, "width": model.width, "ffn": model.ffn,
-        "channels": model.channels, "text width": model.text_dim,
-    }  # fmt: skip
-    if wrong := [f"{key} {found[key]} instead of {wanted[key]}" for key in wanted if found[key] != wanted[key]]:
-        raise AptError(f"base {path} is not the model of preset {name} ({', '.join(wrong)}): give that model, or the preset of this one.")
+        "blocks": model.layers,
+        "heads": model.heads,
+        "width": model.width,
+        "ffn": model.ffn,
+        "channels": model.channels,
+        "text width": model.text_dim,
+    }
+    if wrong := [
+        f"{key} {found[key]} instead of {wanted[key]}" for key in wanted if found[key] != wanted[key]
+    ]:
+        raise AptError(
+            f"base {path} is not the model of preset {name} ({', '.join(wrong)}): give that model, or the preset of this one."
+        )
 
 
 def write_random_base(path: Path, preset: Preset) -> None:
-    """An untrained backbone of the preset's shape, the same each time. Raises AptError for a kind with public weights, which are better."""
+    """An untrained backbone of the preset's shape, the same each time. Raises AptError for a kind with public
+    weights, which are better.
+    """
     model, kind = preset.model, kind_named(preset.model.kind)
     if kind.public:
         raise AptError(
@@ -91,7 +117,9 @@ def build(model: Model) -> nn.Module:
 
 
 def describe_state(folder: Path, base: Path, metadata: dict, lora: tuple[int, float | None] | None) -> None:
-    """Write beside the training states of a stage what an export of them needs: the base, the metadata, and (rank, alpha) of a LoRA."""
+    """Write beside the training states of a stage what an export of them needs: the base, the metadata, and
+    (rank, alpha) of a LoRA.
+    """
     write_json(folder / ABOUT, {"base": str(base.resolve()), "metadata": metadata, "lora": lora})
 
 
@@ -100,17 +128,28 @@ def read_about(folder: Path) -> dict:
     remedy = f"give a whole training state that the trainer wrote, with its {ABOUT} beside it"
     about = read_object(folder / ABOUT, remedy)
     lora = about.get("lora")
-    if not isinstance(about.get("base"), str) or not isinstance(about.get("metadata"), dict) or not (lora is None or _is_lora(lora)):
+    if (
+        not isinstance(about.get("base"), str)
+        or not isinstance(about.get("metadata"), dict)
+        or not (lora is None or _is_lora(lora))
+    ):
         raise AptError(f"{folder / ABOUT} is damaged: {remedy}.")
     return about
 
 
 def _is_lora(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int) and isinstance(value[1], float | int | None)
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], int)
+        and isinstance(value[1], float | int | None)
+    )
 
 
 def open_vae(files: Files):
-    """The VAE of a preset, fp32 and frozen. Raises AptError as `locate` and `apt_core.models.vae.load_vae` do."""
+    """The VAE of a preset, fp32 and frozen. Raises AptError as `locate` and `apt_core.models.vae.load_vae`
+    do.
+    """
     return load_vae(locate(files, "vae"))
 
 

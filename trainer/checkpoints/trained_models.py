@@ -1,4 +1,6 @@
-"""A generator from whatever a run leaves: a checkpoint file, a LoRA file, a diffusers folder, a training state, or the run's folder itself."""
+"""A generator from whatever a run leaves: a checkpoint file, a LoRA file, a diffusers folder, a training
+state, or the run's folder itself.
+"""
 
 import math
 from collections.abc import Mapping
@@ -33,8 +35,10 @@ ROLE = "generator"
 
 @dataclass
 class Generator:
-    """model: callable as a backbone, fp32, on the CPU, with its whole weights; base: what its adapters lie on, for one trained as a LoRA;
-    metadata: the `apt` object. A LoRA of other layers than our trainer's is added to the weights: no base."""
+    """model: callable as a backbone, fp32, on the CPU, with its whole weights; base: what its adapters lie
+    on, for one trained as a LoRA; metadata: the `apt` object. A LoRA of other layers than our trainer's is
+    added to the weights: no base.
+    """
 
     model: nn.Module
     base: nn.Module | None
@@ -44,15 +48,19 @@ class Generator:
 def open_generator(path: str | Path, base: str | Path | None = None, ema: float | None = None) -> Generator:
     """The generator at `path`.
 
-    base: the transformer that a LoRA file belongs to, or where that of a training state is now. ema: of a training state, which average; by default the first, 0 is the raw weights.
+    base: the transformer that a LoRA file belongs to, or where that of a training state is now. ema: of a
+    training state, which average; by default the first, 0 is the raw weights.
     Of a run's folder the last finished stage is taken, of a folder of states the newest.
-    Raises AptError for anything that cannot be used: see `load_transformer`; a LoRA without its base; an average that was not kept.
+    Raises AptError for anything that cannot be used: see `load_transformer`; a LoRA without its base; an
+    average that was not kept.
     """
     path = resolve(Path(path))
     if is_state(path):
         return _from_state(path, ema, base)
     if ema is not None:
-        raise AptError(f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema away.")
+        raise AptError(
+            f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema away."
+        )
     if path.is_dir():
         metadata = read_folder_metadata(path)
         return Generator(load_transformer(path), None, metadata)
@@ -83,15 +91,21 @@ def _like_ours(lora: LoraFile, base: Path) -> bool:
 
 
 def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The module on a device and in a dtype, all of it: diffusers' own `to` warns of parts that it keeps in fp32 elsewhere."""
+    """The module on a device and in a dtype, all of it: diffusers' own `to` warns of parts that it keeps in
+    fp32 elsewhere.
+    """
     return nn.Module.to(module, device, dtype)
 
 
 def base_of(state: Path, about: Mapping, given: str | Path | None = None) -> Path:
-    """The transformer that a training state began from: the one that is given, else where it lay then. Raises AptError when it is not there."""
+    """The transformer that a training state began from: the one that is given, else where it lay then. Raises
+    AptError when it is not there.
+    """
     path = locate(Files(base=str(given)), "base") if given else Path(about["base"])
     if not path.exists():
-        raise AptError(f"{state} was trained from {path}, which is not there any more: add --base PATH of where it is now.")
+        raise AptError(
+            f"{state} was trained from {path}, which is not there any more: add --base PATH of where it is now."
+        )
     return path
 
 
@@ -100,28 +114,36 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise AptError(f"{path} does not hold the weights of its network ({' '.join(str(error).split())[:200]}): {REMEDY}.") from None
+        raise AptError(
+            f"{path} does not hold the weights of its network ({' '.join(str(error).split())[:200]}): {REMEDY}."
+        ) from None
 
 
 def open_discriminator(path: str | Path, base: str | Path | None = None) -> tuple[Discriminator, dict]:
-    """The discriminator of a training state of stage 2, fp32 on the CPU, and the run's identity (phase, shift, ...).
+    """The discriminator of a training state of stage 2, fp32 on the CPU, and the run's identity (phase,
+    shift, ...).
 
     Raises AptError for anything but such a state, and for a state of stage 1, which has none.
     """
     state = State(resolve(Path(path)))
     if not state.names("discriminator.weights/"):
-        raise AptError(f"{state.path} has no discriminator: give a training state of stage 2 (states/image/step-... or states/video/step-...).")
+        raise AptError(
+            f"{state.path} has no discriminator: give a training state of stage 2 (states/image/step-... or states/video/step-...)."
+        )
     backbone = load_backbone(base_of(state.path, state.about, base))
     if state.about["lora"]:
         rank, alpha = state.about["lora"]
         backbone = role(add_adapters(backbone, ("discriminator",), rank, alpha), "discriminator")
-    model = make_discriminator(backbone, state.identity.get("taps", PAPER_FRACTIONS), state.identity.get("head_width"))
+    model = make_discriminator(
+        backbone, state.identity.get("taps", PAPER_FRACTIONS), state.identity.get("head_width")
+    )
     fill(model, state.tensors("discriminator.weights/"), state.path)
     return model.eval().requires_grad_(False), state.identity
 
 
 class State:
-    """A training state as a reader sees it: `about` of the stage, `facts` of the moment, and tensors by the beginning of their names.
+    """A training state as a reader sees it: `about` of the stage, `facts` of the moment, and tensors by the
+    beginning of their names.
 
     Raises AptError for a folder that is not a whole state.
     """
@@ -134,9 +156,11 @@ class State:
         self.identity, self._digests = self.facts.get("identity"), self.facts.get("files", {})
         wanted = {"ema_decay": float | int, "phase": str}
         if (
-            not isinstance(self.identity, dict) or not isinstance(self._digests, dict) or not isinstance(self.facts.get("update"), int)
+            not isinstance(self.identity, dict)
+            or not isinstance(self._digests, dict)
+            or not isinstance(self.facts.get("update"), int)
             or not all(isinstance(self.identity.get(name), kind) for name, kind in wanted.items())
-        ):  # fmt: skip
+        ):
             raise AptError(f"{path / FACTS} is damaged: {remedy}.")
         if check:
             check_digests(path, self._digests, sorted(self._digests))
@@ -152,11 +176,16 @@ class State:
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Those whose names begin so, by the rest of their names."""
-        tensors = {name: torch.empty(self._entries[name].size, dtype=self._entries[name].properties.dtype) for name in self.names(prefix)}
+        tensors = {
+            name: torch.empty(self._entries[name].size, dtype=self._entries[name].properties.dtype)
+            for name in self.names(prefix)
+        }
         try:
             dcp.load(tensors, storage_reader=StateReader(self.path), no_dist=True)
         except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
-            raise AptError(f"{self.path} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}.") from None
+            raise AptError(
+                f"{self.path} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}."
+            ) from None
         return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
@@ -164,15 +193,26 @@ def _from_state(path: Path, ema: float | None, given: str | Path | None) -> Gene
     state = State(path)
     about, facts = state.about, state.facts
     network = "student" if state.names("student.") else "generator"
-    decays = sorted({name.split("/")[0].removeprefix("averages.") for name in state.names("averages.")}, key=float)
+    decays = sorted(
+        {name.split("/")[0].removeprefix("averages.") for name in state.names("averages.")}, key=float
+    )
     first = f"{facts['identity']['ema_decay']:g}"
     wanted = first if ema is None else f"{ema:g}"
     if ema != 0 and wanted not in decays:
-        raise AptError(f"{path} has no average of decay {wanted}: it has {', '.join(decays)}, and 0 for the raw weights.")
+        raise AptError(
+            f"{path} has no average of decay {wanted}: it has {', '.join(decays)}, and 0 for the raw weights."
+        )
     weights = state.tensors(f"{network}.weights/" if ema == 0 else f"averages.{wanted}/")
-    metadata = about["metadata"] | {"kind": "generator", "phase": facts["identity"]["phase"], "updates": facts["update"], "ema": float(wanted)}
+    metadata = about["metadata"] | {
+        "kind": "generator",
+        "phase": facts["identity"]["phase"],
+        "updates": facts["update"],
+        "ema": float(wanted),
+    }
     if ema != 0:
-        metadata["ema_warmup"] = facts["identity"].get("ema_warmup", 10)  # what it was before it was a setting
+        metadata["ema_warmup"] = facts["identity"].get(
+            "ema_warmup", 10
+        )  # what it was before it was a setting
 
     base = load_backbone(base_of(path, about, given))
     if about["lora"] is None:

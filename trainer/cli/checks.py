@@ -15,28 +15,50 @@ def check_parts(preset: Preset, vae, text: TextEncoder) -> None:
     """Raises AptError when the VAE or the text encoder does not belong to the preset's model."""
     model = preset.model
     if vae.config.z_dim != model.channels:
-        raise AptError(f"vae {preset.files.vae} has {vae.config.z_dim} channels, but {preset.name} needs {model.channels} (Wan {model.vae}'s VAE).")
+        raise AptError(
+            f"vae {preset.files.vae} has {vae.config.z_dim} channels, but {preset.name} needs {model.channels} (Wan {model.vae}'s VAE)."
+        )
     if text.dim != model.text_dim:
-        raise AptError(f"text_encoder {preset.files.text_encoder} has width {text.dim}, but {preset.name} needs {model.text_dim}: give the one of this model.")
+        raise AptError(
+            f"text_encoder {preset.files.text_encoder} has width {text.dim}, but {preset.name} needs {model.text_dim}: give the one of this model."
+        )
 
 
 def check_shards(batches: Batches, preset: Preset, folder: Path, world: World) -> None:
-    """Raises AptError when shards were made for another model, or with another VAE or text encoder than the ones that are given."""
+    """Raises AptError when shards were made for another model, or with another VAE or text encoder than the
+    ones that are given.
+    """
     model, data = preset.model, next(iter(batches.datasets.values()))
     facts = {
-        "latent channels": (data.vae["channels"], model.channels), "VAE stride": (tuple(data.vae["stride"]), model.stride),
-        "text width": (data.text_dim, model.text_dim), "text length": (data.text_length, model.text_length),
-    }  # fmt: skip
+        "latent channels": (data.vae["channels"], model.channels),
+        "VAE stride": (tuple(data.vae["stride"]), model.stride),
+        "text width": (data.text_dim, model.text_dim),
+        "text length": (data.text_length, model.text_length),
+    }
     for what, (found, wanted) in facts.items():
         if found != wanted:
-            raise AptError(f"{folder} has {what} {found}, but {preset.name} needs {wanted}: precompute the shards for this model.")
+            raise AptError(
+                f"{folder} has {what} {found}, but {preset.name} needs {wanted}: precompute the shards for this model."
+            )
     for kind, dataset in batches.datasets.items():
         if odd := [bucket for bucket in dataset.buckets if bucket[2] % 2 or bucket[3] % 2]:
-            raise AptError(f"{folder} has {kind}s with latents of {odd[0][3]}x{odd[0][2]}, which patches of 2x2 do not fill: precompute them again.")
-    made = {"vae": lambda: open_vae(preset.files), "text_encoder": lambda: open_text_encoder(preset.files, model.text_length)}
+            raise AptError(
+                f"{folder} has {kind}s with latents of {odd[0][3]}x{odd[0][2]}, which patches of 2x2 do not fill: precompute them again."
+            )
+    made = {
+        "vae": lambda: open_vae(preset.files),
+        "text_encoder": lambda: open_text_encoder(preset.files, model.text_length),
+    }
     other = ""
     if world.main:  # eight text encoders at once would not fit a machine's memory
-        wrong = (part for part in made if getattr(preset.files, part) and fingerprint(made[part]()) != data.settings[part.replace("_", " ")])
+        wrong = (
+            part
+            for part in made
+            if getattr(preset.files, part)
+            and fingerprint(made[part]()) != data.settings[part.replace("_", " ")]
+        )
         other = next(wrong, "")
     if other := world.gather(other)[0]:
-        raise AptError(f"{folder} was made with another {other} than {getattr(preset.files, other)}: precompute again with this one, or give that one.")
+        raise AptError(
+            f"{folder} was made with another {other} than {getattr(preset.files, other)}: precompute again with this one, or give that one."
+        )

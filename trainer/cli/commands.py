@@ -1,7 +1,8 @@
 """What the commands do in the folder of a run.
 
-It holds `latents` (shards), `distilled.safetensors`, `apt-image.safetensors` and `apt-NAME.safetensors` (of the video phase),
-`states/STAGE` with the training states, and `log/STAGE` with history.csv and TensorBoard's files. The demo's is such a folder too.
+It holds `latents` (shards), `distilled.safetensors`, `apt-image.safetensors` and `apt-NAME.safetensors` (of
+the video phase), `states/STAGE` with the training states, and `log/STAGE` with history.csv and TensorBoard's
+files. The demo's is such a folder too.
 """
 
 import sys
@@ -47,20 +48,39 @@ from trainer.stages.samples import Samples
 
 
 def run_precompute(
-    preset: Preset, data: Path | None, out: Path, *, kinds: Sequence[str] = ("image", "video"), skip_bad=False, truncate_captions=False,
+    preset: Preset,
+    data: Path | None,
+    out: Path,
+    *,
+    kinds: Sequence[str] = ("image", "video"),
+    skip_bad=False,
+    truncate_captions=False,
     seed: int = 0,
-) -> Report:  # fmt: skip
-    """Encode `data` (for the miniature: drawn clips, unless given) into `out`/latents, on all processes of the run."""
+) -> Report:
+    """Encode `data` (for the miniature: drawn clips, unless given) into `out`/latents, on all processes of
+    the run.
+    """
     device = pick_device(preset.train.device)
     with connect(device, patience=timedelta(days=30)) as world:
         return _precompute(preset, data, out, kinds, skip_bad, truncate_captions, seed, world)
 
 
-def _precompute(preset: Preset, data: Path | None, out: Path, kinds, skip_bad: bool, truncate_captions: bool, seed: int, world: World) -> Report:
+def _precompute(
+    preset: Preset,
+    data: Path | None,
+    out: Path,
+    kinds,
+    skip_bad: bool,
+    truncate_captions: bool,
+    seed: int,
+    world: World,
+) -> Report:
     size, folder = preset.data, data
     if data is None:
         if preset.files.base != MINI or (size.height, size.width) != (SIZE, SIZE):
-            raise AptError(f"data is not given, and only the miniature ({SIZE}x{SIZE}) draws its own: add --data FOLDER of captioned clips and images.")
+            raise AptError(
+                f"data is not given, and only the miniature ({SIZE}x{SIZE}) draws its own: add --data FOLDER of captioned clips and images."
+            )
         folder = out / "data"
         if world.main:
             with stage_bar("Drawing clips") as report:
@@ -72,12 +92,28 @@ def _precompute(preset: Preset, data: Path | None, out: Path, kinds, skip_bad: b
     large = preset.files.base != MINI
     with progress("Encoding", world) as report:
         made = precompute(
-            folder, out / LATENTS, vae, text, height=size.height, width=size.width, frames=size.frames, fps=size.fps, kinds=kinds,
-            image_height=size.image_height, image_width=size.image_width, aspects=size.aspects, shorter=size.shorter,
-            clips_per_file=size.clips_per_file, skip_bad=skip_bad, truncate_captions=truncate_captions, progress=report, world=world,
-            batch=1 if large else 8, dtype=torch.bfloat16 if large else torch.float32,
+            folder,
+            out / LATENTS,
+            vae,
+            text,
+            height=size.height,
+            width=size.width,
+            frames=size.frames,
+            fps=size.fps,
+            kinds=kinds,
+            image_height=size.image_height,
+            image_width=size.image_width,
+            aspects=size.aspects,
+            shorter=size.shorter,
+            clips_per_file=size.clips_per_file,
+            skip_bad=skip_bad,
+            truncate_captions=truncate_captions,
+            progress=report,
+            world=world,
+            batch=1 if large else 8,
+            dtype=torch.bfloat16 if large else torch.float32,
             prompts=(preset.sampling.negative_prompt, *preset.sampling.prompts),
-        )  # fmt: skip
+        )
     if world.main:
         tell_precomputed(made, out / LATENTS)
     return made
@@ -88,7 +124,9 @@ def run_distill(preset: Preset, out: Path, *, seed: int = 0, shards: Path | None
     plan = make_plan(preset, "distill", out, seed=seed, shards=shards)
     with _ready(plan) as (world, batches, options):
         with progress("Stage 1: distill", world) as bar, monitor(plan, world, bar) as report:
-            return distill(plan.base, batches, preset, plan.result, seed=seed, world=world, report=report, **options)
+            return distill(
+                plan.base, batches, preset, plan.result, seed=seed, world=world, report=report, **options
+            )
 
 
 def run_adversarial(
@@ -101,7 +139,8 @@ def run_adversarial(
     seed: int = 0,
     shards: Path | None = None,
 ) -> list[dict]:
-    """One phase of stage 2: the generator goes on from `start`, by default the stage before it, the discriminator from the base.
+    """One phase of stage 2: the generator goes on from `start`, by default the stage before it, the
+    discriminator from the base.
 
     Returns the history. Raises AptError as `make_plan`, `find_start` and `adversarial`.
     """
@@ -111,11 +150,22 @@ def run_adversarial(
             raise AptError(f"the shards hold no {phase}s: run precompute on some, or train the other phase.")
         begin = start or find_start(plan)
         if begin == plan.base and not start and world.main:
-            say(f"{out} holds no stage before: the generator starts from the base itself, which is worse; run distill first.")
+            say(
+                f"{out} holds no stage before: the generator starts from the base itself, which is worse; run distill first."
+            )
         options |= {"watch_every": preset.train.watch_every, "head_width": preset.train.head_width}
         with progress(f"Stage 2: {phase}s", world) as bar, monitor(plan, world, bar) as report:
             return adversarial(
-                phase, begin, plan.base, batches, plan.settings, plan.result, seed=seed, world=world, report=report, **options
+                phase,
+                begin,
+                plan.base,
+                batches,
+                plan.settings,
+                plan.result,
+                seed=seed,
+                world=world,
+                report=report,
+                **options,
             )
 
 
@@ -123,12 +173,18 @@ def run_adversarial(
 def _ready(plan: Plan) -> Iterator[tuple[World, Batches, dict]]:
     """The processes, the data, and the options that both trainings take; tells how it ended."""
     preset, train = plan.preset, plan.preset.train
-    with connect(plan.device, context_parallel=train.context_parallel, sharded=plan.parallel.sharded) as world:
+    with connect(
+        plan.device, context_parallel=train.context_parallel, sharded=plan.parallel.sharded
+    ) as world:
         if preset.files.base == RANDOM and not plan.base.exists():
             if world.main:
                 write_random_base(plan.base, preset)
             world.barrier()
-        if plan.shards == plan.out / LATENTS and preset.files.base == MINI and not (plan.shards / INDEX).exists():
+        if (
+            plan.shards == plan.out / LATENTS
+            and preset.files.base == MINI
+            and not (plan.shards / INDEX).exists()
+        ):
             _precompute(preset, None, plan.out, ("image", "video"), False, False, plan.seed, world)
         batches = Batches(plan.shards, _embedder(preset, plan.shards), plan.seed, preset.data.held_out)
         check_shards(batches, preset, plan.shards, world)
@@ -152,7 +208,9 @@ def _options(plan: Plan, batches: Batches, world: World) -> dict:
     train, kind = plan.preset.train, batches.available(plan.kind)
     metadata = plan.metadata(kind)
     lora = (train.lora_rank, train.lora_alpha) if plan.lora else None
-    describe = partial(describe_state, plan.states, plan.base, metadata, lora)  # not before the folder is known to be this run's
+    describe = partial(
+        describe_state, plan.states, plan.base, metadata, lora
+    )  # not before the folder is known to be this run's
     judge = None
     if train.save_every and train.keep_best and train.judge_samples:
         judge = LatentJudge(batches, kind, train.judge_samples, plan.seed, world)
@@ -161,7 +219,9 @@ def _options(plan: Plan, batches: Batches, world: World) -> dict:
         "parallel": plan.parallel,
         "lora": plan.lora,
         "ema_decays": plan.ema_decays,
-        "keep": Keep(plan.states, train.save_every, train.keep_last, train.keep_best, judge, describe) if train.save_every else None,
+        "keep": Keep(plan.states, train.save_every, train.keep_last, train.keep_best, judge, describe)
+        if train.save_every
+        else None,
         "samples": _samples(plan, kind, batches, world) if train.sample_every else None,
         "load": load_backbone,
     }
@@ -170,12 +230,18 @@ def _options(plan: Plan, batches: Batches, world: World) -> dict:
 def _embedder(preset: Preset, folder: Path):
     """For prompts: those encoded with the shards; the miniature's text encoder is at hand anyway."""
     stored = (folder / PROMPTS).exists() and preset.files.text_encoder != MINI
-    return Prompts(folder) if stored or not preset.files.text_encoder else open_text_encoder(preset.files, preset.model.text_length)
+    return (
+        Prompts(folder)
+        if stored or not preset.files.text_encoder
+        else open_text_encoder(preset.files, preset.model.text_length)
+    )
 
 
 def _samples(plan: Plan, kind: str, batches: Batches, world: World) -> Samples:
     preset = plan.preset
-    prompts = list(preset.sampling.prompts) or [sample.caption for sample in batches.datasets[kind].samples[:4]]
+    prompts = list(preset.sampling.prompts) or [
+        sample.caption for sample in batches.datasets[kind].samples[:4]
+    ]
     vae = open_vae(preset.files).to(world.device) if world.main else None
 
     @torch.no_grad()

@@ -1,4 +1,6 @@
-"""`--dry-run`: the account of a stage for a machine, and the nearest settings that fit where the wanted ones do not."""
+"""`--dry-run`: the account of a stage for a machine, and the nearest settings that fit where the wanted ones
+do not.
+"""
 
 from itertools import combinations
 
@@ -15,17 +17,31 @@ MOST_GPUS = 4096
 
 
 def check_fit(preset: Preset, stage: str, variant: str | None, machine: Machine) -> Account:
-    """The account, if it fits. Raises AptError with the nearest settings that would, when the memory of the GPUs cannot hold it."""
+    """The account, if it fits. Raises AptError with the nearest settings that would, when the memory of the
+    GPUs cannot hold it.
+    """
     needed = account(preset, stage, variant, machine.gpus)
     if needed.bytes <= machine.usable:
         return needed
-    ways = [way for way in (_by_settings(preset, stage, variant, machine), _by_gpus(preset, stage, variant, machine)) if way]
-    has = f"{machine.gpus} x {machine.memory / GIB:.0f} GiB" if machine.gpus > 1 else f"{machine.memory / GIB:.0f} GiB"
+    ways = [
+        way
+        for way in (_by_settings(preset, stage, variant, machine), _by_gpus(preset, stage, variant, machine))
+        if way
+    ]
+    has = (
+        f"{machine.gpus} x {machine.memory / GIB:.0f} GiB"
+        if machine.gpus > 1
+        else f"{machine.memory / GIB:.0f} GiB"
+    )
     what = f"{preset.name}, {'stage 1' if stage == 'distill' else stage + ' phase'}"
-    raise AptError(f"{what}, needs {needed.bytes / GIB:.1f} GiB on each GPU, which {has} cannot hold: {' or '.join(ways) or 'take larger GPUs'}.")
+    raise AptError(
+        f"{what}, needs {needed.bytes / GIB:.1f} GiB on each GPU, which {has} cannot hold: {' or '.join(ways) or 'take larger GPUs'}."
+    )
 
 
-def show_account(preset: Preset, stage: str, variant: str | None, machine: Machine, attention: str = "") -> None:
+def show_account(
+    preset: Preset, stage: str, variant: str | None, machine: Machine, attention: str = ""
+) -> None:
     """Print the account of a stage, whether it fits or not, and the attention backend where it is known.
 
     Raises AptError as `check_fit` does, after printing.
@@ -33,7 +49,9 @@ def show_account(preset: Preset, stage: str, variant: str | None, machine: Machi
     needed = account(preset, stage, variant, machine.gpus)
     kinds = ("image", "video") if stage == "distill" else (stage,)
     recipe = "" if stage == "distill" else f" ({variant or preset.variant})"
-    table = Table(title=f"{preset.name}, {stage}{recipe}, {preset.train.mode}", title_justify="left", box=None)
+    table = Table(
+        title=f"{preset.name}, {stage}{recipe}, {preset.train.mode}", title_justify="left", box=None
+    )
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", overflow="fold")
     table.add_row("machine", f"{machine.gpus} x {machine.name}")
@@ -52,10 +70,16 @@ def show_account(preset: Preset, stage: str, variant: str | None, machine: Machi
     table.add_row("updates", f"{needed.updates:,}")
     per_hour = 3600 * machine.gpus * machine.speed / needed.flops
     table.add_row("updates per hour, at half of the peak", f"{per_hour:.3g}")
-    table.add_row("hours in all", f"{needed.updates / per_hour:.3g} ({needed.gpu_hours(machine.speed):.3g} GPU-hours)")
+    table.add_row(
+        "hours in all", f"{needed.updates / per_hour:.3g} ({needed.gpu_hours(machine.speed):.3g} GPU-hours)"
+    )
     console.print(table)
     check_fit(preset, stage, variant, machine)
-    console.print(f"It fits: {needed.bytes / GIB:.1f} of {machine.usable / GIB:.1f} GiB that a run can use on each GPU.", markup=False, highlight=False)
+    console.print(
+        f"It fits: {needed.bytes / GIB:.1f} of {machine.usable / GIB:.1f} GiB that a run can use on each GPU.",
+        markup=False,
+        highlight=False,
+    )
 
 
 def _by_settings(preset: Preset, stage: str, variant: str | None, machine: Machine) -> str | None:
@@ -66,7 +90,9 @@ def _by_settings(preset: Preset, stage: str, variant: str | None, machine: Machi
         changes = [change for _, changes in group for change in changes]
         if len({change.partition("=")[0] for change in changes}) < len(changes):
             continue
-        changed = Preset.model_validate(apply(preset.model_dump(), changes, known_names(Preset, preset.model_dump()), ()))
+        changed = Preset.model_validate(
+            apply(preset.model_dump(), changes, known_names(Preset, preset.model_dump()), ())
+        )
         needed = account(changed, stage, variant, machine.gpus)
         if needed.bytes <= machine.usable:
             return f"add {' '.join(changes)} ({needed.bytes / GIB:.1f} GiB)"
@@ -84,10 +110,19 @@ def _changes(preset: Preset, stage: str, variant: str | None, gpus: int) -> list
 
     if stage != "distill":
         phase = f"stage2.{variant or preset.variant}.{stage}"
-        offer(1, getattr(preset.phases(variant or preset.variant), stage).discriminator_step != "two_pass", f"{phase}.discriminator_step=two_pass")
+        offer(
+            1,
+            getattr(preset.phases(variant or preset.variant), stage).discriminator_step != "two_pass",
+            f"{phase}.discriminator_step=two_pass",
+        )
     offer(1, train.checkpointing == "none", "train.checkpointing=blocks")
     offer(1, train.microbatch != 1, "train.microbatch=1")
-    offer(1, 2 in (train.generator_zero, train.discriminator_zero), "train.generator_zero=3", "train.discriminator_zero=3")
+    offer(
+        1,
+        2 in (train.generator_zero, train.discriminator_zero),
+        "train.generator_zero=3",
+        "train.discriminator_zero=3",
+    )
     offer(1, gpus > 1 and not train.sync_every_microbatch, "train.sync_every_microbatch=true")
     offer(2, bool(train.ema_decays), "train.ema_decays=[]")
     offer(2, train.checkpointing != "offload", "train.checkpointing=offload")
@@ -108,7 +143,9 @@ def _changes(preset: Preset, stage: str, variant: str | None, gpus: int) -> list
 
 def _splits(preset: Preset, stage: str, variant: str | None, gpus: int) -> list[int]:
     def splits(cp: int) -> bool:
-        changed = preset.model_copy(update={"train": preset.train.model_copy(update={"context_parallel": cp})})
+        changed = preset.model_copy(
+            update={"train": preset.train.model_copy(update={"context_parallel": cp})}
+        )
         try:
             check_split(changed, stage, variant, gpus)
         except AptError:

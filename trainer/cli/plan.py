@@ -1,4 +1,6 @@
-"""One stage of a run as a plan: what it trains, from what, on which machine, and all that can be checked before a weight is read."""
+"""One stage of a run as a plan: what it trains, from what, on which machine, and all that can be checked
+before a weight is read.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,11 @@ STAGES = ("distill", "image", "video")
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage ("distill", or stage 2's "image" or "video") of a preset, with its recipe applied, in the folder `out` of a run.
+    """A stage ("distill", or stage 2's "image" or "video") of a preset, with its recipe applied, in the
+    folder `out` of a run.
 
-    base: the transformer's file; attention: the backend in words; account: counted memory and FLOPs. Made by `make_plan`.
+    base: the transformer's file; attention: the backend in words; account: counted memory and FLOPs. Made by
+    `make_plan`.
     """
 
     preset: Preset
@@ -81,7 +85,9 @@ class Plan:
         return "video" if self.stage == "distill" else self.stage
 
     def metadata(self, kind: str) -> dict:
-        """What the stage's files say of themselves, trained on samples of `kind`; see apt_core.files.contract."""
+        """What the stage's files say of themselves, trained on samples of `kind`; see
+        apt_core.files.contract.
+        """
         return metadata(self.preset, self.stage, kind, self.recipe, self.seed)
 
     def show(self) -> None:
@@ -99,10 +105,11 @@ def make_plan(
     shards: Path | None = None,
     machine: Machine | None = None,
 ) -> Plan:
-    """The plan of a stage. preset: with its recipe applied (`Preset.with_recipe`); machine: this one, unless given.
+    """The plan of a stage. preset: with its recipe applied (`Preset.with_recipe`); machine: this one, unless
+    given.
 
-    Raises AptError for a device, a backend or a compiler that is not there, a base that is missing or of another shape, and settings
-    that do not go together.
+    Raises AptError for a device, a backend or a compiler that is not there, a base that is missing or of
+    another shape, and settings that do not go together.
     """
     device = pick_device(preset.train.device)
     parallel, attention = parallel_of(preset, device)
@@ -111,7 +118,18 @@ def make_plan(
     recipe = recipe or preset.variant
     account = check_fit(preset, stage, recipe, machine)
     return Plan(
-        preset, stage, recipe, out, seed, shards or out / LATENTS, base, device, parallel, str(attention), machine, account
+        preset,
+        stage,
+        recipe,
+        out,
+        seed,
+        shards or out / LATENTS,
+        base,
+        device,
+        parallel,
+        str(attention),
+        machine,
+        account,
     )
 
 
@@ -121,12 +139,16 @@ def final_file(out: Path, preset: Preset, stage: str) -> Path:
 
 
 def find_start(plan: Plan) -> Path:
-    """The generator's first weights: what the stage before left in the run; the miniature may also start from its base.
+    """The generator's first weights: what the stage before left in the run; the miniature may also start from
+    its base.
 
     Raises AptError when no stage before has been run.
     """
     out, preset = plan.out, plan.preset
-    before = [final_file(out, preset, stage) for stage in (("image", "distill") if plan.stage == "video" else ("distill",))]
+    before = [
+        final_file(out, preset, stage)
+        for stage in (("image", "distill") if plan.stage == "video" else ("distill",))
+    ]
     if found := next((path for path in before if path.exists()), None):
         return found
     if preset.files.base != MINI:

@@ -36,7 +36,9 @@ def monitor(plan: Plan, world: World, bar: Callable) -> Iterator[Callable]:
         return
     relativistic = plan.stage != "distill" and plan.settings.relativistic
     options = {"device": world.device, "relativistic": relativistic, "wandb": plan.preset.train.wandb}
-    with Monitor(plan.log, plan.work, settings=plan.preset.model_dump(mode="json"), forward=bar, **options) as log:
+    with Monitor(
+        plan.log, plan.work, settings=plan.preset.model_dump(mode="json"), forward=bar, **options
+    ) as log:
         yield log
 
 

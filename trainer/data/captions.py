@@ -17,7 +17,15 @@ COLUMNS = ("caption", "text")
 SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 ALL_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 TEXTS = (".txt", ".json", ".jsonl", ".csv", ".md", ".caption")
-NOT_DATA = {"@eaDir", "#recycle", "@Recycle", "#snapshot", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"}  # what a NAS or a system adds
+NOT_DATA = {
+    "@eaDir",
+    "#recycle",
+    "@Recycle",
+    "#snapshot",
+    "__MACOSX",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+}  # what a NAS or a system adds
 
 
 @dataclass(frozen=True)
@@ -37,15 +45,19 @@ class Bad:
     reason: str
 
 
-def find_items(folder: str | Path, kinds: Sequence[str] = ("image", "video"), *, skip_bad: bool = False) -> tuple[list[Item], list[Bad]]:
-    """All captioned media of these kinds below `folder`, in the order of their relative paths, and what cannot be used (with `skip_bad`).
+def find_items(
+    folder: str | Path, kinds: Sequence[str] = ("image", "video"), *, skip_bad: bool = False
+) -> tuple[list[Item], list[Bad]]:
+    """All captioned media of these kinds below `folder`, in the order of their relative paths, and what
+    cannot be used (with `skip_bad`).
 
-    A file's caption is what metadata.jsonl or metadata.csv at the root says (columns file_name and caption, or text), else the
-    UTF-8 text file of the same name beside it. `folder` may also be such a list (.jsonl, .csv) itself: then only what it names is taken,
-    by paths from where the list lies. Linked subfolders are gone into, each folder once. Hidden files, thumbnails and recycled files of
-    a NAS, and files that are neither media nor captioned, are passed over.
-    Raises AptError for a folder that is missing, empty, or has no caption at all; without `skip_bad` also for the first bad
-    item, after all have been looked at: see `refuse_bad`.
+    A file's caption is what metadata.jsonl or metadata.csv at the root says (columns file_name and caption,
+    or text), else the UTF-8 text file of the same name beside it. `folder` may also be such a list (.jsonl,
+    .csv) itself: then only what it names is taken, by paths from where the list lies. Linked subfolders are
+    gone into, each folder once. Hidden files, thumbnails and recycled files of a NAS, and files that are
+    neither media nor captioned, are passed over.
+    Raises AptError for a folder that is missing, empty, or has no caption at all; without `skip_bad` also for
+    the first bad item, after all have been looked at: see `refuse_bad`.
     """
     folder = Path(folder)
     if folder.suffix in LISTS and folder.is_file():
@@ -54,9 +66,14 @@ def find_items(folder: str | Path, kinds: Sequence[str] = ("image", "video"), *,
         given = [folder / name for name in METADATA if (folder / name).is_file()]
         files, dangling = _files(folder)
     else:
-        raise AptError(f"{folder} is not a folder or a list (.jsonl, .csv): give one with videos or images and their captions.")
+        raise AptError(
+            f"{folder} is not a folder or a list (.jsonl, .csv): give one with videos or images and their captions."
+        )
     captions, bad = _metadata(folder, given)
-    bad += [Bad(path, f"{path} is a link to {os.readlink(path)}, which does not exist: mend or remove it.") for path in dangling]
+    bad += [
+        Bad(path, f"{path} is a link to {os.readlink(path)}, which does not exist: mend or remove it.")
+        for path in dangling
+    ]
     other = [suffix for kind, suffixes in SUFFIXES.items() if kind not in kinds for suffix in suffixes]
     media = {path for path in files if path.suffix.lower() in ALL_SUFFIXES}
     # What metadata names may lie outside the folder or be of a kind that cannot be read.
@@ -75,7 +92,11 @@ def find_items(folder: str | Path, kinds: Sequence[str] = ("image", "video"), *,
             "put a .txt file of the same name beside each, or a metadata.jsonl with file_name and caption at the root."
         )
     # A captioned file of an unknown kind was surely meant to be used.
-    strange = {path for path in files if path.suffix.lower() not in ALL_SUFFIXES + TEXTS and path.with_suffix("") in texts}
+    strange = {
+        path
+        for path in files
+        if path.suffix.lower() not in ALL_SUFFIXES + TEXTS and path.with_suffix("") in texts
+    }
 
     items = []
     for path in sorted(media | strange, key=lambda path: item_id(folder, path)):
@@ -89,7 +110,9 @@ def find_items(folder: str | Path, kinds: Sequence[str] = ("image", "video"), *,
 
 
 def refuse_bad(bad: Sequence[Bad]) -> None:
-    """Raises one AptError if there is anything bad: the first reason, how many more there are, and the way on without them."""
+    """Raises one AptError if there is anything bad: the first reason, how many more there are, and the way on
+    without them.
+    """
     if not bad:
         return
     first = bad[0].reason.rstrip(".")
@@ -98,7 +121,9 @@ def refuse_bad(bad: Sequence[Bad]) -> None:
 
 
 def item_id(folder: Path, path: Path) -> str:
-    """The path relative to `folder`, with forward slashes: the same on every machine and wherever the folder lies."""
+    """The path relative to `folder`, with forward slashes: the same on every machine and wherever the folder
+    lies.
+    """
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
@@ -115,7 +140,9 @@ def _files(folder: Path) -> tuple[set[Path], list[Path]]:
             seen.add((stat.st_dev, stat.st_ino))
             names = sorted(os.listdir(here))
         except OSError as error:
-            raise AptError(f"{here} cannot be read ({error.strerror}): check its permissions, or move it elsewhere.") from None
+            raise AptError(
+                f"{here} cannot be read ({error.strerror}): check its permissions, or move it elsewhere."
+            ) from None
         for path in (here / name for name in names if not name.startswith(".") and name not in NOT_DATA):
             if path.is_dir():
                 (linked if path.is_symlink() else folders).append(path)
@@ -128,8 +155,17 @@ def _files(folder: Path) -> tuple[set[Path], list[Path]]:
 
 def _hint(path: Path, files: set[Path]) -> str:
     """What lies beside a file under the name that another trainer gives a caption."""
-    other = next((name for name in (path.with_suffix(".caption"), path.with_name(path.name + ".txt")) if name in files), None)
-    return f"; {other.name} beside it is not read: rename it to {path.with_suffix('.txt').name}" if other else ""
+    other = next(
+        (
+            name
+            for name in (path.with_suffix(".caption"), path.with_name(path.name + ".txt"))
+            if name in files
+        ),
+        None,
+    )
+    return (
+        f"; {other.name} beside it is not read: rename it to {path.with_suffix('.txt').name}" if other else ""
+    )
 
 
 def _item(path: Path, caption: str | None, texts: Sequence[Path], files: set[Path]) -> Item:
@@ -138,13 +174,19 @@ def _item(path: Path, caption: str | None, texts: Sequence[Path], files: set[Pat
     if not path.is_file():
         if path in files or path.exists():
             raise AptError(f"{path} is not a file that can be read: remove it.")
-        raise AptError(f"{path} does not exist, but metadata names it: mend its file_name or remove the line.")
+        raise AptError(
+            f"{path} does not exist, but metadata names it: mend its file_name or remove the line."
+        )
     kind = kind_of(path)
     if caption is None:
         if len(texts) > 1:
-            raise AptError(f"{path} has {len(texts)} captions ({', '.join(sorted(text.name for text in texts))}): keep one of them.")
+            raise AptError(
+                f"{path} has {len(texts)} captions ({', '.join(sorted(text.name for text in texts))}): keep one of them."
+            )
         if not texts:
-            raise AptError(f"{path} has no caption{_hint(path, files) or f': write one into {path.stem}.txt beside it, or remove it'}.")
+            raise AptError(
+                f"{path} has no caption{_hint(path, files) or f': write one into {path.stem}.txt beside it, or remove it'}."
+            )
         caption = _read_text(texts[0])
     caption = " ".join(caption.split())
     if not caption:
@@ -176,7 +218,9 @@ def _metadata(folder: Path, present: list[Path]) -> tuple[dict[Path, str], list[
                 name, caption = _fields(f"{file}, line {line},", row)
                 path = _named(folder, name)
                 if path in captions:
-                    raise AptError(f"{file}, line {line}, names {name} a second time: keep one caption for each file.")
+                    raise AptError(
+                        f"{file}, line {line}, names {name} a second time: keep one caption for each file."
+                    )
                 captions[path] = caption
             except AptError as error:
                 bad.append(Bad(file, str(error)))
@@ -186,8 +230,12 @@ def _metadata(folder: Path, present: list[Path]) -> tuple[dict[Path, str], list[
 
 
 def _named(folder: Path, name: str) -> Path:
-    """The file that a list means: as it stands, else without spaces around it, else with the backslashes of Windows as slashes."""
-    paths = [folder / os.path.normpath(form) for form in (name, name.strip(), name.strip().replace("\\", "/"))]
+    """The file that a list means: as it stands, else without spaces around it, else with the backslashes of
+    Windows as slashes.
+    """
+    paths = [
+        folder / os.path.normpath(form) for form in (name, name.strip(), name.strip().replace("\\", "/"))
+    ]
     return next((path for path in paths if path.is_file()), paths[1])
 
 
@@ -198,7 +246,9 @@ def _fields(where: str, row) -> tuple[str, str]:
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise AptError(f"{where} has no file_name: write which file it describes.")
     if None in row:  # of a .csv
-        raise AptError(f"{where} has more fields than the header: put a caption with commas in quotation marks.")
+        raise AptError(
+            f"{where} has more fields than the header: put a caption with commas in quotation marks."
+        )
     caption = next((row[column] for column in COLUMNS if row.get(column) is not None), "")
     if not isinstance(caption, str):
         raise AptError(f"{where} has a caption that is not text: write it in quotation marks.")
@@ -216,15 +266,20 @@ def _json_rows(text: str) -> Iterator[tuple[int, object]]:
 
 
 def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict]]:
-    # Strict: a quotation mark that is not closed would swallow the lines after it. Not splitlines, which breaks at U+2028 too.
+    # Strict: a quotation mark that is not closed would swallow the lines after it. Not splitlines, which
+    # breaks at U+2028 too.
     reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
         columns = reader.fieldnames or []
         if "file_name" not in columns or not any(column in columns for column in COLUMNS):
-            raise AptError(f"{file} has the columns {', '.join(columns) or '(none)'}: it needs file_name and caption (or text).")
+            raise AptError(
+                f"{file} has the columns {', '.join(columns) or '(none)'}: it needs file_name and caption (or text)."
+            )
         if twice := [column for column in ("file_name", *COLUMNS) if columns.count(column) > 1]:
             raise AptError(f"{file} has the column {twice[0]} twice: keep one of them.")
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise AptError(f"{file}, line {reader.line_num}, is not valid CSV ({error}): export it again.") from None
+        raise AptError(
+            f"{file}, line {reader.line_num}, is not valid CSV ({error}): export it again."
+        ) from None

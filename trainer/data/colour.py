@@ -33,10 +33,16 @@ REFUSED_TRANSFERS = {
 }
 REFUSED_PRIMARIES = {4: "BT.470 M", 8: "film", 10: "CIE XYZ", 11: "DCI-P3"}
 REFUSED_MATRICES = {
-    8: "YCgCo", 10: "BT.2020 of constant luminance", 11: "Y'D'zD'x",
-    12: "a matrix of its own primaries", 13: "a matrix of its own primaries",
-    14: "ICtCp", 15: "IPT (Dolby Vision)", 16: "YCgCo-Re", 17: "YCgCo-Ro",
-}  # fmt: skip
+    8: "YCgCo",
+    10: "BT.2020 of constant luminance",
+    11: "Y'D'zD'x",
+    12: "a matrix of its own primaries",
+    13: "a matrix of its own primaries",
+    14: "ICtCp",
+    15: "IPT (Dolby Vision)",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
 
 
 def check_colours(path, transfer: int, primaries: int, matrix: int) -> None:

@@ -15,7 +15,9 @@ from trainer.data.stills import Note, silent
 
 @dataclass(frozen=True)
 class Clip:
-    """One sample to be: `frames` frames of a file from `start` seconds on, in pixels. number: which of the file's clips it is."""
+    """One sample to be: `frames` frames of a file from `start` seconds on, in pixels. number: which of the
+    file's clips it is.
+    """
 
     item: Item
     height: int
@@ -32,10 +34,12 @@ class Clip:
 
 @dataclass(frozen=True)
 class Cut:
-    """How files are cut. height, width, frames (4 n + 1), fps: of a video; images have image_height x image_width, by default a video's,
-    shown for image_frames frames. aspects, shorter, clips_per_file: see trainer.config.Data. stride: pixels per latent of the VAE.
+    """How files are cut. height, width, frames (4 n + 1), fps: of a video; images have image_height x
+    image_width, by default a video's, shown for image_frames frames. aspects, shorter, clips_per_file: see
+    trainer.config.Data. stride: pixels per latent of the VAE.
 
-    Raises AptError for sizes that do not fit the VAE and the transformer's patches, and for aspects that are not "width:height".
+    Raises AptError for sizes that do not fit the VAE and the transformer's patches, and for aspects that are
+    not "width:height".
     """
 
     height: int
@@ -55,19 +59,27 @@ class Cut:
         if self.fps <= 0 or self.frames < 1:
             raise AptError(f"{self.frames} frames at {self.fps:g} fps cannot be read: both must be above 0.")
         for kind in self.kinds:
-            what, counts = ("a video", self._lengths) if kind == "video" else ("an image", [self.image_frames])
+            what, counts = (
+                ("a video", self._lengths) if kind == "video" else ("an image", [self.image_frames])
+            )
             for size, frames in product(self.sizes(kind), counts):
                 check_size(*size, frames, self.stride, what=f"precompute: {what}")
         for one, other in pairwise(self._lengths):
             if one == other:
-                raise AptError(f"shorter names {one} frames twice, or as many as frames: name each length once.")
+                raise AptError(
+                    f"shorter names {one} frames twice, or as many as frames: name each length once."
+                )
 
     def sizes(self, kind: str) -> list[tuple[int, int]]:
-        """(height, width) of the buckets of "image" or "video": per aspect about as many pixels as that kind's size has, in whole patches."""
+        """(height, width) of the buckets of "image" or "video": per aspect about as many pixels as that
+        kind's size has, in whole patches.
+        """
         return [self._bucket(kind, aspect) for aspect in self.aspects] or [self._size(kind)]
 
     def plan(self, item: Item) -> list[Clip]:
-        """The clips of a file, decoding no more of it than its first frame. Raises AptError when it cannot be read or is too short."""
+        """The clips of a file, decoding no more of it than its first frame. Raises AptError when it cannot be
+        read or is too short.
+        """
         if item.kind == "image":
             check_image(item.path)
             return [Clip(item, *self._nearest(item), self.image_frames)]
@@ -79,12 +91,18 @@ class Cut:
         frames = fitting[0]
         starts = [number * frames / rate for number in range(self.clips_per_file)]
         size = self._nearest(item)
-        return [Clip(item, *size, frames, start, number) for number, start in enumerate(starts) if start + (frames - 1) / rate < seconds]
+        return [
+            Clip(item, *size, frames, start, number)
+            for number, start in enumerate(starts)
+            if start + (frames - 1) / rate < seconds
+        ]
 
     def read(self, clip: Clip, note: Note = silent) -> np.ndarray:
         """uint8 `[F, H, W, 3]`. note: told what was converted. Raises AptError for a damaged file."""
         if clip.item.kind == "video":
-            return read_video(clip.item.path, clip.frames, self.fps, clip.height, clip.width, clip.start, note)
+            return read_video(
+                clip.item.path, clip.frames, self.fps, clip.height, clip.width, clip.start, note
+            )
         return read_image(clip.item.path, clip.height, clip.width, note).repeat(clip.frames, axis=0)
 
     @property
@@ -92,7 +110,11 @@ class Cut:
         return sorted((self.frames, *self.shorter), reverse=True)
 
     def _size(self, kind: str) -> tuple[int, int]:
-        return (self.image_height or self.height, self.image_width or self.width) if kind == "image" else (self.height, self.width)
+        return (
+            (self.image_height or self.height, self.image_width or self.width)
+            if kind == "image"
+            else (self.height, self.width)
+        )
 
     def _bucket(self, kind: str, aspect: str) -> tuple[int, int]:
         height, width = self._size(kind)

@@ -1,4 +1,6 @@
-"""Video and image files to pixels and back (PyAV, Pillow). Pixels are uint8 RGB arrays `[frames, height, width, 3]`."""
+"""Video and image files to pixels and back (PyAV, Pillow). Pixels are uint8 RGB arrays `[frames, height,
+width, 3]`.
+"""
 
 import io
 import json
@@ -44,7 +46,9 @@ def kind_of(path: str | Path) -> str:
         return "video"
     if suffix in IMAGE_SUFFIXES:
         return "image"
-    raise AptError(f"{path} is of a kind that cannot be read ({suffix or 'no suffix'}): convert it to {KNOWN}.")
+    raise AptError(
+        f"{path} is of a kind that cannot be read ({suffix or 'no suffix'}): convert it to {KNOWN}."
+    )
 
 
 def probe(path: str | Path) -> Media:
@@ -64,22 +68,37 @@ def probe(path: str | Path) -> Media:
         check_footage(path, stream, frame)
         height, width = (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
         rate = float(stream.average_rate or 0)
-        duration = float(stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base) or None
+        duration = (
+            float(
+                stream.duration * stream.time_base
+                if stream.duration
+                else (container.duration or 0) / av.time_base
+            )
+            or None
+        )
         frames = stream.frames or (round(duration * rate) if duration else None)
         return Media("video", frames, duration, height, width, rate)
 
 
 def read_video(
-    path: str | Path, frames: int, fps: float, height: int, width: int, start: float = 0.0, note: Note = silent
+    path: str | Path,
+    frames: int,
+    fps: float,
+    height: int,
+    width: int,
+    start: float = 0.0,
+    note: Note = silent,
 ) -> np.ndarray:
-    """uint8 `[frames, height, width, 3]`: `frames` moments `start + k / fps` seconds, each the source frame nearest in time.
+    """uint8 `[frames, height, width, 3]`: `frames` moments `start + k / fps` seconds, each the source frame
+    nearest in time.
 
-    Frames are resized (Lanczos, antialiased) until they cover height x width and cropped in the centre; rotation flags and pixels
-    that are not square are honoured, frame rates may vary. The clip must still be showing at the last moment, (frames - 1) / fps.
-    Interlaced frames are made whole, PQ, HLG and wide gamuts become BT.709 (trainer.data.colour), transparent parts lie
-    over white; `note` is told so.
-    Raises AptError for a file that is unreadable, damaged or too short, for one without a video stream, and for
-    colours that cannot be converted.
+    Frames are resized (Lanczos, antialiased) until they cover height x width and cropped in the centre;
+    rotation flags and pixels that are not square are honoured, frame rates may vary. The clip must still be
+    showing at the last moment, (frames - 1) / fps.
+    Interlaced frames are made whole, PQ, HLG and wide gamuts become BT.709 (trainer.data.colour), transparent
+    parts lie over white; `note` is told so.
+    Raises AptError for a file that is unreadable, damaged or too short, for one without a video stream, and
+    for colours that cannot be converted.
     """
     out = np.empty((frames, height, width, 3), np.uint8)
     moments = [rational(start) + k / rational(fps) for k in range(frames)]
@@ -90,7 +109,9 @@ def read_video(
             origin = time if origin is None else origin
             now = time - origin
             while done < frames and moments[done] <= now:
-                chosen = before if before and moments[done] - before[1] <= now - moments[done] else (frame, now)
+                chosen = (
+                    before if before and moments[done] - before[1] <= now - moments[done] else (frame, now)
+                )
                 out[done] = _pixels(path, stream, chosen[0], height, width, aspect, note)
                 done += 1
             before = frame, now
@@ -106,7 +127,9 @@ def read_video(
 
 
 def check_video(path: str | Path, frames: int, fps: float, start: float = 0.0) -> None:
-    """Raises the AptError that `read_video` would, from the file's packets and its first frame: cheap, nothing else is decoded."""
+    """Raises the AptError that `read_video` would, from the file's packets and its first frame: cheap,
+    nothing else is decoded.
+    """
     last = (frames - 1) / rational(fps)
     end = shown(path, float(rational(start) + last), start)
     if last >= end:
@@ -114,7 +137,8 @@ def check_video(path: str | Path, frames: int, fps: float, start: float = 0.0) -
 
 
 def shown(path: str | Path, until: float, start: float = 0.0) -> Fraction:
-    """For how many seconds after `start` the video shows, counted from its packets; looks no further than `until` seconds.
+    """For how many seconds after `start` the video shows, counted from its packets; looks no further than
+    `until` seconds.
 
     Raises AptError for a file that is unreadable or damaged up to there.
     """
@@ -131,21 +155,26 @@ def shown(path: str | Path, until: float, start: float = 0.0) -> Fraction:
             stamp = None if counted else packet.dts if packet.pts is None else packet.pts
             time = end if stamp is None else stamp * stream.time_base
             origin = time if origin is None else origin
-            end = max(end, time + (packet.duration * stream.time_base if packet.duration and not counted else gap))
+            end = max(
+                end, time + (packet.duration * stream.time_base if packet.duration and not counted else gap)
+            )
             if packet.dts is not None and packet.dts * stream.time_base - origin > last:
                 break
     return end - (origin or 0) - rational(start)
 
 
 def read_image(path: str | Path, height: int, width: int, note: Note = silent) -> np.ndarray:
-    """uint8 `[1, height, width, 3]`, turned by its EXIF orientation, resized to cover and cropped as `read_video` does.
+    """uint8 `[1, height, width, 3]`, turned by its EXIF orientation, resized to cover and cropped as
+    `read_video` does.
 
-    Transparent pixels lie over white; palettes, grey, 16 bit and CMYK become RGB, colours of an ICC profile sRGB
-    (trainer.data.stills), and `note` is told so; of an animation the first frame is taken.
+    Transparent pixels lie over white; palettes, grey, 16 bit and CMYK become RGB, colours of an ICC profile
+    sRGB (trainer.data.stills), and `note` is told so; of an animation the first frame is taken.
     Raises AptError for a file that is unreadable or damaged, and for pixels that nothing says how to show.
     """
     with _image(path) as image:
-        image.draft("RGB", (2 * max(height, width),) * 2)  # lets a large JPEG be decoded at a fraction of its size
+        image.draft(
+            "RGB", (2 * max(height, width),) * 2
+        )  # lets a large JPEG be decoded at a fraction of its size
         form = image.format
         return _cover(plain(path, ImageOps.exif_transpose(image), note, form), height, width)[None]
 
@@ -215,7 +244,9 @@ def _video(path: str | Path) -> Iterator[tuple]:
                 raise AptError(f"{path} is in a codec that this FFmpeg does not know: convert it to H.264.")
             yield container, stream
     except (av.FFmpegError, OSError) as error:
-        raise AptError(f"{path} cannot be read as a video ({error.strerror or type(error).__name__}): {AGAIN}.") from None
+        raise AptError(
+            f"{path} cannot be read as a video ({error.strerror or type(error).__name__}): {AGAIN}."
+        ) from None
 
 
 @contextmanager
@@ -234,7 +265,9 @@ def _image(path: str | Path) -> Iterator[Image.Image]:
         if "MAX_TEXT" in str(error):
             one, all_of_them = PngImagePlugin.MAX_TEXT_CHUNK // MIB, PngImagePlugin.MAX_TEXT_MEMORY // MIB
             limit = f"{one} MiB, or {all_of_them} MiB in all"
-            raise AptError(f"{path} has a text or a colour profile of more than {limit}: save it without.") from None
+            raise AptError(
+                f"{path} has a text or a colour profile of more than {limit}: save it without."
+            ) from None
         if isinstance(error, UnidentifiedImageError) and (pixels := why_unknown(path)):
             raise AptError(f"{path} has {pixels}, which cannot be read: save it in 8 or 16 bits.") from None
         reason = type(error).__name__ if str(path) in str(error) else " ".join(str(error).split()).rstrip(".")
@@ -249,17 +282,23 @@ def _refuse_empty(path: str | Path) -> None:
 
 
 def _seek(container, stream, start: float) -> Fraction | None:
-    """Where the stream's time begins, in seconds, if it says; moves to a key frame at or before `start` where an index tells."""
+    """Where the stream's time begins, in seconds, if it says; moves to a key frame at or before `start` where
+    an index tells.
+    """
     if _counted(container):
         return Fraction(0)
     origin = None if stream.start_time is None else stream.start_time * stream.time_base
     if start > 0 and {"mp4", "matroska"} & set(container.format.name.split(",")):
-        container.seek(int(((origin or 0) + rational(start)) / stream.time_base), stream=stream, backward=True)
+        container.seek(
+            int(((origin or 0) + rational(start)) / stream.time_base), stream=stream, backward=True
+        )
     return origin
 
 
 def _timed(path, container, stream, note: Note) -> Iterator[tuple]:
-    """(frame, time, duration) in order of display, in seconds; frames without a time stamp follow at the average rate."""
+    """(frame, time, duration) in order of display, in seconds; frames without a time stamp follow at the
+    average rate.
+    """
     next_time, gap, counted = Fraction(0), _gap(stream), _counted(container)
     for frame in frames_of(path, container, stream, note):
         time = next_time if counted or frame.pts is None else frame.pts * frame.time_base
@@ -269,7 +308,9 @@ def _timed(path, container, stream, note: Note) -> Iterator[tuple]:
 
 
 def _counted(container) -> bool:
-    return container.format.name == "avi"  # of one rate by design; its time stamps are wrong where frames are reordered
+    return (
+        container.format.name == "avi"
+    )  # of one rate by design; its time stamps are wrong where frames are reordered
 
 
 def _gap(stream) -> Fraction:
@@ -290,7 +331,9 @@ def _turns(frame) -> int:
 
 
 def _cover(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> np.ndarray:
-    """uint8 `[height, width, 3]`, the largest centred part of the image of that shape; aspect: width of a source pixel over its height."""
+    """uint8 `[height, width, 3]`, the largest centred part of the image of that shape; aspect: width of a
+    source pixel over its height.
+    """
     w, h = image.size
     scale = max(width / (w * aspect), height / h)
     box_w, box_h = min(w, width / (scale * aspect)), min(h, height / scale)
@@ -304,4 +347,6 @@ def _cover(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> 
 def too_short(path, has: Fraction, frames: int, fps: float) -> AptError:
     """The complaint about a video that shows for `has` seconds only."""
     has, need = math.floor(100 * max(has, 0)) / 100, math.ceil(100 * frames / rational(fps)) / 100
-    return AptError(f"{path} has {has:.2f} s, {need:.2f} s ({frames} frames at {fps:g} fps) are needed: give a longer clip or lower frames.")
+    return AptError(
+        f"{path} has {has:.2f} s, {need:.2f} s ({frames} frames at {fps:g} fps) are needed: give a longer clip or lower frames."
+    )

@@ -28,9 +28,10 @@ PROBE = "A red circle, moving left: 3 \u00e9toiles \u5728\u5929\u7a7a."  # its t
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. samples: in the index, by kind; encoded: by this run, the others were there; skipped: what was left out
-    and why; seconds: of encoding alone; clips_per_second: clips and images encoded in a second;
-    converted: what this run did to a file beyond reading it, by the file's name in the index."""
+    """What a run did. samples: in the index, by kind; encoded: by this run, the others were there; skipped:
+    what was left out and why; seconds: of encoding alone; clips_per_second: clips and images encoded in a
+    second; converted: what this run did to a file beyond reading it, by the file's name in the index.
+    """
 
     samples: dict[str, int]
     encoded: int
@@ -61,29 +62,37 @@ def precompute(
     world: World = World(),
     **cut_options,
 ) -> Report:
-    """Encode the captioned videos and images of `folder` into shards and an index in `out`, for `trainer.data.shards.ShardDataset`.
+    """Encode the captioned videos and images of `folder` into shards and an index in `out`, for
+    `trainer.data.shards.ShardDataset`.
 
-    folder: or a list of files (.jsonl, .csv), see `find_items`; vae: for apt_core.models.vae.encode; text_encoder: an apt_core.models.text.TextEncoder;
-    height, width, frames: pixels and frames of every sample (videos from their start, at `fps`), unless cut_options ask for buckets:
-    `aspects`, `shorter`, `clips_per_file`, `image_height` and `image_width` of trainer.data.cuts.Cut. kinds: which files to take; batch: samples that are encoded together; dtype: of what is
-    stored; progress(done, total) is called as samples get done; prompts: texts without pictures that training needs too (trainer.data.prompts).
+    folder: or a list of files (.jsonl, .csv), see `find_items`; vae: for apt_core.models.vae.encode;
+    text_encoder: an apt_core.models.text.TextEncoder; height, width, frames: pixels and frames of every
+    sample (videos from their start, at `fps`), unless cut_options ask for buckets:
+    `aspects`, `shorter`, `clips_per_file`, `image_height` and `image_width` of trainer.data.cuts.Cut. kinds:
+    which files to take; batch: samples that are encoded together; dtype: of what is stored; progress(done,
+    total) is called as samples get done; prompts: texts without pictures that training needs too
+    (trainer.data.prompts).
     world: all its processes call alike, and each encodes its share of the files.
 
-    All files, sizes and captions are checked before anything is encoded, and the first problem is raised with the number of the
-    others; with `skip_bad` such files are left out, named in the report and in skipped.json. A stopped run goes on from its
-    finished shards, a repeated one encodes only what is new or changed. Whole shards in `out` are
-    never changed, and the old index stands until the new one is complete.
+    All files, sizes and captions are checked before anything is encoded, and the first problem is raised with
+    the number of the others; with `skip_bad` such files are left out, named in the report and in
+    skipped.json. A stopped run goes on from its finished shards, a repeated one encodes only what is new or
+    changed. Whole shards in `out` are never changed, and the old index stands until the new one is complete.
     Raises AptError for what the user can mend: see `find_items`, `check_size`, `ShardWriter`.
     """
     folder, out = Path(folder), Path(out)
     if batch < 1:
         raise AptError(f"{batch} samples cannot be encoded together: batch must be above 0.")
-    cut = Cut(height, width, frames, fps, tuple(kinds), image_frames=image_frames, stride=stride(vae), **cut_options)
+    cut = Cut(
+        height, width, frames, fps, tuple(kinds), image_frames=image_frames, stride=stride(vae), **cut_options
+    )
     settings = {
-        "vae": fingerprint(vae), "text encoder": fingerprint(text_encoder),
-        "text_length": text_encoder.text_length, "truncate_captions": truncate_captions,
+        "vae": fingerprint(vae),
+        "text encoder": fingerprint(text_encoder),
+        "text_length": text_encoder.text_length,
+        "truncate_captions": truncate_captions,
         **{name: value for name, value in asdict(cut).items() if name not in ("kinds", "stride")},
-    }  # fmt: skip
+    }
     with ShardWriter(out, settings, dtype=dtype, rank=world.rank) as writer:
         items, bad = find_items(folder, kinds, skip_bad=True)
         root = folder if folder.is_dir() else folder.parent
@@ -112,7 +121,11 @@ def precompute(
         seconds = time.perf_counter() - started
 
         encoded = len(todo) - len(failed)
-        present = [(item_id(root, clip.item.path), clip.number, sample) for clip, sample in clips.items() if sample.key in writer.done]
+        present = [
+            (item_id(root, clip.item.path), clip.number, sample)
+            for clip, sample in clips.items()
+            if sample.key in writer.done
+        ]
         converted = {item_id(root, path): sorted(words) for path, words in said.items()}
         everyone = world.gather((present, bad + failed, encoded, seconds, converted))
 
@@ -129,7 +142,9 @@ def precompute(
         }
         write_prompts(out, text_encoder, prompts)
         writer.finish([sample.key for sample in present], facts)
-        write_json(out / SKIPPED, [{"file": item_id(root, entry.path), "reason": entry.reason} for entry in bad])
+        write_json(
+            out / SKIPPED, [{"file": item_id(root, entry.path), "reason": entry.reason} for entry in bad]
+        )
     world.barrier()
     counts = {kind: sum(sample.kind == kind for sample in present) for kind in ("image", "video")}
     encoded, seconds = sum(part[2] for part in everyone), max(part[3] for part in everyone)
@@ -138,9 +153,11 @@ def precompute(
 
 
 def fingerprint(model) -> str:
-    """A short name for the weights of a network or of a text encoder, its tokenizer included: 32 hexadecimal digits.
+    """A short name for the weights of a network or of a text encoder, its tokenizer included: 32 hexadecimal
+    digits.
 
-    Of each tensor some thousand values are read, so this is quick for a model of any size; any training changes them.
+    Of each tensor some thousand values are read, so this is quick for a model of any size; any training
+    changes them.
     """
     network = model if hasattr(model, "state_dict") else model.model
     digest = hashlib.blake2b(digest_size=16)
@@ -194,8 +211,9 @@ def _plan(root: Path, items: list[Item], cut: Cut, done: dict) -> tuple[dict[Cli
 def _decoded(
     clips: list[Clip], cut: Cut, batch: int, failed: list[Bad], said: dict[Path, set[str]]
 ) -> Iterator[tuple[list[Clip], np.ndarray]]:
-    """Batches of one bucket with their pixels uint8 `[B, F, H, W, 3]`, read ahead in threads; unreadable files go to
-    `failed`, and what was done to the others to `said`."""
+    """Batches of one bucket with their pixels uint8 `[B, F, H, W, 3]`, read ahead in threads; unreadable
+    files go to `failed`, and what was done to the others to `said`.
+    """
     buckets: dict[tuple, list[Clip]] = {}
     for clip in clips:
         buckets.setdefault(clip.bucket, []).append(clip)
@@ -224,13 +242,19 @@ def _decoded(
 
 
 @torch.no_grad()
-def _encode(samples: list[Sample], pixels: np.ndarray, vae, text_encoder, truncate: bool, writer: ShardWriter) -> None:
+def _encode(
+    samples: list[Sample], pixels: np.ndarray, vae, text_encoder, truncate: bool, writer: ShardWriter
+) -> None:
     video = torch.from_numpy(pixels).to(getattr(vae, "device", "cpu")).permute(0, 4, 1, 2, 3)
     latents = encode(vae, video.float() / 127.5 - 1)
-    texts = text_encoder.encode([sample.caption for sample in samples], **({"truncate": True} if truncate else {}))
+    texts = text_encoder.encode(
+        [sample.caption for sample in samples], **({"truncate": True} if truncate else {})
+    )
     for sample, latent, text in zip(samples, latents, texts):
         if not (torch.isfinite(latent).all() and torch.isfinite(text).all()):
-            raise AptError(f"{sample.id} is encoded to values that are not finite: load the VAE and the text encoder in fp32.")
+            raise AptError(
+                f"{sample.id} is encoded to values that are not finite: load the VAE and the text encoder in fp32."
+            )
     for sample, latent, text in zip(samples, latents, texts):
         writer.add(sample, latent, text)
 

@@ -1,4 +1,6 @@
-"""Texts without pictures that training needs (the negative prompt, those of sample videos), encoded beside the shards: a run needs no encoder."""
+"""Texts without pictures that training needs (the negative prompt, those of sample videos), encoded beside
+the shards: a run needs no encoder.
+"""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +26,9 @@ def write_prompts(folder: Path, text_encoder, prompts: Sequence[str]) -> None:
 
 
 class Prompts:
-    """Stands in for the text encoder where only those texts are asked for. Raises AptError when the folder has none."""
+    """Stands in for the text encoder where only those texts are asked for. Raises AptError when the folder
+    has none.
+    """
 
     pad = staticmethod(TextEncoder.pad)
 
@@ -35,10 +39,14 @@ class Prompts:
         tensors, header = read_tensors(path)
         about = metadata_json(path, header.metadata, "about")
         self.text_length, self.dim = about["length"], about["dim"]
-        self._embeddings = {text: tensors[f"{number}"].float() for number, text in enumerate(about["prompts"])}
+        self._embeddings = {
+            text: tensors[f"{number}"].float() for number, text in enumerate(about["prompts"])
+        }
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """Embeddings `[L_i, d]`, fp32. Raises AptError for a text that was not encoded."""
         if missing := [text for text in texts if text not in self._embeddings]:
-            raise AptError(f'the prompt "{missing[0][:60]}" was not encoded with the shards: run precompute again, which adds it in seconds.')
+            raise AptError(
+                f'the prompt "{missing[0][:60]}" was not encoded with the shards: run precompute again, which adds it in seconds.'
+            )
         return [self._embeddings[text] for text in texts]

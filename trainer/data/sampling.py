@@ -1,4 +1,6 @@
-"""Which samples an update sees, as pure functions of (seed, stream, update): nothing to save but the update's number."""
+"""Which samples an update sees, as pure functions of (seed, stream, update): nothing to save but the update's
+number.
+"""
 
 import hashlib
 import math
@@ -12,15 +14,18 @@ from apt_core.errors import AptError
 from apt_core.method.flow import sample_uniform, shift
 
 ORDER = "feistel-1"
-"""Names the order that `shuffled` gives. Part of a run's identity: a state of another order would see samples twice, and others never."""
+"""Names the order that `shuffled` gives. Part of a run's identity: a state of another order would see samples
+twice, and others never.
+"""
 ROUNDS = 12
 
 
 class EpochSampler:
     """An endless shuffled order of `n` samples in batches.
 
-    Sample number g of the run (update * batch + place in the batch) is place g % n of epoch g // n, so each n numbers hold every
-    sample once; a batch may reach over two epochs. Streams ("d", "g") shuffle apart. Raises AptError for n or batch below 1.
+    Sample number g of the run (update * batch + place in the batch) is place g % n of epoch g // n, so each n
+    numbers hold every sample once; a batch may reach over two epochs. Streams ("d", "g") shuffle apart.
+    Raises AptError for n or batch below 1.
     """
 
     def __init__(self, n: int, batch: int, seed: int, stream: str = ""):
@@ -34,13 +39,16 @@ class EpochSampler:
         while number < end:
             epoch, place = divmod(number, self.n)
             count = min(self.n - place, end - number)
-            out += shuffled(np.arange(place, place + count), self.n, _keys(self.seed, self.stream, epoch)).tolist()
+            out += shuffled(
+                np.arange(place, place + count), self.n, _keys(self.seed, self.stream, epoch)
+            ).tolist()
             number += count
         return out
 
 
 class BucketSampler:
-    """Batches of one shape each: buckets take turns in proportion to their sizes, and each is an endless shuffled order of its own.
+    """Batches of one shape each: buckets take turns in proportion to their sizes, and each is an endless
+    shuffled order of its own.
 
     buckets: positions of the samples by shape. Raises AptError as EpochSampler does.
     """
@@ -48,14 +56,18 @@ class BucketSampler:
     def __init__(self, buckets: Mapping[tuple, Sequence[int]], batch: int, seed: int, stream: str = ""):
         self.positions = [buckets[shape] for shape in sorted(buckets)]
         self._orders = [EpochSampler(len(positions), batch, seed, stream) for positions in self.positions]
-        self._turns: list[tuple[int, int]] = []  # bucket of each update, and how often it had been its turn before
+        self._turns: list[
+            tuple[int, int]
+        ] = []  # bucket of each update, and how often it had been its turn before
         self._credit = [0] * len(self.positions)
         self._taken = [0] * len(self.positions)
 
     def batch(self, update: int) -> list[int]:
         """The samples of an update, as positions in the dataset."""
         while len(self._turns) <= update:
-            self._credit = [credit + len(positions) for credit, positions in zip(self._credit, self.positions)]
+            self._credit = [
+                credit + len(positions) for credit, positions in zip(self._credit, self.positions)
+            ]
             bucket = max(range(len(self._credit)), key=self._credit.__getitem__)
             self._credit[bucket] -= sum(map(len, self.positions))
             self._turns.append((bucket, self._taken[bucket]))
@@ -64,8 +76,12 @@ class BucketSampler:
         return [self.positions[bucket][i] for i in self._orders[bucket].batch(turn)]
 
 
-def discriminator_times(numbers: Sequence[int], seed: int, stream: str, s: float, fixed: float | None = None) -> Tensor:
-    """The discriminator's timestep for each sample number, [n] in [0, 1]: `shift(U(0, 1), s)` of eq. 6, or the fixed one."""
+def discriminator_times(
+    numbers: Sequence[int], seed: int, stream: str, s: float, fixed: float | None = None
+) -> Tensor:
+    """The discriminator's timestep for each sample number, [n] in [0, 1]: `shift(U(0, 1), s)` of eq. 6, or
+    the fixed one.
+    """
     t = shift(sample_uniform(numbers, seed, stream), s)
     return t if fixed is None else t.new_full(t.shape, fixed)
 
@@ -73,11 +89,13 @@ def discriminator_times(numbers: Sequence[int], seed: int, stream: str, s: float
 def split(batch: int, ranks: int, rank: int, microbatch: int | None = None) -> list[range]:
     """The places 0 .. batch - 1 of a batch that one of `ranks` processes takes, microbatch after microbatch.
 
-    All processes together take the batch from its front to its back, so that "the first samples of the batch" come in the first
-    microbatches, evenly over the processes. Raises AptError when the batch does not divide.
+    All processes together take the batch from its front to its back, so that "the first samples of the batch"
+    come in the first microbatches, evenly over the processes. Raises AptError when the batch does not divide.
     """
     if batch % ranks:
-        raise AptError(f"a batch of {batch} does not divide over {ranks} processes: make it a multiple of {ranks}.")
+        raise AptError(
+            f"a batch of {batch} does not divide over {ranks} processes: make it a multiple of {ranks}."
+        )
     size = microbatch or batch // ranks
     if batch % (ranks * size):
         raise AptError(
@@ -87,10 +105,12 @@ def split(batch: int, ranks: int, rank: int, microbatch: int | None = None) -> l
 
 
 def shuffled(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of 0 .. n - 1 sends these places, int64 of their shape; nothing of n's size is made.
+    """Where a keyed permutation of 0 .. n - 1 sends these places, int64 of their shape; nothing of n's size
+    is made.
 
-    keys: uint64 [rounds], at least four. A Feistel network over digits (left, right) of the smallest a x b >= n with b = ceil(sqrt n); whoever
-    lands at n or above walks on (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Integers alone, the same everywhere.
+    keys: uint64 [rounds], at least four. A Feistel network over digits (left, right) of the smallest a x b >=
+    n with b = ceil(sqrt n); whoever lands at n or above walks on (Black and Rogaway, "Ciphers with arbitrary
+    finite domains", 2002). Integers alone, the same everywhere.
     """
     b = math.isqrt(n - 1) + 1
     a = -(-n // b)
@@ -120,5 +140,8 @@ def _mixed(x: np.ndarray, key: np.uint64) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _keys(seed: int, stream: str, epoch: int) -> np.ndarray:
-    digests = (hashlib.blake2b(f"{ORDER}/{seed}/{stream}/{epoch}/{half}".encode(), digest_size=4 * ROUNDS).digest() for half in (0, 1))
+    digests = (
+        hashlib.blake2b(f"{ORDER}/{seed}/{stream}/{epoch}/{half}".encode(), digest_size=4 * ROUNDS).digest()
+        for half in (0, 1)
+    )
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)

@@ -1,9 +1,10 @@
-"""What every training reads: normalised latents and text embeddings in safetensors shards, with one index of all samples.
+"""What every training reads: normalised latents and text embeddings in safetensors shards, with one index of
+all samples.
 
-A shard holds samples of one kind and one latent shape: `latents` [N, C, F, h, w], `text` [sum of L, d] (each embedding at its true
-length, one after the other) and `offsets` [N + 1] into its rows. Its metadata repeats what the index says of its samples, so
-that a run which was stopped before its index was written can go on from its shards, and has a digest of all of it, which is
-compared before the first of its rows is used.
+A shard holds samples of one kind and one latent shape: `latents` [N, C, F, h, w], `text` [sum of L, d] (each
+embedding at its true length, one after the other) and `offsets` [N + 1] into its rows. Its metadata repeats
+what the index says of its samples, so that a run which was stopped before its index was written can go on
+from its shards, and has a digest of all of it, which is compared before the first of its rows is used.
 """
 
 import hashlib
@@ -34,8 +35,10 @@ AGAIN = "run precompute again"
 
 @dataclass(frozen=True)
 class Sample:
-    """One line of the index. id: path below the data folder; source: fingerprint of the file. What the writer fills in: bucket,
-    the latent's shape (C, F, h, w); tokens, the rows of the text embedding; shard and row, where it lies."""
+    """One line of the index. id: path below the data folder; source: fingerprint of the file. What the writer
+    fills in: bucket, the latent's shape (C, F, h, w); tokens, the rows of the text embedding; shard and row,
+    where it lies.
+    """
 
     id: str
     kind: str
@@ -53,13 +56,18 @@ class Sample:
 
 
 class ShardWriter:
-    """Adds samples to a folder of shards; use it in a `with` statement, which also on an error keeps what was added.
+    """Adds samples to a folder of shards; use it in a `with` statement, which also on an error keeps what was
+    added.
 
-    settings: everything that latents and embeddings depend on (JSON; models by fingerprint). `done` holds the samples of finished
-    shards by `Sample.key`. rank: of this process among several that write to the folder at once. Files appear whole or not at all, and the index last. Raises AptError when the folder's shards have other settings.
+    settings: everything that latents and embeddings depend on (JSON; models by fingerprint). `done` holds the
+    samples of finished shards by `Sample.key`. rank: of this process among several that write to the folder
+    at once. Files appear whole or not at all, and the index last. Raises AptError when the folder's shards
+    have other settings.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping, *, dtype: torch.dtype = torch.float32, rank: int = 0):
+    def __init__(
+        self, folder: str | Path, settings: Mapping, *, dtype: torch.dtype = torch.float32, rank: int = 0
+    ):
         self.folder, self.dtype, self.rank = Path(folder), dtype, rank
         self.settings = json.loads(json.dumps({**settings, "dtype": str(dtype).removeprefix("torch.")}))
         self.done: dict[tuple, Sample] = {}
@@ -77,7 +85,9 @@ class ShardWriter:
         self.flush()
 
     def add(self, sample: Sample, latent: Tensor, text: Tensor) -> None:
-        """Take one more sample: latent `[C, F, h, w]`, text `[L, d]`. Full shards are written out, see also `flush`."""
+        """Take one more sample: latent `[C, F, h, w]`, text `[L, d]`. Full shards are written out, see also
+        `flush`.
+        """
         key = (sample.kind, *latent.shape)
         batch = self._open.setdefault(key, [])
         batch.append((sample, latent.detach().to("cpu", self.dtype), text.detach().to("cpu", self.dtype)))
@@ -90,10 +100,18 @@ class ShardWriter:
             self._write(key)
 
     def finish(self, keys: Iterable[tuple], facts: Mapping) -> Path:
-        """Flush, then write the index of the samples with these keys, in their order; returns its path. facts: vae, text, fps, ..."""
+        """Flush, then write the index of the samples with these keys, in their order; returns its path.
+        facts: vae, text, fps, ...
+        """
         self.flush()
         samples = [self.done[key] for key in keys]
-        index = {"format": FORMAT, "version": VERSION, **facts, "settings": self.settings, "fingerprint": fingerprint_of(self.settings, samples)}
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            **facts,
+            "settings": self.settings,
+            "fingerprint": fingerprint_of(self.settings, samples),
+        }
         path = self.folder / INDEX
         write_json(path, index | {"samples": [asdict(sample) for sample in samples]})
         return path
@@ -102,15 +120,24 @@ class ShardWriter:
         try:
             header = read_header(path)
             metadata = header.metadata
-            settings, described = metadata_json(path, metadata, "settings"), metadata_json(path, metadata, "samples")
+            settings, described = (
+                metadata_json(path, metadata, "settings"),
+                metadata_json(path, metadata, "samples"),
+            )
             samples = [read_sample(entry) for entry in described["list"]]
             if not _is_whole(path, header):
                 return
         except (AptError, KeyError, TypeError, OSError):
             return  # damaged: its samples are encoded again, into a shard of this name
-        if changed := sorted(k for k in settings.keys() | self.settings.keys() if settings.get(k) != self.settings.get(k)):
-            names = ", ".join(f"{k} {_short(settings.get(k))} instead of {_short(self.settings.get(k))}" for k in changed)
-            raise AptError(f"{self.folder} holds shards made with {names}: give another folder, or delete it to start over.")
+        if changed := sorted(
+            k for k in settings.keys() | self.settings.keys() if settings.get(k) != self.settings.get(k)
+        ):
+            names = ", ".join(
+                f"{k} {_short(settings.get(k))} instead of {_short(self.settings.get(k))}" for k in changed
+            )
+            raise AptError(
+                f"{self.folder} holds shards made with {names}: give another folder, or delete it to start over."
+            )
         self._taken.add(path.name)
         self.done.update((sample.key, sample) for sample in samples)
 
@@ -130,8 +157,13 @@ class ShardWriter:
             "text": torch.cat([text for _, _, text in batch]),
             "offsets": lengths.cumsum(0),
         }
-        strings = {"settings": json.dumps(self.settings), "samples": json.dumps({"list": [asdict(sample) for sample in samples]})}
-        digest = _digest(strings, (tensors[key].contiguous().view(-1).view(torch.uint8).numpy() for key in TENSORS))
+        strings = {
+            "settings": json.dumps(self.settings),
+            "samples": json.dumps({"list": [asdict(sample) for sample in samples]}),
+        }
+        digest = _digest(
+            strings, (tensors[key].contiguous().view(-1).view(torch.uint8).numpy() for key in TENSORS)
+        )
         write_tensors(self.folder / name, tensors, strings | {"digest": digest})
         self._taken.add(name)
         self.done.update((sample.key, sample) for sample in samples)
@@ -140,8 +172,9 @@ class ShardWriter:
 class ShardDataset:
     """The samples of one kind ("image" or "video"), read from disk as they are asked for.
 
-    `samples` is the index in order; `vae`, `text_dim`, `text_length`, `fps`, `settings` and `fingerprint` (of all sources and
-    settings) are what the index says. Raises AptError when the index or a shard is missing, damaged or of another format.
+    `samples` is the index in order; `vae`, `text_dim`, `text_length`, `fps`, `settings` and `fingerprint` (of
+    all sources and settings) are what the index says. Raises AptError when the index or a shard is missing,
+    damaged or of another format.
     """
 
     def __init__(self, folder: str | Path, kind: str):
@@ -149,16 +182,26 @@ class ShardDataset:
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise AptError(f"{path} does not exist: run precompute on a folder of captioned clips first.") from None
+            raise AptError(
+                f"{path} does not exist: run precompute on a folder of captioned clips first."
+            ) from None
         except (OSError, ValueError, RecursionError):
             raise AptError(f"{path} is damaged: {AGAIN}.") from None
         if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
-            raise AptError(f"{path} is not an index of {FORMAT} version {VERSION}: {AGAIN} into another folder.")
+            raise AptError(
+                f"{path} is not an index of {FORMAT} version {VERSION}: {AGAIN} into another folder."
+            )
         try:
             self.vae, self.fps, self.settings = index["vae"], index["fps"], index["settings"]
-            self.text_dim, self.text_length, self.fingerprint = index["text"]["dim"], index["text"]["length"], index["fingerprint"]
+            self.text_dim, self.text_length, self.fingerprint = (
+                index["text"]["dim"],
+                index["text"]["length"],
+                index["fingerprint"],
+            )
             everything = [read_sample(entry) for entry in index["samples"]]
-            if self.fingerprint != fingerprint_of(self.settings, everything) or not all(map(_sound, everything)):
+            if self.fingerprint != fingerprint_of(self.settings, everything) or not all(
+                map(_sound, everything)
+            ):
                 raise KeyError
             self.samples = [sample for sample in everything if sample.kind == kind]
         except (KeyError, TypeError, ValueError):
@@ -183,17 +226,25 @@ class ShardDataset:
     def get(self, i: int) -> tuple[Tensor, Tensor, str]:
         """Latent `[C, F, h, w]`, text embedding `[L, d]` at its true length, both fp32, and the caption."""
         latent, embedding = self._stored(i)
-        return latent.to(torch.float32, copy=True), embedding.to(torch.float32, copy=True), self.samples[i].caption
+        return (
+            latent.to(torch.float32, copy=True),
+            embedding.to(torch.float32, copy=True),
+            self.samples[i].caption,
+        )
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
-        """Latents `[B, C, F, h, w]`, text `[B, text_length, d]` with zeros after each caption, both fp32, and the captions.
+        """Latents `[B, C, F, h, w]`, text `[B, text_length, d]` with zeros after each caption, both fp32, and
+        the captions.
 
-        Copies by numpy: a thread that reads ahead and calls torch would start a second team of torch's threads beside the training's.
+        Copies by numpy: a thread that reads ahead and calls torch would start a second team of torch's
+        threads beside the training's.
         Raises AptError when the samples are of different shapes.
         """
         shapes = {self.samples[i].bucket for i in indices}
         if len(shapes) > 1:
-            raise AptError(f"{self.folder}: samples of different shapes {sorted(shapes)} cannot be one batch: draw them from one bucket.")
+            raise AptError(
+                f"{self.folder}: samples of different shapes {sorted(shapes)} cannot be one batch: draw them from one bucket."
+            )
         latents = np.empty((len(indices), *self.samples[indices[0]].bucket), np.float32)
         text = np.zeros((len(indices), self.text_length, self.text_dim), np.float32)
         for x, padded, i in zip(latents, text, indices):
@@ -203,13 +254,17 @@ class ShardDataset:
         return torch.from_numpy(latents), torch.from_numpy(text), [self.samples[i].caption for i in indices]
 
     def _stored(self, i: int) -> tuple[Tensor, Tensor]:
-        """Latent and text embedding as they are stored. They are read, not mapped: a page of a mapped file that is gone ends the process."""
+        """Latent and text embedding as they are stored. They are read, not mapped: a page of a mapped file
+        that is gone ends the process.
+        """
         sample = self.samples[i]
         header, offsets = self._shard(sample.shard)
         path = self.folder / sample.shard
         try:
             with path.open("rb", buffering=0) as file:
-                return _rows(file, header, "latents", sample.row, sample.row + 1)[0], _rows(file, header, "text", *offsets[sample.row : sample.row + 2])
+                return _rows(file, header, "latents", sample.row, sample.row + 1)[0], _rows(
+                    file, header, "text", *offsets[sample.row : sample.row + 2]
+                )
         except (OSError, EOFError) as error:
             raise AptError(f"{path} cannot be read ({error}): {AGAIN}.") from None
 
@@ -224,12 +279,17 @@ class ShardDataset:
             if header.dtypes.keys() != set(TENSORS) or not set(header.dtypes.values()) <= DTYPES.keys():
                 raise AptError(f"{path} is not a shard of latents: {AGAIN}.")
             latents, text = shapes.get("latents", ()), shapes.get("text", ())
-            fits = all(latents[1:] == s.bucket and 0 <= s.row < latents[0] and s.tokens <= self.text_length for s in samples)
+            fits = all(
+                latents[1:] == s.bucket and 0 <= s.row < latents[0] and s.tokens <= self.text_length
+                for s in samples
+            )
             if not fits or text[1:] != (self.text_dim,) or shapes.get("offsets") != (latents[0] + 1,):
                 raise AptError(f"{path} does not hold what {INDEX} says: {AGAIN}.")
 
     def _shard(self, name: str) -> tuple[Header, list[int]]:
-        """Where a shard's rows are. All of it is read the first time, to compare its digest; a shard from before digests has none."""
+        """Where a shard's rows are. All of it is read the first time, to compare its digest; a shard from
+        before digests has none.
+        """
         if name not in self._shards:
             path = self.folder / name
             try:
@@ -240,7 +300,10 @@ class ShardDataset:
                     offsets = _rows(file, header, "offsets", 0, header.shapes["offsets"][0]).tolist()
             except (OSError, EOFError) as error:
                 raise AptError(f"{path} cannot be read ({error}): {AGAIN}.") from None
-            if any(offsets[s.row + 1] - offsets[s.row] != s.tokens for s in self._listed[name]) or offsets[-1] != header.shapes["text"][0]:
+            if (
+                any(offsets[s.row + 1] - offsets[s.row] != s.tokens for s in self._listed[name])
+                or offsets[-1] != header.shapes["text"][0]
+            ):
                 raise AptError(f"{path} does not hold what {INDEX} says: {AGAIN}.")
             self._shards[name] = header, offsets
         return self._shards[name]
@@ -259,7 +322,11 @@ def _rows(file, header: Header, key: str, first: int, last: int) -> Tensor:
             raise EOFError("it ends too soon")
         view = view[read:]
     dtype = DTYPES[header.dtypes[key]]
-    return torch.frombuffer(raw, dtype=dtype).view(last - first, *shape) if raw else torch.empty((last - first, *shape), dtype=dtype)
+    return (
+        torch.frombuffer(raw, dtype=dtype).view(last - first, *shape)
+        if raw
+        else torch.empty((last - first, *shape), dtype=dtype)
+    )
 
 
 def _is_whole(path: Path, header: Header) -> bool:
@@ -289,13 +356,19 @@ def _digest(strings: Mapping[str, str], parts: Iterable) -> str:
 
 def fingerprint_of(settings: Mapping, samples: Sequence[Sample]) -> str:
     """What an index is known by: the settings, and what each sample was made from."""
-    return hashlib.blake2b(json.dumps([settings, [sample.key for sample in samples]]).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        json.dumps([settings, [sample.key for sample in samples]]).encode(), digest_size=16
+    ).hexdigest()
 
 
 def _sound(sample: Sample) -> bool:
     """Whether its place can be one: a shard of this folder, and numbers."""
     numbers = (*sample.bucket, sample.tokens, sample.row)
-    return isinstance(sample.shard, str) and SHARD.fullmatch(sample.shard) is not None and all(type(n) is int and n >= 0 for n in numbers)
+    return (
+        isinstance(sample.shard, str)
+        and SHARD.fullmatch(sample.shard) is not None
+        and all(type(n) is int and n >= 0 for n in numbers)
+    )
 
 
 def _copy(stored: Tensor, out: np.ndarray) -> None:

@@ -1,1 +1,3 @@
-"""A look inside: what the generator's blocks hold (probe), where samples go between two noises (walk), where the discriminator looks (attention)."""
+"""A look inside: what the generator's blocks hold (probe), where samples go between two noises (walk), where
+the discriminator looks (attention).
+"""

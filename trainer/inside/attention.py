@@ -1,4 +1,6 @@
-"""Where the discriminator looks: the attention of its heads' tokens over the frame, for real and for generated samples (3.3, fig. 1)."""
+"""Where the discriminator looks: the attention of its heads' tokens over the frame, for real and for
+generated samples (3.3, fig. 1).
+"""
 
 import textwrap
 from dataclasses import dataclass
@@ -28,7 +30,8 @@ HEADS, NUMBERED = 12, 16
 
 
 def find_state(path: Path, phase: str | None = None) -> Path:
-    """The training state that a path stands for: a state itself, the newest of a stage's folder, or of a run's folder that of its last phase.
+    """The training state that a path stands for: a state itself, the newest of a stage's folder, or of a
+    run's folder that of its last phase.
 
     Raises AptError when there is none.
     """
@@ -41,15 +44,20 @@ def find_state(path: Path, phase: str | None = None) -> Path:
         if states := whole_states(folder):
             return states[-1]
     which = f", phase {phase}" if phase else ""
-    raise AptError(f"{path} holds no training state of stage 2{which}: give states/PHASE/step-..., or the folder of a run that saved one.")
+    raise AptError(
+        f"{path} holds no training state of stage 2{which}: give states/PHASE/step-..., or the folder of a run that saved one."
+    )
 
 
 @torch.no_grad()
-def look(discriminator: Discriminator, x: Tensor, text: Tensor, s: float, fixed: float | None = None) -> tuple[list[Tensor], float]:
-    """Means over t of the heads' weights by depth, `[heads, f, h, w]` each (patches), and of the logit, for one sample `[1, C, f, h, w]`.
+def look(
+    discriminator: Discriminator, x: Tensor, text: Tensor, s: float, fixed: float | None = None
+) -> tuple[list[Tensor], float]:
+    """Means over t of the heads' weights by depth, `[heads, f, h, w]` each (patches), and of the logit, for
+    one sample `[1, C, f, h, w]`.
 
-    t goes through the middles of TIMES equal shares of `shift(U(0, 1), s)` (eq. 6, 7), or is the fixed one that it was trained with. The
-    weights of a head sum to 1.
+    t goes through the middles of TIMES equal shares of `shift(U(0, 1), s)` (eq. 6, 7), or is the fixed one
+    that it was trained with. The weights of a head sum to 1.
     """
     t = shift((torch.arange(TIMES, dtype=torch.float64) + 0.5) / TIMES, s).float().to(x.device)
     if fixed is not None:
@@ -65,7 +73,9 @@ def look(discriminator: Discriminator, x: Tensor, text: Tensor, s: float, fixed:
 
 @dataclass(frozen=True)
 class Seen:
-    """One sample under the discriminator's eyes. frame: pixels `[H, W, 3]` of the latent frame in the middle; weights: see `look`."""
+    """One sample under the discriminator's eyes. frame: pixels `[H, W, 3]` of the latent frame in the middle;
+    weights: see `look`.
+    """
 
     source: str
     caption: str
@@ -74,7 +84,9 @@ class Seen:
     logit: float
 
     def map(self, depth: int, head: int | None = None) -> np.ndarray:
-        """Attention over the frame in the middle, `[h, w]`, of one head or the mean over heads: multiples of what a patch gets from an even look."""
+        """Attention over the frame in the middle, `[h, w]`, of one head or the mean over heads: multiples of
+        what a patch gets from an even look.
+        """
         weights = self.weights[depth] if head is None else self.weights[depth][head : head + 1]
         return (weights.mean(0)[weights.shape[1] // 2] * weights[0].numel()).numpy()
 
@@ -83,16 +95,30 @@ class Seen:
         return self.weights[depth].mean(0).sum((1, 2)).numpy()
 
     def spread(self, depth: int) -> list[float]:
-        """Of each head: the share of the patches that it looks at, exp(entropy) / number; 1 is an even look, 1 / number a single patch."""
+        """Of each head: the share of the patches that it looks at, exp(entropy) / number; 1 is an even look,
+        1 / number a single patch.
+        """
         weights = self.weights[depth].flatten(1).double()
         return (-(weights * weights.clamp_min(1e-300).log()).sum(1)).exp().div(weights.shape[1]).tolist()
 
 
-def run_attention(state: Path, pipe: OneStepPipeline, out: Path | None = None, *, samples: int = 3, shards: Path | None = None, seed: int = 0, base: str = "") -> list[Path]:
-    """Write attention.png (mean over attention heads), attention-heads.png (each of them) and attention.json into `out`; returns their paths.
+def run_attention(
+    state: Path,
+    pipe: OneStepPipeline,
+    out: Path | None = None,
+    *,
+    samples: int = 3,
+    shards: Path | None = None,
+    seed: int = 0,
+    base: str = "",
+) -> list[Path]:
+    """Write attention.png (mean over attention heads), attention-heads.png (each of them) and attention.json
+    into `out`; returns their paths.
 
-    state: see find_state; pipe: with its generator. The real samples are ones that no update saw, where the run held some out. shards: where
-    they lie, by default in the run's folder. base: the transformer that the state began from, where it has moved. Raises AptError for a state without a discriminator, and where there are no real samples.
+    state: see find_state; pipe: with its generator. The real samples are ones that no update saw, where the
+    run held some out. shards: where they lie, by default in the run's folder. base: the transformer that the
+    state began from, where it has moved. Raises AptError for a state without a discriminator, and where there
+    are no real samples.
     """
     discriminator, identity = open_discriminator(state, base or None)
     run = state.parent.parent.parent
@@ -115,13 +141,26 @@ def run_attention(state: Path, pipe: OneStepPipeline, out: Path | None = None, *
     discriminator.to(pipe.device)
     seen = []
     for (source, caption, latent, text), frame in zip(cases, frames):
-        weights, logit = look(discriminator, latent.to(pipe.device), text.to(pipe.device), identity["shift"], identity.get("discriminator_time"))
+        weights, logit = look(
+            discriminator,
+            latent.to(pipe.device),
+            text.to(pipe.device),
+            identity["shift"],
+            identity.get("discriminator_time"),
+        )
         seen.append(Seen(source, caption, frame, weights, logit))
     paths = [out / "attention.png", out / "attention-heads.png", out / "attention.json"]
     taps = discriminator.taps
     _draw_depths(paths[0], seen, taps)
     _draw_heads(paths[1], seen[:2], taps)
-    facts = {"state": str(state), "phase": kind, "taps": list(taps), "times": TIMES, "shift": identity["shift"], "seed": seed}
+    facts = {
+        "state": str(state),
+        "phase": kind,
+        "taps": list(taps),
+        "times": TIMES,
+        "shift": identity["shift"],
+        "seed": seed,
+    }
     write_json(paths[2], facts | {"samples": [_facts(one, taps) for one in seen]})
     return paths
 
@@ -137,12 +176,16 @@ def _facts(one: Seen, taps: tuple[int, ...]) -> dict:
 
 
 def _pixel_frame(latent_frame: int, stride: int) -> int:
-    """A frame in the middle of those that a latent frame holds: the first holds one, each further one `stride`."""
+    """A frame in the middle of those that a latent frame holds: the first holds one, each further one
+    `stride`.
+    """
     return latent_frame * stride - stride // 2 if latent_frame else 0
 
 
 def _overlay(axes, frame: np.ndarray, heat: np.ndarray, top: float):
-    """The frame in grey under its attention, with numbers where the patches are few; returns the drawn heat, for a colour bar."""
+    """The frame in grey under its attention, with numbers where the patches are few; returns the drawn heat,
+    for a colour bar.
+    """
     height, width = frame.shape[:2]
     rows, columns = heat.shape
     grey = frame @ np.array([0.299, 0.587, 0.114]) / 255
@@ -150,11 +193,26 @@ def _overlay(axes, frame: np.ndarray, heat: np.ndarray, top: float):
     axes.set_xticks([])
     axes.set_yticks([])
     # viridis rises evenly in lightness, for colour-blind eyes too
-    drawn = axes.imshow(heat, cmap="viridis", vmin=0, vmax=top, alpha=0.7, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    drawn = axes.imshow(
+        heat,
+        cmap="viridis",
+        vmin=0,
+        vmax=top,
+        alpha=0.7,
+        interpolation="nearest",
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )
     if heat.size <= NUMBERED:
         for (row, column), value in np.ndenumerate(heat):
             place = (column + 0.5) * width / columns - 0.5, (row + 0.5) * height / rows - 0.5
-            axes.text(*place, f"{value:.1f}", ha="center", va="center", fontsize=8, color="black" if value > 0.55 * top else "white")
+            axes.text(
+                *place,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="black" if value > 0.55 * top else "white",
+            )
     return drawn
 
 
@@ -162,13 +220,20 @@ def _draw_depths(path: Path, seen: list[Seen], taps: tuple[int, ...]) -> None:
     from matplotlib.figure import Figure
 
     clips = seen[0].weights[0].shape[1] > 1
-    figure = Figure(figsize=(2.0 * (len(taps) + 1) + 2, 1.75 * len(seen) + 1 + 3 * clips), layout="constrained")
+    figure = Figure(
+        figsize=(2.0 * (len(taps) + 1) + 2, 1.75 * len(seen) + 1 + 3 * clips), layout="constrained"
+    )
     figure.suptitle("Where the discriminator looks", fontsize=13)
     parts = figure.subfigures(2, 1, height_ratios=(1.75 * len(seen) + 0.5, 3)) if clips else [figure]
     grid = parts[0].subplots(len(seen), len(taps) + 1, squeeze=False)
     for row, one in enumerate(seen):
         caption = textwrap.fill(textwrap.shorten(one.caption, 90, placeholder="\u2026"), 20)
-        show_frame(grid[row][0], one.frame, "sample" if row == 0 else "", f"{one.source}, logit {one.logit:.2f}\n{caption}")
+        show_frame(
+            grid[row][0],
+            one.frame,
+            "sample" if row == 0 else "",
+            f"{one.source}, logit {one.logit:.2f}\n{caption}",
+        )
     for depth, tap in enumerate(taps):
         column = [line[depth + 1] for line in grid]
         top = max(one.map(depth).max() for one in seen)
@@ -182,7 +247,14 @@ def _draw_depths(path: Path, seen: list[Seen], taps: tuple[int, ...]) -> None:
         for depth, (tap, color, marker) in enumerate(zip(taps, (BLUE, ORANGE, BLACK, GREEN, RED), "os^vD")):
             for source, style in (("real", "-"), ("generated", "--")):
                 share = np.mean([one.by_frame(depth) for one in seen if one.source == source], axis=0)
-                axes.plot(range(len(share)), share, style, color=color, marker=marker, label=f"block {tap}, {source}")
+                axes.plot(
+                    range(len(share)),
+                    share,
+                    style,
+                    color=color,
+                    marker=marker,
+                    label=f"block {tap}, {source}",
+                )
         axes.axhline(1 / len(share), color="0.6", linewidth=1, zorder=0, label="even")
         axes.set_ylim(bottom=0)
         axes.set_xticks(range(len(share)))

@@ -1,4 +1,6 @@
-"""What the three commands share: a pipeline from whatever `generate` takes, prompts, and the style of their pictures."""
+"""What the three commands share: a pipeline from whatever `generate` takes, prompts, and the style of their
+pictures.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +20,26 @@ from trainer.mini.clips import scene
 PROMPT_SEED = 60_000  # of drawn captions; no other command's
 
 
-def open_pipeline(checkpoint: Path, files: Files, ema: float | None = None, device="auto", cache: Path | None = None) -> OneStepPipeline:
+def open_pipeline(
+    checkpoint: Path, files: Files, ema: float | None = None, device="auto", cache: Path | None = None
+) -> OneStepPipeline:
     """A pipeline from anything that `generate` takes. Raises AptError as that does."""
     source = find_source(checkpoint, files.base, ema)
-    return OneStepPipeline.from_checkpoint(source, files.vae, files.text_encoder, files.tokenizer, files.base, device=device, cache=cache)
+    return OneStepPipeline.from_checkpoint(
+        source, files.vae, files.text_encoder, files.tokenizer, files.base, device=device, cache=cache
+    )
 
 
 def find_captions(
-    pipe: OneStepPipeline, count: int, moving: bool, given: Sequence[str] = (), shards: Path | None = None,
+    pipe: OneStepPipeline,
+    count: int,
+    moving: bool,
+    given: Sequence[str] = (),
+    shards: Path | None = None,
     advice: str = "give --data SHARDS or --prompts FILE",
-) -> list[str]:  # fmt: skip
-    """`count` captions: those given, those of shards, or for the miniature drawn ones; too few of them come again from the start.
+) -> list[str]:
+    """`count` captions: those given, those of shards, or for the miniature drawn ones; too few of them come
+    again from the start.
 
     Raises AptError where there are none.
     """
@@ -36,7 +47,9 @@ def find_captions(
         kind = "video" if moving else "image"
         given = [sample.caption for sample in ShardDataset(shards, kind).samples]
         if not given:
-            raise AptError(f"{shards} holds no {kind}s: give shards with captions of {kind}s, or --prompts FILE.")
+            raise AptError(
+                f"{shards} holds no {kind}s: give shards with captions of {kind}s, or --prompts FILE."
+            )
     elif not given and pipe.sources.transformer.metadata.get("base") == MINI:
         given = [scene(PROMPT_SEED, index, moving).caption for index in range(count)]
     if not given:

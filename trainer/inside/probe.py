@@ -1,4 +1,6 @@
-"""The paper's linear probe (5.5, fig. 10): how much of the final sample each block of the one-step generator already holds."""
+"""The paper's linear probe (5.5, fig. 10): how much of the final sample each block of the one-step generator
+already holds.
+"""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -25,14 +27,23 @@ ROWS, COLUMNS = 4, 8
 
 @torch.no_grad()
 def observe(model: nn.Module, z: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The final latent `x_hat = G(z, c)` of a batch, and the tokens `[B, S, d]` on the way to it: the noise's own patches, then each block's."""
+    """The final latent `x_hat = G(z, c)` of a batch, and the tokens `[B, S, d]` on the way to it: the noise's
+    own patches, then each block's.
+    """
     t = torch.full((len(z),), 1000.0, device=z.device)
     inner = model(z, t, text, taps=range(1, model.config.num_layers + 1))
     return one_step(model, z, text), [to_patches(z, model.config.patch_size), *inner]
 
 
-def fit(model: nn.Module, sample: Sample, numbers: Sequence[int], penalty: float, report: Callable = lambda *_: None) -> list[tuple[Tensor, Tensor]]:
-    """The best linear layer from each block's tokens to the final latent's patches, over the samples `numbers`: (weight, bias), fp64.
+def fit(
+    model: nn.Module,
+    sample: Sample,
+    numbers: Sequence[int],
+    penalty: float,
+    report: Callable = lambda *_: None,
+) -> list[tuple[Tensor, Tensor]]:
+    """The best linear layer from each block's tokens to the final latent's patches, over the samples
+    `numbers`: (weight, bias), fp64.
 
     Entry 0 reads the noise, entry k block k. See Ridge.solve for `penalty`.
     """
@@ -46,18 +57,30 @@ def fit(model: nn.Module, sample: Sample, numbers: Sequence[int], penalty: float
     return [ridge.solve(penalty) for ridge in probes]
 
 
-def read(model: nn.Module, probes: Sequence[tuple[Tensor, Tensor]], z: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
+def read(
+    model: nn.Module, probes: Sequence[tuple[Tensor, Tensor]], z: Tensor, text: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     """The final latents of a batch, and what each probe takes for them, all `[B, C, f, h, w]` in fp32."""
     x, tokens = observe(model, z, text)
     patch = model.config.patch_size
-    return x, [from_patches(features.double() @ weight + bias, patch, x.shape[1:]).float() for features, (weight, bias) in zip(tokens, probes)]
+    return x, [
+        from_patches(features.double() @ weight + bias, patch, x.shape[1:]).float()
+        for features, (weight, bias) in zip(tokens, probes)
+    ]
 
 
 def judge(
-    model: nn.Module, probes: Sequence[tuple[Tensor, Tensor]], sample: Sample, numbers: Sequence[int], cut: float, report: Callable = lambda *_: None
+    model: nn.Module,
+    probes: Sequence[tuple[Tensor, Tensor]],
+    sample: Sample,
+    numbers: Sequence[int],
+    cut: float,
+    report: Callable = lambda *_: None,
 ) -> dict[str, list[float]]:
-    """Squared error of each probe over the samples, as a share of their variance (1: no better than the samples' mean at each place): over all
-    spatial frequencies, in the low and in the high ones (see band_energies)."""
+    """Squared error of each probe over the samples, as a share of their variance (1: no better than the
+    samples' mean at each place): over all spatial frequencies, in the low and in the high ones (see
+    band_energies).
+    """
     errors, squares, total = np.zeros((len(probes), 2)), np.zeros(2), 0.0
     for done, number in enumerate(numbers, start=1):
         x, guesses = read(model, probes, *sample(number))
@@ -71,12 +94,23 @@ def judge(
 
 
 def run_probe(
-    pipe: OneStepPipeline, out: Path, *, samples: int = 512, held_out: int = 128, prompts: Sequence[str] = (), shards: Path | None = None,
-    seed: int = 0, penalty: float = 1e-6, cut: float = 1 / 3, **sizes,
-) -> dict:  # fmt: skip
-    """Fit a probe to every block on `samples` samples, judge it on `held_out` others, and write probe.png and probe.json into `out`.
+    pipe: OneStepPipeline,
+    out: Path,
+    *,
+    samples: int = 512,
+    held_out: int = 128,
+    prompts: Sequence[str] = (),
+    shards: Path | None = None,
+    seed: int = 0,
+    penalty: float = 1e-6,
+    cut: float = 1 / 3,
+    **sizes,
+) -> dict:
+    """Fit a probe to every block on `samples` samples, judge it on `held_out` others, and write probe.png and
+    probe.json into `out`.
 
-    All blocks' tokens of one sample are held at once. sizes: height, width, frames; by default what the checkpoint was trained for.
+    All blocks' tokens of one sample are held at once. sizes: height, width, frames; by default what the
+    checkpoint was trained for.
     Raises AptError where there are no captions to sample, and for sizes that the model cannot make.
     """
     total = samples + held_out
@@ -98,12 +132,22 @@ def run_probe(
     rows = [read(model, probes, *sample(number)) for number in held[:ROWS]]
     blocks = model.config.num_layers
     result = {
-        "checkpoint": pipe.sources.transformer.name, "blocks": blocks, "samples": samples, "held_out": held_out, "latent": list(shape), "seed": seed,
-        "penalty": penalty, "cut": cut, "error": {band: [round(value, 6) for value in errors[band]] for band in BANDS},
-    }  # fmt: skip
+        "checkpoint": pipe.sources.transformer.name,
+        "blocks": blocks,
+        "samples": samples,
+        "held_out": held_out,
+        "latent": list(shape),
+        "seed": seed,
+        "penalty": penalty,
+        "cut": cut,
+        "error": {band: [round(value, 6) for value in errors[band]] for band in BANDS},
+    }
     del model
     shown = sorted({round(place) for place in np.linspace(0, blocks, min(COLUMNS, blocks + 1))})
-    pictures = [[_middle(frames_of(pipe, latent)) for latent in (*(guesses[block] for block in shown), x)] for x, guesses in rows]
+    pictures = [
+        [_middle(frames_of(pipe, latent)) for latent in (*(guesses[block] for block in shown), x)]
+        for x, guesses in rows
+    ]
     _draw(out / "probe.png", captions[samples : samples + ROWS], shown, pictures, result)
     write_json(out / "probe.json", result)
     return result
@@ -113,33 +157,55 @@ def _middle(frames: np.ndarray) -> np.ndarray:
     return frames[len(frames) // 2]
 
 
-def _draw(path: Path, captions: list[str], shown: list[int], pictures: list[list[np.ndarray]], result: dict) -> None:
+def _draw(
+    path: Path, captions: list[str], shown: list[int], pictures: list[list[np.ndarray]], result: dict
+) -> None:
     from matplotlib.figure import Figure
 
     error, columns = result["error"], len(shown) + 1
     figure = Figure(figsize=(1.45 * columns + 2.2, 1.5 * len(pictures) + 4), layout="constrained")
-    figure.suptitle("What a linear layer reads of the final sample behind each block of the one-step generator", fontsize=12)
+    figure.suptitle(
+        "What a linear layer reads of the final sample behind each block of the one-step generator",
+        fontsize=12,
+    )
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.5 * len(pictures) + 0.4, 3.2))
     grid = top.subplots(len(pictures), columns, squeeze=False)
     names = ["noise" if block == 0 else f"block {block}" for block in shown]
-    titles = [f"{name}\nerror {error['all'][block]:.2f}" for name, block in zip(names, shown)] + ["final sample\n"]
+    titles = [f"{name}\nerror {error['all'][block]:.2f}" for name, block in zip(names, shown)] + [
+        "final sample\n"
+    ]
     for row, (caption, line) in enumerate(zip(captions, pictures)):
         for column, frame in enumerate(line):
-            label = textwrap.fill(textwrap.shorten(caption, 90, placeholder="\u2026"), 20) if column == 0 else ""
+            label = (
+                textwrap.fill(textwrap.shorten(caption, 90, placeholder="\u2026"), 20) if column == 0 else ""
+            )
             show_frame(grid[row][column], frame, titles[column] if row == 0 else "", label)
     axes = bottom.subplots()
     places = range(result["blocks"] + 1)
     low = f"low frequencies, below {result['cut']:.2f} of the highest (layout)"
     for band, label, color, style, marker in (
-        ("all", "all frequencies", BLACK, "-", "o"), ("low", low, BLUE, "--", "s"), ("high", "high frequencies (detail)", ORANGE, ":", "^"),
-    ):  # fmt: skip
-        axes.plot(places, error[band], color=color, linestyle=style, marker=marker, markersize=5, linewidth=1.8, label=label)
+        ("all", "all frequencies", BLACK, "-", "o"),
+        ("low", low, BLUE, "--", "s"),
+        ("high", "high frequencies (detail)", ORANGE, ":", "^"),
+    ):
+        axes.plot(
+            places,
+            error[band],
+            color=color,
+            linestyle=style,
+            marker=marker,
+            markersize=5,
+            linewidth=1.8,
+            label=label,
+        )
     axes.axhline(1, color="0.6", linewidth=1, zorder=0)
     axes.set_ylim(0, max(1.05, min(1.5, max(max(error[band]) for band in BANDS) * 1.05)))
     axes.set_xticks([place for place in places if result["blocks"] <= 12 or place % 5 == 0])
     axes.set_xlabel("block (0: the noise itself)")
     axes.set_ylabel("squared error / variance")
-    axes.set_title(f"{result['held_out']} held-out samples; 1 is no better than the samples' mean", fontsize=10)
+    axes.set_title(
+        f"{result['held_out']} held-out samples; 1 is no better than the samples' mean", fontsize=10
+    )
     axes.grid(alpha=0.25)
     axes.legend(fontsize=9)
     save_figure(figure, path)

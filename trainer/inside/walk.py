@@ -1,4 +1,6 @@
-"""The noise walk (5.7, fig. 11): one prompt, noise that goes from seed to seed, and where on the way the structure breaks."""
+"""The noise walk (5.7, fig. 11): one prompt, noise that goes from seed to seed, and where on the way the
+structure breaks.
+"""
 
 import textwrap
 from collections.abc import Sequence
@@ -25,24 +27,38 @@ def read_seeds(text: str) -> list[int]:
     """Whole numbers with commas in between. Raises AptError for anything else, and for fewer than two."""
     words = [word.strip() for word in text.split(",")]
     if len(words) < 2 or not all(word.isdecimal() and int(word) < 2**64 for word in words):
-        raise AptError(f"--seeds {text} cannot be walked through: give two or more whole numbers from 0 with commas in between, such as 1,2,3.")
+        raise AptError(
+            f"--seeds {text} cannot be walked through: give two or more whole numbers from 0 with commas in between, such as 1,2,3."
+        )
     return [int(word) for word in words]
 
 
 def run_walk(
-    pipe: OneStepPipeline, prompt: str | None, seeds: Sequence[int], count: int, out: Path, *, closed: bool = False, noise: str = "apt",
-    rate: float = 12, **sizes,
-) -> list[Path]:  # fmt: skip
-    """`count` samples from each seed to the next, in one step each, written as walk.mp4, walk.png and walk.json into `out`; returns their paths.
+    pipe: OneStepPipeline,
+    prompt: str | None,
+    seeds: Sequence[int],
+    count: int,
+    out: Path,
+    *,
+    closed: bool = False,
+    noise: str = "apt",
+    rate: float = 12,
+    **sizes,
+) -> list[Path]:
+    """`count` samples from each seed to the next, in one step each, written as walk.mp4, walk.png and
+    walk.json into `out`; returns their paths.
 
-    At a seed the sample is that of the seed alone, as `generate` makes it first. Of clips the video shows the frames in the middle, `rate`
-    samples a second, there and unless `closed` back. The change from sample to sample is the mean absolute difference of all their pixels,
-    in levels of 0 to 255.
-    sizes: height, width, frames. Raises AptError for seeds that follow themselves, for a prompt that is missing, and as Request does.
+    At a seed the sample is that of the seed alone, as `generate` makes it first. Of clips the video shows the
+    frames in the middle, `rate` samples a second, there and unless `closed` back. The change from sample to
+    sample is the mean absolute difference of all their pixels, in levels of 0 to 255.
+    sizes: height, width, frames. Raises AptError for seeds that follow themselves, for a prompt that is
+    missing, and as Request does.
     """
     way = [*seeds, seeds[0]] if closed else list(seeds)
     if len(seeds) < 2 or count < 2 or any(a == b for a, b in zip(way, way[1:])):
-        raise AptError(f"seeds {list(seeds)} in {count} samples each are no walk: give two or more seeds, neighbours different, and 2 samples or more.")
+        raise AptError(
+            f"seeds {list(seeds)} in {count} samples each are no walk: give two or more seeds, neighbours different, and 2 samples or more."
+        )
     moving = pipe.request("", **sizes).frames > 1
     if prompt is None:
         prompt = find_captions(pipe, 1, moving, advice="give a prompt")[0]
@@ -67,11 +83,19 @@ def run_walk(
         stations_seen.append(stations_seen[0])
     at_seeds = {item: seeds[item // count % len(seeds)] for item in range(0, items, count)}
     result = {
-        "checkpoint": pipe.sources.transformer.name, "prompt": prompt, "seeds": list(seeds), "noise": noise, "closed": closed, "samples": items,
-        "frames": request.frames, "noise_rms": [round(norm, 6) for norm in norms], "change": [round(change, 4) for change in changes],
+        "checkpoint": pipe.sources.transformer.name,
+        "prompt": prompt,
+        "seeds": list(seeds),
+        "noise": noise,
+        "closed": closed,
+        "samples": items,
+        "frames": request.frames,
+        "noise_rms": [round(norm, 6) for norm in norms],
+        "change": [round(change, 4) for change in changes],
         "per_leg": count,
-        "change_of_a_leg": [round(_change(a, b), 4) for a, b in zip(stations_seen, stations_seen[1:])], "largest": _largest(changes, count),
-    }  # fmt: skip
+        "change_of_a_leg": [round(_change(a, b), 4) for a, b in zip(stations_seen, stations_seen[1:])],
+        "largest": _largest(changes, count),
+    }
     paths = [out / "walk.mp4", out / "walk.png", out / "walk.json"]
     loop = pictures if closed else [*pictures, *pictures[-2:0:-1]]
     factor = max(1, SMALL // min(pictures[0].shape[:2]))
@@ -86,22 +110,35 @@ def _change(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _largest(changes: list[float], count: int) -> list[dict]:
-    """Of each leg the step with the most change, as a multiple of the leg's median: where one mode breaks and the next one begins."""
+    """Of each leg the step with the most change, as a multiple of the leg's median: where one mode breaks and
+    the next one begins.
+    """
     out = []
     for start in range(0, len(changes), count):
         leg = changes[start : start + count]
         step = int(np.argmax(leg))
-        out.append({"after_sample": start + step, "change": round(leg[step], 4), "times_the_median": round(leg[step] / max(float(np.median(leg)), 1e-9), 2)})
+        out.append(
+            {
+                "after_sample": start + step,
+                "change": round(leg[step], 4),
+                "times_the_median": round(leg[step] / max(float(np.median(leg)), 1e-9), 2),
+            }
+        )
     return out
 
 
-def _draw(path: Path, prompt: str, pictures: list[np.ndarray], at_seeds: dict[int, int], result: dict) -> None:
+def _draw(
+    path: Path, prompt: str, pictures: list[np.ndarray], at_seeds: dict[int, int], result: dict
+) -> None:
     from matplotlib.figure import Figure
 
     count, legs = result["per_leg"], len(result["largest"])
     places = sorted({round(place) for place in np.linspace(0, count, min(COLUMNS, count + 1))})
     figure = Figure(figsize=(1.1 * len(places) + 1, 1.35 * legs + 3.8), layout="constrained")
-    figure.suptitle(textwrap.shorten(f"\u201c{prompt}\u201d: one step from noise that goes from seed to seed", 140), fontsize=12)
+    figure.suptitle(
+        textwrap.shorten(f"\u201c{prompt}\u201d: one step from noise that goes from seed to seed", 140),
+        fontsize=12,
+    )
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.35 * legs + 0.3, 3.3))
     grid = top.subplots(legs, len(places), squeeze=False)
     for leg, (line, largest) in enumerate(zip(grid, result["largest"])):
@@ -121,12 +158,24 @@ def _draw(path: Path, prompt: str, pictures: list[np.ndarray], at_seeds: dict[in
 def _draw_change(axes, at_seeds: dict[int, int], result: dict) -> None:
     change = result["change"]
     places = np.arange(len(change)) + 0.5  # between two samples
-    axes.plot(places, change, color=BLUE, marker="o", markersize=4, linewidth=1.6, label="change to the next sample")
+    axes.plot(
+        places, change, color=BLUE, marker="o", markersize=4, linewidth=1.6, label="change to the next sample"
+    )
     worst = [step["after_sample"] for step in result["largest"]]
-    axes.plot(places[worst], [change[step] for step in worst], "s", color=ORANGE, markersize=9, markerfacecolor="none", markeredgewidth=2,
-              label="largest of each leg (framed above)")  # fmt: skip
+    axes.plot(
+        places[worst],
+        [change[step] for step in worst],
+        "s",
+        color=ORANGE,
+        markersize=9,
+        markerfacecolor="none",
+        markeredgewidth=2,
+        label="largest of each leg (framed above)",
+    )
     for number, item in enumerate(at_seeds):
-        axes.axvline(item, color=BLACK, linestyle="--", linewidth=1, label="at a seed" if number == 0 else None)
+        axes.axvline(
+            item, color=BLACK, linestyle="--", linewidth=1, label="at a seed" if number == 0 else None
+        )
     axes.set_ylim(bottom=0)
     axes.set_xlabel("sample")
     axes.set_ylabel("mean |difference|, 0 to 255")

@@ -1,8 +1,9 @@
-"""What a run needs, counted from the preset alone: parameters, FLOPs per update, bytes per GPU by kind. No weight is touched.
+"""What a run needs, counted from the preset alone: parameters, FLOPs per update, bytes per GPU by kind. No
+weight is touched.
 
-Notation: N tokens of one sample, d width, L blocks, F the FLOPs of one forward pass of one sample. A product of matrices takes two
-FLOPs per multiplication; a backward pass takes twice its forward, of which half is for the inputs and half for the weights (attention has no
-weights: both halves are for its inputs).
+Notation: N tokens of one sample, d width, L blocks, F the FLOPs of one forward pass of one sample. A product
+of matrices takes two FLOPs per multiplication; a backward pass takes twice its forward, of which half is for
+the inputs and half for the weights (attention has no weights: both halves are for its inputs).
 """
 
 import math
@@ -16,13 +17,17 @@ from trainer.machines.counts import counts_of
 STAGES = ("distill", "image", "video")
 TAPS = len(PAPER_FRACTIONS)
 LINEARS_BYTES, FFN_BYTES = 68.0, 4.15
-"""What one block keeps for its backward pass in bf16, bytes per token: LINEARS_BYTES d + FFN_BYTES ffn. Fitted to measurements of the three Wan
-models (92 d, 87 d and 79 d for 1.3B, 5B and 14B), which it meets within 1%."""
+"""What one block keeps for its backward pass in bf16, bytes per token: LINEARS_BYTES d + FFN_BYTES ffn.
+Fitted to measurements of the three Wan models (92 d, 87 d and 79 d for 1.3B, 5B and 14B), which it meets
+within 1%.
+"""
 
 
 @dataclass(frozen=True)
 class Account:
-    """parameters: by network; flops: of one update over the whole batch; memory: bytes on each GPU by kind; updates: of the stage."""
+    """parameters: by network; flops: of one update over the whole batch; memory: bytes on each GPU by kind;
+    updates: of the stage.
+    """
 
     parameters: dict[str, int]
     flops: float
@@ -89,7 +94,8 @@ def forward_flops(model: Model, n: int) -> tuple[float, float]:
 def account(preset: Preset, stage: str, variant: str | None = None, gpus: int = 1) -> Account:
     """The account of a stage ("distill", "image" or "video" of stage 2) on so many GPUs.
 
-    Raises AptError for context parallelism that the model or the GPUs cannot be split by, and for a batch that does not divide.
+    Raises AptError for context parallelism that the model or the GPUs cannot be split by, and for a batch
+    that does not divide.
     """
     check_split(preset, stage, variant, gpus)
     if stage == "distill":
@@ -98,14 +104,20 @@ def account(preset: Preset, stage: str, variant: str | None = None, gpus: int = 
 
 
 def summary(preset: Preset, speed: float = 400e12) -> list[str]:
-    """What stands beside a preset: GiB on each GPU by mode and number of GPUs, and GPU-hours at this speed (FLOP/s of one GPU)."""
+    """What stands beside a preset: GiB on each GPU by mode and number of GPUs, and GPU-hours at this speed
+    (FLOP/s of one GPU).
+    """
     lines = [f"GiB on each GPU ({preset.variant}):  stage 1  images  videos"]
     for mode in ("full", "lora"):
         for gpus in (1, 8):
-            train = preset.train.model_copy(update={"mode": mode, "context_parallel": min(preset.train.context_parallel, gpus)})
+            train = preset.train.model_copy(
+                update={"mode": mode, "context_parallel": min(preset.train.context_parallel, gpus)}
+            )
             changed = preset.model_copy(update={"train": train})
             sizes = [account(changed, stage, None, gpus).bytes / 2**30 for stage in STAGES]
-            lines.append(f"  {mode}, {gpus} GPU{'s' if gpus > 1 else ' '}" + "".join(f"{size:9.1f}" for size in sizes))
+            lines.append(
+                f"  {mode}, {gpus} GPU{'s' if gpus > 1 else ' '}" + "".join(f"{size:9.1f}" for size in sizes)
+            )
     alone = preset.model_copy(update={"train": preset.train.model_copy(update={"context_parallel": 1})})
     lines.append(f"GPU-hours at {speed / 1e12:g} TFLOP/s:")
     for variant in preset.stage2:
@@ -115,23 +127,33 @@ def summary(preset: Preset, speed: float = 400e12) -> list[str]:
 
 
 def check_split(preset: Preset, stage: str, variant: str | None, gpus: int) -> None:
-    """Raises AptError when context parallelism does not split the heads, or a batch does not divide over GPUs and microbatches."""
+    """Raises AptError when context parallelism does not split the heads, or a batch does not divide over GPUs
+    and microbatches.
+    """
     cp, model = preset.train.context_parallel, preset.model
     kinds = ("image", "video") if stage == "distill" else (stage,)
     if model.heads % cp:
         fitting = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
         near = min(fitting, key=lambda n: abs(n - cp))
-        raise AptError(f"context_parallel={cp} does not divide the {model.heads} attention heads of {preset.name}: {near} would.")
+        raise AptError(
+            f"context_parallel={cp} does not divide the {model.heads} attention heads of {preset.name}: {near} would."
+        )
     if gpus % cp:
-        raise AptError(f"context_parallel={cp} does not divide {gpus} processes: use a multiple of {cp}, or context_parallel={math.gcd(cp, gpus)}.")
+        raise AptError(
+            f"context_parallel={cp} does not divide {gpus} processes: use a multiple of {cp}, or context_parallel={math.gcd(cp, gpus)}."
+        )
     for kind in kinds:
         batch, step = batch_of(preset, stage, kind, variant), gpus // cp * (preset.train.microbatch or 1)
         if batch % step:
             name = f"batch_{kind}" if stage == "distill" else "batch"
             below, above = batch // step * step, (batch // step + 1) * step
             near = f"{below} or {above}" if below else str(above)
-            each = f" of {preset.train.microbatch} samples at once" if (preset.train.microbatch or 1) > 1 else ""
-            raise AptError(f"{name}={batch} does not divide over {gpus // cp} groups of processes{each}: {near} would.")
+            each = (
+                f" of {preset.train.microbatch} samples at once" if (preset.train.microbatch or 1) > 1 else ""
+            )
+            raise AptError(
+                f"{name}={batch} does not divide over {gpus // cp} groups of processes{each}: {near} would."
+            )
 
 
 def batch_of(preset: Preset, stage: str, kind: str, variant: str | None) -> int:
@@ -158,7 +180,9 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
     extra = 1 if settings.discriminator_step == "two_pass" else 0
     back_of_d = (again + linear_back, again + attention_back) if settings.train_backbone else (0, 0)
     linear_of_d = passes * (1 + back_of_d[0] + extra) + (2 + again) + settings.relativistic
-    attention_of_d = passes * (1 + back_of_d[1] + extra) + (1 + again + attention_back) + settings.relativistic
+    attention_of_d = (
+        passes * (1 + back_of_d[1] + extra) + (1 + again + attention_back) + settings.relativistic
+    )
     linear = 1 + (1 + again + linear_back) + depth * linear_of_d
     attention = 1 + (1 + again + attention_back) + depth * attention_of_d
     flops = settings.batch * _sum(forward_flops(model, n), (linear, attention))
@@ -168,7 +192,12 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
     if lora:
         adapter = adapter_parameters(model, train.lora_rank)
         body_of_d = adapter // model.layers * taps[-1]
-        counted = {"base": body, "generator's LoRA": adapter, "discriminator's LoRA": body_of_d, "discriminator's heads": heads}
+        counted = {
+            "base": body,
+            "generator's LoRA": adapter,
+            "discriminator's LoRA": body_of_d,
+            "discriminator's heads": heads,
+        }
         trained = adapter
         memory = {"frozen base": base_bytes(model, train.compute, gpus)}
     else:
@@ -185,12 +214,23 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
         "optimizer": 4 * sum(states) * shard,
         "averages": 4 * averages * trained * shard,
         "gradients": 4 * max(states) * (1 if whole_gradients else shard),
-        "gathered weights": _gathered(preset, gpus, max(counts_of(model).block(model), heads // len(taps) * 4 // _width(train.compute)), lora),
+        "gathered weights": _gathered(
+            preset,
+            gpus,
+            max(counts_of(model).block(model), heads // len(taps) * 4 // _width(train.compute)),
+            lora,
+        ),
     }
     kept, block = _activations(preset, n, micro)
-    at_heads = len(taps) * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)  # in fp32, see trainer.machines.parallel.shard
+    at_heads = (
+        len(taps) * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)
+    )  # in fp32, see trainer.machines.parallel.shard
     one_pass = kept + at_heads + block
-    at_once = {"two_pass": one_pass, "batched": most_passes * one_pass, "separate": most_passes * (kept + at_heads) + block}
+    at_once = {
+        "two_pass": one_pass,
+        "batched": most_passes * one_pass,
+        "separate": most_passes * (kept + at_heads) + block,
+    }
     memory["activations"] = max(at_once[settings.discriminator_step], 2 * kept + at_heads + block)
     return Account(counted, flops, memory, settings.updates)
 
@@ -203,17 +243,28 @@ def _distill(preset: Preset, gpus: int) -> Account:
     flops = 0.0
     for kind, share in (("image", 1 - settings.video_share), ("video", settings.video_share)):
         linear, attention = teacher + 1 + 1 + again + (1 if lora else 2), teacher + 1 + 1 + again + 2
-        flops += share * getattr(settings, f"batch_{kind}") * _sum(forward_flops(model, tokens(preset, kind)), (linear, attention))
+        flops += (
+            share
+            * getattr(settings, f"batch_{kind}")
+            * _sum(forward_flops(model, tokens(preset, kind)), (linear, attention))
+        )
 
     averages = len({settings.ema_decay, *train.ema_decays})
     shard, target = 1 / gpus, 1 if settings.target_decay else 0
     trained = adapter_parameters(model, train.lora_rank) if lora else body
-    memory = {"frozen base": base_bytes(model, train.compute, gpus)} if lora else {"teacher": 4 * body * shard}
+    memory = (
+        {"frozen base": base_bytes(model, train.compute, gpus)} if lora else {"teacher": 4 * body * shard}
+    )
     counted = {"base": body, "student's LoRA": trained} if lora else {"student": body, "teacher": body}
-    worst = max(("image", "video"), key=lambda kind: tokens(preset, kind) * _microbatch(preset, getattr(settings, f"batch_{kind}"), gpus))
+    worst = max(
+        ("image", "video"),
+        key=lambda kind: tokens(preset, kind) * _microbatch(preset, getattr(settings, f"batch_{kind}"), gpus),
+    )
     batch = getattr(settings, f"batch_{worst}")
     micro = _microbatch(preset, batch, gpus)
-    whole_gradients = gpus > 1 and not train.sync_every_microbatch and batch // (gpus // train.context_parallel) > micro
+    whole_gradients = (
+        gpus > 1 and not train.sync_every_microbatch and batch // (gpus // train.context_parallel) > micro
+    )
     kept, block = _activations(preset, tokens(preset, worst), micro)
     memory |= {
         "weights (fp32)": 4 * (1 + target) * trained * shard,
@@ -231,7 +282,9 @@ def _microbatch(preset: Preset, batch: int, gpus: int) -> int:
 
 
 def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float]:
-    """Bytes that one pass keeps per network until its backward pass, and that one block needs while it is run again."""
+    """Bytes that one pass keeps per network until its backward pass, and that one block needs while it is run
+    again.
+    """
     model, train = preset.model, preset.train
     share = n / train.context_parallel * micro * _width(train.compute) / 2
     block = share * (LINEARS_BYTES * model.width + FFN_BYTES * model.ffn)
@@ -241,7 +294,9 @@ def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float]:
 
 
 def _gathered(preset: Preset, gpus: int, largest: int, shared: bool) -> float:
-    """Weights in the dtype of the compute, whole: two blocks in flight and what lies outside of the blocks, or with ZeRO-2 all of a network."""
+    """Weights in the dtype of the compute, whole: two blocks in flight and what lies outside of the blocks,
+    or with ZeRO-2 all of a network.
+    """
     train, model = preset.train, preset.model
     if gpus == 1 and train.compute == "fp32":
         return 0.0

@@ -14,7 +14,9 @@ class _Parked:
     def __init__(self, tokens: Tensor):
         self.device, self.needs_grad = tokens.device, tokens.requires_grad
         self.live: Tensor | None = tokens
-        self.copy = torch.empty_like(tokens, device="cpu", pin_memory=self.device.type == "cuda", requires_grad=False)
+        self.copy = torch.empty_like(
+            tokens, device="cpu", pin_memory=self.device.type == "cuda", requires_grad=False
+        )
         self.copy.copy_(tokens.detach(), non_blocking=True)
 
     def take(self) -> Tensor:
@@ -25,9 +27,11 @@ class _Parked:
 
 
 def offloaded(block: nn.Module, tokens: Tensor, *rest):
-    """`block(tokens, *rest)`, recomputed in the backward pass from a copy of `tokens` (any shape) in the CPU's memory.
+    """`block(tokens, *rest)`, recomputed in the backward pass from a copy of `tokens` (any shape) in the
+    CPU's memory.
 
-    For diffusers' `enable_gradient_checkpointing(offloaded)`: 14B at 720p starts its blocks from 18 GB a sample and pass.
+    For diffusers' `enable_gradient_checkpointing(offloaded)`: 14B at 720p starts its blocks from 18 GB a
+    sample and pass.
     """
     return checkpoint(_run, block, _Parked(tokens), *rest, use_reentrant=False)
 

@@ -1,6 +1,8 @@
-"""Parameters and FLOPs of each kind of backbone, counted from a preset's `model`. A new kind adds a class and an entry in COUNTS.
+"""Parameters and FLOPs of each kind of backbone, counted from a preset's `model`. A new kind adds a class and
+an entry in COUNTS.
 
-Notation: d width, L blocks, n visual tokens of one sample. A product of matrices takes two FLOPs per multiplication.
+Notation: d width, L blocks, n visual tokens of one sample. A product of matrices takes two FLOPs per
+multiplication.
 """
 
 from typing import Protocol
@@ -43,7 +45,9 @@ class WanCounts:
 
     def outer(self, model: Model) -> int:
         d, patch = model.width, 4 * model.channels
-        return 6 * (d * d + d) + model.text_dim * d + d + d * d + d + patch * d + d + d * patch + patch + 2 * d
+        return (
+            6 * (d * d + d) + model.text_dim * d + d + d * d + d + patch * d + d + d * patch + patch + 2 * d
+        )
 
     def exact(self, model: Model) -> int:
         return model.layers * (6 + 2) * model.width + 2 * model.width
@@ -59,7 +63,9 @@ class WanCounts:
 
 
 class MMDiTCounts:
-    """Two streams, each q, k, v, out, an MLP of 4 d and a modulation of 6 d; text goes through as many layers, and all attend to all."""
+    """Two streams, each q, k, v, out, an MLP of 4 d and a modulation of 6 d; text goes through as many
+    layers, and all attend to all.
+    """
 
     def block(self, model: Model) -> int:
         d = model.width
@@ -86,5 +92,7 @@ COUNTS: dict[str, Counts] = {"wan": WanCounts(), "mmdit": MMDiTCounts()}
 def counts_of(model: Model) -> Counts:
     """Raises AptError for a kind that nobody counted."""
     if model.kind not in COUNTS:
-        raise AptError(f"nobody has counted what a {model.kind} needs: add it to trainer.machines.counts.COUNTS.")
+        raise AptError(
+            f"nobody has counted what a {model.kind} needs: add it to trainer.machines.counts.COUNTS."
+        )
     return COUNTS[model.kind]

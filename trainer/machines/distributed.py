@@ -1,4 +1,6 @@
-"""Where a process stands among all of a run: its device, its share of the samples, its partners in context parallelism."""
+"""Where a process stands among all of a run: its device, its share of the samples, its partners in context
+parallelism.
+"""
 
 import os
 from collections.abc import Iterator
@@ -18,11 +20,12 @@ from trainer.machines.pulse import Pulse, limit, open_pulse
 
 @dataclass(frozen=True)
 class World:
-    """All processes of a run, in a grid of `dp` x `cp`: data-parallel rows see different samples, the `cp` processes of one row
-    share theirs and split its tokens.
+    """All processes of a run, in a grid of `dp` x `cp`: data-parallel rows see different samples, the `cp`
+    processes of one row share theirs and split its tokens.
 
-    `mesh` has the dimensions (dp, cp); `everyone` has the same processes in one dimension, which weights are sharded over; both are None
-    in a process that stands alone without sharding. `control` is a group that talks over the CPU, for words about the run itself.
+    `mesh` has the dimensions (dp, cp); `everyone` has the same processes in one dimension, which weights are
+    sharded over; both are None in a process that stands alone without sharding. `control` is a group that
+    talks over the CPU, for words about the run itself.
     `pulse` watches the other processes, where there are any.
     """
 
@@ -89,12 +92,16 @@ class World:
         return values
 
     def share(self, count: int) -> range:
-        """Numbers 0, 1, ... of samples that this process takes of `count`. All take equally many, so that a sharded network is gone through equally
-        often: the last ones may be `count` and above, which stand for those from 0 on."""
+        """Numbers 0, 1, ... of samples that this process takes of `count`. All take equally many, so that a
+        sharded network is gone through equally often: the last ones may be `count` and above, which stand for
+        those from 0 on.
+        """
         return range(self.dp_rank, -(-count // self.dp) * self.dp, self.dp)
 
     def gather_rows(self, mine: Tensor, count: int) -> Tensor:
-        """Everybody's rows `[n, ...]` of `share(count)` in the order of their numbers, `[count, ...]`, in all processes."""
+        """Everybody's rows `[n, ...]` of `share(count)` in the order of their numbers, `[count, ...]`, in all
+        processes.
+        """
         by_row = self.gather(mine.cpu())[:: self.cp]  # partners in context parallelism have the same
         return torch.stack(by_row, dim=1).flatten(0, 1)[:count]
 
@@ -106,30 +113,46 @@ class World:
 
 @contextmanager
 def connect(
-    device: str = "cpu", *, context_parallel: int = 1, sharded: bool = False, patience: timedelta = timedelta(minutes=30)
+    device: str = "cpu",
+    *,
+    context_parallel: int = 1,
+    sharded: bool = False,
+    patience: timedelta = timedelta(minutes=30),
 ) -> Iterator[World]:
-    """Join the run that torchrun (or SLURM through it) started, or be alone where there is none; leaves it at the end.
+    """Join the run that torchrun (or SLURM through it) started, or be alone where there is none; leaves it at
+    the end.
 
-    device: "cpu", "cuda" (each process takes the card of its local rank) or one card, "cuda:1". context_parallel: how many processes share
-    one sample's tokens. sharded: also when alone, keep the weights as FSDP2 does (fp32 masters, bf16 compute).
-    patience: how long processes wait for one another; one that no longer answers ends all of them before, see trainer.machines.pulse.
-    Raises AptError for a device that torch cannot use and for a number of processes that context parallelism does not divide.
+    device: "cpu", "cuda" (each process takes the card of its local rank) or one card, "cuda:1".
+    context_parallel: how many processes share one sample's tokens. sharded: also when alone, keep the weights
+    as FSDP2 does (fp32 masters, bf16 compute).
+    patience: how long processes wait for one another; one that no longer answers ends all of them before, see
+    trainer.machines.pulse.
+    Raises AptError for a device that torch cannot use and for a number of processes that context parallelism
+    does not divide.
     """
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     size = int(os.environ["WORLD_SIZE"]) if started else 1
     if size % context_parallel:
-        raise AptError(f"{size} processes cannot form groups of {context_parallel} for context parallelism: use a multiple of {context_parallel}.")
+        raise AptError(
+            f"{size} processes cannot form groups of {context_parallel} for context parallelism: use a multiple of {context_parallel}."
+        )
     watched = limit()
     place = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if not started and not sharded:
         yield World(place)
         return
-    backend = "gloo" if place.type == "cpu" else f"cpu:gloo,{place.type}:{dist.get_default_backend_for_device(place)}"
+    backend = (
+        "gloo"
+        if place.type == "cpu"
+        else f"cpu:gloo,{place.type}:{dist.get_default_backend_for_device(place)}"
+    )
     alone = {} if started else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=patience, **alone)
     pulse, problem = open_pulse(dist.get_rank(), size, watched), None
     try:
-        mesh = init_device_mesh(place.type, (size // context_parallel, context_parallel), mesh_dim_names=("dp", "cp"))
+        mesh = init_device_mesh(
+            place.type, (size // context_parallel, context_parallel), mesh_dim_names=("dp", "cp")
+        )
         everyone = init_device_mesh(place.type, (size,))
         yield World(place, mesh, everyone, dist.new_group(backend="gloo", timeout=patience), pulse)
     except BaseException as error:
@@ -152,5 +175,7 @@ def _device(name: str, local_rank: int) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):  # AssertionError: torch without CUDA
-        raise AptError(f"torch cannot use the device {name!r} here; use cpu, or install a torch for that device.") from None
+        raise AptError(
+            f"torch cannot use the device {name!r} here; use cpu, or install a torch for that device."
+        ) from None
     return device

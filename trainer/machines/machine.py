@@ -39,7 +39,9 @@ class Machine:
 
 
 def pick_device(name: str) -> str:
-    """ "auto" becomes "cuda" where there is a GPU, else "cpu"; other names stay. Raises AptError for one that torch cannot use here."""
+    """ "auto" becomes "cuda" where there is a GPU, else "cpu"; other names stay. Raises AptError for one that
+    torch cannot use here.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     check_device(name)
@@ -47,16 +49,25 @@ def pick_device(name: str) -> str:
 
 
 def this_machine(device: str, compute: str) -> Machine:
-    """What `device` is here; its peak is measured, within a second. Under torchrun all its processes count, without it all GPUs of the machine."""
+    """What `device` is here; its peak is measured, within a second. Under torchrun all its processes count,
+    without it all GPUs of the machine.
+    """
     processes = int(os.environ.get("WORLD_SIZE", 0))
     dtype = torch.bfloat16 if compute == "bf16" else torch.float32
     if not device.startswith("cuda"):
         memory = memory_of_machine()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return Machine(f"CPU, {torch.get_num_threads()} threads", processes or 1, memory / local, matrix_peak("cpu", dtype, 512))
+        return Machine(
+            f"CPU, {torch.get_num_threads()} threads",
+            processes or 1,
+            memory / local,
+            matrix_peak("cpu", dtype, 512),
+        )
     properties = torch.cuda.get_device_properties(device)
     gpus = processes or (1 if ":" in device else torch.cuda.device_count())
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device  # not all processes on the first
+    device = (
+        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    )  # not all processes on the first
     return Machine(properties.name, gpus, properties.total_memory, matrix_peak(device, dtype, 8192))
 
 
@@ -72,7 +83,9 @@ def memory_of_machine() -> int:
 def imagined(gpus: int, memory_gib: float, tflops: float) -> Machine:
     """A machine that is not here. Raises AptError for numbers that are not above 0."""
     if not all(math.isfinite(value) and value > 0 for value in (gpus, memory_gib, tflops)):
-        raise AptError(f"{gpus} GPUs of {memory_gib:g} GiB and {tflops:g} TFLOP/s cannot be: all three must be numbers above 0.")
+        raise AptError(
+            f"{gpus} GPUs of {memory_gib:g} GiB and {tflops:g} TFLOP/s cannot be: all three must be numbers above 0."
+        )
     return Machine("GPU as given", gpus, memory_gib * GIB, tflops * 1e12)
 
 
@@ -92,7 +105,11 @@ def matrix_peak(device: str, dtype: torch.dtype, size: int) -> float:
 
 def versions() -> dict[str, str]:
     """Python, machine and the libraries that matter."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads())}
+    found = {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
     for name in LIBRARIES:
         try:
             found[name] = version(name)

@@ -1,4 +1,6 @@
-"""How one network lies on the processes of a run: FSDP2 over its blocks, fp32 masters under bf16 compute, activation checkpointing."""
+"""How one network lies on the processes of a run: FSDP2 over its blocks, fp32 masters under bf16 compute,
+activation checkpointing.
+"""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -30,15 +32,20 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tenso
 class Parallel:
     """How a run uses its processes; none of it changes what is learned beyond rounding.
 
-    microbatch: samples that one process takes at once; the rest of a batch is accumulated. None: its whole share.
-    compute: what matrix products run in; weights, gradients, optimizer state and averages are fp32 either way.
-    generator_zero, discriminator_zero: 3 gathers each block when it is needed (least memory); 2 keeps the gathered weights for the whole
-    update, 2 bytes a parameter, and gathers once.
-    sync_every_microbatch: reduce gradients after each microbatch, where one unsharded fp32 gradient of a network does not fit; else once an update.
-    checkpointing: recompute each block in the backward pass; "offload" also keeps what it starts from in the CPU's memory.
+    microbatch: samples that one process takes at once; the rest of a batch is accumulated. None: its whole
+    share.
+    compute: what matrix products run in; weights, gradients, optimizer state and averages are fp32 either
+    way.
+    generator_zero, discriminator_zero: 3 gathers each block when it is needed (least memory); 2 keeps the
+    gathered weights for the whole update, 2 bytes a parameter, and gathers once.
+    sync_every_microbatch: reduce gradients after each microbatch, where one unsharded fp32 gradient of a
+    network does not fit; else once an update.
+    checkpointing: recompute each block in the backward pass; "offload" also keeps what it starts from in the
+    CPU's memory.
     compile: torch.compile the blocks with this backend ("inductor").
     context_parallel: how many processes share one sample's tokens.
-    attention: diffusers' name of the attention backend, of the discriminator's backbone as of all others; None: the one set for the process.
+    attention: diffusers' name of the attention backend, of the discriminator's backbone as of all others;
+    None: the one set for the process.
     """
 
     microbatch: int | None = None
@@ -58,27 +65,35 @@ class Parallel:
 
 
 def parallel_of(preset: Preset, device: str) -> tuple[Parallel, Backend]:
-    """What a preset says of it, and the attention backend that it is on `device`. Raises AptError as `choose_backend` does."""
+    """What a preset says of it, and the attention backend that it is on `device`. Raises AptError as
+    `choose_backend` does.
+    """
     backend = attention_of(preset, device)
     settings = {field.name: getattr(preset.train, field.name) for field in fields(Parallel)}
     return Parallel(**settings | {"attention": backend.name}), backend
 
 
 def attention_of(preset: Preset, device: str) -> Backend:
-    """The attention backend of a training on `device`. Raises AptError as `choose_backend` does, and for a compiler that cannot be used."""
+    """The attention backend of a training on `device`. Raises AptError as `choose_backend` does, and for a
+    compiler that cannot be used.
+    """
     if preset.train.compile:
         if preset.train.compile not in (known := torch._dynamo.list_backends()):
-            raise AptError(f"compile={preset.train.compile} is no compiler of torch's: use {', '.join(known)}.")
+            raise AptError(
+                f"compile={preset.train.compile} is no compiler of torch's: use {', '.join(known)}."
+            )
         check_compile(torch.device(device))
     dtype = torch.bfloat16 if preset.train.compute == "bf16" else torch.float32
     return choose_backend(preset.train.attention, device, dtype, preset.model.head_dim, training=True)
 
 
-def place(make: Callable[[torch.device], nn.Module], world: World, parallel: Parallel, zero: int = 3) -> nn.Module:
+def place(
+    make: Callable[[torch.device], nn.Module], world: World, parallel: Parallel, zero: int = 3
+) -> nn.Module:
     """A network on its device, sharded over the world where there is one.
 
-    make(device) builds it with its weights, or on "meta" without any. With sharding only the main process builds it whole, on the CPU,
-    and sends each other one its part; nobody else reads weights.
+    make(device) builds it with its weights, or on "meta" without any. With sharding only the main process
+    builds it whole, on the CPU, and sends each other one its part; nobody else reads weights.
     """
     if world.everyone is None:
         return _prepare(make(world.device), world, parallel)
@@ -88,7 +103,9 @@ def place(make: Callable[[torch.device], nn.Module], world: World, parallel: Par
     shard(model, world, parallel, zero)
     model.to_empty(device=world.device)
     state = whole.state_dict() if world.main else {}
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    set_model_state_dict(
+        model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
     # Tables like RoPE's are in no state dict.
     tables = dict(whole.named_buffers()) if world.main else {}
     for name, buffer in model.named_buffers():
@@ -101,10 +118,11 @@ def place(make: Callable[[torch.device], nn.Module], world: World, parallel: Par
 def shard(model: nn.Module, world: World, parallel: Parallel, zero: int) -> None:
     """FSDP2 in place: each block and each head on its own, then the rest.
 
-    Inputs are not cast here (`cast_forward_inputs` would turn timestep 701 into 700): the networks cast latents and text themselves. The time
-    embedder and the discriminator's heads, last norm and logit compute in fp32 (at sigma 0.01 rounding is half of aR1 with heads in bf16,
-    and three tenths with them in fp32: the miniature's base after 40 updates, objectives.penalty_floor); so do the modulation tables and norms of a frozen base in 16 bits, which
-    each process has whole. Gradients are averaged over all processes in fp32.
+    Inputs are not cast here (`cast_forward_inputs` would turn timestep 701 into 700): the networks cast
+    latents and text themselves. The time embedder and the discriminator's heads, last norm and logit compute
+    in fp32 (at sigma 0.01 rounding is half of aR1 with heads in bf16, and three tenths with them in fp32: the
+    miniature's base after 40 updates, objectives.penalty_floor); so do the modulation tables and norms of a
+    frozen base in 16 bits, which each process has whole. Gradients are averaged over all processes in fp32.
     """
     mixed, exact, options = _policies(world, parallel, zero)
     options["ignored_params"] = _kept_whole(model)
@@ -123,7 +141,9 @@ def shard(model: nn.Module, world: World, parallel: Parallel, zero: int) -> None
 
 
 def shard_heads(model: Discriminator, world: World, parallel: Parallel) -> None:
-    """FSDP2 for what a discriminator adds to a role of a shared base, which is sharded already. Its weights are the same everywhere."""
+    """FSDP2 for what a discriminator adds to a role of a shared base, which is sharded already. Its weights
+    are the same everywhere.
+    """
     if world.everyone is None:
         return
     if world.cp > 1:
@@ -135,15 +155,23 @@ def shard_heads(model: Discriminator, world: World, parallel: Parallel) -> None:
 
 
 def _kept_whole(model: nn.Module) -> set[nn.Parameter]:
-    """Frozen weights in fp32 among 16-bit ones, other than the time embedder's: their block's group would round them to its own dtype."""
+    """Frozen weights in fp32 among 16-bit ones, other than the time embedder's: their block's group would
+    round them to its own dtype.
+    """
     backbone = model.backbone if isinstance(model, Discriminator) else model
     if backbone.patch_embedding.weight.dtype == torch.float32:
         return set()
-    named = ((name, p) for name, p in backbone.named_parameters() if not p.requires_grad and "time_embedder" not in name)
+    named = (
+        (name, p)
+        for name, p in backbone.named_parameters()
+        if not p.requires_grad and "time_embedder" not in name
+    )
     return {p for name, p in named if p.dtype == torch.float32 and stays_fp32(backbone, name)}
 
 
-def _policies(world: World, parallel: Parallel, zero: int) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy, dict]:
+def _policies(
+    world: World, parallel: Parallel, zero: int
+) -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy, dict]:
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     mixed = replace(exact, param_dtype=torch.bfloat16) if parallel.compute == "bf16" else exact
     return mixed, exact, {"mesh": world.everyone, "reshard_after_forward": zero == 3}
@@ -155,7 +183,9 @@ def blocks(model: nn.Module) -> Iterable[nn.Module]:
 
 
 def reshard(*models: nn.Module) -> None:
-    """Forget gathered weights. Needed wherever weights or `requires_grad` change outside of a backward pass: gathered copies would go stale."""
+    """Forget gathered weights. Needed wherever weights or `requires_grad` change outside of a backward pass:
+    gathered copies would go stale.
+    """
     for model in models:
         for part in model.modules():
             if isinstance(part, FSDPModule):
@@ -163,7 +193,9 @@ def reshard(*models: nn.Module) -> None:
 
 
 def whole_state(state: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """A sharded state dict as plain tensors on the CPU of the main process; {} elsewhere. All processes must call."""
+    """A sharded state dict as plain tensors on the CPU of the main process; {} elsewhere. All processes must
+    call.
+    """
     out = {}
     for name, value in state.items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value

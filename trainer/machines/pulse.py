@@ -275,9 +275,13 @@ def open_pulse(rank: int, size: int, seconds: float) -> Pulse | None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         client = dist.TCPStore(
-            address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds),
+            address,
+            port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=seconds),
             use_libuv=os.environ.get("USE_LIBUV", "1") == "1",
-        )  # fmt: skip
+        )
     except (RuntimeError, ValueError) as error:
         why = _first_line(error)
         warn(f"the other processes cannot be watched ({why}): one that dies may be waited for.")

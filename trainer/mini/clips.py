@@ -1,7 +1,9 @@
-"""Drawn, captioned clips: one shaded object on a striped background, still or moving in one of four directions.
+"""Drawn, captioned clips: one shaded object on a striped background, still or moving in one of four
+directions.
 
-The caption names four things (colour, shape, background, direction); everything else (place, size, speed, shading,
-and the stripes' direction, period and phase) is free, so that sharpness and diversity can be measured.
+The caption names four things (colour, shape, background, direction); everything else (place, size, speed,
+shading, and the stripes' direction, period and phase) is free, so that sharpness and diversity can be
+measured.
 Every scene is a function of (seed, index) alone.
 """
 
@@ -21,7 +23,11 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 COLOR_NAMES = tuple(COLORS)
 DIRECTION_NAMES = tuple(DIRECTIONS)
 # How far each shape reaches (left, right, up, down) in units of the radius of the circle of equal area.
-EXTENT = {"circle": (1, 1, 1, 1), "square": (0.887, 0.887, 0.887, 0.887), "triangle": (1.347, 1.347, 1.556, 0.778)}
+EXTENT = {
+    "circle": (1, 1, 1, 1),
+    "square": (0.887, 0.887, 0.887, 0.887),
+    "triangle": (1.347, 1.347, 1.556, 0.778),
+}
 
 SIZE = 48
 FRAMES = 9
@@ -79,7 +85,9 @@ def scene(seed: int, index: int, moving: bool) -> Scene:
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
-    """Signed distance in pixels (negative inside) of points relative to the shape's centre; equal areas for all shapes."""
+    """Signed distance in pixels (negative inside) of points relative to the shape's centre; equal areas for
+    all shapes.
+    """
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -93,7 +101,9 @@ def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray 
 
 
 def render(item: Scene, frames: int) -> np.ndarray:
-    """Pixels of one scene: uint8 `[frames, 48, 48, 3]`; the object goes `travel` pixels from first to last frame."""
+    """Pixels of one scene: uint8 `[frames, 48, 48, 3]`; the object goes `travel` pixels from first to last
+    frame.
+    """
     ys, xs = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
     angle = item.stripe_angle * np.pi / 4
     wave = (xs * np.cos(angle) + ys * np.sin(angle)) / item.stripe_period + item.stripe_phase
@@ -102,7 +112,11 @@ def render(item: Scene, frames: int) -> np.ndarray:
     backdrop = np.asarray(COLORS[item.background], np.float32) * (0.45 + 0.35 * bands)[..., None]
 
     dx, dy = DIRECTIONS[item.direction] if item.direction else (0, 0)
-    progress = np.linspace(0.0, 1.0, frames, dtype=np.float32)[:, None, None] if frames > 1 else np.zeros((1, 1, 1), np.float32)
+    progress = (
+        np.linspace(0.0, 1.0, frames, dtype=np.float32)[:, None, None]
+        if frames > 1
+        else np.zeros((1, 1, 1), np.float32)
+    )
     x = xs - (item.center[0] + dx * item.travel * progress)
     y = ys - (item.center[1] + dy * item.travel * progress)
     coverage = np.clip(0.5 - shape_distance(item.shape, x, y, item.radius), 0.0, 1.0)[..., None]

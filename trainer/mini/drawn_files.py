@@ -10,8 +10,9 @@ from trainer.mini.clips import draw
 
 
 def draw_files(folder: Path, data: Data, seed: int, report: Callable) -> None:
-    """Draw the miniature's own data as real files with sidecar captions: PNG images and near-lossless H.264 clips. What is there and right stays,
-    and keeps its age, by which its latents are known."""
+    """Draw the miniature's own data as real files with sidecar captions: PNG images and near-lossless H.264
+    clips. What is there and right stays, and keeps its age, by which its latents are known.
+    """
     make_folder(folder)
     total = data.images + data.clips
     for moving, count, done in ((False, data.images, 0), (True, data.clips, data.images)):
@@ -19,7 +20,14 @@ def draw_files(folder: Path, data: Data, seed: int, report: Callable) -> None:
             pixels, scenes = draw(seed + 5000, [i], moving, data.frames if moving else 1)
             stem = folder / f"{'clip' if moving else 'image'}-{i:05d}"
             if moving:
-                write_video(stem.with_suffix(".mp4"), pixels[0], data.fps, crf=8, pixel_format="yuv444p", keep_equal=True)
+                write_video(
+                    stem.with_suffix(".mp4"),
+                    pixels[0],
+                    data.fps,
+                    crf=8,
+                    pixel_format="yuv444p",
+                    keep_equal=True,
+                )
             else:
                 write_image(stem.with_suffix(".png"), pixels[0, 0], keep_equal=True)
             with replacing(stem.with_suffix(".txt"), keep_equal=True) as part:

@@ -1,7 +1,8 @@
-"""What a drawn sample shows, read back from its pixels: colour, shape, background, direction, and whether it is whole.
+"""What a drawn sample shows, read back from its pixels: colour, shape, background, direction, and whether it
+is whole.
 
-No learned part: a pixel belongs to the palette colour nearest in hue angle, the object is the largest region that is
-not background, and its shape is the one of equal area that overlaps it best.
+No learned part: a pixel belongs to the palette colour nearest in hue angle, the object is the largest region
+that is not background, and its shape is the one of equal area that overlaps it best.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from scipy import ndimage
 
 from .clips import COLOR_NAMES, COLORS, DIRECTIONS, SHAPES, Scene, shape_distance
 
-MIN_OVERLAP = 0.84  # intersection over union with the ideal shape; a circle against a square of equal area has 0.83
+MIN_OVERLAP = (
+    0.84  # intersection over union with the ideal shape; a circle against a square of equal area has 0.83
+)
 MIN_IN_ONE_PIECE = 0.90  # share of the object's pixels in its largest piece
 MAX_STRAY = 0.03  # share of the frame in a third colour, away from the object's edge
 AREA_RANGE = (140.0, 450.0)  # pixels; drawn objects have 201 to 314
@@ -25,8 +28,9 @@ _PALETTE /= np.linalg.norm(_PALETTE, axis=1, keepdims=True)
 
 @dataclass(frozen=True)
 class Frame:
-    """What one frame shows. `center` is (x, y) in pixels; `overlaps` are with the ideal shapes; `clean` asks for one object in
-    one piece, of a sensible size, and no third colour."""
+    """What one frame shows. `center` is (x, y) in pixels; `overlaps` are with the ideal shapes; `clean` asks
+    for one object in one piece, of a sensible size, and no third colour.
+    """
 
     color: int
     background: int
@@ -38,8 +42,9 @@ class Frame:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows: the majority of its frames, its direction of travel, how many pixels its object travels from the first frame to the
-    last, and whether it holds together."""
+    """What a clip shows: the majority of its frames, its direction of travel, how many pixels its object
+    travels from the first frame to the last, and whether it holds together.
+    """
 
     color: str
     shape: str
@@ -49,7 +54,9 @@ class Reading:
     travel: float
 
     def agrees(self, scene: Scene) -> dict[str, bool]:
-        """Word by word: does the sample show what the caption names? `all` needs every word (direction for clips)."""
+        """Word by word: does the sample show what the caption names? `all` needs every word (direction for
+        clips).
+        """
         words = {key: getattr(self, key) == getattr(scene, key) for key in ("color", "shape", "background")}
         if scene.direction is not None:
             words["direction"] = self.direction == scene.direction
@@ -84,14 +91,21 @@ def read_frame(pixels: np.ndarray) -> Frame:
         overlaps.append((ideal & body).sum() / max(1, (ideal | body).sum()))
 
     near_object = ndimage.binary_dilation(mask, iterations=2)
-    stray = ((nearest != background) & ~near_object).mean() + ((nearest != color) & ndimage.binary_erosion(mask, iterations=2)).mean()
-    clean = area >= MIN_IN_ONE_PIECE * mask.sum() and AREA_RANGE[0] <= area <= AREA_RANGE[1] and stray <= MAX_STRAY
+    stray = ((nearest != background) & ~near_object).mean() + (
+        (nearest != color) & ndimage.binary_erosion(mask, iterations=2)
+    ).mean()
+    clean = (
+        area >= MIN_IN_ONE_PIECE * mask.sum()
+        and AREA_RANGE[0] <= area <= AREA_RANGE[1]
+        and stray <= MAX_STRAY
+    )
     return Frame(color, background, np.array(overlaps), area, (float(cx), float(cy)), bool(clean))
 
 
 def read_clip(pixels: np.ndarray) -> Reading:
-    """Read a uint8 `[F, H, W, 3]` clip (F = 1 for an image). Structure needs every frame clean, and its object to
-    have the clip's colours and shape."""
+    """Read a uint8 `[F, H, W, 3]` clip (F = 1 for an image). Structure needs every frame clean, and its
+    object to have the clip's colours and shape.
+    """
     frames = [read_frame(frame) for frame in pixels]
     centers = np.array([f.center for f in frames])
     areas = np.array([f.area for f in frames])
@@ -119,6 +133,8 @@ def read_clip(pixels: np.ndarray) -> Reading:
 
 def _direction(way: np.ndarray) -> str | None:
     """The name of a displacement (x, y) in pixels, or None for one that is short or diagonal."""
-    name, along = max(((n, float(way @ np.array(d))) for n, d in DIRECTIONS.items()), key=lambda pair: pair[1])
+    name, along = max(
+        ((n, float(way @ np.array(d))) for n, d in DIRECTIONS.items()), key=lambda pair: pair[1]
+    )
     across = float(np.linalg.norm(way)) ** 2 - along**2
     return name if along >= MIN_TRAVEL and across <= (along / 2) ** 2 else None

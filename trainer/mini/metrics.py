@@ -1,4 +1,6 @@
-"""How good a set of samples is: fidelity, sharpness, structure, alignment and diversity, each against real clips."""
+"""How good a set of samples is: fidelity, sharpness, structure, alignment and diversity, each against real
+clips.
+"""
 
 import numpy as np
 import torch
@@ -12,21 +14,26 @@ NEIGHBOURS = 5
 
 
 class Reference:
-    """Real clips `uint8 [n, F, H, W, 3]` and what is compared with them. Compare sets of equal size: Frechet distances depend on it."""
+    """Real clips `uint8 [n, F, H, W, 3]` and what is compared with them. Compare sets of equal size: Frechet
+    distances depend on it.
+    """
 
     def __init__(self, net: FeatureNet, pixels: np.ndarray) -> None:
         self.net = net
         whole, patches = features(net, pixels)
-        # Features are measured in units of their spread over real clips, so that none counts for its scale alone; a change
-        # from frame to frame in the units of the feature that changes (real clips change so little that flicker would be all).
+        # Features are measured in units of their spread over real clips, so that none counts for its scale
+        # alone; a change from frame to frame in the units of the feature that changes (real clips change so
+        # little that flicker would be all).
         spread = whole[:, :CHANNELS].std(0) + 1e-6
         self.scale, self.patch_scale = np.tile(spread, whole.shape[1] // CHANNELS), patches.std(0) + 1e-6
         self.whole, self.patches = whole / self.scale, patches / self.patch_scale
         self.edges = edge_energy(pixels)
 
     def measure(self, pixels: np.ndarray, scenes: list[Scene] | None) -> dict[str, float | None]:
-        """The row of one column. None is what cannot be known: structure, alignment and motion without scenes (other people's clips), motion of pictures, fd and
-        diversity of a single sample, sharpness against flat pictures."""
+        """The row of one column. None is what cannot be known: structure, alignment and motion without scenes
+        (other people's clips), motion of pictures, fd and diversity of a single sample, sharpness against
+        flat pictures.
+        """
         several = min(len(pixels), len(self.whole)) > 1
         whole, patches = features(self.net, pixels)
         whole, patches = whole / self.scale, patches / self.patch_scale
@@ -46,7 +53,11 @@ class Reference:
             row["alignment"] = float(np.mean([w["all"] for w in words]))
             if pixels.shape[1] > 1:
                 row["motion"] = float(np.mean([reading.travel for reading in readings]))
-            row |= {f"alignment_{key}": float(np.mean([w[key] for w in words])) for key in words[0] if key != "all"}
+            row |= {
+                f"alignment_{key}": float(np.mean([w[key] for w in words]))
+                for key in words[0]
+                if key != "all"
+            }
         return row
 
 
@@ -54,7 +65,8 @@ class Reference:
 def features(net: FeatureNet, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features of each sample `[n, d]` and of its patches `[m, 32]`.
 
-    A clip's features are the mean over its frames and, for F > 1, the mean change from frame to frame: d is 32 or 64.
+    A clip's features are the mean over its frames and, for F > 1, the mean change from frame to frame: d is
+    32 or 64.
     """
     n, frames = pixels.shape[:2]
     whole, patches = [], []
@@ -78,7 +90,9 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     # The trace of sqrt(A B) from the eigenvalues of A B, which are real and not negative up to rounding.
     eigenvalues = linalg.eigvals(cov_a @ cov_b).real.clip(min=0)
-    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(eigenvalues).sum()
+    distance = (
+        ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(eigenvalues).sum()
+    )
     return max(0.0, float(distance))
 
 
@@ -88,13 +102,17 @@ def edge_energy(pixels: np.ndarray) -> float:
     for clip in pixels:
         gray = clip.astype(np.float32).mean(-1)
         center = gray[:, 1:-1, 1:-1]
-        laplacian = gray[:, :-2, 1:-1] + gray[:, 2:, 1:-1] + gray[:, 1:-1, :-2] + gray[:, 1:-1, 2:] - 4 * center
+        laplacian = (
+            gray[:, :-2, 1:-1] + gray[:, 2:, 1:-1] + gray[:, 1:-1, :-2] + gray[:, 1:-1, 2:] - 4 * center
+        )
         total += float((laplacian**2).mean())
     return total / len(pixels)
 
 
 def coverage(real: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS) -> float:
-    """Share of the real clips that have a sample within the distance of their k-th real neighbour (Naeem et al., 2020)."""
+    """Share of the real clips that have a sample within the distance of their k-th real neighbour (Naeem et
+    al., 2020).
+    """
     radii = np.sort(_distances(real, real), axis=1)[:, min(k, len(real) - 1)]
     return float((_distances(real, samples).min(axis=1) <= radii).mean())
 

@@ -18,10 +18,15 @@ FILES = {
     "teacher": "steps/teacher.safetensors",
     "base": "transformer.safetensors",
 }
-"""What each part writes. `sharpen` goes on from the VAE of `vae`, `base` learns from `teacher`; those two are not shipped."""
+"""What each part writes. `sharpen` goes on from the VAE of `vae`, `base` learns from `teacher`; those two are
+not shipped.
+"""
 SHIPPED = tuple(FILES[name] for name in ("sharpen", "text", "features", "base"))
+
+
 def pretrain(part: str, out: Path, *, seed: int, device: str, amp: bool, compiled: bool) -> None:
-    """Train `part` ("all" or one of PARTS) into `out`; a part that needs another takes it from `out`, else the shipped one.
+    """Train `part` ("all" or one of PARTS) into `out`; a part that needs another takes it from `out`, else
+    the shipped one.
 
     Raises AptError for an unknown part, a device that torch cannot use, and a place that cannot be written.
     """
@@ -54,7 +59,13 @@ def _train(name: str, target: Path, out: Path, *, seed: int, device: str, amp: b
         from .train_vae import sharpen
 
         smooth = out / FILES["vae"]
-        sharpen(smooth if smooth.exists() else ASSETS / FILES["sharpen"], target, seed=seed, device=device, report=report)
+        sharpen(
+            smooth if smooth.exists() else ASSETS / FILES["sharpen"],
+            target,
+            seed=seed,
+            device=device,
+            report=report,
+        )
     elif name == "text":
         from .train_text import train_text_encoder
 
@@ -66,5 +77,20 @@ def _train(name: str, target: Path, out: Path, *, seed: int, device: str, amp: b
     else:
         from .train_base import GROWN, train_base
 
-        recipe = {"stages": GROWN, "weight_decay": 0.0} if name == "teacher" else {"teacher": teacher if teacher.exists() else None}
-        train_base(target, vae, text, work=target.parent / name, seed=seed, device=device, amp=amp, compiled=compiled, report=report, **recipe)
+        recipe = (
+            {"stages": GROWN, "weight_decay": 0.0}
+            if name == "teacher"
+            else {"teacher": teacher if teacher.exists() else None}
+        )
+        train_base(
+            target,
+            vae,
+            text,
+            work=target.parent / name,
+            seed=seed,
+            device=device,
+            amp=amp,
+            compiled=compiled,
+            report=report,
+            **recipe,
+        )

@@ -1,8 +1,9 @@
 """Trains the miniature's base: a small Wan transformer, flow matching on drawn images and clips.
 
-In two parts. The first network may grow as it likes, which is the fastest way to a small loss and leaves kernels twenty times as large as
-usual (root mean square 1): learning rates of the stages after it would be a thousandth of what they are elsewhere. The second, of normal
-scale by weight decay, learns the first one's velocities, a target without noise, in a fifth of the updates. It is the base.
+In two parts. The first network may grow as it likes, which is the fastest way to a small loss and leaves
+kernels twenty times as large as usual (root mean square 1): learning rates of the stages after it would be a
+thousandth of what they are elsewhere. The second, of normal scale by weight decay, learns the first one's
+velocities, a target without noise, in a fifth of the updates. It is the base.
 """
 
 import copy
@@ -73,12 +74,16 @@ class Captions:
             for background in COLOR_NAMES:
                 for shape in SHAPES:
                     for direction in (None, *DIRECTION_NAMES):
-                        texts.append(Scene(color, shape, background, direction, 0, (0, 0), 0, 0, 0, 0, 0).caption)
+                        texts.append(
+                            Scene(color, shape, background, direction, 0, (0, 0), 0, 0, 0, 0, 0).caption
+                        )
         self.rows = {text: i for i, text in enumerate(texts)}
         self.table = text_encoder.pad(text_encoder.encode(texts), text_encoder.text_length)
 
 
-def latent_pool(vae, captions: Captions, seed: int, count: int, moving: bool, device: str, report) -> tuple[Tensor, Tensor]:
+def latent_pool(
+    vae, captions: Captions, seed: int, count: int, moving: bool, device: str, report
+) -> tuple[Tensor, Tensor]:
     """`count` drawn samples as normalised latents `[n, 16, f, 6, 6]` and their caption rows `[n]`."""
     latents, rows = [], []
     started = time.time()
@@ -115,10 +120,11 @@ def train_base(
     device: str = "cpu",
     report=print,
 ) -> WanBackbone:
-    """Train a transformer and write its EMA to `out`. `work` keeps the latents and the training state: a run goes on from it.
+    """Train a transformer and write its EMA to `out`. `work` keeps the latents and the training state: a run
+    goes on from it.
 
-    teacher: a transformer whose velocities are the target, in the place of data and noise. The log has each judgement's smallest and largest
-    kernel, by root mean square.
+    teacher: a transformer whose velocities are the target, in the place of data and noise. The log has each
+    judgement's smallest and largest kernel, by root mean square.
     """
     from apt_core.loading.checkpoint import save_generator
 
@@ -131,7 +137,9 @@ def train_base(
         cached = work / f"{kind}-{count}.pt"
         if not cached.exists():
             with replacing(cached) as part:
-                torch.save(latent_pool(vae, captions, seed + 3000, count, kind == "video", device, report), part)
+                torch.save(
+                    latent_pool(vae, captions, seed + 3000, count, kind == "video", device, report), part
+                )
         pools[kind] = tuple(part.to(device) for part in torch.load(cached))
     table = captions.table.to(device)
 
@@ -162,11 +170,14 @@ def train_base(
         latents, rows = pools[kind]
         batch = video_batch if kind == "video" else image_batch
         pick = torch.from_numpy(rng.integers(len(latents), size=batch)).to(device)
-        # 1 in 10 loses its caption: half of those to the negative prompt, half to nothing, so that both mean "anything".
+        # 1 in 10 loses its caption: half of those to the negative prompt, half to nothing, so that both mean
+        # "anything".
         lost = torch.rand(batch, device=device)
         text_rows = torch.where(lost < text_dropout, (lost < text_dropout / 2).long(), rows[pick])
         x, c = latents[pick], table[text_rows]
-        t = shift((torch.randperm(batch, device=device) + torch.rand(batch, device=device)) / batch, SHIFT[kind])
+        t = shift(
+            (torch.randperm(batch, device=device) + torch.rand(batch, device=device)) / batch, SHIFT[kind]
+        )
         z = torch.randn_like(x)
         x_t, wanted = interpolate(x, z, t), velocity(x, z)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
@@ -177,7 +188,9 @@ def train_base(
         loss = error.pow(2).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.param_groups[0]["lr"] = (stage.lr + (stage.lr_end - stage.lr) * inside) * min(1.0, (update + 1) / 300)
+        optimizer.param_groups[0]["lr"] = (stage.lr + (stage.lr_end - stage.lr) * inside) * min(
+            1.0, (update + 1) / 300
+        )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update += 1
@@ -189,23 +202,44 @@ def train_base(
             losses, started = {"image": [], "video": []}, time.time()
         if update % 500 == 0 or update == total:
             last = {kind: values[-1] for kind, values in losses.items() if values}
-            state = {"update": update, "loss": last, "model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {
+                "update": update,
+                "loss": last,
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             with replacing(state_file) as part:
                 torch.save(state, part)
         if update % judge_every == 0 or update == total:
             for judged in ("image", "video"):
-                report(f"base {update} {judged}: {json.dumps(judge_base(average, vae, captions, judged, count=judge_count, device=device))}")
+                report(
+                    f"base {update} {judged}: {json.dumps(judge_base(average, vae, captions, judged, count=judge_count, device=device))}"
+                )
             report(f"base {update}: kernels of {kernel_sizes(average)}")
             started = time.time()
-    metadata = {"kind": "base", "base": "mini", "updates": update, "ema": ema_decay, "ema_warmup": EMA_WARMUP, "text_length": text.text_length}
+    metadata = {
+        "kind": "base",
+        "base": "mini",
+        "updates": update,
+        "ema": ema_decay,
+        "ema_warmup": EMA_WARMUP,
+        "text_length": text.text_length,
+    }
     save_generator(out, average, config, metadata, torch.float32)
     return average
 
 
 def kernel_sizes(model: torch.nn.Module) -> str:
     """The smallest and the largest matrix of a network by root mean square: "0.02 (name) to 0.17 (name)"."""
-    sizes = {name: float(p.detach().float().square().mean().sqrt()) for name, p in model.named_parameters() if p.ndim > 1}
-    return " to ".join(f"{sizes[name]:.3f} ({name})" for name in (min(sizes, key=sizes.get), max(sizes, key=sizes.get)))
+    sizes = {
+        name: float(p.detach().float().square().mean().sqrt())
+        for name, p in model.named_parameters()
+        if p.ndim > 1
+    }
+    return " to ".join(
+        f"{sizes[name]:.3f} ({name})" for name in (min(sizes, key=sizes.get), max(sizes, key=sizes.get))
+    )
 
 
 def _stage_of(stages: tuple[Stage, ...], update: int) -> tuple[Stage, float]:
@@ -217,7 +251,18 @@ def _stage_of(stages: tuple[Stage, ...], update: int) -> tuple[Stage, float]:
 
 
 @torch.no_grad()
-def judge_base(model, vae, captions: Captions, kind: str, *, count: int = 64, guidance: float = GUIDANCE, steps: int = 25, seed: int = 99, device="cpu"):
+def judge_base(
+    model,
+    vae,
+    captions: Captions,
+    kind: str,
+    *,
+    count: int = 64,
+    guidance: float = GUIDANCE,
+    steps: int = 25,
+    seed: int = 99,
+    device="cpu",
+):
     """Shares of 25-step samples that show what their captions say, and that are whole."""
     scenes = draw(seed, range(count), moving=kind == "video")[1]
     c = captions.table[[captions.rows[s.caption] for s in scenes]].to(device)

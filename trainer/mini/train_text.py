@@ -1,7 +1,7 @@
 """Trains the miniature's text encoder: a UMT5 of two layers, with a tokenizer of its own that takes any text.
 
-The encoder learns to name, from the mean of its tokens, the colour, shape, background and direction of a caption
-between unrelated words; what the words mean to the eye the transformer learns later.
+The encoder learns to name, from the mean of its tokens, the colour, shape, background and direction of a
+caption between unrelated words; what the words mean to the eye the transformer learns later.
 """
 
 import string
@@ -50,20 +50,34 @@ def caption_texts(count: int = 2000) -> list[str]:
     return [scene(7, i, moving=i % 2 == 0).caption for i in range(count)]
 
 
-def train_text_encoder(out: Path, *, updates: int = 1200, batch: int = 64, lr: float = 2e-3, seed: int = 0, report=print):
+def train_text_encoder(
+    out: Path, *, updates: int = 1200, batch: int = 64, lr: float = 2e-3, seed: int = 0, report=print
+):
     """Train tokenizer and encoder on the CPU (about a minute) and write `out`."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 2])
     corpus = caption_texts() + [NEGATIVE_PROMPT] * 50 + [w for w in COMMON_WORDS for _ in range(20)]
-    corpus += [character for character in string.ascii_letters + string.digits + string.punctuation for _ in range(20)]
+    corpus += [
+        character
+        for character in string.ascii_letters + string.digits + string.punctuation
+        for _ in range(20)
+    ]
     corpus += [" ".join(rng.choice(COMMON_WORDS, size=8)) for _ in range(4000)]
     pieces = train_tokenizer(corpus, VOCABULARY)
     config = UMT5Config(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=24, d_ff=2 * WIDTH, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=24,
+        d_ff=2 * WIDTH,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     model = UMT5EncoderModel(config)
     save_text_encoder(out, model, pieces, TEXT_LENGTH)
     tokenize = load_text_encoder(out).tokenize
@@ -86,7 +100,10 @@ def train_text_encoder(out: Path, *, updates: int = 1200, batch: int = 64, lr: f
         mask = (tokens != 0).long()
         hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state * mask[..., None]
         pooled = hidden.sum(1) / mask.sum(1, keepdim=True)
-        losses = [F.cross_entropy(head(pooled), torch.tensor([_label(s, name) for s in scenes])) for name, head in heads.items()]
+        losses = [
+            F.cross_entropy(head(pooled), torch.tensor([_label(s, name) for s in scenes]))
+            for name, head in heads.items()
+        ]
         # The transformer reads raw token rows: hold them near unit scale.
         scale = (hidden.pow(2).sum() / mask.sum() / WIDTH - 1).pow(2)
         loss = sum(losses) + 0.1 * scale
@@ -95,13 +112,20 @@ def train_text_encoder(out: Path, *, updates: int = 1200, batch: int = 64, lr: f
         optimizer.step()
         schedule.step()
         if update % 100 == 0 or update == updates - 1:
-            report(f"text {update}: " + " ".join(f"{n} {l.item():.3f}" for n, l in zip(heads, losses)) + f" scale {scale.item():.3f}")
+            report(
+                f"text {update}: "
+                + " ".join(f"{n} {l.item():.3f}" for n, l in zip(heads, losses))
+                + f" scale {scale.item():.3f}"
+            )
     save_text_encoder(out, model.eval(), pieces, TEXT_LENGTH)
 
 
 def _surround(item: Scene, rng: np.random.Generator) -> str:
     """The caption between up to four unrelated words on each side."""
-    before, after = (" ".join(rng.choice(COMMON_WORDS, size=rng.integers(5))) if rng.random() < 0.3 else "" for _ in range(2))
+    before, after = (
+        " ".join(rng.choice(COMMON_WORDS, size=rng.integers(5))) if rng.random() < 0.3 else ""
+        for _ in range(2)
+    )
     return f"{before} {item.caption} {after}".strip()
 
 

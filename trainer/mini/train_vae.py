@@ -63,7 +63,8 @@ def train_vae(
     vae = AutoencoderKLWan(base_dim=BASE_DIM).to(device)
     inflate(vae)
     with torch.no_grad():
-        # Starts with a posterior of standard deviation 0.05: unit noise would hide everything that can be learned first.
+        # Starts with a posterior of standard deviation 0.05: unit noise would hide everything that can be
+        # learned first.
         vae.quant_conv.weight[vae.config.z_dim :] *= 0.1
         vae.quant_conv.bias[vae.config.z_dim :] = -6.0
     optimizer, update = Muon(vae.parameters()), 0
@@ -74,10 +75,15 @@ def train_vae(
                 posterior = vae.encode(x).latent_dist
                 y = vae.decode(posterior.sample()).sample
             difference = x - y.float()
-            kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+            kl = (
+                0.5
+                * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+            )
             l1, l2 = difference.abs().mean(), difference.pow(2).mean()
             (l1 + 3.0 * l2 + kl_weight * kl).backward()
-            optimizer.param_groups[0]["lr"] = (stage.lr + (stage.lr_end - stage.lr) * i / stage.updates) * min(1.0, (update + 1) / 50)
+            optimizer.param_groups[0]["lr"] = (
+                stage.lr + (stage.lr_end - stage.lr) * i / stage.updates
+            ) * min(1.0, (update + 1) / 50)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if update % 50 == 0:
@@ -109,14 +115,19 @@ def sharpen(
 ):
     """Train the decoder of `source` alone until edges come back as they were, and write the VAE to `out`.
 
-    The encoder stays, and with it every latent: a transformer that was trained on them goes on fitting. Images and clips take turns. The
-    loss adds the L1 distance of Laplacians, which a pixel loss alone gives up first, and the squared relative error of their energy in each
-    sample, without which whatever is uncertain stays soft. From nothing either would hold a VAE at flat colours.
+    The encoder stays, and with it every latent: a transformer that was trained on them goes on fitting.
+    Images and clips take turns. The loss adds the L1 distance of Laplacians, which a pixel loss alone gives
+    up first, and the squared relative error of their energy in each sample, without which whatever is
+    uncertain stays soft. From nothing either would hold a VAE at flat colours.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 4])
     vae = load_vae(source).to(device)
-    weights = [p.requires_grad_() for name, p in vae.named_parameters() if name.startswith(("decoder.", "post_quant_conv."))]
+    weights = [
+        p.requires_grad_()
+        for name, p in vae.named_parameters()
+        if name.startswith(("decoder.", "post_quant_conv."))
+    ]
     pools = {}
     for kind, count, batch in (("image", images, image_batch), ("clip", clips, clip_batch)):
         pixels = draw(seed + 1000, range(count), moving=kind == "clip")[0]
@@ -141,7 +152,9 @@ def sharpen(
         optimizer.zero_grad(set_to_none=True)
         losses[kind].append(loss.detach())
         if (update + 1) % 100 == 0:
-            means = {kind: round(float(torch.stack(values[-50:]).mean()), 4) for kind, values in losses.items()}
+            means = {
+                kind: round(float(torch.stack(values[-50:]).mean()), 4) for kind, values in losses.items()
+            }
             report(f"decoder {update + 1}: {means}")
     vae.eval().requires_grad_(False)
     save_vae(out, vae)
@@ -156,13 +169,21 @@ def _unit(pixels: Tensor) -> Tensor:
 def laplacian(x: Tensor) -> Tensor:
     """Second differences of the brightness of `[B, 3, F, H, W]`: `[B, F, H - 2, W - 2]`."""
     gray = x.mean(1)
-    return gray[..., :-2, 1:-1] + gray[..., 2:, 1:-1] + gray[..., 1:-1, :-2] + gray[..., 1:-1, 2:] - 4 * gray[..., 1:-1, 1:-1]
+    return (
+        gray[..., :-2, 1:-1]
+        + gray[..., 2:, 1:-1]
+        + gray[..., 1:-1, :-2]
+        + gray[..., 1:-1, 2:]
+        - 4 * gray[..., 1:-1, 1:-1]
+    )
 
 
 @torch.no_grad()
 def inflate(vae) -> None:
-    """Make the video network an image network per frame, to begin with: every kernel looks at the present frame only,
-    and going up or down in time repeats or drops frames. Stage one then trains all that images can teach."""
+    """Make the video network an image network per frame, to begin with: every kernel looks at the present
+    frame only, and going up or down in time repeats or drops frames. Stage one then trains all that images
+    can teach.
+    """
     for name, module in vae.named_modules():
         if isinstance(module, torch.nn.Conv3d) and module.kernel_size[0] == 3:
             if name.endswith("time_conv"):
@@ -176,7 +197,9 @@ def inflate(vae) -> None:
 
 @torch.no_grad()
 def latent_statistics(vae, clips: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation of the raw posterior means of `[n, F, H, W, 3]` clips: two `[16]`."""
+    """Per-channel mean and standard deviation of the raw posterior means of `[n, F, H, W, 3]` clips: two
+    `[16]`.
+    """
     latents = []
     for chunk in np.array_split(clips, max(1, len(clips) // 16)):
         x = torch.from_numpy(chunk).permute(0, 4, 1, 2, 3).float().to(device) / 127.5 - 1.0

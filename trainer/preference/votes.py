@@ -53,9 +53,14 @@ class Count:
         questions = {name: score.json() for name, score in self.scores.items()}
         key = self.key
         return {
-            "study": key.study, "a": key.a, "b": key.b, "pairs": len(key.left), "raters": list(self.raters),
-            "bootstrap": about, "questions": questions,
-        }  # fmt: skip
+            "study": key.study,
+            "a": key.a,
+            "b": key.b,
+            "pairs": len(key.left),
+            "raters": list(self.raters),
+            "bootstrap": about,
+            "questions": questions,
+        }
 
 
 def count_votes(paths: Sequence[Path], key: Path | None = None, unfinished: bool = False) -> Count:
@@ -100,8 +105,10 @@ def show_votes(
     console.print(
         f"A {count.key.a} against B {count.key.b}: {pairs} pair{'s' if pairs > 1 else ''}, {raters} "
         f"rater{'s' if raters > 1 else ''}.",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in ("score", f"{CONFIDENCE:.0%} interval", "A better", "same", "B better", "alpha"):
@@ -115,8 +122,9 @@ def show_votes(
     console.print(
         f"Score: (A better - B better) / all. Interval: {RESAMPLES:,} resamples of the pairs, seed {SEED}. "
         "Alpha: Krippendorff's, ordinal; 1 is agreement, 0 chance.",
-        markup=False, highlight=False,
-    )  # fmt: skip
+        markup=False,
+        highlight=False,
+    )
     if out is not None:
         write_json(out, count.json())
     return count

@@ -1,7 +1,9 @@
-"""The ablations of the paper on the miniature: every variant of stage 2 over several seeds, judged alike, with the paper's claim beside it.
+"""The ablations of the paper on the miniature: every variant of stage 2 over several seeds, judged alike,
+with the paper's claim beside it.
 
-A folder of an ablation holds `runs/seed-N` (data and stage 1, where no finished demo was given), `trainings/VARIANT/seed-N` (states, log, weights),
-`results/VARIANT-seed-N.json`, and the tables: ablations.json, ablations.html, ablations.png.
+A folder of an ablation holds `runs/seed-N` (data and stage 1, where no finished demo was given),
+`trainings/VARIANT/seed-N` (states, log, weights), `results/VARIANT-seed-N.json`, and the tables:
+ablations.json, ablations.html, ablations.png.
 """
 
 import hashlib
@@ -61,13 +63,18 @@ class Source:
 
     def fingerprint(self) -> str:
         """Of its data and weights."""
-        digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in dict.fromkeys((self.distilled, self.start))]
+        digests = [
+            hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            for path in dict.fromkeys((self.distilled, self.start))
+        ]
         return "-".join([self.batches.fingerprint, *digests])
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """phase: "image" or "video"; samples: that each row is judged on, for each seed; runs: finished demos, each for its own seed."""
+    """phase: "image" or "video"; samples: that each row is judged on, for each seed; runs: finished demos,
+    each for its own seed.
+    """
 
     out: Path
     preset: Preset
@@ -78,15 +85,25 @@ class Ablation:
     device: str = "cpu"
 
     def run(self, seeds: int = 3, only: Sequence[str] = (), command: str = "") -> dict:
-        """Train and judge what is missing, and write the tables after each seed. Returns what ablations.json holds.
+        """Train and judge what is missing, and write the tables after each seed. Returns what ablations.json
+        holds.
 
-        Raises AptError for a variant that there is not, runs of one seed or more of them than seeds, a run with other settings, and an `out` that
-        holds another ablation.
+        Raises AptError for a variant that there is not, runs of one seed or more of them than seeds, a run
+        with other settings, and an `out` that holds another ablation.
         """
         variants = choose(all_variants(self.preset, self.recipe, self.phase), only)
         given = self._given(seeds)
         make_folder(self.out)
-        identity = json.loads(json.dumps({"phase": self.phase, "recipe": self.recipe, "samples": self.samples, "preset": self.preset.model_dump()}))
+        identity = json.loads(
+            json.dumps(
+                {
+                    "phase": self.phase,
+                    "recipe": self.recipe,
+                    "samples": self.samples,
+                    "preset": self.preset.model_dump(),
+                }
+            )
+        )
         self._check(self.out / "identity.json", identity)
         net, vae = load_features(ASSETS / "features.safetensors"), load_vae(VAE).to(self.device)
         rest = (seed for seed in range(seeds) if seed not in given)
@@ -99,13 +116,22 @@ class Ablation:
             for variant in variants.values():
                 rows[variant.name][seed] = self._row(variant, source, net, vae)
             facts = {
-                "command": command, "settings": identity, "seeds": [n for n in numbers if n <= seed], "runs": [str(run) for run in self.runs],
-                "versions": versions(), "machine": {"device": self.device, "system": platform.platform(), "cpus": os.cpu_count()},
-            }  # fmt: skip
+                "command": command,
+                "settings": identity,
+                "seeds": [n for n in numbers if n <= seed],
+                "runs": [str(run) for run in self.runs],
+                "versions": versions(),
+                "machine": {"device": self.device, "system": platform.platform(), "cpus": os.cpu_count()},
+            }
             result = json.loads(json.dumps(facts | table(variants, rows)))
             write_json(self.out / "ablations.json", result)
             write_page(self.out, result)
-        console.print(f"{self.out / 'ablations.html'}, ablations.png and ablations.json hold the table.", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{self.out / 'ablations.html'}, ablations.png and ablations.json hold the table.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         return result
 
     def _given(self, seeds: int) -> dict[int, Path]:
@@ -114,12 +140,21 @@ class Ablation:
             preset, settings = read_run(run)
             seed = settings["seed"]
             if seed in found:
-                raise AptError(f"{found[seed]} and {run} are both of seed {seed}: give runs of different seeds.")
-            mine, own = self.preset.model_dump(exclude={"stage2", "train"}), preset.model_dump(exclude={"stage2", "train"})
+                raise AptError(
+                    f"{found[seed]} and {run} are both of seed {seed}: give runs of different seeds."
+                )
+            mine, own = (
+                self.preset.model_dump(exclude={"stage2", "train"}),
+                preset.model_dump(exclude={"stage2", "train"}),
+            )
             if other := sorted(key for key in mine if mine[key] != own[key]):
-                raise AptError(f"{run} was made with another {other[0]} than recipe {self.recipe} of {self.preset.name} has: give a run of that recipe.")
+                raise AptError(
+                    f"{run} was made with another {other[0]} than recipe {self.recipe} of {self.preset.name} has: give a run of that recipe."
+                )
             if self.phase == "video" and preset.stage2 != self.preset.stage2:
-                raise AptError(f"{run} was made with another stage2 than {self.preset.name} has, and videos start from its images: give a run of that preset.")
+                raise AptError(
+                    f"{run} was made with another stage2 than {self.preset.name} has, and videos start from its images: give a run of that preset."
+                )
             found[seed] = run
         if len(found) > seeds:
             raise AptError(f"{len(found)} runs are given, but --seeds is {seeds}: give --seeds {len(found)}.")
@@ -133,8 +168,12 @@ class Ablation:
         old = _read(path)
         if changed := sorted(key for key in identity if old.get(key) != identity[key]):
             key = changed[0]
-            values = f" ({old.get(key)!r}, now {identity[key]!r})" if isinstance(identity[key], (str, int)) else ""
-            raise AptError(f"{self.out} holds an ablation with another {key}{values}: give another --out, or the settings of that one.")
+            values = (
+                f" ({old.get(key)!r}, now {identity[key]!r})" if isinstance(identity[key], (str, int)) else ""
+            )
+            raise AptError(
+                f"{self.out} holds an ablation with another {key}{values}: give another --out, or the settings of that one."
+            )
 
     def _source(self, seed: int, run: Path | None) -> Source:
         if run:
@@ -142,10 +181,14 @@ class Ablation:
             batches = Batches(run / "latents", text, seed, self.preset.data.held_out)
             names = {"distill": run / DISTILLED} | results(run, self.preset)
         else:
-            demo = Demo(self.out / "runs" / f"seed-{seed}", self.preset, self.recipe, seed=seed, device=self.device)
+            demo = Demo(
+                self.out / "runs" / f"seed-{seed}", self.preset, self.recipe, seed=seed, device=self.device
+            )
             _, batches, names = demo.train("distill" if self.phase == "image" else "image")
         start = names["distill" if self.phase == "image" else "image"]
-        prompts = drawn_prompts(batches, self.phase, self.samples, SAMPLE_SEED + seed, self.preset.data.frames)
+        prompts = drawn_prompts(
+            batches, self.phase, self.samples, SAMPLE_SEED + seed, self.preset.data.frames
+        )
         return Source(seed, batches, names["distill"], start, prompts)
 
     def _row(self, variant: Variant, source: Source, net, vae) -> dict:
@@ -155,13 +198,24 @@ class Ablation:
         if path.exists():
             self._check(path, {"settings": settings})
             return _read(path)
-        started, row = time.perf_counter(), {"variant": variant.name, "seed": source.seed, "settings": settings, "failed": None, "figures": {}}
+        started, row = (
+            time.perf_counter(),
+            {
+                "variant": variant.name,
+                "seed": source.seed,
+                "settings": settings,
+                "failed": None,
+                "figures": {},
+            },
+        )
         try:
             weights, figures = self._trained(variant, source) if variant.settings else (source.distilled, {})
             row["figures"] = self._judged(variant, source, weights, net, vae) | figures
         except NotFinite as error:
             row["failed"] = str(error)
-            console.print(f"{variant.name}, seed {source.seed}: {error}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"{variant.name}, seed {source.seed}: {error}", markup=False, highlight=False, soft_wrap=True
+            )
         write_json(path, row | {"seconds": round(time.perf_counter() - started, 2)})
         return row
 
@@ -170,7 +224,16 @@ class Ablation:
         shape = tuple(batches.datasets[self.phase].batch([0])[0].shape[1:])
         negative = batches.embed([sampling.negative_prompt])
         models = Models(BASE, source.distilled, weights)
-        sampler = Sampler(models, sampling, self.phase, source.prompts.text, negative, shape, SAMPLE_SEED + source.seed, self.device)
+        sampler = Sampler(
+            models,
+            sampling,
+            self.phase,
+            source.prompts.text,
+            negative,
+            shape,
+            SAMPLE_SEED + source.seed,
+            self.device,
+        )
         done = 0
         with stage_bar(f"Judging {variant.name}, seed {source.seed}") as bar:
 
@@ -183,7 +246,9 @@ class Ablation:
         return {name: rows[variant.column][name] for name in FIGURES if name in rows[variant.column]}
 
     def _trained(self, variant: Variant, source: Source) -> tuple[Path, dict]:
-        """The weights to judge, trained as far as they are not there, and its discriminator's loss over the last tenth."""
+        """The weights to judge, trained as far as they are not there, and its discriminator's loss over the
+        last tenth.
+        """
         folder = self.out / "trainings" / variant.course / f"seed-{source.seed}"
         files = [folder / f"updates-{updates:06d}.safetensors" for updates in variant.points]
         for updates, file in zip(variant.points, files):
@@ -193,7 +258,9 @@ class Ablation:
         if variant.raw:
             weights = folder / "raw.safetensors"
             if not weights.exists() and not _newest(folder):
-                raise AptError(f"{folder} has no training state any more, and raw weights are nowhere else: delete it to train it again.")
+                raise AptError(
+                    f"{folder} has no training state any more, and raw weights are nowhere else: delete it to train it again."
+                )
             if not weights.exists():
                 export(_newest(folder), weights, "file", "fp32", ema=0.0)
         if variant.course not in (REFERENCE, "long"):  # nobody goes on from them
@@ -201,18 +268,39 @@ class Ablation:
         return weights, _read(files[-1].with_suffix(".json"))
 
     def _train(self, variant: Variant, updates: int, source: Source, folder: Path, file: Path) -> None:
-        settings, train, states = variant.settings.model_copy(update={"updates": updates}), self.preset.train, folder / "states"
+        settings, train, states = (
+            variant.settings.model_copy(update={"updates": updates}),
+            self.preset.train,
+            folder / "states",
+        )
         if (newest := _newest(folder)) and newest.name > f"step-{settings.warmup + updates:06d}":
-            raise AptError(f"{file} is gone, and its training went on from there: delete {folder} to train it again.")
+            raise AptError(
+                f"{file} is gone, and its training went on from there: delete {folder} to train it again."
+            )
         metadata = stage_metadata(self.preset, self.phase, self.phase, self.recipe, source.seed)
         describe_state(states, BASE, metadata, None)
         title = f"{variant.course}, seed {source.seed}"
         try:
-            with stage_bar(title) as bar, Monitor(folder / "log" / self.phase, relativistic=settings.relativistic, forward=bar) as report:
+            with (
+                stage_bar(title) as bar,
+                Monitor(
+                    folder / "log" / self.phase, relativistic=settings.relativistic, forward=bar
+                ) as report,
+            ):
                 rows = adversarial(
-                    self.phase, BASE if variant.from_base else source.start, BASE, source.batches, settings, file, seed=source.seed, metadata=metadata,
-                    world=World(torch.device(self.device)), keep=Keep(states, train.save_every or 50, last=1, best=0), watch_every=train.watch_every, report=report,
-                )  # fmt: skip
+                    self.phase,
+                    BASE if variant.from_base else source.start,
+                    BASE,
+                    source.batches,
+                    settings,
+                    file,
+                    seed=source.seed,
+                    metadata=metadata,
+                    world=World(torch.device(self.device)),
+                    keep=Keep(states, train.save_every or 50, last=1, best=0),
+                    watch_every=train.watch_every,
+                    report=report,
+                )
         except Preempted as stop:
             print(stop.message, file=sys.stderr)
             raise
@@ -234,8 +322,17 @@ def _read(path: Path) -> dict:
     raise AptError(f"{path} is damaged: delete it, and it is made again.")
 
 
-def ablation(out: Path, preset: str | None, recipe: str | None, phase: str, samples: int, runs: Sequence[Path], device: str) -> Ablation:
-    """With the preset of a name or a file, or by default that of the runs, and its recipe, or by default theirs.
+def ablation(
+    out: Path,
+    preset: str | None,
+    recipe: str | None,
+    phase: str,
+    samples: int,
+    runs: Sequence[Path],
+    device: str,
+) -> Ablation:
+    """With the preset of a name or a file, or by default that of the runs, and its recipe, or by default
+    theirs.
 
     Raises AptError for what is no finished demo, and as `load_preset` and `Preset.with_recipe`.
     """

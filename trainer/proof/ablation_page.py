@@ -15,7 +15,12 @@ from .verdict import CANNOT_TELL, DOES_NOT, HOLDS, NO_CLAIM
 CHARTED = ("fd", "patch_fd", "sharpness", "structure")
 GREY = "#595959"
 # Shapes as well as colours tell them apart.
-MARKS = {HOLDS: (BLUE, "o", "\u25cf"), DOES_NOT: (RED, "X", "\u2716"), CANNOT_TELL: (GREY, "D", "\u25c7"), NO_CLAIM: (BLACK, ".", "\u00b7")}
+MARKS = {
+    HOLDS: (BLUE, "o", "\u25cf"),
+    DOES_NOT: (RED, "X", "\u2716"),
+    CANNOT_TELL: (GREY, "D", "\u25c7"),
+    NO_CLAIM: (BLACK, ".", "\u00b7"),
+}
 LOG_FROM = 20.0  # times between the largest and the smallest figure
 STYLE = f"""
 :root {{ color-scheme: light; }}
@@ -49,7 +54,9 @@ def title(result: Mapping) -> str:
 
 
 def chart(result: Mapping) -> bytes:
-    """A PNG: a panel a figure, a dot with its interval a variant, the reference as a line with its interval as a band."""
+    """A PNG: a panel a figure, a dot with its interval a variant, the reference as a line with its interval
+    as a band.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -66,25 +73,56 @@ def chart(result: Mapping) -> bytes:
         if reference := found[REFERENCE]:
             axes.axvline(reference["mean"], color=BLACK, linewidth=1, linestyle="--", zorder=1)
             half = reference["half"] or 0.0
-            axes.axvspan(max(reference["mean"] - half, 1e-3 * reference["mean"]), reference["mean"] + half, color="0.9", zorder=0)
+            axes.axvspan(
+                max(reference["mean"] - half, 1e-3 * reference["mean"]),
+                reference["mean"] + half,
+                color="0.9",
+                zorder=0,
+            )
         for place, variant in enumerate(names):
             if one := found[variant]:
                 color, mark, _ = MARKS[rows[variant]["verdict"]]
                 half = one["half"] or 0.0
                 below = min(half, one["mean"] * 0.999) if axes.get_xscale() == "log" else half
                 axes.errorbar(
-                    one["mean"], place, xerr=[[below], [half]], color=color, marker=mark, markersize=8, capsize=3, linewidth=1.4,
-                    markerfacecolor="white" if mark == "D" else color, zorder=3,
-                )  # fmt: skip
+                    one["mean"],
+                    place,
+                    xerr=[[below], [half]],
+                    color=color,
+                    marker=mark,
+                    markersize=8,
+                    capsize=3,
+                    linewidth=1.4,
+                    markerfacecolor="white" if mark == "D" else color,
+                    zorder=3,
+                )
         axes.set_title(result["figures"][name].replace(", ", "\n"), fontsize=10)
         axes.grid(axis="x", alpha=0.25)
         axes.grid(axis="y", alpha=0.15)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
-    keys = [Line2D([], [], color=color, marker=mark, linestyle="", markersize=8, markerfacecolor="white" if mark == "D" else color, label=word) for word, (color, mark, _) in MARKS.items()]
-    keys.append(Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label=f"{REFERENCE}, its interval shaded"))
-    legend = figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=10, frameon=False)
-    legend.set_title(f"The paper's claim ... (bars: {result['confidence']:.0%} intervals over seeds)", prop={"size": 10})
+    keys = [
+        Line2D(
+            [],
+            [],
+            color=color,
+            marker=mark,
+            linestyle="",
+            markersize=8,
+            markerfacecolor="white" if mark == "D" else color,
+            label=word,
+        )
+        for word, (color, mark, _) in MARKS.items()
+    ]
+    keys.append(
+        Line2D([], [], color=BLACK, linestyle="--", linewidth=1, label=f"{REFERENCE}, its interval shaded")
+    )
+    legend = figure.legend(
+        handles=keys, loc="outside lower center", ncols=len(keys), fontsize=10, frameon=False
+    )
+    legend.set_title(
+        f"The paper's claim ... (bars: {result['confidence']:.0%} intervals over seeds)", prop={"size": 10}
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -94,12 +132,22 @@ def page(result: Mapping, picture: bytes) -> str:
     """The HTML, with nothing outside of it."""
     rows = result["rows"]
     shown = [name for name in result["figures"] if any(row["figures"].get(name) for row in rows.values())]
-    head = "".join(f'<th scope="col" title="{escape(result["figures"][name])}">{escape(name)}</th>' for name in shown)
+    head = "".join(
+        f'<th scope="col" title="{escape(result["figures"][name])}">{escape(name)}</th>' for name in shown
+    )
     body = "".join(_row(name, row, shown) for name, row in rows.items())
     counts = ", ".join(f"{sum(row['verdict'] == word for row in rows.values())} {word}" for word in MARKS)
     legend = "".join(f"<li><b>{escape(name)}</b>: {escape(result['figures'][name])}</li>" for name in shown)
-    facts = {"command": result["command"], "seeds": result["seeds"], **result["machine"], **result["versions"]}
-    about = "".join(f"<tr><th>{escape(str(name))}</th><td><code>{escape(str(value))}</code></td></tr>" for name, value in facts.items())
+    facts = {
+        "command": result["command"],
+        "seeds": result["seeds"],
+        **result["machine"],
+        **result["versions"],
+    }
+    about = "".join(
+        f"<tr><th>{escape(str(name))}</th><td><code>{escape(str(value))}</code></td></tr>"
+        for name, value in facts.items()
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title(result))}</title><style>{STYLE}</style></head>
 <body><h1>{escape(title(result))}</h1>
@@ -116,16 +164,27 @@ def page(result: Mapping, picture: bytes) -> str:
 
 def _row(name: str, row: Mapping, shown: list[str]) -> str:
     word = row["verdict"]
-    claim = f"{escape(row['claim'])} <small>({escape(row['section'])})</small>" if row["claim"] else "<small>none</small>"
+    claim = (
+        f"{escape(row['claim'])} <small>({escape(row['section'])})</small>"
+        if row["claim"]
+        else "<small>none</small>"
+    )
     tests = "".join(
         f"<br><small>{escape(test['figure'])} {test['claimed']} than {escape(test['against'])}: {_cell(test['difference'], sign=True)}, {test['outcome']}</small>"
         for test in row["tests"]
     )
-    failed = "".join(f"<br><small>seed {escape(seed)} broke off: {escape(why)}</small>" for seed, why in row["failed"].items())
+    failed = "".join(
+        f"<br><small>seed {escape(seed)} broke off: {escape(why)}</small>"
+        for seed, why in row["failed"].items()
+    )
     cells = ""
     for figure in shown:
         apart = row["difference"].get(figure) if name != REFERENCE else None
-        cells += f'<td class="n">{_cell(row["figures"].get(figure))}' + (f"<br><small>{_cell(apart, sign=True)}</small>" if apart else "") + "</td>"
+        cells += (
+            f'<td class="n">{_cell(row["figures"].get(figure))}'
+            + (f"<br><small>{_cell(apart, sign=True)}</small>" if apart else "")
+            + "</td>"
+        )
     return (
         f'<tr{" class=reference" if name == REFERENCE else ""}><th scope="row">{escape(name)}<br><small>{escape(row["what"])}</small></th>'
         f'<td class="claim">{claim}</td><td class="verdict"><span class="{CLASSES[word]}">{MARKS[word][2]} {word}</span>{tests}{failed}</td>{cells}</tr>'

@@ -1,4 +1,6 @@
-"""What the recipe `proof` has to show, stated before it was run, and read off the figures that `measure` finds."""
+"""What the recipe `proof` has to show, stated before it was run, and read off the figures that `measure`
+finds.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +12,9 @@ Rows = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """That `figure` of one column, divided by that of another, is at most or at least `bound`. Kinds without the figure are left out."""
+    """That `figure` of one column, divided by that of another, is at most or at least `bound`. Kinds without
+    the figure are left out.
+    """
 
     name: str
     figure: str
@@ -29,25 +33,62 @@ class Criterion:
 
 
 CRITERIA = (
-    Criterion("a1: nearer to real samples than the distilled model", "fd", "apt_1", "distilled_1", "at most", 0.80),
+    Criterion(
+        "a1: nearer to real samples than the distilled model", "fd", "apt_1", "distilled_1", "at most", 0.80
+    ),
     Criterion("a2: the same by patch", "patch_fd", "apt_1", "distilled_1", "at most", 0.75),
-    Criterion("a3: keeps two thirds of its structure", "structure", "apt_1", "distilled_1", "at least", 2 / 3),
-    Criterion("b1: nearer than the base's steps at the paper's guidance", "fd", "apt_1", "base_25_cfg7.5", "at most", 1.0),
+    Criterion(
+        "a3: keeps two thirds of its structure", "structure", "apt_1", "distilled_1", "at least", 2 / 3
+    ),
+    Criterion(
+        "b1: nearer than the base's steps at the paper's guidance",
+        "fd",
+        "apt_1",
+        "base_25_cfg7.5",
+        "at most",
+        1.0,
+    ),
     Criterion("b2: the same by patch", "patch_fd", "apt_1", "base_25_cfg7.5", "at most", 1.0),
     Criterion("c: as sharp as the VAE allows", "sharpness", "apt_1", "real_vae", "at least", 0.95),
-    Criterion("d1: things travel as far as in the distilled model's clips", "motion", "apt_1", "distilled_1", "at least", 1.0),
-    Criterion("d2: and as often where they are told to", "alignment_direction", "apt_1", "distilled_1", "at least", 1.0),
+    Criterion(
+        "d1: things travel as far as in the distilled model's clips",
+        "motion",
+        "apt_1",
+        "distilled_1",
+        "at least",
+        1.0,
+    ),
+    Criterion(
+        "d2: and as often where they are told to",
+        "alignment_direction",
+        "apt_1",
+        "distilled_1",
+        "at least",
+        1.0,
+    ),
     Criterion("e: two steps restore structure", "structure", "apt_2", "distilled_1", "at least", 1.0),
 )
-"""(f), that no aR1 collapses, is row `no_ar1` of `ablate`. The bounds are not to be touched after a run: what does not hold is reported as that."""
+"""(f), that no aR1 collapses, is row `no_ar1` of `ablate`. The bounds are not to be touched after a run: what
+does not hold is reported as that.
+"""
 
 
 def check(by_run: Sequence[Rows]) -> list[dict]:
-    """One row a criterion: what is asked, the ratio in each run, and in how many runs it holds. Criteria that no run has figures for are left out."""
+    """One row a criterion: what is asked, the ratio in each run, and in how many runs it holds. Criteria that
+    no run has figures for are left out.
+    """
     out = []
     for criterion in CRITERIA:
         known = [ratio for rows in by_run if (ratio := criterion.ratio(rows)) is not None]
         if known:
             asked = f"{criterion.figure} of {criterion.column} / {criterion.against} {criterion.side} {criterion.bound:.3g}"
-            out.append({"name": criterion.name, "asked": asked, "ratios": [round(ratio, 4) for ratio in known], "holds": sum(map(criterion.holds, known)), "runs": len(known)})
+            out.append(
+                {
+                    "name": criterion.name,
+                    "asked": asked,
+                    "ratios": [round(ratio, 4) for ratio in known],
+                    "holds": sum(map(criterion.holds, known)),
+                    "runs": len(known),
+                }
+            )
     return out

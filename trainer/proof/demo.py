@@ -1,4 +1,6 @@
-"""The whole way in miniature: captioned clips, precompute, stage 1, both phases of stage 2, export, samples, report."""
+"""The whole way in miniature: captioned clips, precompute, stage 1, both phases of stage 2, export, samples,
+report.
+"""
 
 import json
 import shutil
@@ -30,7 +32,9 @@ from trainer.run.progress import console, stage_bar
 
 @dataclass(frozen=True)
 class Demo:
-    """One run of the demo. `preset` has the recipe `variant` applied; `data` is a folder of captioned clips and pictures, or None for drawn ones."""
+    """One run of the demo. `preset` has the recipe `variant` applied; `data` is a folder of captioned clips
+    and pictures, or None for drawn ones.
+    """
 
     out: Path
     preset: Preset
@@ -50,7 +54,14 @@ class Demo:
         state, batches, names = self.train()
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
         load_transformer(names["video"])  # as a user will read it: every key, shape and number
-        files = {kind: {"base": ASSETS / "transformer.safetensors", "distilled": names["distill"], "apt": names[kind]} for kind in kinds}
+        files = {
+            kind: {
+                "base": ASSETS / "transformer.safetensors",
+                "distilled": names["distill"],
+                "apt": names[kind],
+            }
+            for kind in kinds
+        }
         with stage_bar("Sampling and judging") as report:
             result = write_report(self, files, batches, state.record(), report)
         plot_run(self.out)
@@ -59,10 +70,12 @@ class Demo:
         return result
 
     def train(self, last: str = "video") -> tuple["RunState", Batches, dict[str, Path]]:
-        """The stages up to `last` ("distill", "image" or "video"), as far as they are not finished, by the functions of the commands.
+        """The stages up to `last` ("distill", "image" or "video"), as far as they are not finished, by the
+        functions of the commands.
 
-        Returns what is finished, the samples, and the files by stage. Raises AptError for unusable data, before any training starts, and
-        for an `out` that cannot be written or holds a run with other settings.
+        Returns what is finished, the samples, and the files by stage. Raises AptError for unusable data,
+        before any training starts, and for an `out` that cannot be written or holds a run with other
+        settings.
         """
         size = self.preset.data
         for height, width in (size.size("video"), size.size("image")):
@@ -84,7 +97,9 @@ class Demo:
 
         state.stage("precompute", encode, latents / INDEX)
         state.stage("distill", partial(run_distill, preset, self.out, seed=self.seed), names["distill"])
-        batches = Batches(latents, load_text_encoder(ASSETS / "text_encoder.safetensors"), self.seed, size.held_out)
+        batches = Batches(
+            latents, load_text_encoder(ASSETS / "text_encoder.safetensors"), self.seed, size.held_out
+        )
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
         for kind in kinds[: {"distill": 0, "image": 1}.get(last)]:
             work = partial(run_adversarial, preset, kind, self.out, variant=self.variant, seed=self.seed)
@@ -97,7 +112,9 @@ class Demo:
     def _identity(self) -> dict:
         """What makes two runs the same run."""
         keys = ("variant", "seed", "skip_bad", "truncate_captions")
-        facts = {key: getattr(self, key) for key in keys} | {"data": str(self.data.resolve()) if self.data else None}
+        facts = {key: getattr(self, key) for key in keys} | {
+            "data": str(self.data.resolve()) if self.data else None
+        }
         return facts | {"preset": self.preset.model_dump()}
 
 
@@ -117,13 +134,19 @@ class RunState:
                 old = dict(self.state["settings"])
                 self.record()
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                raise AptError(f"{path} is damaged; delete it to start over, or give another --out.") from None
+                raise AptError(
+                    f"{path} is damaged; delete it to start over, or give another --out."
+                ) from None
             changed = sorted(key for key in identity if old.get(key) != identity[key])
             if changed:
-                raise AptError(f"{path.parent} holds a run with another {', '.join(changed)}; give another --out, or the settings of that run.")
+                raise AptError(
+                    f"{path.parent} holds a run with another {', '.join(changed)}; give another --out, or the settings of that run."
+                )
 
     def stage(self, name: str, work: Callable[[], list], made: Path) -> None:
-        """Do `work()` unless it is done and what it `made` is still there; what it returns is kept as the stage's losses."""
+        """Do `work()` unless it is done and what it `made` is still there; what it returns is kept as the
+        stage's losses.
+        """
         if name in self.state["stages"] and made.exists():
             console.print(f"[dim]{name}: done before, in {self.state['stages'][name]['seconds']:.0f} s[/]")
             return

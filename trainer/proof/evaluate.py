@@ -1,4 +1,6 @@
-"""The columns of the report: real samples, as they are and through the VAE, the base in 25 steps and in one, the distilled model, and APT."""
+"""The columns of the report: real samples, as they are and through the VAE, the base in 25 steps and in one,
+the distilled model, and APT.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ from trainer.config import Sampling
 COLUMNS = ("real", "real_vae", "base_25_cfg", "base_1", "distilled_1", "apt_1", "apt_2")
 """Of the demo. real_vae is the ceiling: what the VAE gives back of real samples."""
 ALL_COLUMNS = (*COLUMNS[:2], "base_25_cfg1", "base_25_cfg", "base_25_cfg7.5", *COLUMNS[3:])
-"""Of `measure`: also the base without guidance and at the paper's 7.5; `base_25_cfg` has the preset's own, which is its best."""
+"""Of `measure`: also the base without guidance and at the paper's 7.5; `base_25_cfg` has the preset's own,
+which is its best.
+"""
 TITLES = {
     "real": "real",
     "real_vae": "real, through the VAE",
@@ -47,13 +51,30 @@ class Models:
 class Sampler:
     """Makes every column's latents from the same prompts and the same noise.
 
-    Column apt_N takes N steps, at the times that follow from the second time of the APT file. text, negative: padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`. fp8: the APT model's blocks in 8 bits.
+    Column apt_N takes N steps, at the times that follow from the second time of the APT file. text, negative:
+    padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`. fp8: the APT model's
+    blocks in 8 bits.
     """
 
-    def __init__(self, models: Models, sampling: Sampling, kind: str, text: Tensor, negative: Tensor, shape: tuple, seed: int, device: str = "cpu", batch: int = 128, fp8: bool = False):
+    def __init__(
+        self,
+        models: Models,
+        sampling: Sampling,
+        kind: str,
+        text: Tensor,
+        negative: Tensor,
+        shape: tuple,
+        seed: int,
+        device: str = "cpu",
+        batch: int = 128,
+        fp8: bool = False,
+    ):
         self.sampling, self.kind, self.seed, self.device, self.batch = sampling, kind, seed, device, batch
         self.text, self.negative, self.shape = text, negative.to(device), shape
-        self.networks = {name: load_transformer(getattr(models, name), device=device).requires_grad_(False) for name in ("base", "distilled", "apt")}
+        self.networks = {
+            name: load_transformer(getattr(models, name), device=device).requires_grad_(False)
+            for name in ("base", "distilled", "apt")
+        }
         self.second_time = second_time(models.apt, read_metadata(models.apt))
         if fp8:
             make_fast(self.networks["apt"], torch.device(device), Speed(fp8=True))
@@ -71,12 +92,24 @@ class Sampler:
         z = sample_noise(numbers, self.shape, self.seed, "sample/z").to(self.device)
         s = self.sampling
         if column.startswith("base_25_cfg"):
-            return euler_cfg(self.networks["base"], z, text, self.negative, s.steps, guidance_of(column, s), s.shift(self.kind))
+            return euler_cfg(
+                self.networks["base"],
+                z,
+                text,
+                self.negative,
+                s.steps,
+                guidance_of(column, s),
+                s.shift(self.kind),
+            )
         name, _, steps = column.rpartition("_")
         if int(steps) > 1:
             times = step_times(int(steps), self.second_time)
             return few_step(
-                self.networks[name], z, text, times, lambda i: sample_noise(numbers, self.shape, self.seed, f"sample/z{i}")
+                self.networks[name],
+                z,
+                text,
+                times,
+                lambda i: sample_noise(numbers, self.shape, self.seed, f"sample/z{i}"),
             )
         return one_step(self.networks[name], z, text)
 
@@ -96,12 +129,19 @@ def guidance_of(column: str, sampling: Sampling) -> float:
 @torch.no_grad()
 def through_vae(vae, pixels: np.ndarray, batch: int = 16) -> np.ndarray:
     """uint8 `[n, F, H, W, 3]` encoded and decoded again: what no generator in these latents can surpass."""
-    device, parts = next(vae.parameters()).device, torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).split(batch)
-    return to_pixels(vae, torch.cat([encode(vae, part.to(device).float() / 127.5 - 1.0).cpu() for part in parts]), batch)
+    device, parts = (
+        next(vae.parameters()).device,
+        torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).split(batch),
+    )
+    return to_pixels(
+        vae, torch.cat([encode(vae, part.to(device).float() / 127.5 - 1.0).cpu() for part in parts]), batch
+    )
 
 
 @torch.no_grad()
-def to_pixels(vae, latents: Tensor, batch: int = 16, report: Callable[[int], None] = lambda done: None) -> np.ndarray:
+def to_pixels(
+    vae, latents: Tensor, batch: int = 16, report: Callable[[int], None] = lambda done: None
+) -> np.ndarray:
     """Normalised latents to uint8 `[n, F, H, W, 3]`."""
     out = []
     for part in latents.split(batch):

@@ -27,22 +27,29 @@ SAMPLE_SEED = 1_000_000  # no demo judges on these scenes or this noise
 
 
 def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: bool = False) -> dict:
-    """Measure each run on `samples` images and clips of its own; print the means over the runs and what the criteria say, return them and each
-    run's own figures.
+    """Measure each run on `samples` images and clips of its own; print the means over the runs and what the
+    criteria say, return them and each run's own figures.
 
-    What has been measured stays in the run's folder and is not measured again. fp8: with the APT model's blocks in 8 bits, as `generate --fp8` has
-    them. Raises AptError for a folder that holds no finished run on drawn clips, before anything is measured.
+    What has been measured stays in the run's folder and is not measured again. fp8: with the APT model's
+    blocks in 8 bits, as `generate --fp8` has them. Raises AptError for a folder that holds no finished run on
+    drawn clips, before anything is measured.
     """
     found = [read_run(run) for run in runs]
-    by_run = [_measure(run, preset, settings["seed"], samples, fp8) for run, (preset, settings) in zip(runs, found)]
+    by_run = [
+        _measure(run, preset, settings["seed"], samples, fp8) for run, (preset, settings) in zip(runs, found)
+    ]
     result = {"runs": [str(run) for run in runs], "samples": samples, "fp8": fp8}
     for kind, name, title in (("image", "image_columns", "Images"), ("video", "columns", "Video")):
         rows = [figures[kind] for figures in by_run]
         result[name] = {column: _mean([row[column] for row in rows]) for column in ALL_COLUMNS}
-        result[f"{name}_interval"] = {column: interval([row[column] for row in rows]) for column in ALL_COLUMNS}
+        result[f"{name}_interval"] = {
+            column: interval([row[column] for row in rows]) for column in ALL_COLUMNS
+        }
         result[f"{name}_by_run"] = rows
         result[f"{name}_criteria"] = check(rows)
-        console.print(columns_table(f"{title}: mean of {len(runs)} runs, {samples} samples each", result[name]))
+        console.print(
+            columns_table(f"{title}: mean of {len(runs)} runs, {samples} samples each", result[name])
+        )
         console.print(criteria_table(result[f"{name}_criteria"]))
     if out:
         write_json(out, result)
@@ -51,8 +58,19 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: b
 
 def _measure(run: Path, preset: Preset, seed: int, samples: int, fp8: bool) -> dict[str, dict]:
     """Figures of one run by kind and column, on scenes and noise that follow from its seed."""
-    files = [ASSETS / "transformer.safetensors", VAE, ASSETS / "features.safetensors", run / DISTILLED, *results(run, preset).values()]
-    identity = {"samples": samples, "fp8": fp8, "columns": list(ALL_COLUMNS), "files": {path.name: file_digest(path) for path in files}}
+    files = [
+        ASSETS / "transformer.safetensors",
+        VAE,
+        ASSETS / "features.safetensors",
+        run / DISTILLED,
+        *results(run, preset).values(),
+    ]
+    identity = {
+        "samples": samples,
+        "fp8": fp8,
+        "columns": list(ALL_COLUMNS),
+        "files": {path.name: file_digest(path) for path in files},
+    }
     kept = run / f"measured-{samples}{'-fp8' if fp8 else ''}.json"
     figures = _kept(kept, identity)
     if len(figures) == len(PHASES):
@@ -66,7 +84,9 @@ def _measure(run: Path, preset: Preset, seed: int, samples: int, fp8: bool) -> d
         prompts = drawn_prompts(text, kind, samples, SAMPLE_SEED + seed, preset.data.frames)
         models = Models(ASSETS / "transformer.safetensors", run / DISTILLED, file)
         shape = (16, (prompts.real.shape[1] - 1) // 4 + 1, preset.data.height // 8, preset.data.width // 8)
-        sampler = Sampler(models, preset.sampling, kind, prompts.text, negative, shape, SAMPLE_SEED + seed, fp8=fp8)
+        sampler = Sampler(
+            models, preset.sampling, kind, prompts.text, negative, shape, SAMPLE_SEED + seed, fp8=fp8
+        )
         with stage_bar(f"{run.name}: {kind}s") as bar:
             done = 0
 
@@ -97,7 +117,8 @@ def results(run: Path, preset: Preset) -> dict[str, Path]:
 def read_run(run: Path) -> tuple[Preset, dict]:
     """The preset of a finished run of the demo, and its other settings (seed, variant, ...).
 
-    Raises AptError for a folder that holds none, for one on other people's clips, and for one that is not finished.
+    Raises AptError for a folder that holds none, for one on other people's clips, and for one that is not
+    finished.
     """
     try:
         settings = json.loads((run / "state.json").read_text(encoding="utf-8"))["settings"]
@@ -105,7 +126,9 @@ def read_run(run: Path) -> tuple[Preset, dict]:
     except (OSError, ValueError, KeyError, TypeError):
         raise AptError(f"{run} holds no run of the demo; give the folders that `demo --out` made.") from None
     if data:
-        raise AptError(f"{run} was trained on other people's clips ({data}), which cannot be judged; give runs on drawn ones.")
+        raise AptError(
+            f"{run} was trained on other people's clips ({data}), which cannot be judged; give runs on drawn ones."
+        )
     for file in (run / DISTILLED, *results(run, preset).values()):
         if not file.is_file():
             raise AptError(f"{run} has no {file.name}; let the demo finish there first.")
@@ -115,13 +138,17 @@ def read_run(run: Path) -> tuple[Preset, dict]:
 def _mean(rows: list[dict]) -> dict:
     """Means over runs; counts stay whole, and None is what a column does not have."""
     return {
-        key: rows[0][key] if key in ("calls", "samples") or rows[0][key] is None else round(float(np.mean([row[key] for row in rows])), 4)
+        key: rows[0][key]
+        if key in ("calls", "samples") or rows[0][key] is None
+        else round(float(np.mean([row[key] for row in rows])), 4)
         for key in rows[0]
     }
 
 
 def interval(rows: list[dict]) -> dict:
-    """Half the width of the 95% confidence interval of the mean over runs (Student's t), for each figure; None for a single run."""
+    """Half the width of the 95% confidence interval of the mean over runs (Student's t), for each figure;
+    None for a single run.
+    """
     out = {}
     for key, value in rows[0].items():
         if key in ("calls", "samples") or value is None:

@@ -26,7 +26,9 @@ PROMPT_SEED, REFERENCE_SEED = 70_000, 80_000
 
 @dataclass(frozen=True)
 class Prompts:
-    """What to sample and what to compare with: real clips of the same prompts, and other real clips as the reference."""
+    """What to sample and what to compare with: real clips of the same prompts, and other real clips as the
+    reference.
+    """
 
     captions: list[str]
     text: Tensor
@@ -36,7 +38,9 @@ class Prompts:
 
 
 def drawn_prompts(batches, kind: str, count: int, seed: int, frames: int) -> Prompts:
-    """Fresh drawn scenes: `count` to be prompts and the real column, and `count` others as the reference; clips have `frames` frames."""
+    """Fresh drawn scenes: `count` to be prompts and the real column, and `count` others as the reference;
+    clips have `frames` frames.
+    """
     moving = kind == "video"
     frames = frames if moving else 1
     real, scenes = draw(PROMPT_SEED + seed, range(count), moving, frames)
@@ -54,7 +58,12 @@ def data_prompts(batches, kind: str, count: int, vae, report: Callable[[int], No
 
 
 def evaluate(
-    prompts: Prompts, sampler: Sampler, vae, net, report: Callable[[int], None], columns: Sequence[str] = COLUMNS
+    prompts: Prompts,
+    sampler: Sampler,
+    vae,
+    net,
+    report: Callable[[int], None],
+    columns: Sequence[str] = COLUMNS,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Rows by column, and the pixels they were measured on."""
     reference = Reference(net, prompts.reference)
@@ -73,14 +82,21 @@ def evaluate(
 
 
 def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict, report: Callable) -> dict:
-    """The last stage of the demo: samples every column of `files`, writes pictures, video and report.json, and prints the tables.
+    """The last stage of the demo: samples every column of `files`, writes pictures, video and report.json,
+    and prints the tables.
 
     record: what the earlier stages left (RunState.record); report: a progress bar's (done, total).
     """
     started = time.perf_counter()
     vae, net = load_vae(VAE).to(demo.device), load_features(ASSETS / "features.safetensors")
     negative = batches.embed([demo.preset.sampling.negative_prompt])
-    total, done = 5 * sum(demo.samples if demo.data is None else min(demo.samples, len(batches.datasets[k])) for k in files), 0
+    total, done = (
+        5
+        * sum(
+            demo.samples if demo.data is None else min(demo.samples, len(batches.datasets[k])) for k in files
+        ),
+        0,
+    )
 
     def advance(n: int) -> None:
         nonlocal done
@@ -94,7 +110,9 @@ def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict,
         else:
             prompts = data_prompts(batches, kind, demo.samples, vae, lambda n: None)
         shape = tuple(batches.datasets[kind].batch([0])[0].shape[1:])
-        sampler = Sampler(Models(**paths), demo.preset.sampling, kind, prompts.text, negative, shape, demo.seed, demo.device)
+        sampler = Sampler(
+            Models(**paths), demo.preset.sampling, kind, prompts.text, negative, shape, demo.seed, demo.device
+        )
         rows, pixels = evaluate(prompts, sampler, vae, net, advance)
         result["columns" if kind == "video" else "image_columns"] = rows
         _pictures(demo, kind, prompts.captions, pixels, last=kind == list(files)[-1])
@@ -103,7 +121,11 @@ def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict,
     write_json(demo.out / "report.json", result)
     for name, title in (("image_columns", "Images"), ("columns", "Video")):
         if result[name]:
-            console.print(columns_table(f"{title} ({demo.variant} recipe, seed {demo.seed}, {demo.samples} samples)", result[name]))
+            console.print(
+                columns_table(
+                    f"{title} ({demo.variant} recipe, seed {demo.seed}, {demo.samples} samples)", result[name]
+                )
+            )
     return result
 
 

@@ -1,4 +1,6 @@
-"""The variants of stage 2 that an ablation compares, and what the paper says of each (arXiv 2501.08316; the sections are its own)."""
+"""The variants of stage 2 that an ablation compares, and what the paper says of each (arXiv 2501.08316; the
+sections are its own).
+"""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -30,9 +32,10 @@ class Comparison:
 class Variant:
     """One row of the table.
 
-    what: in a few words; claim, section: the paper's, "" for none; tests: what decides whether it holds here. settings: of its training, None for
-    a row without one; course: the folder of that training, which rows may share; from_base: the generator starts from the base; points: at how
-    many updates its weights are written, the last of which is judged; raw: with the weights themselves in the place of their average; column:
+    what: in a few words; claim, section: the paper's, "" for none; tests: what decides whether it holds here.
+    settings: of its training, None for a row without one; course: the folder of that training, which rows may
+    share; from_base: the generator starts from the base; points: at how many updates its weights are written,
+    the last of which is judged; raw: with the weights themselves in the place of their average; column:
     how it is sampled (see trainer.proof.evaluate.Sampler).
     """
 
@@ -60,70 +63,177 @@ def all_variants(preset: Preset, recipe: str, phase: str) -> dict[str, Variant]:
     own: Adversarial = getattr(preset.phases(recipe), phase)
     rows: list[Variant] = []
 
-    def row(name: str, what: str, claim: str = "", section: str = "", *tests: Comparison, change: Mapping | None = None, **options) -> None:
+    def row(
+        name: str,
+        what: str,
+        claim: str = "",
+        section: str = "",
+        *tests: Comparison,
+        change: Mapping | None = None,
+        **options,
+    ) -> None:
         settings = Adversarial.model_validate(own.model_dump() | dict(change or {}))
-        rows.append(Variant(name, what, claim, section, tests, settings, **({"course": name, "points": (settings.updates,)} | options)))
+        rows.append(
+            Variant(
+                name,
+                what,
+                claim,
+                section,
+                tests,
+                settings,
+                **({"course": name, "points": (settings.updates,)} | options),
+            )
+        )
 
     def same(name: str, what: str, claim: str = "", section: str = "", *tests: Comparison, **options) -> None:
         row(name, what, claim, section, *tests, **({"course": REFERENCE} | options))
 
     worse, collapsed = Comparison("fd", MORE), Comparison("diversity", LESS)
     same(
-        REFERENCE, f"the recipe {recipe} as it is", "one step against the base in 25 steps with guidance: structure and text alignment fall", "tables 1 and 4",
-        Comparison("structure", LESS, "base"), Comparison("alignment", LESS, "base"),
-    )  # fmt: skip
+        REFERENCE,
+        f"the recipe {recipe} as it is",
+        "one step against the base in 25 steps with guidance: structure and text alignment fall",
+        "tables 1 and 4",
+        Comparison("structure", LESS, "base"),
+        Comparison("alignment", LESS, "base"),
+    )
     steps, guidance = preset.sampling.steps, preset.sampling.guidance
-    rows.append(Variant("base", f"the base in {steps} Euler steps, guidance {guidance:g}", column="base_25_cfg"))
+    rows.append(
+        Variant("base", f"the base in {steps} Euler steps, guidance {guidance:g}", column="base_25_cfg")
+    )
     rows.append(Variant("distilled", "after stage 1, in one step", column="distilled_1"))
     row(
-        "no_ar1", "no penalty", "without aR1 the discriminator's loss goes to 0 and the generator makes coloured plates", "5.1, fig. 5",
-        Comparison("d_adversarial", LESS), worse, change={"r1_weight": 0.0, "r2_weight": 0.0},
-    )  # fmt: skip
-    row("t0", "the discriminator's time is 0", "t = 0 as the discriminator's timestep collapses", "3.3", worse, collapsed, change={"discriminator_time": 0.0})
+        "no_ar1",
+        "no penalty",
+        "without aR1 the discriminator's loss goes to 0 and the generator makes coloured plates",
+        "5.1, fig. 5",
+        Comparison("d_adversarial", LESS),
+        worse,
+        change={"r1_weight": 0.0, "r2_weight": 0.0},
+    )
     row(
-        "last_layer", "one head, at the last layer", "with features of the last layer alone objects come out with wrong proportions", "5.2, fig. 7",
-        Comparison("structure", LESS), change={"taps": (1.0,)},
-    )  # fmt: skip
+        "t0",
+        "the discriminator's time is 0",
+        "t = 0 as the discriminator's timestep collapses",
+        "3.3",
+        worse,
+        collapsed,
+        change={"discriminator_time": 0.0},
+    )
+    row(
+        "last_layer",
+        "one head, at the last layer",
+        "with features of the last layer alone objects come out with wrong proportions",
+        "5.2, fig. 7",
+        Comparison("structure", LESS),
+        change={"taps": (1.0,)},
+    )
     for name, share in (("half_depth", 1 / 2), ("two_thirds_depth", 2 / 3)):
         taps = tuple(share * fraction for fraction in PAPER_FRACTIONS)
         words = name.removesuffix("_depth").replace("_", " ")
-        row(name, f"a discriminator of {words} of the blocks", f"full depth beats {words}", "5.2, fig. 6", worse, change={"taps": taps})
-    row("frozen_backbone", "of the discriminator only its heads are trained", "training all of it is better than a frozen backbone", "3.3", worse, change={"train_backbone": False})
+        row(
+            name,
+            f"a discriminator of {words} of the blocks",
+            f"full depth beats {words}",
+            "5.2, fig. 6",
+            worse,
+            change={"taps": taps},
+        )
     row(
-        "from_distilled", "the discriminator starts where the generator does", "the base's weights are better than the distilled ones", "3.3",
-        worse, change={"discriminator_start": "start"},
-    )  # fmt: skip
-    row("no_distillation", "the generator starts from the base", "an undistilled generator collapses", "3.2", worse, collapsed, from_base=True)
+        "frozen_backbone",
+        "of the discriminator only its heads are trained",
+        "training all of it is better than a frozen backbone",
+        "3.3",
+        worse,
+        change={"train_backbone": False},
+    )
+    row(
+        "from_distilled",
+        "the discriminator starts where the generator does",
+        "the base's weights are better than the distilled ones",
+        "3.3",
+        worse,
+        change={"discriminator_start": "start"},
+    )
+    row(
+        "no_distillation",
+        "the generator starts from the base",
+        "an undistilled generator collapses",
+        "3.2",
+        worse,
+        collapsed,
+        from_base=True,
+    )
     for name, part in (("batch_quarter", 4), ("batch_sixteenth", 16)):
         if own.batch % part == 0:
-            row(name, f"a batch of {own.batch // part}, not {own.batch}", "small batches collapse to a mode", "5.4, fig. 9", collapsed, change={"batch": own.batch // part})
-    same("no_ema", "the raw weights, not their average", "the average is better", "5.3, fig. 8", worse, raw=True)
+            row(
+                name,
+                f"a batch of {own.batch // part}, not {own.batch}",
+                "small batches collapse to a mode",
+                "5.4, fig. 9",
+                collapsed,
+                change={"batch": own.batch // part},
+            )
+    same(
+        "no_ema",
+        "the raw weights, not their average",
+        "the average is better",
+        "5.3, fig. 8",
+        worse,
+        raw=True,
+    )
     for times in SIGMAS:
         sigma = float(f"{own.r1_sigma * times:g}")
         row(f"sigma_{sigma:g}", f"sigma of aR1 {sigma:g}, not {own.r1_sigma:g}", change={"r1_sigma": sigma})
     if "stable" in preset.stage2 and recipe != "stable":
-        row("stable", "the recipe stable: relativistic, aR1 and aR2", change=getattr(preset.phases("stable"), phase).model_dump())
+        row(
+            "stable",
+            "the recipe stable: relativistic, aR1 and aR2",
+            change=getattr(preset.phases("stable"), phase).model_dump(),
+        )
     for number, updates in enumerate(UPDATES):
-        claim, section, test = "quality rises until near 350 updates", "5.3, fig. 8", Comparison("fd", MORE, f"updates_{UPDATES[-1]}")
+        claim, section, test = (
+            "quality rises until near 350 updates",
+            "5.3, fig. 8",
+            Comparison("fd", MORE, f"updates_{UPDATES[-1]}"),
+        )
         if number == 0:
             claim, test = "sharp after 50 updates", Comparison("sharpness", MORE, "distilled")
         elif updates == UPDATES[-1]:
             test = Comparison("fd", LESS, f"updates_{UPDATES[0]}")
         row(
-            f"updates_{updates}", f"after {updates} updates of one long run", claim, section, test,
-            change={"updates": updates}, course="long", points=UPDATES[: number + 1],
-        )  # fmt: skip
+            f"updates_{updates}",
+            f"after {updates} updates of one long run",
+            claim,
+            section,
+            test,
+            change={"updates": updates},
+            course="long",
+            points=UPDATES[: number + 1],
+        )
     for count in STEPS:
         claim, section, tests = {
-            2: ("two steps, never trained for, have better detail and structure", "3.5", (Comparison("patch_fd", LESS, "steps_1"), Comparison("structure", MORE, "steps_1"))),
+            2: (
+                "two steps, never trained for, have better detail and structure",
+                "3.5",
+                (Comparison("patch_fd", LESS, "steps_1"), Comparison("structure", MORE, "steps_1")),
+            ),
             4: ("more steps bring artifacts", "3.5", (Comparison("patch_fd", MORE, "steps_2"),)),
         }.get(count, ("", "", ()))
-        same(f"steps_{count}", f"{REFERENCE} in {count} step{'s' if count > 1 else ''}", claim, section, *tests, column=f"apt_{count}")
+        same(
+            f"steps_{count}",
+            f"{REFERENCE} in {count} step{'s' if count > 1 else ''}",
+            claim,
+            section,
+            *tests,
+            column=f"apt_{count}",
+        )
     return {variant.name: variant for variant in rows}
 
 
 def choose(variants: Mapping[str, Variant], only: Iterable[str]) -> dict[str, Variant]:
-    """Those that are named, by their own names or by their group's ("sigma", "updates", "steps", "batch"), and those that they are compared with.
+    """Those that are named, by their own names or by their group's ("sigma", "updates", "steps", "batch"),
+    and those that they are compared with.
     None named: all. In the table's order.
 
     Raises AptError for a name that is neither, with the nearest ones.
@@ -137,8 +247,13 @@ def choose(variants: Mapping[str, Variant], only: Iterable[str]) -> dict[str, Va
     for name in wanted:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            raise AptError(f"there is no variant {name!r}{f' (did you mean {_or(near)}?)' if near else ''}: use {_or(known)}.")
-    todo, found = [member for name in wanted for member in ([name] if name in variants else groups[name])], set()
+            raise AptError(
+                f"there is no variant {name!r}{f' (did you mean {_or(near)}?)' if near else ''}: use {_or(known)}."
+            )
+    todo, found = (
+        [member for name in wanted for member in ([name] if name in variants else groups[name])],
+        set(),
+    )
     while todo:
         name = todo.pop()
         if name not in found:

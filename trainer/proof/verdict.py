@@ -32,9 +32,13 @@ class Estimate:
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Half the width of the interval of the values' mean (Student's t with n - 1 degrees of freedom); None for fewer than two."""
+    """Half the width of the interval of the values' mean (Student's t with n - 1 degrees of freedom); None
+    for fewer than two.
+    """
     n = len(values)
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else None
+    return (
+        float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else None
+    )
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:

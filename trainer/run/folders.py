@@ -7,7 +7,10 @@ from apt_core.errors import AptError
 from apt_core.loading.sources import MINI, SHIPPED
 
 ABOUT = "about.json"  # beside the training states of a stage: what an export of them needs
-DISTILLED, IMAGE = "distilled.safetensors", "apt-image.safetensors"  # what the stages before the last one leave in a run's folder
+DISTILLED, IMAGE = (
+    "distilled.safetensors",
+    "apt-image.safetensors",
+)  # what the stages before the last one leave in a run's folder
 STATE = ".metadata"  # what torch.distributed.checkpoint calls its index
 FACTS = "run.json"  # in each training state, written last
 STEP = re.compile(r"step-\d{6,}(-half)?")
@@ -27,17 +30,28 @@ def whole_states(folder: Path) -> list[Path]:
 
 def unfinished_states(folder: Path) -> list[Path]:
     """What is left there of states that were never completed, or were being deleted."""
-    names = ((path, path.name.removesuffix(UNFINISHED)) for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink())
-    return sorted(path for path, name in names if STEP.fullmatch(name) and (name != path.name or not (path / FACTS).exists()))
+    names = (
+        (path, path.name.removesuffix(UNFINISHED))
+        for path in folder.glob("step-*")
+        if path.is_dir() and not path.is_symlink()
+    )
+    return sorted(
+        path
+        for path, name in names
+        if STEP.fullmatch(name) and (name != path.name or not (path / FACTS).exists())
+    )
 
 
 def resolve(path: Path) -> Path:
-    """The one thing that a folder of a run stands for; "mini" is the shipped generator, unless something there is called so; other paths as they
-    are. Raises AptError when there is nothing at `path`."""
+    """The one thing that a folder of a run stands for; "mini" is the shipped generator, unless something
+    there is called so; other paths as they are. Raises AptError when there is nothing at `path`.
+    """
     if not path.exists():
         if str(path) == MINI:
             return SHIPPED["checkpoint"]
-        raise AptError(f"{path} does not exist: give a checkpoint file, a diffusers folder, a training state or the folder of a run.")
+        raise AptError(
+            f"{path} does not exist: give a checkpoint file, a diffusers folder, a training state or the folder of a run."
+        )
     if not path.is_dir() or is_state(path):
         return path
     if states := whole_states(path):

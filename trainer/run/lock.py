@@ -13,7 +13,9 @@ from trainer.files import write_json
 
 
 class Lock:
-    """A folder's lock, which lies beside it. The system releases it when the process that has taken it dies, however that happens."""
+    """A folder's lock, which lies beside it. The system releases it when the process that has taken it dies,
+    however that happens.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -21,14 +23,27 @@ class Lock:
         self._lock = FileLock(str(self._path), thread_local=False)
 
     def take(self) -> None:
-        """Raises AptError, with the name of the holder, when another process has it, and for a place that cannot be written."""
+        """Raises AptError, with the name of the holder, when another process has it, and for a place that
+        cannot be written.
+        """
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise AptError(f"{self.folder} is in use by another run ({self._holder()}): wait for its end, or give another --out.") from None
+            raise AptError(
+                f"{self.folder} is in use by another run ({self._holder()}): wait for its end, or give another --out."
+            ) from None
         except OSError as error:
-            raise AptError(f"{self._path} cannot be written ({error.strerror or error}): give a folder that can be written to.") from None
-        write_json(self._note, {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now().isoformat(" ", "seconds")})
+            raise AptError(
+                f"{self._path} cannot be written ({error.strerror or error}): give a folder that can be written to."
+            ) from None
+        write_json(
+            self._note,
+            {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": datetime.now().isoformat(" ", "seconds"),
+            },
+        )
 
     def release(self) -> None:
         """Does nothing where it is not taken."""

@@ -1,4 +1,6 @@
-"""What a run says while it trains: CSV, TensorBoard, Weights & Biases, speed, memory, and warnings when the discriminator has won or tells nothing."""
+"""What a run says while it trains: CSV, TensorBoard, Weights & Biases, speed, memory, and warnings when the
+discriminator has won or tells nothing.
+"""
 
 import csv
 import math
@@ -31,7 +33,9 @@ FLOOR = 0.1  # of the penalty: more than this from rounding alone is said
 
 @dataclass(frozen=True)
 class Work:
-    """What one update is, for speed: samples in it, its FLOPs, and the matrix peak of the whole run's machines in FLOP/s (0: not known)."""
+    """What one update is, for speed: samples in it, its FLOPs, and the matrix peak of the whole run's
+    machines in FLOP/s (0: not known).
+    """
 
     samples: int
     flops: float = 0.0
@@ -39,11 +43,13 @@ class Work:
 
 
 class Monitor(AbstractContextManager):
-    """A `report` for distill and adversarial: call it with (done, total, row) after each update, in the main process.
+    """A `report` for distill and adversarial: call it with (done, total, row) after each update, in the main
+    process.
 
-    folder: for history.csv and TensorBoard's files; work: see Work, None where updates differ; relativistic: the objective's, for the
-    warning; wandb: name of a Weights & Biases project, used where the package is installed; forward: called with what it gets, a progress bar for
-    example. A resumed run replaces the rows that it does again. Use it in a `with` statement.
+    folder: for history.csv and TensorBoard's files; work: see Work, None where updates differ; relativistic:
+    the objective's, for the warning; wandb: name of a Weights & Biases project, used where the package is
+    installed; forward: called with what it gets, a progress bar for example. A resumed run replaces the rows
+    that it does again. Use it in a `with` statement.
     """
 
     def __init__(
@@ -59,7 +65,11 @@ class Monitor(AbstractContextManager):
     ) -> None:
         self.path, self.work, self.device, self.forward = folder / "history.csv", work, device, forward
         self.warnings = (CollapseWarning(EQUAL[relativistic]), ChanceWarning(), FloorWarning())
-        self._csv, self._tensorboard, self._online = Aside(f"the log {self.path}"), Aside("TensorBoard's log"), Aside("Weights & Biases")
+        self._csv, self._tensorboard, self._online = (
+            Aside(f"the log {self.path}"),
+            Aside("TensorBoard's log"),
+            Aside("Weights & Biases"),
+        )
         self._screen = Aside("the display")
         self._rows = _read(self.path)
         self._columns: list[str] = []
@@ -91,7 +101,15 @@ class Monitor(AbstractContextManager):
         if self.device.type == "cuda":
             out = {"memory_gib": torch.cuda.max_memory_allocated(self.device) / GIB}
         else:
-            out = {} if resource is None else {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB}
+            out = (
+                {}
+                if resource is None
+                else {
+                    "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                    * (1 if sys.platform == "darwin" else 1024)
+                    / GIB
+                }
+            )
         if before is None:  # the first update also loads, allocates and compiles
             return out
         out["seconds"] = now - before
@@ -118,8 +136,10 @@ class Monitor(AbstractContextManager):
 
 
 class CollapseWarning:
-    """Watches the discriminator's adversarial loss, smoothed over some ten updates, on its way to zero (5.1: then the generator gets no
-    gradient and makes coloured plates). It warns once, and again after the loss has been well above."""
+    """Watches the discriminator's adversarial loss, smoothed over some ten updates, on its way to zero (5.1:
+    then the generator gets no gradient and makes coloured plates). It warns once, and again after the loss
+    has been well above.
+    """
 
     def __init__(self, equal: float) -> None:
         self.equal, self._smooth, self._warned = equal, equal, False
@@ -142,9 +162,11 @@ class CollapseWarning:
 
 
 class ChanceWarning:
-    """Watches whether the discriminator tells real from fake at all: the share of pairs it orders rightly, on held-out samples where the
-    row has them. One that guesses gives the generator noise, which RMSProp scales up to full steps, and no picture shows it.
-    It warns after PATIENCE updates at chance, and again as long after that."""
+    """Watches whether the discriminator tells real from fake at all: the share of pairs it orders rightly, on
+    held-out samples where the row has them. One that guesses gives the generator noise, which RMSProp scales
+    up to full steps, and no picture shows it.
+    It warns after PATIENCE updates at chance, and again as long after that.
+    """
 
     def __init__(self) -> None:
         self._smooth, self._since = None, 0
@@ -160,7 +182,11 @@ class ChanceWarning:
         if done - self._since < PATIENCE:
             return None
         since, self._since = self._since, done
-        strength = f"lambda sigma^2 is {row['r1_gamma']:.3g}, the paper's is 0.01 for images and 1 for videos" if "r1_gamma" in row else "it has no penalty"
+        strength = (
+            f"lambda sigma^2 is {row['r1_gamma']:.3g}, the paper's is 0.01 for images and 1 for videos"
+            if "r1_gamma" in row
+            else "it has no penalty"
+        )
         return (
             f"update {done}: the discriminator has been at chance since update {since + 1} (it is right on {self._smooth:.0%} of pairs, logits "
             f"{row['logit_real'] - row['logit_fake']:.2g} apart; {strength}): the generator learns from noise. Lower r1_sigma or r1_weight, "
@@ -182,7 +208,9 @@ class FloorWarning:
 
 
 def _read(path: Path) -> list[dict]:
-    """The rows that are there. A file that somebody's hand or a crash has spoilt is put aside and said, and a new one begun."""
+    """The rows that are there. A file that somebody's hand or a crash has spoilt is put aside and said, and a
+    new one begun.
+    """
     if not path.exists():
         return []
     try:
@@ -191,7 +219,9 @@ def _read(path: Path) -> list[dict]:
             rows = [{name: value for name, value in row.items() if value != ""} for row in reader]
         for row in rows:
             [float(value) for value in row.values()]
-        if "update" not in (reader.fieldnames or ("update",)) or [int(row["update"]) for row in rows] != sorted({int(row["update"]) for row in rows}):
+        if "update" not in (reader.fieldnames or ("update",)) or [
+            int(row["update"]) for row in rows
+        ] != sorted({int(row["update"]) for row in rows}):
             raise ValueError
         return rows
     except (OSError, ValueError, KeyError, TypeError, csv.Error):

@@ -30,7 +30,9 @@ def comparison(path: Path, titles: list[str], prompts: list[str], cells: list[li
     strips = [[filmstrip(cell, factor=2 if len(cell) > 1 else 3) for cell in row] for row in cells]
     height, width = strips[0][0].shape[:2]
     font = ImageFont.load_default(size=15)
-    sheet = Image.new("RGB", (GAP + (width + GAP) * len(titles), LABEL + (height + GAP + LABEL) * len(prompts)), PAPER)
+    sheet = Image.new(
+        "RGB", (GAP + (width + GAP) * len(titles), LABEL + (height + GAP + LABEL) * len(prompts)), PAPER
+    )
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         pen.text((GAP + (width + GAP) * column, 9), _fit(title, font, width), INK, font=font)
@@ -49,7 +51,8 @@ def _fit(text: str, font, width: int) -> str:
 
 
 def sample_video(path: Path, clips: np.ndarray, fps: float, factor: int = 4, loops: int = 4) -> None:
-    """Up to 16 clips `[n, F, H, W, 3]` in a square, repeated so that a player shows more than a second of them.
+    """Up to 16 clips `[n, F, H, W, 3]` in a square, repeated so that a player shows more than a second of
+    them.
 
     Raises AptError when there are none, or for a place that cannot be written.
     """

@@ -1,4 +1,6 @@
-"""Training curves of a run as pictures: what the discriminator knows, what it costs, and what reaches the generator."""
+"""Training curves of a run as pictures: what the discriminator knows, what it costs, and what reaches the
+generator.
+"""
 
 import csv
 import math
@@ -43,7 +45,11 @@ ADVERSARIAL = (
         ),
         (0.5, "chance"),
     ),
-    Panel("logits", (Line("logit_real", "real", GREEN), Line("logit_fake", "generated", ORANGE, "--")), (0.0, "")),
+    Panel(
+        "logits",
+        (Line("logit_real", "real", GREEN), Line("logit_fake", "generated", ORANGE, "--")),
+        (0.0, ""),
+    ),
     Panel(
         "losses",
         (
@@ -57,23 +63,36 @@ ADVERSARIAL = (
     Panel("gradient at the generated sample", (Line("g_grad_norm", "norm", BLUE),), log=True),
 )
 DISTILL = (
-    Panel("consistency loss", (Line("cd_loss_image", "images", BLUE), Line("cd_loss_video", "videos", ORANGE, "--")), log=True),
-    Panel("of it at t = 1", (Line("cd_loss_final_image", "images", BLUE), Line("cd_loss_final_video", "videos", ORANGE, "--")), log=True),
+    Panel(
+        "consistency loss",
+        (Line("cd_loss_image", "images", BLUE), Line("cd_loss_video", "videos", ORANGE, "--")),
+        log=True,
+    ),
+    Panel(
+        "of it at t = 1",
+        (Line("cd_loss_final_image", "images", BLUE), Line("cd_loss_final_video", "videos", ORANGE, "--")),
+        log=True,
+    ),
 )
 PANELS = {"distill": DISTILL, "image": ADVERSARIAL, "video": ADVERSARIAL}
 TITLES = {"distill": "Stage 1: distillation", "image": "Stage 2: images", "video": "Stage 2: video"}
 
 
 def plot_run(run: Path, out: Path | None = None) -> list[Path]:
-    """One PNG for each stage that has a history in `run`/log, written to `out` (by default the run's folder) as curves-STAGE.png.
+    """One PNG for each stage that has a history in `run`/log, written to `out` (by default the run's folder)
+    as curves-STAGE.png.
 
     Raises AptError for a folder without a history, and for one that is damaged.
     """
     histories = {stage: run / "log" / stage / "history.csv" for stage in PANELS}
     found = {stage: path for stage, path in histories.items() if path.is_file()}
     if not found:
-        raise AptError(f"{run} holds no log of a training (log/STAGE/history.csv): give the folder that --out named.")
-    return [plot(read_history(path), stage, (out or run) / f"curves-{stage}.png") for stage, path in found.items()]
+        raise AptError(
+            f"{run} holds no log of a training (log/STAGE/history.csv): give the folder that --out named."
+        )
+    return [
+        plot(read_history(path), stage, (out or run) / f"curves-{stage}.png") for stage, path in found.items()
+    ]
 
 
 def read_history(path: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -104,7 +123,13 @@ def plot(history: dict[str, tuple[list[int], list[float]]], stage: str, path: Pa
         axes = figure.add_subplot(rows, 2, number)
         for line in panel.lines:
             if line.column in history:
-                axes.plot(*history[line.column], color=line.color, linestyle=line.style, label=line.label, linewidth=1.6)
+                axes.plot(
+                    *history[line.column],
+                    color=line.color,
+                    linestyle=line.style,
+                    label=line.label,
+                    linewidth=1.6,
+                )
         if panel.level:
             axes.axhline(panel.level[0], color="0.6", linewidth=1, zorder=0, label=panel.level[1] or None)
         if panel.log:
@@ -117,7 +142,9 @@ def plot(history: dict[str, tuple[list[int], list[float]]], stage: str, path: Pa
 
 
 def save_figure(figure, path: Path) -> Path:
-    """Write a matplotlib figure as a PNG, whole or not at all. Raises AptError for a place that cannot be written."""
+    """Write a matplotlib figure as a PNG, whole or not at all. Raises AptError for a place that cannot be
+    written.
+    """
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=110)
     return path

@@ -48,11 +48,24 @@ class _Screen:
 
 console = Console(file=_Screen())
 SHOWN = {
-    "cd_loss_image": "cd_loss_image", "cd_loss_video": "cd_loss_video", "d_loss": "d_loss", "g_loss": "g_loss", "logit_real": "real", "logit_fake": "fake",
-    "right_pairs": "right", "held_right_pairs": "right (held out)", "r1_loss": "\u03bbr1",
-    "r1": "r1", "r2": "r2", "r1_gamma": "\u03bb\u03c3\u00b2", "g_grad_norm": "grad at sample", "judged": "judged", "samples_per_second": "samples/s", "mfu": "MFU",
+    "cd_loss_image": "cd_loss_image",
+    "cd_loss_video": "cd_loss_video",
+    "d_loss": "d_loss",
+    "g_loss": "g_loss",
+    "logit_real": "real",
+    "logit_fake": "fake",
+    "right_pairs": "right",
+    "held_right_pairs": "right (held out)",
+    "r1_loss": "\u03bbr1",
+    "r1": "r1",
+    "r2": "r2",
+    "r1_gamma": "\u03bb\u03c3\u00b2",
+    "g_grad_norm": "grad at sample",
+    "judged": "judged",
+    "samples_per_second": "samples/s",
+    "mfu": "MFU",
     "memory_gib": "GiB",
-}  # fmt: skip
+}
 """Metrics beside the bar, by what they are called there."""
 LINE_SECONDS = 30.0
 
@@ -62,17 +75,26 @@ class _Bar(Progress):
 
     def get_renderables(self):
         yield from super().get_renderables()
-        yield from (Text(task.fields["metrics"], style="dim") for task in self.tasks if task.fields["metrics"])
+        yield from (
+            Text(task.fields["metrics"], style="dim") for task in self.tasks if task.fields["metrics"]
+        )
 
 
 @contextmanager
 def stage_bar(title: str) -> Iterator[Callable[[int, int, dict], None]]:
-    """A bar for one stage: call what it yields with (done, total, metrics). Where there is no terminal (a batch system's log), a line
-    twice a minute instead."""
+    """A bar for one stage: call what it yields with (done, total, metrics). Where there is no terminal (a
+    batch system's log), a line twice a minute instead.
+    """
     if not console.is_terminal:
         yield _Lines(title)
         return
-    columns = (TextColumn("[bold]{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("[bold]{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with _Bar(*columns, console=console, expand=True) as progress:
         task = progress.add_task(escape(title), total=None, metrics="")  # a folder's name may have brackets
 
@@ -98,13 +120,28 @@ class _Lines:
 
 
 def _words(metrics: dict | None) -> str:
-    return "  ".join(f"{word} {metrics[name]:.3g}" for name, word in SHOWN.items() if name in metrics) if metrics else ""
+    return (
+        "  ".join(f"{word} {metrics[name]:.3g}" for name, word in SHOWN.items() if name in metrics)
+        if metrics
+        else ""
+    )
 
 
 def columns_table(title: str, columns: dict[str, dict]) -> Table:
     """The report's columns as rows of a terminal table."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False, collapse_padding=True)  # 80 columns hold it
-    names = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "motion", "calls")  # samples stand in the title
+    table = Table(
+        title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False, collapse_padding=True
+    )  # 80 columns hold it
+    names = (
+        "fd",
+        "patch_fd",
+        "sharpness",
+        "structure",
+        "alignment",
+        "diversity",
+        "motion",
+        "calls",
+    )  # samples stand in the title
     table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,4 +1,6 @@
-"""Training states on disk (torch.distributed.checkpoint): saved beside the training, whole or not at all, resumed on any number of processes."""
+"""Training states on disk (torch.distributed.checkpoint): saved beside the training, whole or not at all,
+resumed on any number of processes.
+"""
 
 import json
 import math
@@ -28,17 +30,22 @@ from trainer.run.folders import FACTS, UNFINISHED, unfinished_states, whole_stat
 from trainer.run.lock import Lock
 from trainer.run.state_files import StateReader, StateWriter, check_digests, gather_digests
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # a run alone is no mistake
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)  # Windows has no SIGUSR1
+warnings.filterwarnings(
+    "ignore", "torch.distributed is disabled, unavailable or uninitialized"
+)  # a run alone is no mistake
 
 
 @dataclass(frozen=True)
 class Keep:
     """Where training states go and which of them stay.
 
-    every: updates between two; last: how many of the newest stay; best: how many of the best by `judge` stay besides, which is called by
-    all processes when a state is due, with the averaged network, and returns a number, the lower the better. describe: writes what belongs beside
-    the states; called by the main process once the folder is this run's own.
+    every: updates between two; last: how many of the newest stay; best: how many of the best by `judge` stay
+    besides, which is called by all processes when a state is due, with the averaged network, and returns a
+    number, the lower the better. describe: writes what belongs beside the states; called by the main process
+    once the folder is this run's own.
     """
 
     folder: Path
@@ -50,7 +57,9 @@ class Keep:
 
 
 class Preempted(SystemExit):
-    """The machine asked for its place back, and all is saved: the same command goes on from there. Ends the process with code 0."""
+    """The machine asked for its place back, and all is saved: the same command goes on from there. Ends the
+    process with code 0.
+    """
 
     def __init__(self, message: str):
         super().__init__(0)
@@ -61,7 +70,9 @@ class Preempted(SystemExit):
 
 
 class Part(Protocol):
-    """Something with a state. tensors(): the live ones by name, which loading writes into; loaded(steps) is called after that."""
+    """Something with a state. tensors(): the live ones by name, which loading writes into; loaded(steps) is
+    called after that.
+    """
 
     steps: int
 
@@ -71,10 +82,11 @@ class Part(Protocol):
 
 
 class Checkpoints:
-    """A folder of states `step-000100` (after a hundred updates; `step-000100-half`: and the first network of the next one), each a DCP
-    checkpoint with a run.json. All processes call alike.
+    """A folder of states `step-000100` (after a hundred updates; `step-000100-half`: and the first network of
+    the next one), each a DCP checkpoint with a run.json. All processes call alike.
 
-    A state is written under another name and renamed when it is complete, so whatever is called step-... can be loaded.
+    A state is written under another name and renamed when it is complete, so whatever is called step-... can
+    be loaded.
     """
 
     def __init__(self, keep: Keep, world: World, identity: Mapping):
@@ -106,14 +118,20 @@ class Checkpoints:
         return max(self._complete(), default=None)
 
     def facts(self, path: Path) -> dict:
-        """What a state's run.json says. Raises AptError when it is damaged, or of a run with another identity."""
+        """What a state's run.json says. Raises AptError when it is damaged, or of a run with another
+        identity.
+        """
         remedy = f"delete the folder {path.name}, and the run goes on from the state before it"
         facts = read_object(path / FACTS, remedy)
         kinds = {"identity": dict, "update": int, "steps": dict, "rows": list}
-        if not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()) or not isinstance(facts.get("files", {}), dict):
+        if not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()) or not isinstance(
+            facts.get("files", {}), dict
+        ):
             raise AptError(f"{path / FACTS} is damaged: {remedy}.")
         old = facts["identity"]
-        changed = sorted(key for key in self.identity.keys() | old.keys() if self.identity.get(key) != old.get(key))
+        changed = sorted(
+            key for key in self.identity.keys() | old.keys() if self.identity.get(key) != old.get(key)
+        )
         if new := sorted(self.identity.keys() ^ old.keys()):
             raise AptError(
                 f"{self.keep.folder} holds a run of another version of this program, which {'had no' if new[0] in self.identity else 'had a'} {new[0]!r}: "
@@ -129,7 +147,9 @@ class Checkpoints:
         return facts
 
     def load(self, path: Path, tensors: dict[str, dict[str, Tensor]], facts: Mapping) -> None:
-        """Write a state's tensors into `tensors`, whatever number of processes saved it. Raises AptError for one that does not fit or is damaged."""
+        """Write a state's tensors into `tensors`, whatever number of processes saved it. Raises AptError for
+        one that does not fit or is damaged.
+        """
         digests = facts.get("files", {})
         problem = None
         try:
@@ -139,19 +159,30 @@ class Checkpoints:
         if found := [problem for problem in self.world.gather(problem) if problem]:
             raise AptError(found[0])
         try:
-            dcp.load(tensors, storage_reader=StateReader(path), process_group=self._group, no_dist=self._group is None)
+            dcp.load(
+                tensors,
+                storage_reader=StateReader(path),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
         except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
-            raise AptError(f"{path} cannot be loaded ({_reason(error)}): delete it, and the run goes on from the state before it.") from error
+            raise AptError(
+                f"{path} cannot be loaded ({_reason(error)}): delete it, and the run goes on from the state before it."
+            ) from error
 
     def save(self, name: str, tensors: dict[str, dict[str, Tensor]], facts: Mapping) -> None:
-        """Copy the tensors now and write them while training goes on. Raises AptError when the state before this one could not be written."""
+        """Copy the tensors now and write them while training goes on. Raises AptError when the state before
+        this one could not be written.
+        """
         self.wait()
         part = self.keep.folder / f"{name}{UNFINISHED}"
         if self.world.main:
             shutil.rmtree(part, ignore_errors=True)
         self.world.barrier()
         facts = {"identity": self.identity, **facts}
-        future = dcp.async_save(tensors, storage_writer=StateWriter(part), process_group=self._group, no_dist=self._group is None)
+        future = dcp.async_save(
+            tensors, storage_writer=StateWriter(part), process_group=self._group, no_dist=self._group is None
+        )
         self._writing = part, facts, future
 
     def poll(self) -> None:
@@ -160,7 +191,9 @@ class Checkpoints:
             self._publish()
 
     def wait(self) -> None:
-        """Wait until the state in writing is complete. Raises AptError, in all processes, when it cannot be written."""
+        """Wait until the state in writing is complete. Raises AptError, in all processes, when it cannot be
+        written.
+        """
         if not self._writing:
             return
         part, _, future = self._writing
@@ -174,7 +207,9 @@ class Checkpoints:
         if reasons := [reason for reason in self.world.gather(problem and _reason(problem)) if reason]:
             last = self.newest()
             stands = f"{last.name} stands" if last else "there is no earlier one"
-            raise AptError(f"{part.stem} could not be written to {self.keep.folder} ({reasons[0]}): look for free space there; {stands}.") from problem
+            raise AptError(
+                f"{part.stem} could not be written to {self.keep.folder} ({reasons[0]}): look for free space there; {stands}."
+            ) from problem
 
     def _publish(self) -> None:
         part, facts, _ = self._writing
@@ -210,7 +245,11 @@ def score_of(path: Path) -> float | None:
 def best_state(folder: Path) -> tuple[Path, float] | None:
     """Of the kept states that were judged, the best with its score."""
     scores = {path: score_of(path) for path in whole_states(folder)}
-    return min(((path, score) for path, score in scores.items() if score is not None), key=lambda pair: pair[1], default=None)
+    return min(
+        ((path, score) for path, score in scores.items() if score is not None),
+        key=lambda pair: pair[1],
+        default=None,
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -225,9 +264,11 @@ class _Stop(Exception):
 
 
 class Vote:
-    """Whether a flag is up in any process, asked about every `seconds`: an all-reduce at each of a thousand microbatches would hold all of them up.
+    """Whether a flag is up in any process, asked about every `seconds`: an all-reduce at each of a thousand
+    microbatches would hold all of them up.
 
-    All processes call alike and get the same answer at the same call: when they ask again follows from the slowest one's time per call.
+    All processes call alike and get the same answer at the same call: when they ask again follows from the
+    slowest one's time per call.
     """
 
     def __init__(self, world: World, seconds: float = 3.0, clock: Callable[[], float] = time.monotonic):
@@ -262,13 +303,23 @@ def _kept(folder: Path) -> str:
 
 
 class Run:
-    """The course of one training: rows of metrics, the number of the next update, states on disk, and the end that a signal asks for.
+    """The course of one training: rows of metrics, the number of the next update, states on disk, and the end
+    that a signal asks for.
 
-    Use it in a `with` statement around the training loop. keep None: nothing is stored, signals do what they always do.
-    parts: what a state consists of, by name; `averages` among them are what keep.judge is shown. resume False: refuse a folder that holds a state. Raises AptError for a folder with another run.
+    Use it in a `with` statement around the training loop. keep None: nothing is stored, signals do what they
+    always do.
+    parts: what a state consists of, by name; `averages` among them are what keep.judge is shown. resume
+    False: refuse a folder that holds a state. Raises AptError for a folder with another run.
     """
 
-    def __init__(self, keep: Keep | None, world: World, identity: Mapping, parts: Mapping[str, Part], resume: bool = True):
+    def __init__(
+        self,
+        keep: Keep | None,
+        world: World,
+        identity: Mapping,
+        parts: Mapping[str, Part],
+        resume: bool = True,
+    ):
         self.keep, self.world, self.parts = keep, world, parts
         self.update, self.rows = 0, []
         self._signalled, self._handlers, self._saved = False, {}, "step-000000"
@@ -277,7 +328,9 @@ class Run:
         if keep and (newest := self._checkpoints.newest()):
             try:
                 if not resume:
-                    raise AptError(f"{keep.folder} holds the states of a run ({newest.name} is the newest): resume it, or give another --out.")
+                    raise AptError(
+                        f"{keep.folder} holds the states of a run ({newest.name} is the newest): resume it, or give another --out."
+                    )
                 self._restore(newest)
             except BaseException:
                 self._checkpoints.release()
@@ -308,10 +361,14 @@ class Run:
                 self._checkpoints.release()
         if kind is _Stop:
             where = f"in update {self.update + 1}; all is saved in {self.keep.folder}"
-            raise Preempted(f"stopped by a signal {where}, and the same command goes on from there.") from None
+            raise Preempted(
+                f"stopped by a signal {where}, and the same command goes on from there."
+            ) from None
 
     def stop(self) -> None:
-        """Leaves the training loop, in all processes at the same call, when one was told to stop; they ask one another every few seconds."""
+        """Leaves the training loop, in all processes at the same call, when one was told to stop; they ask
+        one another every few seconds.
+        """
         if self.keep and self._vote(self._signalled):
             raise _Stop
 
@@ -334,7 +391,12 @@ class Run:
             with self.parts["averages"].applied() as network:
                 score = self.keep.judge(network)
             self.rows[-1]["judged"] = score
-        facts = {"update": self.update, "score": score, "steps": steps, "rows": [dict(row) for row in self.rows]}
+        facts = {
+            "update": self.update,
+            "score": score,
+            "steps": steps,
+            "rows": [dict(row) for row in self.rows],
+        }
         self._checkpoints.save(name, {name: part.tensors() for name, part in self.parts.items()}, facts)
 
     def _restore(self, path: Path) -> None:

@@ -1,7 +1,9 @@
-"""The files of a training state: written with a digest of each, and read without ever running what stands in them.
+"""The files of a training state: written with a digest of each, and read without ever running what stands in
+them.
 
-torch.distributed.checkpoint keeps its index as a pickle, and what it calls bytes as another one inside. Unpickling either is running a program, so the
-index is read by an unpickler that knows the index's own classes alone, and a state with anything but tensors in it is refused.
+torch.distributed.checkpoint keeps its index as a pickle, and what it calls bytes as another one inside.
+Unpickling either is running a program, so the index is read by an unpickler that knows the index's own
+classes alone, and a state with anything but tensors in it is refused.
 """
 
 import io
@@ -23,15 +25,31 @@ from trainer.run.folders import STATE
 DIGESTS = "__{}.sha256"  # one of each process, until they are gathered in run.json
 DATA = re.compile(r"__\d+_\d+\.distcp")
 MAX_INDEX = 1 << 30  # bytes; that of 14B parameters on 1,024 GPUs has a fifth of it
-SLOW = 1 << 24  # bytes, up to which the index is read by Python's own unpickler, whose memory no wrong number in it can blow up
+SLOW = (
+    1 << 24
+)  # bytes, up to which the index is read by Python's own unpickler, whose memory no wrong number in it can blow up
 ALLOWED = {
     ("torch.distributed.checkpoint.metadata", name)
-    for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")
+    for name in (
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    )
 } | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib", "PurePosixPath"), ("pathlib", "PureWindowsPath"),
-    ("pathlib._local", "PosixPath"), ("pathlib._local", "WindowsPath"),
-}  # fmt: skip
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib", "PureWindowsPath"),
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
+}
 REMEDY = "take another state; a run whose newest one is deleted goes on from the one before it"
 DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
@@ -55,7 +73,9 @@ def _path(*parts) -> str:
 
 
 class _Slow(pickle._Unpickler):
-    """Also refuses what would run no code and yet do harm: attributes set on a class, and tuples within tuples, whose hash takes for ever."""
+    """Also refuses what would run no code and yet do harm: attributes set on a class, and tuples within
+    tuples, whose hash takes for ever.
+    """
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
@@ -72,7 +92,12 @@ class _Slow(pickle._Unpickler):
         _check_depth(self.stack[-1])
 
     dispatch[pickle.BUILD[0]] = _build
-    for _code, _load in ((pickle.TUPLE, "load_tuple"), (pickle.TUPLE1, "load_tuple1"), (pickle.TUPLE2, "load_tuple2"), (pickle.TUPLE3, "load_tuple3")):
+    for _code, _load in (
+        (pickle.TUPLE, "load_tuple"),
+        (pickle.TUPLE1, "load_tuple1"),
+        (pickle.TUPLE2, "load_tuple2"),
+        (pickle.TUPLE3, "load_tuple3"),
+    ):
         dispatch[_code[0]] = lambda self, _load=getattr(pickle._Unpickler, _load): self._tuple(_load)
 
 
@@ -90,28 +115,38 @@ class _Fast(pickle.Unpickler):
 
 
 class StateReader(FileSystemReader):
-    """A reader of one state's tensors. Raises DamagedState for an index that holds anything else, or that its files do not bear out."""
+    """A reader of one state's tensors. Raises DamagedState for an index that holds anything else, or that its
+    files do not bear out.
+    """
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         path = Path(self.path) / STATE
         try:
             size = path.stat().st_size
             if size > MAX_INDEX:
-                raise DamagedState(f"{path} has {size >> 20} MiB, which no index has: give a state that the trainer wrote.")
+                raise DamagedState(
+                    f"{path} has {size >> 20} MiB, which no index has: give a state that the trainer wrote."
+                )
             raw = path.read_bytes()
             metadata = (_Slow if size <= SLOW else _Fast)(io.BytesIO(raw)).load()
         except DamagedState:
             raise
         except OSError as error:
-            raise DamagedState(f"{path} cannot be read ({error.strerror or error}): give a state that the trainer wrote.") from None
+            raise DamagedState(
+                f"{path} cannot be read ({error.strerror or error}): give a state that the trainer wrote."
+            ) from None
         except Exception as error:  # an unpickler raises whatever it stumbles over
-            raise DamagedState(f"{path} is not the index of a training state ({_short(error)}): give one that the trainer wrote.") from None
+            raise DamagedState(
+                f"{path} is not the index of a training state ({_short(error)}): give one that the trainer wrote."
+            ) from None
         try:
             problem = _problem(metadata, Path(self.path))
         except (TypeError, ValueError, AttributeError, KeyError, OSError, OverflowError) as error:
             problem = _short(error)
         if problem:
-            raise DamagedState(f"{self.path} is not a whole training state ({problem}): give one that the trainer wrote.")
+            raise DamagedState(
+                f"{self.path} is not a whole training state ({problem}): give one that the trainer wrote."
+            )
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
@@ -123,12 +158,16 @@ class StateWriter(FileSystemWriter):
         future = super().write_data(plan, planner)
         names = sorted({result.storage_data.relative_path for result in future.value()})
         digests = {name: file_digest(Path(self.path) / name) for name in names}
-        (Path(self.path) / DIGESTS.format(plan.storage_data.prefix.strip("_"))).write_text(json.dumps(digests), encoding="utf-8")
+        (Path(self.path) / DIGESTS.format(plan.storage_data.prefix.strip("_"))).write_text(
+            json.dumps(digests), encoding="utf-8"
+        )
         return future
 
 
 def gather_digests(folder: Path) -> dict[str, str]:
-    """Those of all files of a state that has just been written, the index's too; the processes' own notes of them are gone after it."""
+    """Those of all files of a state that has just been written, the index's too; the processes' own notes of
+    them are gone after it.
+    """
     found = {STATE: file_digest(folder / STATE)}
     for path in sorted(folder.glob(DIGESTS.format("*"))):
         found |= json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +176,9 @@ def gather_digests(folder: Path) -> dict[str, str]:
 
 
 def check_digests(folder: Path, digests: dict, names: Iterable[str]) -> None:
-    """Raises DamagedState for the first of these files that is gone or has changed since it was written. A state from before digests has none."""
+    """Raises DamagedState for the first of these files that is gone or has changed since it was written. A
+    state from before digests has none.
+    """
     for name in names:
         path = folder / name
         if not (name == STATE or DATA.fullmatch(name)) or path.is_symlink() or not path.is_file():
@@ -145,7 +186,9 @@ def check_digests(folder: Path, digests: dict, names: Iterable[str]) -> None:
         try:
             same = file_digest(path) == digests[name]
         except OSError as error:
-            raise DamagedState(f"{folder / name} cannot be read ({error.strerror or error}): {REMEDY}.") from None
+            raise DamagedState(
+                f"{folder / name} cannot be read ({error.strerror or error}): {REMEDY}."
+            ) from None
         if not same:
             raise DamagedState(f"{folder / name} is not what was written there: {REMEDY}.")
 
@@ -154,12 +197,18 @@ def check_listed(metadata: Metadata, digests: dict) -> None:
     """Raises DamagedState when an index names a file of which there is no digest, though there are digests."""
     named = {info.relative_path for info in metadata.storage_data.values()}
     if digests and not named | {STATE} <= digests.keys():
-        raise DamagedState(f"the index names {min(named - digests.keys(), default=STATE)}, of which run.json has no digest: {REMEDY}.")
+        raise DamagedState(
+            f"the index names {min(named - digests.keys(), default=STATE)}, of which run.json has no digest: {REMEDY}."
+        )
 
 
 def _problem(metadata, folder: Path) -> str:
     """What an index says that cannot be, or that the files do not bear out; "" for one that can be read."""
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
+    if (
+        not isinstance(metadata, Metadata)
+        or not isinstance(metadata.state_dict_metadata, dict)
+        or not isinstance(metadata.storage_data, dict)
+    ):
         return "its index has another form"
     sizes: dict[str, int] = {}
     ends: dict[str, int] = {}
@@ -173,7 +222,12 @@ def _problem(metadata, folder: Path) -> str:
             if not path.is_file() or path.is_symlink():
                 return f"{name} is missing"
             sizes[name] = path.stat().st_size
-        if not (isinstance(info.offset, int) and isinstance(info.length, int) and 0 <= info.offset and 0 < info.length):
+        if not (
+            isinstance(info.offset, int)
+            and isinstance(info.length, int)
+            and 0 <= info.offset
+            and 0 < info.length
+        ):
             return f"{name} has a part of no size"
         ends[name] = max(ends.get(name, 0), info.offset + info.length)
         stored[index.fqn] = stored.get(index.fqn, 0) + info.length
@@ -184,7 +238,11 @@ def _problem(metadata, folder: Path) -> str:
         if not isinstance(entry, TensorStorageMetadata):
             return f"{_short(name)} is no tensor"
         size, dtype = tuple(entry.size), entry.properties.dtype
-        if not isinstance(name, str) or not isinstance(dtype, torch.dtype) or not all(isinstance(n, int) and n >= 0 for n in size):
+        if (
+            not isinstance(name, str)
+            or not isinstance(dtype, torch.dtype)
+            or not all(isinstance(n, int) and n >= 0 for n in size)
+        ):
             return f"{_short(name)} is no tensor"
         if math.prod(size) * dtype.itemsize > stored.get(name, 0):
             return f"{_short(name)} of {list(size)} is larger than what is stored of it"
@@ -192,4 +250,8 @@ def _problem(metadata, folder: Path) -> str:
 
 
 def _short(value: object) -> str:
-    return " ".join(str(value).split())[:120] if isinstance(value, str | int | BaseException) else f"of type {type(value).__name__}"
+    return (
+        " ".join(str(value).split())[:120]
+        if isinstance(value, str | int | BaseException)
+        else f"of type {type(value).__name__}"
+    )

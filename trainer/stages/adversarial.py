@@ -50,46 +50,90 @@ def adversarial(
 ) -> list[dict]:
     """Train one phase ("image" or "video") and write the generator's EMA to `out`.
 
-    start: the generator's first weights (the distilled model, or the image phase's EMA); base: the original weights, which the
-    discriminator starts from in both phases (but for `settings.discriminator_start`). Discriminator and generator draw different real batches and their own t.
-    world, parallel: on which processes, and how; all of them call alike. lora: train adapters and the discriminator's heads over one
-    frozen base instead of whole networks. head_width: see `adversarial_networks`. ema_decays: of further averages, each written beside `out`.
-    keep: where training states go, from the newest of which `resume` goes on. samples: pictures while it trains. watch_every: updates between
-    two looks at the discriminator on the samples that `batches` holds out (trainer.stages.watch), 0: none. load(path, device=...): reads a
-    network, or with device "meta" builds it without weights.
+    start: the generator's first weights (the distilled model, or the image phase's EMA); base: the original
+    weights, which the discriminator starts from in both phases (but for `settings.discriminator_start`).
+    Discriminator and generator draw different real batches and their own t.
+    world, parallel: on which processes, and how; all of them call alike. lora: train adapters and the
+    discriminator's heads over one frozen base instead of whole networks. head_width: see
+    `adversarial_networks`. ema_decays: of further averages, each written beside `out`.
+    keep: where training states go, from the newest of which `resume` goes on. samples: pictures while it
+    trains. watch_every: updates between two looks at the discriminator on the samples that `batches` holds
+    out (trainer.stages.watch), 0: none. load(path, device=...): reads a network, or with device "meta" builds
+    it without weights.
 
-    Returns the history, one row an update. Raises AptError when a checkpoint is damaged, a batch does not divide, or a loss or gradient is not
-    finite, and Preempted after SIGTERM when all is saved.
+    Returns the history, one row an update. Raises AptError when a checkpoint is damaged, a batch does not
+    divide, or a loss or gradient is not finite, and Preempted after SIGTERM when all is saved.
     """
     objective = settings.objective()
     check_batch(objective, settings.batch, world, parallel)
     torch.manual_seed(seed)  # the heads' first weights
     networks = adversarial_networks(
-        start, base, load, world, parallel, lora, head_width,
-        taps=settings.taps, discriminator_start=settings.discriminator_start, train_backbone=settings.train_backbone,
-    )  # fmt: skip
+        start,
+        base,
+        load,
+        world,
+        parallel,
+        lora,
+        head_width,
+        taps=settings.taps,
+        discriminator_start=settings.discriminator_start,
+        train_backbone=settings.train_backbone,
+    )
     generator, discriminator = networks.generator, networks.opposite
     notes = keep and keep.folder
     g_optimizer = make_rmsprop(generator.parameters(), settings.lr_generator)
     d_optimizer = make_rmsprop(discriminator_groups(discriminator, settings), settings.lr_discriminator)
-    g = Learner("generator", generator, g_optimizer, networks, world, parallel, parallel.generator_zero, notes)
-    d = Learner("discriminator", discriminator, d_optimizer, networks, world, parallel, parallel.discriminator_zero, notes)
+    g = Learner(
+        "generator", generator, g_optimizer, networks, world, parallel, parallel.generator_zero, notes
+    )
+    d = Learner(
+        "discriminator",
+        discriminator,
+        d_optimizer,
+        networks,
+        world,
+        parallel,
+        parallel.discriminator_zero,
+        notes,
+    )
     averages = Averages(networks, (settings.ema_decay, *ema_decays), settings.ema_warmup)
-    identity = {"phase": phase, "seed": seed, "data": batches.fingerprint, "lora": str(lora), "head_width": head_width, "ema_decays": list(ema_decays)}
-    identity |= settings.model_dump(exclude={"updates", "discriminator_step"})  # neither changes the updates that there are
+    identity = {
+        "phase": phase,
+        "seed": seed,
+        "data": batches.fingerprint,
+        "lora": str(lora),
+        "head_width": head_width,
+        "ema_decays": list(ema_decays),
+    }
+    identity |= settings.model_dump(
+        exclude={"updates", "discriminator_step"}
+    )  # neither changes the updates that there are
     watch = None
     if watch_every and batches.held[phase]:
         at_once = parallel.microbatch or len(batches.held[phase])
-        watch = Watch(batches.datasets[phase], batches.held[phase], watch_every, at_once, seed, settings.shift, world, settings.discriminator_time)
+        watch = Watch(
+            batches.datasets[phase],
+            batches.held[phase],
+            watch_every,
+            at_once,
+            seed,
+            settings.shift,
+            world,
+            settings.discriminator_time,
+        )
     run = Run(keep, world, identity, {"generator": g, "discriminator": d, "averages": averages}, resume)
 
     def take(role: str, update: int):
         return batches.take(phase, f"{phase}/{role}", update, settings.batch, world, parallel.microbatch)
 
     def draw(role: str, micro: Micro):
-        """Real samples, text, noise and t of a microbatch, the last two functions of (seed, role, sample number)."""
+        """Real samples, text, noise and t of a microbatch, the last two functions of (seed, role, sample
+        number).
+        """
         z = sample_noise(micro.numbers, micro.x.shape[1:], seed, f"{phase}/{role}/z")
-        t = discriminator_times(micro.numbers, seed, f"{phase}/{role}/t", settings.shift, settings.discriminator_time)
+        t = discriminator_times(
+            micro.numbers, seed, f"{phase}/{role}/t", settings.shift, settings.discriminator_time
+        )
         return (part.to(world.device) for part in (micro.x, micro.text, z, t))
 
     total = settings.warmup + settings.updates
@@ -101,25 +145,53 @@ def adversarial(
                     with torch.no_grad():
                         fake = one_step(generator, z, text)
                     part, penalties = share_of_penalties(objective, micro, settings.batch, world)
-                    noises = [noise if noise is None else noise.to(world.device) for noise in draw_noises(part, micro, seed, phase)]
+                    noises = [
+                        noise if noise is None else noise.to(world.device)
+                        for noise in draw_noises(part, micro, seed, phase)
+                    ]
                     floor = {}
                     if update == 0 and part.r1_weight:
                         n = len(noises[0])
-                        floor["r1_floor"] = penalty_floor(discriminator, x[:n], t[:n], text[:n], noises[0], objective.r1_sigma)
+                        floor["r1_floor"] = penalty_floor(
+                            discriminator, x[:n], t[:n], text[:n], noises[0], objective.r1_sigma
+                        )
                     metrics = discriminator_backward(
-                        discriminator, part, x, fake, text, t, *noises, mode=settings.discriminator_step, loss_scale=micro.share
+                        discriminator,
+                        part,
+                        x,
+                        fake,
+                        text,
+                        t,
+                        *noises,
+                        mode=settings.discriminator_step,
+                        loss_scale=micro.share,
                     )
                     shares = {name: penalties for name in ("r1", "r2", "r1_floor")}
-                    shares |= {f"{name}_loss": micro.share for name in ("r1", "r2")}  # `part` has the share in its weights
-                    d.add({name: value * shares.get(name, micro.share) for name, value in (metrics | floor).items() if not name.endswith("gamma")})
+                    shares |= {
+                        f"{name}_loss": micro.share for name in ("r1", "r2")
+                    }  # `part` has the share in its weights
+                    d.add(
+                        {
+                            name: value * shares.get(name, micro.share)
+                            for name, value in (metrics | floor).items()
+                            if not name.endswith("gamma")
+                        }
+                    )
                 run.rows.append(d.step() | gammas(objective))
 
             if update >= settings.warmup:
                 for micro in g.microbatches(take("g", update), run.stop):
                     x, text, z, t = draw("g", micro)
                     real = x if objective.relativistic else None
-                    metrics = generator_backward(generator, discriminator, objective, z, text, t, real=real, loss_scale=micro.share)
-                    g.add({f"g_{name.removeprefix('g_')}": value * micro.share for name, value in metrics.items()})
+                    metrics = generator_backward(
+                        generator, discriminator, objective, z, text, t, real=real, loss_scale=micro.share
+                    )
+                    g.add(
+                        {
+                            f"g_{name.removeprefix('g_')}": value * micro.share
+                            for name, value in metrics.items()
+                        }
+                    )
                 run.rows[-1] |= g.step()
                 averages.update()
             if watch and watch.due(update + 1):
@@ -135,7 +207,9 @@ def adversarial(
 
 
 def discriminator_groups(discriminator: nn.Module, settings: Adversarial) -> list[dict]:
-    """Parameter groups of what is trained of the discriminator: the backbone at `lr_discriminator`, what is new at `lr_heads`, where that is another rate."""
+    """Parameter groups of what is trained of the discriminator: the backbone at `lr_discriminator`, what is
+    new at `lr_heads`, where that is another rate.
+    """
     named = [(name, p) for name, p in discriminator.named_parameters() if p.requires_grad]
     if settings.lr_heads is None:
         return [{"params": [p for _, p in named]}]
@@ -145,7 +219,9 @@ def discriminator_groups(discriminator: nn.Module, settings: Adversarial) -> lis
 
 
 def check_batch(objective: Objective, batch: int, world: World, parallel: Parallel) -> None:
-    """Raises AptError when a batch does not divide over the processes and microbatches, or the samples that penalties see do not reach all processes."""
+    """Raises AptError when a batch does not divide over the processes and microbatches, or the samples that
+    penalties see do not reach all processes.
+    """
     step = len(split(batch, world.dp, world.dp_rank, parallel.microbatch)[0]) * world.dp
     penalised = objective.regularized(batch)
     if 0 < penalised % step < world.dp:
@@ -155,23 +231,36 @@ def check_batch(objective: Objective, batch: int, world: World, parallel: Parall
         )
 
 
-def share_of_penalties(objective: Objective, micro: Micro, batch: int, world: World) -> tuple[Objective, float]:
-    """The objective for one microbatch, so that the whole batch's penalties see the batch's first samples however it is divided,
-    and this microbatch's share of their mean."""
+def share_of_penalties(
+    objective: Objective, micro: Micro, batch: int, world: World
+) -> tuple[Objective, float]:
+    """The objective for one microbatch, so that the whole batch's penalties see the batch's first samples
+    however it is divided, and this microbatch's share of their mean.
+    """
     penalised = objective.regularized(batch)
     here = sum(place < penalised for place in micro.places)
     share = here * world.dp / penalised
     scale = share / micro.share
     fraction = here / len(micro.places) if here else 1.0
-    part = replace(objective, r1_weight=objective.r1_weight * scale, r2_weight=objective.r2_weight * scale, reg_fraction=fraction)
+    part = replace(
+        objective,
+        r1_weight=objective.r1_weight * scale,
+        r2_weight=objective.r2_weight * scale,
+        reg_fraction=fraction,
+    )
     return part, share
 
 
 def draw_noises(objective: Objective, micro: Micro, seed: int, phase: str) -> list[Tensor | None]:
-    """Standard noise for the penalties on real and on fake samples of a microbatch, of those that the objective penalises alone; None for none."""
+    """Standard noise for the penalties on real and on fake samples of a microbatch, of those that the
+    objective penalises alone; None for none.
+    """
     numbers = micro.numbers[: objective.regularized(len(micro.numbers))]
     weights = {"r1": objective.r1_weight, "r2": objective.r2_weight}
-    return [sample_noise(numbers, micro.x.shape[1:], seed, f"{phase}/d/{name}") if weight else None for name, weight in weights.items()]
+    return [
+        sample_noise(numbers, micro.x.shape[1:], seed, f"{phase}/d/{name}") if weight else None
+        for name, weight in weights.items()
+    ]
 
 
 def gammas(objective: Objective) -> dict[str, float]:

@@ -12,7 +12,8 @@ from trainer.stages.networks import Networks
 
 
 class Averages:
-    """fp32 averages of the generator (or student), sharded as it is. The first decay is the one that samples and becomes the result.
+    """fp32 averages of the generator (or student), sharded as it is. The first decay is the one that samples
+    and becomes the result.
 
     warmup: of each average, see apt_core.method.ema.Ema; 0 is the plain decay, which the paper names.
     """
@@ -52,7 +53,11 @@ class Averages:
             self.networks.save(out.with_name(f"{out.stem}-ema{decay:g}{out.suffix}"), ema, metadata, world)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"{decay:g}/{name}": value for decay, ema in self.emas.items() for name, value in ema.shadow.items()}
+        return {
+            f"{decay:g}/{name}": value
+            for decay, ema in self.emas.items()
+            for name, value in ema.shadow.items()
+        }
 
     def loaded(self, steps: int) -> None:
         self.steps = steps

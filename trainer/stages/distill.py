@@ -1,4 +1,6 @@
-"""Stage 1 (3.2): consistency distillation of the guided base into one step. Its EMA starts the generator of stage 2."""
+"""Stage 1 (3.2): consistency distillation of the guided base into one step. Its EMA starts the generator of
+stage 2.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +43,8 @@ def distill(
 ) -> list[dict]:
     """Distil `base` (a checkpoint file) on `batches` and write the student's EMA to `out`.
 
-    Each update sees images or clips, drawn with the preset's share. The other arguments, what is returned and what is raised are those of
-    `trainer.stages.adversarial.adversarial`.
+    Each update sees images or clips, drawn with the preset's share. The other arguments, what is returned and
+    what is raised are those of `trainer.stages.adversarial.adversarial`.
     """
     settings = preset.distill
     for size in (settings.batch_image, settings.batch_video):
@@ -53,37 +55,83 @@ def distill(
     if settings.optimizer == "muon":
         optimizer = Muon(student.parameters(), weight_decay=settings.weight_decay)
     else:
-        optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay)
-    learner = Learner("student", student, optimizer, networks, world, parallel, parallel.generator_zero, keep and keep.folder)
+        optimizer = torch.optim.AdamW(
+            student.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay
+        )
+    learner = Learner(
+        "student",
+        student,
+        optimizer,
+        networks,
+        world,
+        parallel,
+        parallel.generator_zero,
+        keep and keep.folder,
+    )
     averages = Averages(networks, (settings.ema_decay, *ema_decays), settings.ema_warmup)
-    following = Averages(networks, (settings.target_decay,) if target is not None else (), settings.target_warmup)
-    identity = {"phase": "distilled", "seed": seed, "data": batches.fingerprint, "lora": str(lora), "ema_decays": list(ema_decays)}
-    identity |= {"sampling": preset.sampling.model_dump(exclude={"prompts"}), **settings.model_dump(exclude={"updates"} if settings.lr_end is None else set())}
+    following = Averages(
+        networks, (settings.target_decay,) if target is not None else (), settings.target_warmup
+    )
+    identity = {
+        "phase": "distilled",
+        "seed": seed,
+        "data": batches.fingerprint,
+        "lora": str(lora),
+        "ema_decays": list(ema_decays),
+    }
+    identity |= {
+        "sampling": preset.sampling.model_dump(exclude={"prompts"}),
+        **settings.model_dump(exclude={"updates"} if settings.lr_end is None else set()),
+    }
     run = Run(keep, world, identity, {"student": learner, "averages": averages, "target": following}, resume)
     if target is not None:
         following.copy_to(target)
 
     def kind_and_size(update: int) -> tuple[str, int]:
-        kind = "video" if float(sample_uniform([update], seed, "distill/kind")) < settings.video_share else "image"
+        kind = (
+            "video"
+            if float(sample_uniform([update], seed, "distill/kind")) < settings.video_share
+            else "image"
+        )
         kind = batches.available(kind)
         return kind, settings.batch_video if kind == "video" else settings.batch_image
 
     with run:
         for update in range(run.update, settings.updates):
             kind, size = kind_and_size(update)
-            batch = batches.take(kind, "distill", update, size, world, parallel.microbatch, following=kind_and_size(update + 1))
+            batch = batches.take(
+                kind, "distill", update, size, world, parallel.microbatch, following=kind_and_size(update + 1)
+            )
             consistency = settings.consistency(preset.sampling.shift(kind))
             for micro in learner.microbatches(batch, run.stop):
                 x, text = micro.x.to(world.device), micro.text.to(world.device)
                 z = sample_noise(micro.numbers, x.shape[1:], seed, "distill/z").to(world.device)
                 u = sample_uniform(micro.numbers, seed, "distill/u").to(world.device)
-                metrics = consistency_backward(student, teacher, consistency, x, z, text, negative, u, target=target, loss_scale=micro.share)
-                metrics["cd_loss_final"] *= metrics["final_share"]  # a mean over few of the samples: summed here, divided below
+                metrics = consistency_backward(
+                    student,
+                    teacher,
+                    consistency,
+                    x,
+                    z,
+                    text,
+                    negative,
+                    u,
+                    target=target,
+                    loss_scale=micro.share,
+                )
+                metrics["cd_loss_final"] *= metrics[
+                    "final_share"
+                ]  # a mean over few of the samples: summed here, divided below
                 learner.add({name: value * micro.share for name, value in metrics.items()})
             optimizer.param_groups[0]["lr"] = settings.rate(update)
             row = learner.step()
             row["cd_loss_final"] /= row["final_share"] or 1
-            run.rows.append({name if name.endswith("gradient") else f"{name}_{kind}": value for name, value in row.items()})
+            run.rows.append(
+                {
+                    name if name.endswith("gradient") else f"{name}_{kind}": value
+                    for name, value in row.items()
+                }
+            )
             averages.update()
             if target is not None:
                 following.update()
@@ -93,5 +141,7 @@ def distill(
                 samples.show(update + 1, student, averages, world)
             report(update + 1, settings.updates, run.rows[-1])
 
-    averages.save(out, metadata | {"kind": "generator", "phase": "distilled", "updates": settings.updates}, world)
+    averages.save(
+        out, metadata | {"kind": "generator", "phase": "distilled", "updates": settings.updates}, world
+    )
     return run.rows

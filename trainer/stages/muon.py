@@ -10,12 +10,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class Muon(torch.optim.Optimizer):
     """torch's Muon for matrices and convolutions, AdamW at a tenth of its rate for gains, biases and tables.
 
-    On the miniature's VAE it gets in 200 updates where Adam is after 1000, and in stage 1 it is ahead of Adam by a tenth of the
-    Frechet distance. torch's own Muon takes matrices only, so each kernel is handed to it as a view `[out, in * k]`. Of a kernel that FSDP2
-    shards, every process orthogonalises the whole one and keeps its part: the networks are small, and so is their traffic.
-    lr: 0.02 to 0.04 where a network learns from nothing, 0.01 for stage 1. weight_decay: of the kernels, decoupled, a share `lr * weight_decay`
-    an update. Without it kernels grow for as long as they are trained: those of a transformer of width 128 came to a root mean square of
-    1, with 0.1 they stay at 0.05 to 0.1, where a later stage's learning rates mean what they mean elsewhere.
+    On the miniature's VAE it gets in 200 updates where Adam is after 1000, and in stage 1 it is ahead of Adam
+    by a tenth of the Frechet distance. torch's own Muon takes matrices only, so each kernel is handed to it
+    as a view `[out, in * k]`. Of a kernel that FSDP2 shards, every process orthogonalises the whole one and
+    keeps its part: the networks are small, and so is their traffic.
+    lr: 0.02 to 0.04 where a network learns from nothing, 0.01 for stage 1. weight_decay: of the kernels,
+    decoupled, a share `lr * weight_decay` an update. Without it kernels grow for as long as they are trained:
+    those of a transformer of width 128 came to a root mean square of 1, with 0.1 they stay at 0.05 to 0.1,
+    where a later stage's learning rates mean what they mean elsewhere.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float = 0.02, weight_decay: float = 0.0) -> None:
@@ -41,7 +43,11 @@ class Muon(torch.optim.Optimizer):
         self._adam.step()
         for kernel, view in zip(self.kernels, self.views):
             if isinstance(kernel, DTensor):  # the same on all processes: nothing is sent
-                kernel.copy_(distribute_tensor(view.view(kernel.shape), kernel.device_mesh, kernel.placements, src_data_rank=None))
+                kernel.copy_(
+                    distribute_tensor(
+                        view.view(kernel.shape), kernel.device_mesh, kernel.placements, src_data_rank=None
+                    )
+                )
 
     def state_dict(self) -> dict:
         return {"muon": self._muon.state_dict(), "adam": self._adam.state_dict()}
@@ -59,6 +65,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def _matrix(kernel: Tensor) -> Tensor:
-    """[out, in, ...] as [out, in * ...]: a view, or of a sharded kernel the whole one. All processes must call."""
+    """[out, in, ...] as [out, in * ...]: a view, or of a sharded kernel the whole one. All processes must
+    call.
+    """
     whole = kernel.full_tensor() if isinstance(kernel, DTensor) else kernel
     return whole.detach().flatten(1)

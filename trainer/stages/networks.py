@@ -23,7 +23,9 @@ Load = Callable[..., nn.Module]
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters of this rank on the linear layers of the base's blocks; alpha scales them by alpha / rank (None: by 1)."""
+    """Adapters of this rank on the linear layers of the base's blocks; alpha scales them by alpha / rank
+    (None: by 1).
+    """
 
     rank: int = 64
     alpha: float | None = None
@@ -31,8 +33,10 @@ class Lora:
 
 @dataclass(frozen=True)
 class Networks:
-    """generator: what is trained to sample in one step (stage 1's student); opposite: stage 2's discriminator or stage 1's teacher; target: stage
-    1's target network, where it is not the student; base: the one frozen network under all of them, in LoRA mode."""
+    """generator: what is trained to sample in one step (stage 1's student); opposite: stage 2's discriminator
+    or stage 1's teacher; target: stage 1's target network, where it is not the student; base: the one frozen
+    network under all of them, in LoRA mode.
+    """
 
     generator: nn.Module
     opposite: nn.Module
@@ -41,10 +45,18 @@ class Networks:
 
     def reshard(self) -> None:
         """See `trainer.machines.parallel.reshard`; for all networks."""
-        reshard(*(network for network in (self.generator, self.opposite, self.target, self.base) if network is not None))
+        reshard(
+            *(
+                network
+                for network in (self.generator, self.opposite, self.target, self.base)
+                if network is not None
+            )
+        )
 
     def save(self, path: Path, average: Ema, metadata: Mapping, world: World) -> None:
-        """Write the generator with its averaged weights to one file, from the main process: a whole model, or a LoRA file."""
+        """Write the generator with its averaged weights to one file, from the main process: a whole model, or
+        a LoRA file.
+        """
         metadata = {**metadata, "ema": average.decay, "ema_warmup": average.warmup}
         if self.base is None:
             state = whole_state(average.shadow, world)
@@ -53,7 +65,10 @@ class Networks:
         else:
             self.reshard()
             with average.applied(self.generator):
-                state = {name: value.detach().to("cpu", copy=True) for name, value in lora_state(self.base, "generator").items()}
+                state = {
+                    name: value.detach().to("cpu", copy=True)
+                    for name, value in lora_state(self.base, "generator").items()
+                }
             if world.main:
                 rank = next(iter(state.values())).shape[0]
                 write_tensors(path, state, metadata_strings(path, {**metadata, "kind": "lora", "rank": rank}))
@@ -73,11 +88,13 @@ def adversarial_networks(
     discriminator_start: str = "base",
     train_backbone: bool = True,
 ) -> Networks:
-    """The generator from `start` and the discriminator from `base`, its heads' first weights from torch's random state.
+    """The generator from `start` and the discriminator from `base`, its heads' first weights from torch's
+    random state.
 
-    head_width: of the heads' attention, in whole attention heads of the base; the base's own width unless given. With `lora`, `start` is
-    a LoRA file over `base`, or `base` itself. taps, discriminator_start, train_backbone: see trainer.config.Adversarial; with a LoRA the
-    discriminator's backbone is its adapters, which then start from those in `start`, or stay as they are. Raises AptError for files that do not fit,
+    head_width: of the heads' attention, in whole attention heads of the base; the base's own width unless
+    given. With `lora`, `start` is a LoRA file over `base`, or `base` itself. taps, discriminator_start,
+    train_backbone: see trainer.config.Adversarial; with a LoRA the discriminator's backbone is its adapters,
+    which then start from those in `start`, or stay as they are. Raises AptError for files that do not fit,
     and for taps that the base is too shallow for.
     """
     first = start if discriminator_start == "start" else base
@@ -93,7 +110,9 @@ def adversarial_networks(
         discriminator = place(load_discriminator, world, parallel, parallel.discriminator_zero)
         return Networks(generator, discriminator)
     starts = {"generator": start, "discriminator": first}
-    shared = _shared_base(base, starts, load, world, parallel, lora, () if train_backbone else ("discriminator",))
+    shared = _shared_base(
+        base, starts, load, world, parallel, lora, () if train_backbone else ("discriminator",)
+    )
     discriminator = make_discriminator(role(shared, "discriminator"), taps, head_width).to(world.device)
     shard_heads(discriminator, world, parallel)
     return Networks(role(shared, "generator"), discriminator, base=shared)
@@ -105,13 +124,18 @@ def make_discriminator(backbone: nn.Module, taps: Sequence[float], head_width: i
     return Discriminator(backbone, taps, num_heads=heads, inner_dim=head_width)
 
 
-def distillation_networks(base: Path, load: Load, world: World, parallel: Parallel, lora: Lora | None, target: bool) -> Networks:
+def distillation_networks(
+    base: Path, load: Load, world: World, parallel: Parallel, lora: Lora | None, target: bool
+) -> Networks:
     """The student, its frozen teacher, and where one is wanted the target, all from `base`."""
     if lora is None:
         frozen = [
-            place(lambda device: load(base, device=device).requires_grad_(False), world, parallel) for _ in range(2 if target else 1)
+            place(lambda device: load(base, device=device).requires_grad_(False), world, parallel)
+            for _ in range(2 if target else 1)
         ]
-        return Networks(place(lambda device: load(base, device=device), world, parallel, parallel.generator_zero), *frozen)
+        return Networks(
+            place(lambda device: load(base, device=device), world, parallel, parallel.generator_zero), *frozen
+        )
     starts = dict.fromkeys(("generator", "target") if target else ("generator",), base)
     shared = _shared_base(base, starts, load, world, parallel, lora, ("target",) if target else ())
     still = role(shared, "target") if target else None
@@ -119,9 +143,16 @@ def distillation_networks(base: Path, load: Load, world: World, parallel: Parall
 
 
 def _shared_base(
-    base: Path, starts: Mapping[str, Path], load: Load, world: World, parallel: Parallel, lora: Lora, still: Sequence[str]
+    base: Path,
+    starts: Mapping[str, Path],
+    load: Load,
+    world: World,
+    parallel: Parallel,
+    lora: Lora,
+    still: Sequence[str],
 ) -> nn.Module:
-    """The frozen base in the dtype that it computes in, with adapters and what `precision.stays_fp32` names in fp32.
+    """The frozen base in the dtype that it computes in, with adapters and what `precision.stays_fp32` names
+    in fp32.
 
     starts: of each role a LoRA file over the base, or the base itself; still: roles that are not trained.
     """
@@ -139,6 +170,7 @@ def _shared_base(
             role(model, name).requires_grad_(False)
         return model
 
-    # Only the main process draws the adapters: the heads, which all draw, must find the same random state everywhere.
+    # Only the main process draws the adapters: the heads, which all draw, must find the same random state
+    # everywhere.
     with torch.random.fork_rng(devices=[]):
         return place(make, world, parallel, parallel.generator_zero)

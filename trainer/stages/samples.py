@@ -20,8 +20,8 @@ from trainer.stages.averages import Averages
 class Samples:
     """Every `every` updates, one file a prompt in `folder`: raw weights left, the average right.
 
-    text: padded embeddings `[n, L, d]`; shape: of one latent, `(C, F, h, w)`; to_video: latents `[1, C, F, h, w]` to uint8 `[1, F, H, W, 3]`,
-    called in the main process alone.
+    text: padded embeddings `[n, L, d]`; shape: of one latent, `(C, F, h, w)`; to_video: latents `[1, C, F, h,
+    w]` to uint8 `[1, F, H, W, 3]`, called in the main process alone.
     """
 
     folder: Path

@@ -1,4 +1,6 @@
-"""One update of one network: gradients from many microbatches on many processes, looked at, then one step of the optimizer."""
+"""One update of one network: gradients from many microbatches on many processes, looked at, then one step of
+the optimizer.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +27,9 @@ class NotFinite(AptError):
 class Learner:
     """A network under training with its optimizer.
 
-    name: what its metrics and files are called by; networks: those of the stage, whose gathered weights an update must not find stale;
-    zero: see Parallel; notes: folder for the names of a batch that breaks the run. `steps` counts updates.
+    name: what its metrics and files are called by; networks: those of the stage, whose gathered weights an
+    update must not find stale; zero: see Parallel; notes: folder for the names of a batch that breaks the
+    run. `steps` counts updates.
     """
 
     def __init__(
@@ -49,13 +52,16 @@ class Learner:
         self._allocate()
 
     def microbatches(self, batch: Microbatches, stop: Callable[[], None]) -> Iterator[Micro]:
-        """The microbatches of one update; the backward pass of the last one brings all processes' gradients together.
+        """The microbatches of one update; the backward pass of the last one brings all processes' gradients
+        together.
 
         stop: called before each of them, by all processes alike; it may raise.
         """
         self._names, self._metrics = [], []
         self.networks.reshard()
-        if isinstance(self.networks.opposite, FSDPModule):  # frozen while another network learns: gathered once, if it is to stay so
+        if isinstance(
+            self.networks.opposite, FSDPModule
+        ):  # frozen while another network learns: gathered once, if it is to stay so
             self.networks.opposite.set_reshard_after_backward(self.parallel.discriminator_zero == 3)
         for number, micro in enumerate(batch, start=1):
             stop()
@@ -64,17 +70,23 @@ class Learner:
             yield micro
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Metrics (scalars on the device) of the microbatch that was yielded last, in terms that add up to the whole batch's mean."""
+        """Metrics (scalars on the device) of the microbatch that was yielded last, in terms that add up to
+        the whole batch's mean.
+        """
         self._metrics.append(metrics)
 
     def step(self) -> dict[str, float]:
-        """Look at losses and gradients, then move the weights. Returns the metrics of the whole batch and the gradient's norm.
+        """Look at losses and gradients, then move the weights. Returns the metrics of the whole batch and the
+        gradient's norm.
 
-        Raises NotFinite when one of them is not finite, on all processes, before any weight has moved; what was in the batch is written down.
+        Raises NotFinite when one of them is not finite, on all processes, before any weight has moved; what
+        was in the batch is written down.
         """
         names = sorted({name for metrics in self._metrics for name in metrics})
         zero = torch.zeros((), device=self.world.device)
-        table = torch.stack([torch.stack([metrics.get(name, zero).float() for name in names]) for metrics in self._metrics])  # [microbatches, names]
+        table = torch.stack(
+            [torch.stack([metrics.get(name, zero).float() for name in names]) for metrics in self._metrics]
+        )  # [microbatches, names]
         sums = torch.cat([table.sum(0) / self.world.size, self._squared_gradient()[None]])
         *values, squared = self.world.sum(sums).tolist()
         row = dict(zip(names, values)) | {f"{self.name}_gradient": squared**0.5}
@@ -118,7 +130,9 @@ class Learner:
 
     def _squared_gradient(self) -> Tensor:
         """This process's part of the squared norm of the gradient."""
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [
+            p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         grads = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
         norms = torch.stack(torch._foreach_norm([grad for grad in grads if grad.numel()])).double()
         return norms.square().sum().float()
@@ -134,7 +148,14 @@ class Learner:
         if self.notes:
             path = self.notes / f"not-finite-{self.name}.json"
             if self.world.main:
-                write_json(path, {"update": self.steps + 1, "metrics": {name: repr(value) for name, value in row.items()}, "samples": samples})
+                write_json(
+                    path,
+                    {
+                        "update": self.steps + 1,
+                        "metrics": {name: repr(value) for name, value in row.items()},
+                        "samples": samples,
+                    },
+                )
             where = f", all in {path}"
         more = f" and {len(samples) - 3} more" if len(samples) > 3 else ""
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,6 @@
-"""Start ComfyUI's library inside a helper process. Arguments: ComfyUI's folder, a scratch folder, the job as JSON."""
+"""Start ComfyUI's library inside a helper process. Arguments: ComfyUI's folder, a scratch folder, the job as
+JSON.
+"""
 
 import json
 import logging

@@ -1,4 +1,6 @@
-"""The decode nodes when something is in the way: a cancel, no memory, a full disk, latents and numbers that do not fit. Wan VAE: `vae`."""
+"""The decode nodes when something is in the way: a cancel, no memory, a full disk, latents and numbers that
+do not fit. Wan VAE: `vae`.
+"""
 
 import json
 import os
@@ -73,9 +75,13 @@ with torch.inference_mode():
     result["sentences"] = {
         "channels": sentence(APTVAEDecode, vae, {"samples": torch.zeros(1, 48, 3, 2, 2)}),
         "image latent": sentence(APTVAEDecode, vae, {"samples": torch.zeros(1, 16, 4, 4)}),
-        "audio": sentence(APTVAEDecodeToVideo, vae, {"samples": torch.zeros(1, 16, 128), "type": "audio"}, 24.0),
+        "audio": sentence(
+            APTVAEDecodeToVideo, vae, {"samples": torch.zeros(1, 16, 128), "type": "audio"}, 24.0
+        ),
         "image vae": sentence(APTVAEDecode, image_vae, {"samples": torch.zeros(1, 16, 3, 2, 2)}),
-        "sound vae": sentence(APTVAEDecodeToVideo, sound_vae, {"samples": torch.zeros(1, 64, 22), "type": "audio"}, 24.0),
+        "sound vae": sentence(
+            APTVAEDecodeToVideo, sound_vae, {"samples": torch.zeros(1, 64, 22), "type": "audio"}, 24.0
+        ),
         "fps 0": sentence(APTVAEDecodeToVideo, vae, clip, 0.0),
         "fps nan": sentence(APTVAEDecodeToVideo, vae, clip, float("nan")),
     }

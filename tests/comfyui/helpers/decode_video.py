@@ -1,4 +1,6 @@
-"""APT VAE Decode to Video: what is in the file, what stock Save Video makes of it, and what is held in memory, with the Wan VAE `vae`."""
+"""APT VAE Decode to Video: what is in the file, what stock Save Video makes of it, and what is held in
+memory, with the Wan VAE `vae`.
+"""
 
 import gc
 import json
@@ -24,7 +26,11 @@ class Held(Progress):
 
     def __call__(self, *report, **more):
         super().__call__(*report, **more)
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor}
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in gc.get_objects()
+            if type(t) is torch.Tensor
+        }
         self.most = max(self.most, sum(storages.values()))
 
 
@@ -44,12 +50,15 @@ with torch.inference_mode():
     exact, progress = stock(vae, latent), Progress()
     video = APTVAEDecodeToVideo.execute(vae, {"samples": latent}, 12.5).args[0]
     read = video.get_components()
-    # Brightness: the colours of random weights' clips change from pixel to pixel, finer than the file keeps any.
+    # Brightness: the colours of random weights' clips change from pixel to pixel, finer than the file keeps
+    # any.
     bright = lambda images: images @ torch.tensor([0.2126, 0.7152, 0.0722])
     error = (bright(read.images) - bright(exact)).abs()
     # What stock writes at the same quality.
     reference = os.path.join(folder_paths.get_temp_directory(), "stock.mp4")
-    InputImpl.VideoFromComponents(Types.VideoComponents(images=exact, frame_rate=read.frame_rate)).save_to(reference, crf=17)
+    InputImpl.VideoFromComponents(Types.VideoComponents(images=exact, frame_rate=read.frame_rate)).save_to(
+        reference, crf=17
+    )
     stock_error = (bright(InputImpl.VideoFromFile(reference).get_components().images) - bright(exact)).abs()
     os.unlink(reference)
 
@@ -58,7 +67,9 @@ with torch.inference_mode():
     video.save_to(saved, metadata={"prompt": {"1": "a graph"}})
     with av.open(saved) as container, av.open(video.get_stream_source()) as source:
         metadata, colours = container.metadata.get("prompt"), container.streams.video[0].color_trc
-        copied = [bytes(p) for p in container.demux() if p.size] == [bytes(p) for p in source.demux() if p.size]
+        copied = [bytes(p) for p in container.demux() if p.size] == [
+            bytes(p) for p in source.demux() if p.size
+        ]
 
     odd = random_tiny_autoencoder()
     even = odd.decode

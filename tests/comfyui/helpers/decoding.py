@@ -1,4 +1,6 @@
-"""What the checks of the decode nodes share: the pack, VAEs, and a recorder of progress. `start()` must have run."""
+"""What the checks of the decode nodes share: the pack, VAEs, and a recorder of progress. `start()` must have
+run.
+"""
 
 import asyncio
 

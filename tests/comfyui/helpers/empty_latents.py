@@ -34,26 +34,44 @@ def validated(**inputs) -> list[str]:
     size = {name.replace("__", "."): value for name, value in inputs.items() if name != "seeds"}
     links = {"model": ["model", 0], "positive": ["text", 0], "latent": ["latent", 0], "noise": ["walk", 0]}
     prompt = {
-        "model": {"class_type": "APTLoadCheckpoint", "inputs": {"checkpoint": "apt_mini.safetensors", "weight_dtype": "default"}},
+        "model": {
+            "class_type": "APTLoadCheckpoint",
+            "inputs": {"checkpoint": "apt_mini.safetensors", "weight_dtype": "default"},
+        },
         "clip": {"class_type": "APTLoadTextEncoder", "inputs": {"text_encoder": "apt_mini_text_encoder"}},
         "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["clip", 0], "text": "a red circle"}},
-        "latent": {"class_type": "APTEmptyLatent", "inputs": {"model": ["model", 0], "batch_size": 1, "size": "native"} | size},
-        "walk": {"class_type": "APTNoiseWalk", "inputs": {"seeds": inputs.get("seeds", "1, 2"), "closed": False}},
+        "latent": {
+            "class_type": "APTEmptyLatent",
+            "inputs": {"model": ["model", 0], "batch_size": 1, "size": "native"} | size,
+        },
+        "walk": {
+            "class_type": "APTNoiseWalk",
+            "inputs": {"seeds": inputs.get("seeds", "1, 2"), "closed": False},
+        },
         "samples": {"class_type": "APTSampler", "inputs": links | {"seed": 0, "steps": 1}},
         "save": {"class_type": "SaveLatent", "inputs": {"samples": ["samples", 0], "filename_prefix": "x"}},
     }
     _, _, _, errors = asyncio.run(execution.validate_prompt("test", prompt, None))
-    return [f"{error['message']}: {error['details']}" for entry in errors.values() for error in entry["errors"]]
+    return [
+        f"{error['message']}: {error['details']}" for entry in errors.values() for error in entry["errors"]
+    ]
 
 
 with torch.inference_mode():
-    models = {name: nodes.UNETLoader().load_unet(f"{name}.safetensors", "default")[0] for name in ("wan 2.1", "wan 2.2", "released")}
+    models = {
+        name: nodes.UNETLoader().load_unet(f"{name}.safetensors", "default")[0]
+        for name in ("wan 2.1", "wan 2.2", "released")
+    }
     models["mini by the stock loader"] = nodes.UNETLoader().load_unet("apt_mini.safetensors", "default")[0]
     models["trained by the stock loader"] = nodes.UNETLoader().load_unet("trained.safetensors", "default")[0]
     models["trained"] = apt.APTLoadCheckpoint.execute("trained.safetensors", "default").args[0]
     models["mini"] = apt.APTLoadCheckpoint.execute("apt_mini.safetensors", "default").args[0]
-    models["wan 2.1 with LoRA"] = nodes.LoraLoaderModelOnly().load_lora_model_only(models["wan 2.1"], "lora.safetensors", 1.0)[0]
-    models["mini with LoRA"] = nodes.LoraLoaderModelOnly().load_lora_model_only(models["mini"], "lora.safetensors", 1.0)[0]
+    models["wan 2.1 with LoRA"] = nodes.LoraLoaderModelOnly().load_lora_model_only(
+        models["wan 2.1"], "lora.safetensors", 1.0
+    )[0]
+    models["mini with LoRA"] = nodes.LoraLoaderModelOnly().load_lora_model_only(
+        models["mini"], "lora.safetensors", 1.0
+    )[0]
     presets = ("native", "image 1024", "video 1280x720, 2 s")
     broken = models["wan 2.1"].clone()
     broken.set_attachments("lora_metadata", {"apt": '{"native": 5}'})
@@ -83,7 +101,10 @@ with torch.inference_mode():
                 "tiny": ("wan 2.2", (8, 32, 2)),
             }.items()
         }
-        | {"LoRA": sentence(make, broken, {"size": "native"}), "unknown": sentence(apt.APTEmptyLatent.execute, models["mini"], batch_size=1)},
+        | {
+            "LoRA": sentence(make, broken, {"size": "native"}),
+            "unknown": sentence(apt.APTEmptyLatent.execute, models["mini"], batch_size=1),
+        },
         "validated": {
             "right": validated(),
             "width": validated(size="custom", size__width=8, size__height=64, size__frames=5),

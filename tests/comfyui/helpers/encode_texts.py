@@ -1,4 +1,6 @@
-"""Load APT Text Encoder: stock CLIP Text Encode with `encoder` of models/text_encoders and with the built-in one, into `out`."""
+"""Load APT Text Encoder: stock CLIP Text Encode with `encoder` of models/text_encoders and with the built-in
+one, into `out`.
+"""
 
 import json
 import os
@@ -32,7 +34,12 @@ with torch.inference_mode():
     for name in ("apt_mini_text_encoder", "other.safetensors"):
         clip = load(name)
         again, arguments = clip.patcher.cached_patcher_init
-        same = all(torch.equal(a, b) for a, b in zip(clip.patcher.model.state_dict().values(), again(*arguments).model.state_dict().values()))
+        same = all(
+            torch.equal(a, b)
+            for a, b in zip(
+                clip.patcher.model.state_dict().values(), again(*arguments).model.state_dict().values()
+            )
+        )
         assert same, "a clone for another device must be the same encoder"
         for i, caption in enumerate(captions):
             out[f"{name} {i}"] = encode(clip, caption)
@@ -41,7 +48,12 @@ with torch.inference_mode():
     result = {
         "complaints": [line for line in complaints.lines if "clip" in line],
         "weighted": not torch.equal(encode(clip, "a (red:1.5) circle"), encode(clip, "a red circle")),
-        "sentences": {name: sentence(load, name).replace(paths["files"] + os.sep, "") for name in [*names, "nowhere.safetensors"]},
-        "listed": apt.APTLoadTextEncoder.GET_NODE_INFO_V1()["input"]["required"]["text_encoder"][1]["options"],
+        "sentences": {
+            name: sentence(load, name).replace(paths["files"] + os.sep, "")
+            for name in [*names, "nowhere.safetensors"]
+        },
+        "listed": apt.APTLoadTextEncoder.GET_NODE_INFO_V1()["input"]["required"]["text_encoder"][1][
+            "options"
+        ],
     }
 print(json.dumps(result))

@@ -1,4 +1,6 @@
-"""Load APT Checkpoint on every file in `files`: what it says, what it makes, and one step of each good one into `out`."""
+"""Load APT Checkpoint on every file in `files`: what it says, what it makes, and one step of each good one
+into `out`.
+"""
 
 import json
 import logging
@@ -34,7 +36,9 @@ on_node = show_on_nodes(apt)
 
 
 def sample(model) -> torch.Tensor:
-    return apt.APTSampler.execute(model, cond, {"samples": torch.zeros(1, 16, 2, 6, 4)}, 0, 1).args[0]["samples"]
+    return apt.APTSampler.execute(model, cond, {"samples": torch.zeros(1, 16, 2, 6, 4)}, 0, 1).args[0][
+        "samples"
+    ]
 
 
 def dtype_of_weights(model) -> str:
@@ -75,8 +79,13 @@ with torch.inference_mode():
         "logged": logged,
         "attachments": [clone.get_attachment("apt") for clone in (model, *clones)],
         "held": {name: dtype_of_weights(load(name)) for name in files},
-        "chosen": {choice: dtype_of_weights(load("fp32.safetensors", choice)) for choice in ("bf16", "fp16", "fp8_e4m3fn")},
-        "stock": dtype_of_weights(comfy.sd.load_diffusion_model(os.path.join(paths["files"], "bf16.safetensors"))),
+        "chosen": {
+            choice: dtype_of_weights(load("fp32.safetensors", choice))
+            for choice in ("bf16", "fp16", "fp8_e4m3fn")
+        },
+        "stock": dtype_of_weights(
+            comfy.sd.load_diffusion_model(os.path.join(paths["files"], "bf16.safetensors"))
+        ),
         "not there": sentence(load, "nowhere.safetensors"),
         "listed": apt.APTLoadCheckpoint.GET_NODE_INFO_V1()["input"]["required"]["checkpoint"][1],
     }

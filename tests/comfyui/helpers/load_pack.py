@@ -1,4 +1,6 @@
-"""Load the custom node folder `pack` with ComfyUI's own loader, after stock nodes, and print what that said, found and took."""
+"""Load the custom node folder `pack` with ComfyUI's own loader, after stock nodes, and print what that said,
+found and took.
+"""
 
 import asyncio
 import contextlib
@@ -29,7 +31,9 @@ asyncio.run(nodes.init_builtin_extra_nodes())
 warnings = Warnings()
 logging.getLogger().addHandler(warnings)
 before = set(nodes.NODE_CLASS_MAPPINGS)
-saved_to = {kind: folder_paths.get_folder_paths(kind)[0] for kind in ("diffusion_models", "vae", "text_encoders")}
+saved_to = {
+    kind: folder_paths.get_folder_paths(kind)[0] for kind in ("diffusion_models", "vae", "text_encoders")
+}
 printed = io.StringIO()
 with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
     # Seconds of this process, for a busy machine would count in those of the clock.
@@ -42,8 +46,12 @@ result = {
     "printed": printed.getvalue(),
     "nodes": sorted(set(nodes.NODE_CLASS_MAPPINGS) - before),
     "seconds": seconds,
-    "listed": {kind: [name for name in folder_paths.get_filename_list(kind) if "apt" in name] for kind in ("diffusion_models", "vae")},
-    "saved to the same place": saved_to == {kind: folder_paths.get_folder_paths(kind)[0] for kind in saved_to},
+    "listed": {
+        kind: [name for name in folder_paths.get_filename_list(kind) if "apt" in name]
+        for kind in ("diffusion_models", "vae")
+    },
+    "saved to the same place": saved_to
+    == {kind: folder_paths.get_folder_paths(kind)[0] for kind in saved_to},
     "models/apt": [path.rpartition("/")[2] for path in folder_paths.get_folder_paths("apt")],
 }
 print(json.dumps(result))

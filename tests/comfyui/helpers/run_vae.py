@@ -1,4 +1,6 @@
-"""Load `vae` as Load VAE does, encode and decode what `inputs` (pixels, latents; ComfyUI's layout) holds into `out`."""
+"""Load `vae` as Load VAE does, encode and decode what `inputs` (pixels, latents; ComfyUI's layout) holds into
+`out`.
+"""
 
 import json
 
@@ -17,7 +19,18 @@ with torch.inference_mode():
     vae.throw_exception_if_invalid()
     inputs = load_file(paths["inputs"])
     save_file(
-        {"latents": vae.encode(inputs["pixels"]).contiguous(), "pixels": vae.decode(inputs["latents"]).contiguous()},
+        {
+            "latents": vae.encode(inputs["pixels"]).contiguous(),
+            "pixels": vae.decode(inputs["latents"]).contiguous(),
+        },
         paths["out"],
     )
-print(json.dumps({"complaints": complaints.lines, "module": type(vae.first_stage_model).__module__, "dtype": str(vae.vae_dtype)}))
+print(
+    json.dumps(
+        {
+            "complaints": complaints.lines,
+            "module": type(vae.first_stage_model).__module__,
+            "dtype": str(vae.vae_dtype),
+        }
+    )
+)

@@ -1,4 +1,6 @@
-"""Load `model`, put `lora` on it at strength 1 as Load LoRA does, and run one step from `inputs` (noise, text) into `out`."""
+"""Load `model`, put `lora` on it at strength 1 as Load LoRA does, and run one step from `inputs` (noise,
+text) into `out`.
+"""
 
 import json
 import logging
@@ -28,7 +30,17 @@ with torch.inference_mode():
     inputs = load_file(paths["inputs"])
     cond = [[inputs["text"], {}]]
     sample = comfy.sample.sample(
-        patcher, inputs["noise"], 1, 1.0, "euler", "simple", cond, cond, torch.zeros_like(inputs["noise"]), denoise=1.0, seed=0
+        patcher,
+        inputs["noise"],
+        1,
+        1.0,
+        "euler",
+        "simple",
+        cond,
+        cond,
+        torch.zeros_like(inputs["noise"]),
+        denoise=1.0,
+        seed=0,
     )
     save_file({"latents": sample.float().contiguous()}, paths["out"])
 print(json.dumps({"complaints": complaints.lines, "patched": len(patcher.patches)}))

@@ -1,4 +1,6 @@
-"""APT One-Step Sampler with the generator `model` in `files` and the text in `inputs`, beside stock nodes; all latents into `out`."""
+"""APT One-Step Sampler with the generator `model` in `files` and the text in `inputs`, beside stock nodes;
+all latents into `out`.
+"""
 
 import json
 from types import SimpleNamespace
@@ -30,7 +32,9 @@ def load(name: str):
 
 
 def empty(batch: int, frames: int = FRAMES) -> dict:
-    return apt.APTEmptyLatent.execute(model, {"size": "custom", "width": WIDTH, "height": HEIGHT, "frames": frames}, batch).args[0]
+    return apt.APTEmptyLatent.execute(
+        model, {"size": "custom", "width": WIDTH, "height": HEIGHT, "frames": frames}, batch
+    ).args[0]
 
 
 def sample(model, latent: dict, seed: int = SEED, steps: int = 1, **more) -> torch.Tensor:
@@ -56,7 +60,10 @@ def with_lora(model):
 def timesteps(steps: int, model, **more) -> list[float]:
     """What the network itself is told."""
     seen, spied = [], model.clone()
-    spied.add_wrapper(WrappersMP.DIFFUSION_MODEL, lambda executor, x, t, *rest, **more: (seen.extend(t.tolist()), executor(x, t, *rest, **more))[1])
+    spied.add_wrapper(
+        WrappersMP.DIFFUSION_MODEL,
+        lambda executor, x, t, *rest, **more: (seen.extend(t.tolist()), executor(x, t, *rest, **more))[1],
+    )
     sample(spied, empty(1), steps=steps, **more)
     return seen
 
@@ -64,7 +71,10 @@ def timesteps(steps: int, model, **more) -> list[float]:
 with torch.inference_mode():
     model = load("model.safetensors")
     cond = [[load_file(paths["inputs"])["text"], {}]]
-    filled = {"samples": torch.randn(1, 16, 2, 6, 4, generator=torch.Generator().manual_seed(9)), "noise_mask": torch.zeros(1, 48, 32)}
+    filled = {
+        "samples": torch.randn(1, 16, 2, 6, 4, generator=torch.Generator().manual_seed(9)),
+        "noise_mask": torch.zeros(1, 48, 32),
+    }
     filled["noise_mask"][..., :20] = 1
     batch = {"samples": torch.zeros(3, 16, 2, 6, 4)}
     walk = apt.APTNoiseWalk.execute("3, 8", False).args[0]
@@ -87,7 +97,9 @@ with torch.inference_mode():
         "walk": sample(model, empty(3), noise=walk, steps=2),
         "stock noise": sample(model, empty(2), 77, 2, noise=RandomNoise.execute(SEED).args[0]),
         "no noise": sample(model, empty(1), noise=DisableNoise.execute().args[0]),
-        "walk advanced": SamplerCustomAdvanced.execute(walk, guider, sampler, once, {"samples": torch.zeros(3, 16, 2, 6, 4)}).args[0]["samples"],
+        "walk advanced": SamplerCustomAdvanced.execute(
+            walk, guider, sampler, once, {"samples": torch.zeros(3, 16, 2, 6, 4)}
+        ).args[0]["samples"],
         "stock empty": sample(model, EmptyHunyuanLatentVideo.execute(WIDTH, HEIGHT, FRAMES).args[0]),
         "image": sample(model, EmptySD3LatentImage.execute(WIDTH, HEIGHT).args[0]),
         "shifted": sample(ModelSamplingSD3().patch(model, 3.0)[0], empty(1)),
@@ -98,11 +110,20 @@ with torch.inference_mode():
     for steps in (1, 2, 3):
         for rule in ("apt", "comfyui"):
             out[f"{rule} {steps}"] = sample(model, empty(2), steps=steps, seed_noise=rule)
-            out[f"early {rule} {steps}"] = sample(load("early.safetensors"), empty(2), steps=steps, seed_noise=rule)
+            out[f"early {rule} {steps}"] = sample(
+                load("early.safetensors"), empty(2), steps=steps, seed_noise=rule
+            )
     out["cut apt"] = sample(model, nodes.LatentFromBatch().frombatch(empty(2), 1, 1)[0], seed_noise="apt")
-    out["stock noise apt"] = sample(model, empty(2), 77, 2, noise=RandomNoise.execute(SEED).args[0], seed_noise="apt")
+    out["stock noise apt"] = sample(
+        model, empty(2), 77, 2, noise=RandomNoise.execute(SEED).args[0], seed_noise="apt"
+    )
     stock_loader = nodes.UNETLoader().load_unet
-    late = stock_loader("plain.safetensors", "default")[0], load("base.safetensors"), model, load("early.safetensors")
+    late = (
+        stock_loader("plain.safetensors", "default")[0],
+        load("base.safetensors"),
+        model,
+        load("early.safetensors"),
+    )
     late += stock_loader("early.safetensors", "default")
     broken = late[0].clone()
     broken.set_attachments("lora_metadata", {"apt": '{"second_time": 700}'})
@@ -124,7 +145,10 @@ with torch.inference_mode():
     def says(latent=None, text=None, model=model, **more) -> str:
         return sentence(apt.APTSampler.execute, model, text or cond, latent or empty(1), 0, 1, **more)
 
-    images = {"concat_latent_image": torch.zeros(1, 16, 2, 6, 4), "clip_vision_output": SimpleNamespace(penultimate_hidden_states=torch.zeros(1, 257, 1280))}
+    images = {
+        "concat_latent_image": torch.zeros(1, 16, 2, 6, 4),
+        "clip_vision_output": SimpleNamespace(penultimate_hidden_states=torch.zeros(1, 257, 1280)),
+    }
     result = {
         "shown": {
             "a text that fits": shown(load("long enough.safetensors")),
@@ -136,7 +160,9 @@ with torch.inference_mode():
         "timesteps": [timesteps(steps, model) for steps in (1, 2, 4)],
         "presets": {shift: timesteps(1, model, times=f"4 steps, shift {shift}") for shift in (5, 8)},
         "KSampler's": {shift: simple(ModelSamplingSD3().patch(model, float(shift))[0]) for shift in (5, 8)},
-        "sigmas before preset": timesteps(1, model, times="4 steps, shift 5", sigmas=torch.tensor([1.0, 0.5])),
+        "sigmas before preset": timesteps(
+            1, model, times="4 steps, shift 5", sigmas=torch.tensor([1.0, 0.5])
+        ),
         "LoRA's timesteps": [timesteps(2, with_lora(under)) for under in late],
         "sentences": {
             "channels": says({"samples": torch.zeros(1, 48, 2, 6, 4)}),
@@ -158,8 +184,18 @@ with torch.inference_mode():
         "taken away": taken_away,
         "walks": {
             f"{seeds}{' closed' * closed}": sentence(apt.APTNoiseWalk.execute, seeds, closed)
-            for seeds, closed in (("5", True), ("1, -2", False), (f"1, {2**64}", False), ("1,,2", False), ("3, 4, 4", False), ("1, 2, 1", True))
+            for seeds, closed in (
+                ("5", True),
+                ("1, -2", False),
+                (f"1, {2**64}", False),
+                ("1,,2", False),
+                ("3, 4, 4", False),
+                ("1, 2, 1", True),
+            )
         },
-        "good walks": [sentence(apt.APTNoiseWalk.execute, *walk) for walk in (("1, 2, 1", False), (f" 0,{2**64 - 1} ", True))],
+        "good walks": [
+            sentence(apt.APTNoiseWalk.execute, *walk)
+            for walk in (("1, 2, 1", False), (f" 0,{2**64 - 1} ", True))
+        ],
     }
 print(json.dumps(result))

@@ -38,12 +38,29 @@ WATCHED = []
 FP32 = torch.float32
 # Workers are forked from a server that has imported everything once, and has never run a backward pass.
 WORKERS = get_context("forkserver")
-WORKERS.set_forkserver_preload(["trainer.stages.adversarial", "trainer.stages.distill", "torch.distributed.checkpoint"])
+WORKERS.set_forkserver_preload(
+    ["trainer.stages.adversarial", "trainer.stages.distill", "torch.distributed.checkpoint"]
+)
 SETTINGS = {
-    "updates": 5, "batch": 4, "lr_generator": 5e-6, "lr_discriminator": 5e-6, "ema_decay": 0.9, "shift": 2.0,
-    "r1_weight": 100.0, "r1_sigma": 0.1, "discriminator_step": "batched",
-}  # fmt: skip
-STABLE = {"relativistic": True, "r2_weight": 50.0, "r2_sigma": 0.1, "reg_fraction": 0.5, "centering": 0.01, "warmup": 1, "updates": 4}
+    "updates": 5,
+    "batch": 4,
+    "lr_generator": 5e-6,
+    "lr_discriminator": 5e-6,
+    "ema_decay": 0.9,
+    "shift": 2.0,
+    "r1_weight": 100.0,
+    "r1_sigma": 0.1,
+    "discriminator_step": "batched",
+}
+STABLE = {
+    "relativistic": True,
+    "r2_weight": 50.0,
+    "r2_sigma": 0.1,
+    "reg_fraction": 0.5,
+    "centering": 0.01,
+    "warmup": 1,
+    "updates": 4,
+}
 
 
 class Text:
@@ -73,21 +90,39 @@ class Files:
 def tiny_wan(seed: int) -> WanBackbone:
     torch.manual_seed(seed)
     return WanBackbone(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=TEXT_DIM,
-        freq_dim=16, ffn_dim=48, num_layers=4, rope_max_seq_len=32,
-    )  # fmt: skip
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT_DIM,
+        freq_dim=16,
+        ffn_dim=48,
+        num_layers=4,
+        rope_max_seq_len=32,
+    )
 
 
 def tiny_mmdit(seed: int) -> MMDiTBackbone:
     torch.manual_seed(seed)
     return MMDiTBackbone(
-        num_layers=4, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=TEXT_DIM, axes_dims_rope=(4, 4, 4)
-    )  # fmt: skip
+        num_layers=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT_DIM,
+        axes_dims_rope=(4, 4, 4),
+    )
 
 
 def write_shards(folder: Path, shapes=(SHAPE,), samples: int = SAMPLES, broken: int | None = None) -> None:
     generator = torch.Generator().manual_seed(3)
-    facts = {"vae": {"stride": [4, 8, 8], "channels": 4}, "text": {"dim": TEXT_DIM, "length": TEXT_LENGTH}, "fps": 8}
+    facts = {
+        "vae": {"stride": [4, 8, 8], "channels": 4},
+        "text": {"dim": TEXT_DIM, "length": TEXT_LENGTH},
+        "fps": 8,
+    }
     keys = []
     with ShardWriter(folder, {}) as writer:
         for number in range(samples):
@@ -96,7 +131,9 @@ def write_shards(folder: Path, shapes=(SHAPE,), samples: int = SAMPLES, broken: 
                 latent = torch.randn(shapes[number % len(shapes)], generator=generator)
                 if number == broken:
                     latent[0, 0, 0, 0] = 3e38  # finite, as shards must be, but not after one product
-                writer.add(sample, latent, torch.randn(1 + number % TEXT_LENGTH, TEXT_DIM, generator=generator))
+                writer.add(
+                    sample, latent, torch.randn(1 + number % TEXT_LENGTH, TEXT_DIM, generator=generator)
+                )
                 keys.append(sample.key)
         writer.finish(keys, facts)
 
@@ -135,7 +172,10 @@ def free_port() -> int:
 def start_workers(processes: int, function, *args) -> list:
     """Processes that each call `function(*args)`, torchrun's variables set."""
     port = free_port()
-    workers = [WORKERS.Process(target=_worker, args=(rank, processes, port, function, args)) for rank in range(processes)]
+    workers = [
+        WORKERS.Process(target=_worker, args=(rank, processes, port, function, args))
+        for rank in range(processes)
+    ]
     for worker in workers:
         worker.start()
     return workers
@@ -151,7 +191,13 @@ def run_workers(processes: int, function, *args) -> None:
 def _worker(rank: int, processes: int, port: int, function, args) -> None:
     torch.set_num_threads(1)
     if processes > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     function(*args)
 
 
@@ -159,14 +205,29 @@ def train_adversarial(files: Files, layout: Layout, out: Path, options: dict | N
     """One phase with a layout. Its last state is kept in `out`/states, its history in `out`/rows.pt."""
     settings = Adversarial(**{**SETTINGS, **layout.settings})
     total = settings.warmup + settings.updates
-    with connect("cpu", context_parallel=layout.parallel.context_parallel, sharded=layout.parallel.sharded) as world:
+    with connect(
+        "cpu", context_parallel=layout.parallel.context_parallel, sharded=layout.parallel.sharded
+    ) as world:
         batches = Batches(files.shards, Text(), seed=0)
-        options = {"keep": Keep(out / "states", every=total, judge=LatentJudge(batches, "video", 3, 0, world)), **(options or {})}
+        options = {
+            "keep": Keep(out / "states", every=total, judge=LatentJudge(batches, "video", 3, 0, world)),
+            **(options or {}),
+        }
         start, base = options.pop("start", files.start), options.pop("base", files.base)
         rows = adversarial(
-            "video", start, base, batches, settings, out / "generator.safetensors",
-            seed=0, metadata={}, world=world, parallel=layout.parallel, report=lambda *args: None, **options,
-        )  # fmt: skip
+            "video",
+            start,
+            base,
+            batches,
+            settings,
+            out / "generator.safetensors",
+            seed=0,
+            metadata={},
+            world=world,
+            parallel=layout.parallel,
+            report=lambda *args: None,
+            **options,
+        )
         base_after = watched_base() if options.get("load") is load_and_watch else {}
         if world.main:
             torch.save(rows, out / "rows.pt")
@@ -176,25 +237,48 @@ def train_adversarial(files: Files, layout: Layout, out: Path, options: dict | N
 def train_distill(files: Files, layout: Layout, out: Path, options: dict | None = None) -> None:
     """Stage 1 with a layout; as train_adversarial."""
     settings = {
-        "updates": 5, "batch_image": 2, "batch_video": 4, "video_share": 0.5, "lr": 5e-6, "steps": 4, "guidance": 3.0,
-        "fraction_at_final": 0.5, "target_decay": 0.9, "ema_decay": 0.9, **layout.settings,
-    }  # fmt: skip
-    sampling = Sampling(guidance=3.0, shift_image=1.0, shift_video=3.0, negative_prompt="bad", second_time=0.7)
+        "updates": 5,
+        "batch_image": 2,
+        "batch_video": 4,
+        "video_share": 0.5,
+        "lr": 5e-6,
+        "steps": 4,
+        "guidance": 3.0,
+        "fraction_at_final": 0.5,
+        "target_decay": 0.9,
+        "ema_decay": 0.9,
+        **layout.settings,
+    }
+    sampling = Sampling(
+        guidance=3.0, shift_image=1.0, shift_video=3.0, negative_prompt="bad", second_time=0.7
+    )
     preset = SimpleNamespace(distill=Distill(**settings), sampling=sampling)
-    with connect("cpu", context_parallel=layout.parallel.context_parallel, sharded=layout.parallel.sharded) as world:
+    with connect(
+        "cpu", context_parallel=layout.parallel.context_parallel, sharded=layout.parallel.sharded
+    ) as world:
         batches = Batches(files.shards, Text(), seed=0)
         judge = LatentJudge(batches, "video", 3, 0, world)
         options = {"keep": Keep(out / "states", every=settings["updates"], judge=judge), **(options or {})}
         rows = distill(
-            options.pop("base", files.base), batches, preset, out / "generator.safetensors",
-            seed=0, metadata={}, world=world, parallel=layout.parallel, report=lambda *args: None, **options,
-        )  # fmt: skip
+            options.pop("base", files.base),
+            batches,
+            preset,
+            out / "generator.safetensors",
+            seed=0,
+            metadata={},
+            world=world,
+            parallel=layout.parallel,
+            report=lambda *args: None,
+            **options,
+        )
         if world.main:
             torch.save(rows, out / "rows.pt")
 
 
 def run_layouts(files: Files, processes: int, jobs: list[tuple], double: bool = True) -> None:
-    """Several runs, by default in fp64, (layout, out, train, options) each, one after the other on the same processes: starting them is what takes time."""
+    """Several runs, by default in fp64, (layout, out, train, options) each, one after the other on the same
+    processes: starting them is what takes time.
+    """
     ports = [free_port() for _ in jobs]
     for _, out, *_ in jobs:
         out.mkdir(parents=True, exist_ok=True)
@@ -202,7 +286,9 @@ def run_layouts(files: Files, processes: int, jobs: list[tuple], double: bool = 
 
 
 class Doubled(ModuleType):
-    """torch as this project's modules see it: whoever asks for fp32 gets fp64. Others, safetensors among them, must know the two apart."""
+    """torch as this project's modules see it: whoever asks for fp32 gets fp64. Others, safetensors among
+    them, must know the two apart.
+    """
 
     float32 = torch.float64
 
@@ -211,11 +297,13 @@ class Doubled(ModuleType):
 
 
 def in_double(function, *args) -> None:
-    """Call it with fp64 in fp32's place, for the rest of this process. What it writes for others it writes in fp32, as ever.
+    """Call it with fp64 in fp32's place, for the rest of this process. What it writes for others it writes in
+    fp32, as ever.
 
-    These optimizers move a weight by its gradient's sign more than by its size. Of a gradient near zero rounding decides the sign, and the
-    microbatches, the processes and the machine's kernels decide the rounding: in fp32 two layouts part by a whole step sooner or later. In fp64
-    what is left of a difference is a mistake.
+    These optimizers move a weight by its gradient's sign more than by its size. Of a gradient near zero
+    rounding decides the sign, and the microbatches, the processes and the machine's kernels decide the
+    rounding: in fp32 two layouts part by a whole step sooner or later. In fp64 what is left of a difference
+    is a mistake.
     """
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
@@ -252,7 +340,14 @@ def watched_base() -> dict[str, torch.Tensor]:
     return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in weights.items()}
 
 
-def run_layout(files: Files, layout: Layout, out: Path, train=train_adversarial, options: dict | None = None, double: bool = False) -> Path:
+def run_layout(
+    files: Files,
+    layout: Layout,
+    out: Path,
+    train=train_adversarial,
+    options: dict | None = None,
+    double: bool = False,
+) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     run_workers(layout.processes, *([in_double] if double else []), train, files, layout, out, options)
     return out
@@ -262,7 +357,11 @@ def state_of(out: Path, update: int) -> dict[str, torch.Tensor]:
     """Every tensor of a kept state, by its full name: weights, optimizer states and averages, whole."""
     path = out / f"state-{update}.pt"
     dcp_to_torch_save(out / "states" / f"step-{update:06d}", path)
-    return {f"{part}/{name}": value for part, tensors in torch.load(path).items() for name, value in tensors.items()}
+    return {
+        f"{part}/{name}": value
+        for part, tensors in torch.load(path).items()
+        for name, value in tensors.items()
+    }
 
 
 def assert_close(one: Path, other: Path, update: int, tolerance: float) -> None:
@@ -272,10 +371,17 @@ def assert_close(one: Path, other: Path, update: int, tolerance: float) -> None:
     for row, wanted in zip(rows, expected):
         assert row.keys() == wanted.keys()
         for name in row:
-            assert abs(row[name] - wanted[name]) <= tolerance * max(1, abs(wanted[name])), (name, row[name], wanted[name])
+            assert abs(row[name] - wanted[name]) <= tolerance * max(1, abs(wanted[name])), (
+                name,
+                row[name],
+                wanted[name],
+            )
     state, wanted = state_of(one, update), state_of(other, update)
     assert state.keys() == wanted.keys()
     for name, value in state.items():
         # Squares of gradients that are zero but for rounding, 1e-16 of fp64, have no digits to agree in.
         allowed = tolerance and max(tolerance * float(wanted[name].abs().max()), 1e-24)
-        assert (value - wanted[name]).abs().max() <= allowed, (name, float((value - wanted[name]).abs().max()))
+        assert (value - wanted[name]).abs().max() <= allowed, (
+            name,
+            float((value - wanted[name]).abs().max()),
+        )

@@ -53,7 +53,10 @@ def counted():
         calls[name] = calls.get(name, 0) + 1
         return kernel(*args, **kwargs)
 
-    counters = {name: partial(call, name.value, kernel) for name, kernel in _AttentionBackendRegistry._backends.items()}
+    counters = {
+        name: partial(call, name.value, kernel)
+        for name, kernel in _AttentionBackendRegistry._backends.items()
+    }
     with patch.dict(_AttentionBackendRegistry._backends, counters):
         yield calls
 
@@ -68,14 +71,24 @@ def train_counted(train, files, layout, out, options) -> None:
 @pytest.mark.parametrize("kind", ["wan", "mmdit"])
 @pytest.mark.parametrize("checkpointing, cp", [("blocks", 1), ("offload", 2)])
 def test_nothing_else_is_called(train, kind, checkpointing, cp, files, tmp_path):
-    """Also in the recomputation and with tokens shared by processes; the numbers are those of another backend."""
-    options = {"start": mmdit(files.start), "base": mmdit(files.base), "load": load_backbone} if kind == "mmdit" else {}
+    """Also in the recomputation and with tokens shared by processes; the numbers are those of another
+    backend.
+    """
+    options = (
+        {"start": mmdit(files.start), "base": mmdit(files.base), "load": load_backbone}
+        if kind == "mmdit"
+        else {}
+    )
     if train is train_distill:
         options.pop("start", None)
     for attention, wanted in ((None, "native"), (WANTED, WANTED)):
         out = tmp_path / wanted
         out.mkdir()
-        layout = Layout(cp, Parallel(context_parallel=cp, checkpointing=checkpointing, attention=attention), {"updates": 2})
+        layout = Layout(
+            cp,
+            Parallel(context_parallel=cp, checkpointing=checkpointing, attention=attention),
+            {"updates": 2},
+        )
         run_workers(cp, in_double, train_counted, train, files, layout, out, options)
         for path in out.glob("calls-*.pt"):
             assert torch.load(path).keys() == {wanted}
@@ -86,22 +99,30 @@ def flash_2(q, k, v, dropout_p, softmax_scale, causal, window_size, return_attn_
     """What FlashAttention 2 takes and gives, and what it refuses."""
     assert {x.dtype for x in (q, k, v)} == {torch.bfloat16} and all(x.stride(-1) == 1 for x in (q, k, v))
     assert (dropout_p, causal, window_size, return_attn_probs) == (0.0, False, (-1, -1), False)
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=softmax_scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), scale=softmax_scale
+    ).transpose(1, 2)
 
 
 @pytest.mark.parametrize("lora", [None, Lora(4)], ids=["whole", "lora"])
 @pytest.mark.parametrize("kind", ["wan", "mmdit"])
 def test_flash_attention_sees_16_bits_in_a_training_in_bf16(kind, lora, files, tmp_path, monkeypatch):
     monkeypatch.setattr(attention_dispatch, "flash_attn_func", flash_2)
-    start, base = (mmdit(path) if kind == "mmdit" else path for path in (files.base if lora else files.start, files.base))
+    start, base = (
+        mmdit(path) if kind == "mmdit" else path for path in (files.base if lora else files.start, files.base)
+    )
     options = {"start": start, "base": base, "load": load_backbone, "lora": lora}
     rows = []
     for attention in (None, "flash"):
         out = tmp_path / str(attention)
         out.mkdir()
-        layout = Layout(1, Parallel(compute="bf16", checkpointing="blocks", attention=attention), {"updates": 2})
+        layout = Layout(
+            1, Parallel(compute="bf16", checkpointing="blocks", attention=attention), {"updates": 2}
+        )
         train_counted(train_adversarial, files, layout, out, options)
         assert torch.load(out / "calls-0.pt").keys() == {attention or "native"}
         rows.append(torch.load(out / "rows.pt"))
     for one, other in zip(*rows, strict=True):
-        assert one["d_loss"] == pytest.approx(other["d_loss"], rel=1e-3) and one["g_loss"] == pytest.approx(other["g_loss"], rel=1e-3)
+        assert one["d_loss"] == pytest.approx(other["d_loss"], rel=1e-3) and one["g_loss"] == pytest.approx(
+            other["g_loss"], rel=1e-3
+        )

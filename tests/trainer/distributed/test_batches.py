@@ -1,4 +1,6 @@
-"""What is read and drawn for an update: ahead of time, by no second team of torch's threads, and no more than the objective uses."""
+"""What is read and drawn for an update: ahead of time, by no second team of torch's threads, and no more than
+the objective uses.
+"""
 
 import os
 import subprocess
@@ -35,6 +37,7 @@ def watched(files):
     """Batches, and the samples that were read from them so far."""
     batches, read = Batches(files.shards, layouts.Text(), seed=0), []
     for kind, data in batches.datasets.items():
+
         def batch(indices, data=data, original=data.batch):
             read.extend(data.samples[i].id for i in indices)
             return original(indices)
@@ -48,18 +51,28 @@ def settle(batches):
 
 
 @pytest.mark.parametrize("microbatch", [None, 2])
-def test_the_next_updates_first_microbatch_is_read_while_the_last_one_is_trained_on(microbatch, watched, files):
+def test_the_next_updates_first_microbatch_is_read_while_the_last_one_is_trained_on(
+    microbatch, watched, files
+):
     batches, read = watched
     plain = Batches(files.shards, layouts.Text(), seed=0)
-    expected = [[micro.names for micro in plain.take("video", "video/d", update, 4, World(), microbatch)] for update in range(3)]
+    expected = [
+        [micro.names for micro in plain.take("video", "video/d", update, 4, World(), microbatch)]
+        for update in range(3)
+    ]
     for update in range(3):
         for number, micro in enumerate(batches.take("video", "video/d", update, 4, World(), microbatch)):
             assert micro.names == expected[update][number] and micro.numbers[0] == 4 * update + 2 * number
             if number == len(expected[update]) - 1 and update < 2:
                 settle(batches)
-                assert read == sum((sum(names, []) for names in expected[: update + 1]), []) + expected[update + 1][0]
+                assert (
+                    read
+                    == sum((sum(names, []) for names in expected[: update + 1]), []) + expected[update + 1][0]
+                )
     settle(batches)
-    assert read[:12] == sum((sum(names, []) for names in expected), []) and len(read) == 12 + (microbatch or 4)
+    assert read[:12] == sum((sum(names, []) for names in expected), []) and len(read) == 12 + (
+        microbatch or 4
+    )
 
 
 def test_the_next_update_may_be_of_another_kind_and_size(watched):
@@ -68,7 +81,12 @@ def test_the_next_update_may_be_of_another_kind_and_size(watched):
     settle(batches)
     ahead = read[2:]
     [second] = batches.take("video", "distill", 1, 4, World(), following=("video", 4))
-    assert len(ahead) == 4 and second.names == ahead and second.numbers == [4, 5, 6, 7] and first.names == read[:2]
+    assert (
+        len(ahead) == 4
+        and second.names == ahead
+        and second.numbers == [4, 5, 6, 7]
+        and first.names == read[:2]
+    )
     [other] = batches.take("image", "distill", 2, 2, World())  # not what was foretold
     settle(batches)
     assert all(name.startswith("image-") for name in other.names) and other.numbers == [4, 5]
@@ -77,12 +95,25 @@ def test_the_next_update_may_be_of_another_kind_and_size(watched):
 def test_a_reader_starts_no_threads_of_torch(files):
     """They would take half of a CPU's cores from the training."""
     env = os.environ | {"OMP_NUM_THREADS": "2"}
-    out = subprocess.run([sys.executable, "-c", THREADS, str(files.shards)], capture_output=True, text=True, env=env, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", THREADS, str(files.shards)],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=True,
+    ).stdout
     assert out.split() == [str(4400 * torch.Size(SHAPE).numel()), "1"]
 
 
 def micro(places: list[int]) -> Micro:
-    return Micro([100 + place for place in places], places, torch.zeros(len(places), *SHAPE), torch.zeros(len(places), 5, TEXT_DIM), [], 0.5)
+    return Micro(
+        [100 + place for place in places],
+        places,
+        torch.zeros(len(places), *SHAPE),
+        torch.zeros(len(places), 5, TEXT_DIM),
+        [],
+        0.5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,4 +131,7 @@ def test_noise_is_drawn_for_the_penalties_in_use_and_is_what_it_was(objective, p
     assert tuple(noise if noise is None else len(noise) for noise in noises) == rows
     for name, noise in zip(("r1", "r2"), noises):
         if noise is not None:
-            assert torch.equal(noise, sample_noise([100 + place for place in places], SHAPE, 0, f"video/d/{name}")[: len(noise)])
+            assert torch.equal(
+                noise,
+                sample_noise([100 + place for place in places], SHAPE, 0, f"video/d/{name}")[: len(noise)],
+            )

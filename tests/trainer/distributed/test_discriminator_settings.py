@@ -1,4 +1,6 @@
-"""What the paper tried on the discriminator and decided against: each setting changes what it names, whole and as a LoRA, alone and sharded."""
+"""What the paper tried on the discriminator and decided against: each setting changes what it names, whole
+and as a LoRA, alone and sharded.
+"""
 
 import json
 
@@ -19,50 +21,98 @@ from trainer.machines.parallel import Parallel
 from trainer.stages.networks import Lora, adversarial_networks
 
 LORA = Lora(4, 8.0)
-CHANGED = {"train_backbone": False, "taps": [0.5, 0.75], "discriminator_start": "start", "discriminator_time": 0.25, "lr_generator": 1e-3, "lr_discriminator": 1e-3}
-TRAINED = {"taps": [0.5, 0.75], "discriminator_start": "start", "lr_generator": 1e-3, "lr_discriminator": 1e-3}
+CHANGED = {
+    "train_backbone": False,
+    "taps": [0.5, 0.75],
+    "discriminator_start": "start",
+    "discriminator_time": 0.25,
+    "lr_generator": 1e-3,
+    "lr_discriminator": 1e-3,
+}
+TRAINED = {
+    "taps": [0.5, 0.75],
+    "discriminator_start": "start",
+    "lr_generator": 1e-3,
+    "lr_discriminator": 1e-3,
+}
 
 
 def networks(files, lora=None, start=None, **options):
-    return adversarial_networks(start or files.start, files.base, load_backbone, World(), Parallel(), lora, **options)
+    return adversarial_networks(
+        start or files.start, files.base, load_backbone, World(), Parallel(), lora, **options
+    )
 
 
-@pytest.mark.parametrize("fractions, taps", [((4 / 9, 13 / 18, 1.0), (2, 3, 4)), ((1.0,), (4,)), ((0.25, 0.5), (1, 2))])
+@pytest.mark.parametrize(
+    "fractions, taps", [((4 / 9, 13 / 18, 1.0), (2, 3, 4)), ((1.0,), (4,)), ((0.25, 0.5), (1, 2))]
+)
 def test_taps_are_the_heads_and_the_last_is_the_depth(fractions, taps, files):
     discriminator = networks(files, taps=fractions).opposite
-    assert discriminator.taps == taps and len(discriminator.heads) == len(taps) and len(discriminator.backbone.blocks) == taps[-1]
+    assert (
+        discriminator.taps == taps
+        and len(discriminator.heads) == len(taps)
+        and len(discriminator.backbone.blocks) == taps[-1]
+    )
     assert discriminator.logit.in_features == 24 * len(taps)
     block = sum(p.numel() for p in load_transformer(files.base).blocks[0].parameters())
     assert sum(p.numel() for p in discriminator.backbone.blocks.parameters()) == taps[-1] * block
     lora = networks(files, LORA, files.base, taps=fractions)
-    assert {name.split(".")[1] for name in lora.opposite.backbone.adapters()} == {str(i) for i in range(taps[-1])}
+    assert {name.split(".")[1] for name in lora.opposite.backbone.adapters()} == {
+        str(i) for i in range(taps[-1])
+    }
     assert len(lora.base.blocks) == 4  # the generator keeps them all
 
 
 def test_taps_that_a_base_is_too_shallow_for_are_one_sentence(files):
-    with pytest.raises(AptError, match=r"a model of 4 blocks is too shallow for taps at \(0.9, 1.0\): they fall on blocks \(4, 4\)."):
+    with pytest.raises(
+        AptError,
+        match=r"a model of 4 blocks is too shallow for taps at \(0.9, 1.0\): they fall on blocks \(4, 4\).",
+    ):
         networks(files, taps=(0.9, 1.0))
 
 
 @pytest.mark.parametrize("origin", ["base", "start"])
 def test_the_discriminator_starts_from_the_file_that_is_named(origin, files):
     first = networks(files, discriminator_start=origin).opposite.backbone.state_dict()
-    expected, other = (load_transformer(path).state_dict() for path in ((files.base, files.start) if origin == "base" else (files.start, files.base)))
+    expected, other = (
+        load_transformer(path).state_dict()
+        for path in ((files.base, files.start) if origin == "base" else (files.start, files.base))
+    )
     assert all(torch.equal(value, expected[name]) for name, value in first.items())
     assert not torch.equal(first["blocks.0.attn1.to_q.weight"], other["blocks.0.attn1.to_q.weight"])
 
 
 @pytest.fixture(scope="module")
 def runs(files, tmp_path_factory):
-    """Runs with everything changed, in one process and sharded over two; those of a LoRA start from the file of a run of one."""
+    """Runs with everything changed, in one process and sharded over two; those of a LoRA start from the file
+    of a run of one.
+    """
     folder = tmp_path_factory.mktemp("changed")
     lora = {"base": files.base, "lora": LORA}
-    first = (Layout(settings={"lr_generator": 1e-2}), folder / "start", train_adversarial, lora | {"start": files.base})
+    first = (
+        Layout(settings={"lr_generator": 1e-2}),
+        folder / "start",
+        train_adversarial,
+        lora | {"start": files.base},
+    )
     lora["start"] = folder / "start" / "generator.safetensors"
     mm = {"base": mmdit(files.base), "start": mmdit(files.start), "load": load_backbone}
-    kinds = {"full": ({}, CHANGED), "lora": (lora, CHANGED), "mmdit": (mm, CHANGED), "lora_trained": (lora, TRAINED)}
+    kinds = {
+        "full": ({}, CHANGED),
+        "lora": (lora, CHANGED),
+        "mmdit": (mm, CHANGED),
+        "lora_trained": (lora, TRAINED),
+    }
     for processes, parallel in ((1, Parallel()), (2, Parallel(1, checkpointing="blocks"))):
-        jobs = [(Layout(processes, parallel, settings), folder / f"{kind}_{processes}", train_adversarial, dict(options)) for kind, (options, settings) in kinds.items()]
+        jobs = [
+            (
+                Layout(processes, parallel, settings),
+                folder / f"{kind}_{processes}",
+                train_adversarial,
+                dict(options),
+            )
+            for kind, (options, settings) in kinds.items()
+        ]
         run_layouts(files, processes, [first, *jobs] if processes == 1 else jobs)
     return folder
 
@@ -76,8 +126,14 @@ def test_two_processes_give_the_losses_and_weights_of_one(kind, runs):
 def test_a_still_backbone_stays_as_it_was_to_the_last_bit(processes, runs, files):
     for kind, path in (("full", files.start), ("mmdit", mmdit(files.start))):
         state, first = state_of(runs / f"{kind}_{processes}", 5), load_backbone(path).state_dict()
-        backbone = {name.removeprefix("discriminator/weights/backbone."): value for name, value in state.items() if name.startswith("discriminator/weights/backbone.")}
-        assert len(backbone) > 20 and all(torch.equal(value, first[name][: len(value)]) for name, value in backbone.items())  # an MMDiT's last text stream is cut
+        backbone = {
+            name.removeprefix("discriminator/weights/backbone."): value
+            for name, value in state.items()
+            if name.startswith("discriminator/weights/backbone.")
+        }
+        assert len(backbone) > 20 and all(
+            torch.equal(value, first[name][: len(value)]) for name, value in backbone.items()
+        )  # an MMDiT's last text stream is cut
         assert not any(name.startswith("discriminator/square_avg/backbone.") for name in state)
         assert state["discriminator/square_avg/heads.1.to_q.weight"].abs().max() > 0
         query = "blocks.0.attn1.to_q.weight" if kind == "full" else "blocks.0.visual.to_q.weight"
@@ -92,7 +148,9 @@ def test_still_adapters_stay_those_of_the_start_and_trained_ones_move(processes,
     still, trained = (state_of(runs / f"{kind}_{processes}", 5) for kind in ("lora", "lora_trained"))
     name = "discriminator/weights/backbone.blocks.0.attn1.to_q"
     assert torch.equal(still[f"{name}.lora_A.weight"], file[f"{key}.lora_A.weight"])
-    assert torch.equal(still[f"{name}.lora_B.weight"], file[f"{key}.lora_B.weight"] / 2)  # the scale alpha / rank is baked into the file
+    assert torch.equal(
+        still[f"{name}.lora_B.weight"], file[f"{key}.lora_B.weight"] / 2
+    )  # the scale alpha / rank is baked into the file
     far = (trained[f"{name}.lora_A.weight"] - file[f"{key}.lora_A.weight"]).abs().max()
     assert 0 < far < 0.1  # it started there, and moved by the rate's steps
 
@@ -106,9 +164,13 @@ def test_every_pass_of_the_discriminator_sees_the_fixed_time(fixed, files, tmp_p
         return forward(self, x, t, text)
 
     monkeypatch.setattr(Discriminator, "forward", watched)
-    train_adversarial(files, Layout(settings={"updates": 2, "discriminator_time": fixed}), tmp_path, {"watch_every": 1})
+    train_adversarial(
+        files, Layout(settings={"updates": 2, "discriminator_time": fixed}), tmp_path, {"watch_every": 1}
+    )
     times = torch.cat(seen)
-    assert len(times) > 2 * (3 * 4 + 4)  # three passes of the discriminator's step and one of the generator's, twice, and the floor of aR1
+    assert len(times) > 2 * (
+        3 * 4 + 4
+    )  # three passes of the discriminator's step and one of the generator's, twice, and the floor of aR1
     assert times.unique().tolist() == [fixed] if fixed is not None else len(times.unique()) > 10
 
 
@@ -118,7 +180,10 @@ def test_a_state_is_opened_with_the_discriminator_that_it_was_trained_with(files
     discriminator, _ = open_discriminator(tmp_path / "states")
     assert discriminator.taps == (2, 3) and len(discriminator.backbone.blocks) == 3
     trained = state_of(tmp_path, 1)
-    assert all(torch.equal(value, trained[f"discriminator/weights/{name}"]) for name, value in discriminator.state_dict().items())
+    assert all(
+        torch.equal(value, trained[f"discriminator/weights/{name}"])
+        for name, value in discriminator.state_dict().items()
+    )
 
 
 def test_a_state_from_before_the_settings_can_still_be_opened(files, tmp_path):

@@ -1,4 +1,6 @@
-"""`generate` under torchrun: rows of processes that make each clip together, and the same files as one process."""
+"""`generate` under torchrun: rows of processes that make each clip together, and the same files as one
+process.
+"""
 
 import os
 import socket
@@ -15,11 +17,19 @@ from trainer.config import Files
 from trainer.machines.distributed import connect
 
 FILES = Files(vae="mini", text_encoder="mini")
-REQUEST = Request(["a red circle", "a blue square moving left", "a green triangle"], height=48, width=48, frames=5, fps=8)
+REQUEST = Request(
+    ["a red circle", "a blue square moving left", "a green triangle"], height=48, width=48, frames=5, fps=8
+)
 
 
 def work(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     os.environ["APT_CACHE"] = str(folder / "cache")
     import torch
 
@@ -45,7 +55,9 @@ def test_two_rows_of_two_processes(tmp_path):
         worker.join(TIMEOUT)
     assert [worker.exitcode for worker in workers] == [0] * 4
     alone = generate(SHIPPED["base"], REQUEST, tmp_path / "alone", FILES)
-    assert len(alone) == 3 and sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in alone]
+    assert len(alone) == 3 and sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        path.name for path in alone
+    ]
     for path in alone:
         difference = np.abs(read(path).astype(int) - read(tmp_path / "out" / path.name))
         assert difference.mean() < 0.1, path.name

@@ -24,10 +24,18 @@ LORA = Lora(4, 8.0)
 TWO_PASS, SEPARATE = {"discriminator_step": "two_pass"}, {"discriminator_step": "separate"}
 MUON = {"optimizer": "muon", "lr": 1e-2}
 KINDS = {
-    "paper": (train_adversarial, {}), "stable": (train_adversarial, STABLE), "lora": (train_adversarial, STABLE), "mmdit": (train_adversarial, {}),
-    "stage1": (train_distill, {}), "stage1_lora": (train_distill, {}), "stage1_muon": (train_distill, MUON), "stage1_mmdit": (train_distill, {}),
-}  # fmt: skip
-"""What is trained: in which stage, with which settings. Of each there is one run in one process, that all others must equal."""
+    "paper": (train_adversarial, {}),
+    "stable": (train_adversarial, STABLE),
+    "lora": (train_adversarial, STABLE),
+    "mmdit": (train_adversarial, {}),
+    "stage1": (train_distill, {}),
+    "stage1_lora": (train_distill, {}),
+    "stage1_muon": (train_distill, MUON),
+    "stage1_mmdit": (train_distill, {}),
+}
+"""What is trained: in which stage, with which settings. Of each there is one run in one process, that all
+others must equal.
+"""
 
 ALONE = {
     "separate": ("paper", Layout(settings=SEPARATE)),
@@ -37,13 +45,22 @@ ALONE = {
 }
 PAIRS = {
     "two_processes": ("paper", Layout(2)),
-    "zero2_in_two": ("paper", Layout(2, Parallel(1, generator_zero=2, discriminator_zero=2, checkpointing="offload"), TWO_PASS)),
+    "zero2_in_two": (
+        "paper",
+        Layout(2, Parallel(1, generator_zero=2, discriminator_zero=2, checkpointing="offload"), TWO_PASS),
+    ),
     "stable_in_two": ("stable", Layout(2, Parallel(1, checkpointing="blocks"), SEPARATE)),
-    "stable_every_microbatch": ("stable", Layout(2, Parallel(1, generator_zero=2, sync_every_microbatch=True))),
+    "stable_every_microbatch": (
+        "stable",
+        Layout(2, Parallel(1, generator_zero=2, sync_every_microbatch=True)),
+    ),
     "context_parallel": ("paper", Layout(2, Parallel(context_parallel=2, checkpointing="blocks"), TWO_PASS)),
     "stable_context_parallel_in_two": ("stable", Layout(2, Parallel(2, context_parallel=2), SEPARATE)),
     "lora_sharded": ("lora", Layout(2, Parallel(1, generator_zero=2, checkpointing="offload"), TWO_PASS)),
-    "lora_context_parallel": ("lora", Layout(2, Parallel(2, context_parallel=2, checkpointing="blocks"), TWO_PASS)),
+    "lora_context_parallel": (
+        "lora",
+        Layout(2, Parallel(2, context_parallel=2, checkpointing="blocks"), TWO_PASS),
+    ),
     "mmdit_in_two": ("mmdit", Layout(2, Parallel(1, checkpointing="offload"), TWO_PASS)),
     "mmdit_context_parallel": ("mmdit", Layout(2, Parallel(context_parallel=2), SEPARATE)),
     "stage1_in_two": ("stage1", Layout(2, Parallel(1, generator_zero=2, checkpointing="blocks"))),
@@ -68,7 +85,14 @@ def runs(files, tmp_path_factory):
         jobs = []
         for name, (kind, layout) in named.items():
             train, settings = KINDS[kind]
-            jobs.append((Layout(processes, layout.parallel, {**settings, **layout.settings}), folder / name, train, special.get(kind)))
+            jobs.append(
+                (
+                    Layout(processes, layout.parallel, {**settings, **layout.settings}),
+                    folder / name,
+                    train,
+                    special.get(kind),
+                )
+            )
         run_layouts(files, processes, jobs)
     return folder
 
@@ -82,7 +106,10 @@ def test_every_layout_gives_the_losses_and_weights_of_one_process(name, runs):
 @pytest.mark.parametrize("kind", ["paper", "stable", "stage1", "stage1_muon"])
 def test_what_is_compared_is_far_above_the_tolerance(kind, runs, files):
     network, start = ("student", files.base) if kind.startswith("stage1") else ("generator", files.start)
-    moved = state_of(runs / kind, 5)[f"{network}/weights/blocks.0.attn1.to_q.weight"] - load_transformer(start).blocks[0].attn1.to_q.weight
+    moved = (
+        state_of(runs / kind, 5)[f"{network}/weights/blocks.0.attn1.to_q.weight"]
+        - load_transformer(start).blocks[0].attn1.to_q.weight
+    )
     assert moved.abs().max() > 1.5e-5
     assert torch.load(runs / kind / "rows.pt")[-1]["judged"] > 0.01
 
@@ -90,8 +117,12 @@ def test_what_is_compared_is_far_above_the_tolerance(kind, runs, files):
 @pytest.mark.parametrize("name", ["lora", "lora_sharded", "lora_context_parallel"])
 def test_the_base_under_adapters_stays_as_it_was_to_the_last_bit(name, runs, files):
     after, before = torch.load(runs / name / "base.pt"), load_transformer(files.base).state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(value, before[key].double()) for key, value in after.items())
-    (tensors, header), (wanted, _) = (read_tensors(runs / run / "generator.safetensors") for run in (name, "lora"))
+    assert after.keys() == before.keys() and all(
+        torch.equal(value, before[key].double()) for key, value in after.items()
+    )
+    (tensors, header), (wanted, _) = (
+        read_tensors(runs / run / "generator.safetensors") for run in (name, "lora")
+    )
     assert '"kind": "lora"' in header.metadata["apt"] and tensors.keys() == wanted.keys()
     assert all(torch.allclose(value, wanted[key], rtol=2**-22, atol=1e-9) for key, value in tensors.items())
     # Five steps of 5e-6 in one direction, averaged with decay 0.9 from zero, are 1.3 of them.
@@ -99,5 +130,8 @@ def test_the_base_under_adapters_stays_as_it_was_to_the_last_bit(name, runs, fil
 
 
 def test_all_of_the_mmdit_is_trained(runs, files):
-    trained, start = load_backbone(runs / "mmdit_in_two" / "generator.safetensors"), load_backbone(mmdit(files.start))
+    trained, start = (
+        load_backbone(runs / "mmdit_in_two" / "generator.safetensors"),
+        load_backbone(mmdit(files.start)),
+    )
     assert all(not torch.equal(a, b) for a, b in zip(trained.parameters(), start.parameters()))

@@ -39,7 +39,10 @@ def whole(files, tmp_path_factory):
     """By number of processes: five updates without a stop."""
     folder = tmp_path_factory.mktemp("whole")
     options = {processes: {"keep": Keep(folder / str(processes) / "states", every=5)} for processes in (1, 2)}
-    return {n: run_layout(files, Layout(n, ACCUMULATED, STABLE), folder / str(n), options=options[n]) for n in (1, 2)}
+    return {
+        n: run_layout(files, Layout(n, ACCUMULATED, STABLE), folder / str(n), options=options[n])
+        for n in (1, 2)
+    }
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -61,9 +64,17 @@ def test_a_killed_run_goes_on_bit_for_bit(processes, whole, files, tmp_path):
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
 def test_a_run_moves_to_another_number_of_processes(before, after, files, tmp_path):
     options = {"keep": Keep(tmp_path / "states", every=3)}
-    run_layout(files, Layout(before, ACCUMULATED, {**STABLE, "updates": 2}), tmp_path, options=options, double=True)
+    run_layout(
+        files, Layout(before, ACCUMULATED, {**STABLE, "updates": 2}), tmp_path, options=options, double=True
+    )
     run_layout(files, Layout(after, ACCUMULATED, STABLE), tmp_path, options=options, double=True)
-    run_layout(files, Layout(before, ACCUMULATED, STABLE), tmp_path / "whole", options={"keep": Keep(tmp_path / "whole" / "states", every=5)}, double=True)
+    run_layout(
+        files,
+        Layout(before, ACCUMULATED, STABLE),
+        tmp_path / "whole",
+        options={"keep": Keep(tmp_path / "whole" / "states", every=5)},
+        double=True,
+    )
     assert_close(tmp_path, tmp_path / "whole", 5, 1e-9)
 
 
@@ -74,12 +85,19 @@ def test_every_kind_of_run_goes_on_bit_for_bit(kind, files, tmp_path):
         "lora": {"start": files.base, "lora": Lora(4, 8.0)},
         "mmdit": {"start": mmdit(files.start), "base": mmdit(files.base), "load": load_backbone},
     }[kind]
-    train, settings = (train_distill, {"optimizer": "muon", "lr": 1e-2}) if kind == "muon" else (train_adversarial, {})
+    train, settings = (
+        (train_distill, {"optimizer": "muon", "lr": 1e-2}) if kind == "muon" else (train_adversarial, {})
+    )
     for out, all_updates in ((tmp_path / "whole", [5]), (tmp_path / "halted", [3, 5])):
         out.mkdir()
         for updates in all_updates:
             keep = Keep(out / "states", every=updates)
-            train(files, Layout(parallel=Parallel(microbatch=2), settings={**settings, "updates": updates}), out, {"keep": keep, **options})
+            train(
+                files,
+                Layout(parallel=Parallel(microbatch=2), settings={**settings, "updates": updates}),
+                out,
+                {"keep": keep, **options},
+            )
     assert_close(tmp_path / "halted", tmp_path / "whole", 5, 0)
 
 
@@ -105,7 +123,9 @@ def test_sigterm_saves_in_the_middle_of_an_update(files, tmp_path, monkeypatch):
     monkeypatch.undo()
     train_adversarial(files, layout, tmp_path, options)
     (tmp_path / "whole").mkdir()
-    train_adversarial(files, layout, tmp_path / "whole", {"keep": Keep(tmp_path / "whole" / "states", every=5)})
+    train_adversarial(
+        files, layout, tmp_path / "whole", {"keep": Keep(tmp_path / "whole" / "states", every=5)}
+    )
     assert_close(tmp_path, tmp_path / "whole", 5, 0)
 
 
@@ -177,7 +197,10 @@ def test_a_state_of_another_order_of_samples_is_refused_by_name(files, tmp_path)
     said = json.loads(facts.read_text())
     del said["identity"]["order"]  # as states were before they named it
     facts.write_text(json.dumps(said))
-    with pytest.raises(AptError, match=r"holds a run of another version of this program, which had no 'order': give another --out, or go on with that version"):
+    with pytest.raises(
+        AptError,
+        match=r"holds a run of another version of this program, which had no 'order': give another --out, or go on with that version",
+    ):
         train_adversarial(files, Layout(settings={"updates": 2}), tmp_path)
     facts.write_text(json.dumps(said | {"identity": said["identity"] | {"order": "feistel-0"}}))
     with pytest.raises(AptError, match=r"holds a run with another order \('feistel-0', now 'feistel-1'\)"):
@@ -186,9 +209,15 @@ def test_a_state_of_another_order_of_samples_is_refused_by_name(files, tmp_path)
 
 def test_another_run_in_the_same_folder_is_refused(files, tmp_path):
     train_adversarial(files, Layout(settings={"updates": 1}), tmp_path)
-    with pytest.raises(AptError, match=r"holds a run with another r1_weight \(100.0, now 5.0\): give another --out, or the settings of that run"):
+    with pytest.raises(
+        AptError,
+        match=r"holds a run with another r1_weight \(100.0, now 5.0\): give another --out, or the settings of that run",
+    ):
         train_adversarial(files, Layout(settings={"updates": 2, "r1_weight": 5.0}), tmp_path)
-    with pytest.raises(AptError, match="holds the states of a run .step-000001 is the newest.: resume it, or give another --out"):
+    with pytest.raises(
+        AptError,
+        match="holds the states of a run .step-000001 is the newest.: resume it, or give another --out",
+    ):
         train_adversarial(files, Layout(settings={"updates": 2}), tmp_path, {"resume": False})
 
 
@@ -200,7 +229,9 @@ def test_a_full_disk_is_named_and_the_last_state_stays(files, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
-    with pytest.raises(AptError, match=r"step-000002 could not be written to .*No space left on device.*step-000001 stands"):
+    with pytest.raises(
+        AptError, match=r"step-000002 could not be written to .*No space left on device.*step-000001 stands"
+    ):
         train_adversarial(files, Layout(settings={"updates": 2}), tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in state_of(tmp_path, 1).items())
 
@@ -214,7 +245,11 @@ def test_the_last_and_the_best_states_stay(files, tmp_path):
 
     options = {"keep": Keep(tmp_path / "states", every=1, last=1, best=2, judge=judge)}
     train_adversarial(files, Layout(settings={"updates": 5}), tmp_path, options)
-    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == ["step-000002", "step-000003", "step-000005"]
+    assert sorted(path.name for path in (tmp_path / "states").iterdir()) == [
+        "step-000002",
+        "step-000003",
+        "step-000005",
+    ]
     assert best_state(tmp_path / "states") == (tmp_path / "states" / "step-000002", 1.0)
     assert [row["judged"] for row in torch.load(tmp_path / "rows.pt")] == [3.0, 1.0, 2.0, 5.0, 4.0]
     for update in (2, 3, 5):  # what was judged is the average
@@ -229,7 +264,9 @@ def test_the_end_of_a_run_is_judged_too(files, tmp_path):
 
 @pytest.mark.parametrize("worlds", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
 def test_no_sample_is_lost_or_seen_twice(worlds, files):
-    """Eleven updates of eight are eight epochs of the eleven samples, whoever takes part, and whatever is resumed in between."""
+    """Eleven updates of eight are eight epochs of the eleven samples, whoever takes part, and whatever is
+    resumed in between.
+    """
     drawn, numbers = [], []
     for update in range(11):
         size = worlds[update % 3]
@@ -237,10 +274,24 @@ def test_no_sample_is_lost_or_seen_twice(worlds, files):
         micros = [
             micro
             for rank in range(size)
-            for micro in batches.take("video", "video/d", update, 8, SimpleNamespace(dp=size, dp_rank=rank), 2 if update % 2 else None)
+            for micro in batches.take(
+                "video",
+                "video/d",
+                update,
+                8,
+                SimpleNamespace(dp=size, dp_rank=rank),
+                2 if update % 2 else None,
+            )
         ]
-        by_number = dict(zip((number for micro in micros for number in micro.numbers), (name for micro in micros for name in micro.names)))
+        by_number = dict(
+            zip(
+                (number for micro in micros for number in micro.numbers),
+                (name for micro in micros for name in micro.names),
+            )
+        )
         numbers += sorted(by_number)
         drawn += [by_number[number] for number in sorted(by_number)]
     assert numbers == list(range(88))
-    assert all(sorted(drawn[i : i + 11]) == sorted(f"video-{n}.mp4" for n in range(11)) for i in range(0, 88, 11))
+    assert all(
+        sorted(drawn[i : i + 11]) == sorted(f"video-{n}.mp4" for n in range(11)) for i in range(0, 88, 11)
+    )

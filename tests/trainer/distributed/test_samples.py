@@ -23,14 +23,21 @@ def record(path, latents):
     return np.full((1, 1, 16, 16, 3), len(torch.load(path)) * 10, np.uint8)
 
 
-@pytest.mark.parametrize("layout", [Layout(1), Layout(2, Parallel(microbatch=1, generator_zero=2))], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "layout", [Layout(1), Layout(2, Parallel(microbatch=1, generator_zero=2))], ids=["one", "two"]
+)
 def test_raw_weights_beside_their_average(layout, files, tmp_path):
-    samples = Samples(tmp_path / "samples", 5, TEXT, SHAPE, partial(record, tmp_path / "latents.pt"), 8, seed=4)
+    samples = Samples(
+        tmp_path / "samples", 5, TEXT, SHAPE, partial(record, tmp_path / "latents.pt"), 8, seed=4
+    )
     run_layout(files, layout, tmp_path / "watched", options={"samples": samples})
     run_layout(files, layout, tmp_path / "unwatched")
     assert_close(tmp_path / "watched", tmp_path / "unwatched", 5, 0)
 
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["000005-00.png", "000005-01.png"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "000005-00.png",
+        "000005-01.png",
+    ]
     pixels = read_image(tmp_path / "samples" / "000005-01.png", 16, 32)[0]
     assert (pixels[:, :16] == 30).all() and (pixels[:, 16:] == 40).all()
     raw, mean = torch.load(tmp_path / "latents.pt")[2:]

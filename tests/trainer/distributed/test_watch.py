@@ -29,10 +29,14 @@ def test_no_update_sees_a_held_out_sample_and_the_rest_are_all_seen(shards):
 
 
 def test_what_is_held_out_depends_on_names_alone_and_is_part_of_the_data(shards):
-    one, other, none = (Batches(shards, Text(), seed=seed, held_out=n) for seed, n in ((0, 3), (9, 3), (0, 0)))
+    one, other, none = (
+        Batches(shards, Text(), seed=seed, held_out=n) for seed, n in ((0, 3), (9, 3), (0, 0))
+    )
     assert one.held == other.held and one.fingerprint == other.fingerprint != none.fingerprint
     assert none.held == {"image": [], "video": []}
-    assert len(Batches(shards, Text(), seed=0, held_out=1000).held["image"]) == 4  # a tenth, however much is asked for
+    assert (
+        len(Batches(shards, Text(), seed=0, held_out=1000).held["image"]) == 4
+    )  # a tenth, however much is asked for
 
 
 def by_mean(x, t, text):
@@ -51,7 +55,9 @@ def test_the_verdict_on_held_out_and_fresh_samples(shards):
 
     found = watch(5, generator, by_mean)
     real = torch.stack([by_mean(data.datasets["video"].batch([i])[0], None, None)[0] for i in held])
-    fake = torch.stack([by_mean(sample_noise([5 * 4 + k], SHAPE, 7, "watch/z") - 1, None, None)[0] for k in range(4)])
+    fake = torch.stack(
+        [by_mean(sample_noise([5 * 4 + k], SHAPE, 7, "watch/z") - 1, None, None)[0] for k in range(4)]
+    )
     assert found == {
         "held_right_real": pytest.approx((real > 0).float().mean().item()),
         "held_right_fake": pytest.approx((fake < 0).float().mean().item()),
@@ -69,17 +75,27 @@ def test_a_discriminator_at_chance_is_named_after_fifty_updates():
     said = [done for done in range(1, 201) if warning.see(done, ROW)]
     assert said == [50, 100, 150, 200]
     message = ChanceWarning().see(50, ROW)
-    assert "at chance since update 1 (it is right on 50% of pairs, logits 0.01 apart; lambda sigma^2 is 9," in message and "r1_sigma" in message
+    assert (
+        "at chance since update 1 (it is right on 50% of pairs, logits 0.01 apart; lambda sigma^2 is 9,"
+        in message
+        and "r1_sigma" in message
+    )
     assert ChanceWarning().see(50, {"cd_loss_image": 1.0}) is None
 
 
 def test_held_out_samples_have_the_last_word():
     learned_by_heart, sound = ChanceWarning(), ChanceWarning()
-    said = [learned_by_heart.see(done, {**ROW, "right_pairs": 0.99, "held_right_pairs": 0.5}) for done in range(1, 60)]
+    said = [
+        learned_by_heart.see(done, {**ROW, "right_pairs": 0.99, "held_right_pairs": 0.5})
+        for done in range(1, 60)
+    ]
     assert sum(map(bool, said)) == 1
     assert not any(sound.see(done, {**ROW, "held_right_pairs": 0.7}) for done in range(1, 200))
 
 
 def test_rounding_that_is_a_large_part_of_the_penalty_is_named():
     assert "50% of the penalty is rounding" in FloorWarning().see(1, {"r1": 2e-4, "r1_floor": 1e-4})
-    assert FloorWarning().see(1, {"r1": 2e-4, "r1_floor": 1e-6}) is None and FloorWarning().see(2, {"r1": 2e-4}) is None
+    assert (
+        FloorWarning().see(1, {"r1": 2e-4, "r1_floor": 1e-6}) is None
+        and FloorWarning().see(2, {"r1": 2e-4}) is None
+    )

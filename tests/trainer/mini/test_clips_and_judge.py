@@ -1,4 +1,6 @@
-"""The drawn clips and the judge that reads them back: the judge must be right on real clips and see what is broken."""
+"""The drawn clips and the judge that reads them back: the judge must be right on real clips and see what is
+broken.
+"""
 
 import numpy as np
 import pytest
@@ -29,9 +31,16 @@ def test_captions_name_what_is_drawn():
     for i in range(300):
         item = scene(0, i, True)
         seen.add((item.color, item.shape, item.background, item.direction))
-        assert item.caption == f"a {item.color} {item.shape} moving {item.direction} on a {item.background} background"
+        assert (
+            item.caption
+            == f"a {item.color} {item.shape} moving {item.direction} on a {item.background} background"
+        )
         assert item.color != item.background
-    assert {s[0] for s in seen} == set(COLOR_NAMES) and {s[1] for s in seen} == set(SHAPES) and {s[3] for s in seen} == set(DIRECTIONS)
+    assert (
+        {s[0] for s in seen} == set(COLOR_NAMES)
+        and {s[1] for s in seen} == set(SHAPES)
+        and {s[3] for s in seen} == set(DIRECTIONS)
+    )
 
 
 def test_shapes_have_equal_areas():

@@ -33,7 +33,9 @@ def test_real_clips_score_as_real_and_damage_shows(net, moving):
     reference = Reference(net, draw(100, range(count), moving)[0])
     pixels, scenes = draw(101, range(count), moving)
     real = reference.measure(pixels, scenes)
-    blurred = reference.measure(ndimage.gaussian_filter(pixels.astype(float), (0, 0, 1, 1, 0)).astype(np.uint8), scenes)
+    blurred = reference.measure(
+        ndimage.gaussian_filter(pixels.astype(float), (0, 0, 1, 1, 0)).astype(np.uint8), scenes
+    )
     same = reference.measure(pixels[[0] * count], [scenes[0]] * count)
     assert real["structure"] == real["alignment"] == 1.0
     assert real["sharpness"] == pytest.approx(1.0, abs=0.1)
@@ -49,7 +51,12 @@ def test_words_are_counted_one_by_one(net):
     shuffled = reference.measure(pixels, scenes[1:] + scenes[:1])
     assert shuffled["alignment"] < 0.1
     assert 0.05 < shuffled["alignment_color"] < 0.5
-    assert {"alignment_color", "alignment_shape", "alignment_background", "alignment_direction"} <= shuffled.keys()
+    assert {
+        "alignment_color",
+        "alignment_shape",
+        "alignment_background",
+        "alignment_direction",
+    } <= shuffled.keys()
     assert reference.measure(pixels, None)["structure"] is None
 
 

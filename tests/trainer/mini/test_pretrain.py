@@ -1,4 +1,6 @@
-"""The commands that rebuild the shipped files, each for an update or two: what they write is what the library loads."""
+"""The commands that rebuild the shipped files, each for an update or two: what they write is what the library
+loads.
+"""
 
 import numpy as np
 import pytest
@@ -52,9 +54,15 @@ def test_the_shipped_vae_keeps_nine_tenths_of_the_sharpness(moving):
 
 
 def test_the_shipped_base_has_weights_of_normal_size():
-    sizes = {name: float(p.square().mean().sqrt()) for name, p in load_transformer(ASSETS / "transformer.safetensors").named_parameters() if p.ndim > 1}
+    sizes = {
+        name: float(p.square().mean().sqrt())
+        for name, p in load_transformer(ASSETS / "transformer.safetensors").named_parameters()
+        if p.ndim > 1
+    }
     blocks = [size for name, size in sizes.items() if name.startswith("blocks.") and name.endswith("weight")]
-    assert 0.01 < min(blocks) and max(blocks) < 0.1  # 1 / sqrt(width) is 0.09; without decay it was 0.5 to 1.3
+    assert (
+        0.01 < min(blocks) and max(blocks) < 0.1
+    )  # 1 / sqrt(width) is 0.09; without decay it was 0.5 to 1.3
 
 
 def test_sharpening_moves_the_decoder_alone(tmp_path):
@@ -70,11 +78,24 @@ def test_a_base_that_is_its_own_teacher_has_nothing_to_learn(tmp_path):
     stages = (train_base.Stage(1, 0.0, 1e-9, 1e-9),)
     settings = dict(stages=stages, image_batch=2, images=4, videos=4, judge_count=2, seed=0)
     lines = []
-    first = train_base.train_base(tmp_path / "a.safetensors", VAE, ASSETS / "text_encoder.safetensors", work=tmp_path / "a", report=quiet, **settings)
+    first = train_base.train_base(
+        tmp_path / "a.safetensors",
+        VAE,
+        ASSETS / "text_encoder.safetensors",
+        work=tmp_path / "a",
+        report=quiet,
+        **settings,
+    )
     state = torch.load(tmp_path / "a" / "state.pt")
     assert float(state["loss"]["image"]) > 0.3
     train_base.train_base(
-        tmp_path / "b.safetensors", VAE, ASSETS / "text_encoder.safetensors", work=tmp_path / "b", teacher=tmp_path / "a.safetensors", report=lines.append, **settings
+        tmp_path / "b.safetensors",
+        VAE,
+        ASSETS / "text_encoder.safetensors",
+        work=tmp_path / "b",
+        teacher=tmp_path / "a.safetensors",
+        report=lines.append,
+        **settings,
     )
     assert float(torch.load(tmp_path / "b" / "state.pt")["loss"]["image"]) < 1e-6 and first is not None
     assert any("kernels of 0.0" in line for line in lines)
@@ -96,7 +117,9 @@ def test_vae_training_starts_as_an_image_network_per_frame_and_folds_its_statist
     train_vae.train_vae(tmp_path / "vae.safetensors", stages=stages, pool_size=4, report=quiet)
     vae = load_vae(tmp_path / "vae.safetensors")
     mean, std = train_vae.latent_statistics(vae, draw(1000, range(4), True)[0], "cpu")
-    assert np.allclose(mean, LATENTS_MEAN["2.1"], atol=2e-3) and np.allclose(std, LATENTS_STD["2.1"], rtol=2e-3)
+    assert np.allclose(mean, LATENTS_MEAN["2.1"], atol=2e-3) and np.allclose(
+        std, LATENTS_STD["2.1"], rtol=2e-3
+    )
 
 
 def test_text_and_features_write_what_the_library_loads(tmp_path):
@@ -104,16 +127,27 @@ def test_text_and_features_write_what_the_library_loads(tmp_path):
     text = load_text_encoder(tmp_path / "text.safetensors")
     assert text.text_length == 32 and text.encode(["a red circle"])[0].shape[1] == 96
     train_features(tmp_path / "features.safetensors", updates=2, batch=4, report=quiet)
-    assert load_features(tmp_path / "features.safetensors")(torch.zeros(1, 3, 48, 48))[1].shape == (1, 32, 6, 6)
+    assert load_features(tmp_path / "features.safetensors")(torch.zeros(1, 3, 48, 48))[1].shape == (
+        1,
+        32,
+        6,
+        6,
+    )
 
 
 def test_base_training_resumes_where_it_stopped(tmp_path):
     vae, text = VAE, ASSETS / "text_encoder.safetensors"
     stages = (train_base.Stage(2, 0.0, 0.02, 0.02), train_base.Stage(2, 1.0, 0.02, 0.01))
-    settings = dict(stages=stages, image_batch=2, video_batch=2, images=4, videos=4, report=quiet, judge_count=2)
+    settings = dict(
+        stages=stages, image_batch=2, video_batch=2, images=4, videos=4, report=quiet, judge_count=2
+    )
     whole = train_base.train_base(tmp_path / "whole.safetensors", vae, text, work=tmp_path / "a", **settings)
-    train_base.train_base(tmp_path / "half.safetensors", vae, text, work=tmp_path / "b", **settings | {"stages": stages[:1]})
-    resumed = train_base.train_base(tmp_path / "resumed.safetensors", vae, text, work=tmp_path / "b", **settings)
+    train_base.train_base(
+        tmp_path / "half.safetensors", vae, text, work=tmp_path / "b", **settings | {"stages": stages[:1]}
+    )
+    resumed = train_base.train_base(
+        tmp_path / "resumed.safetensors", vae, text, work=tmp_path / "b", **settings
+    )
     for a, b in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
     assert load_transformer(tmp_path / "resumed.safetensors").config.num_layers == 6
@@ -121,7 +155,10 @@ def test_base_training_resumes_where_it_stopped(tmp_path):
 
 def test_muon_moves_every_parameter_and_resumes():
     torch.manual_seed(0)
-    nets = [torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.Flatten(), torch.nn.Linear(24, 5)) for _ in range(2)]
+    nets = [
+        torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.Flatten(), torch.nn.Linear(24, 5))
+        for _ in range(2)
+    ]
     nets[1].load_state_dict(nets[0].state_dict())
     x, optimizers = torch.randn(3, 4, 4, 4), [Muon(net.parameters()) for net in nets]
 
@@ -143,13 +180,22 @@ def test_muon_moves_every_parameter_and_resumes():
 
 
 def test_an_unknown_part_is_refused(tmp_path):
-    with pytest.raises(AptError, match="no part 'nope' to train; use all, vae, sharpen, text, features, teacher, base"):
+    with pytest.raises(
+        AptError, match="no part 'nope' to train; use all, vae, sharpen, text, features, teacher, base"
+    ):
         pretrain("nope", tmp_path, seed=0, device="cpu", amp=False, compiled=False)
 
 
 def test_a_base_training_stopped_while_it_saves_its_latents_can_go_on(tmp_path, monkeypatch):
     vae, text = VAE, ASSETS / "text_encoder.safetensors"
-    settings = dict(stages=(train_base.Stage(1, 0.0, 0.02, 0.02),), image_batch=2, images=2, videos=2, report=quiet, judge_count=2)
+    settings = dict(
+        stages=(train_base.Stage(1, 0.0, 0.02, 0.02),),
+        image_batch=2,
+        images=2,
+        videos=2,
+        report=quiet,
+        judge_count=2,
+    )
 
     def stopped(value, path):
         path.write_bytes(b"half")

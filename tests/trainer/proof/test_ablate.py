@@ -1,4 +1,6 @@
-"""The ablation table: each variant changes what it names, verdicts follow from the figures alone, and a stopped one goes on."""
+"""The ablation table: each variant changes what it names, verdicts follow from the figures alone, and a
+stopped one goes on.
+"""
 
 import json
 import os
@@ -32,7 +34,9 @@ from trainer.proof.verdict import (
 from trainer.run.monitor import Monitor
 from trainer.stages.update import NotFinite
 
-TINY = load_preset(Path(__file__).parents[1] / "tiny.toml", ["train.save_every=1", "data.images=16", "data.clips=2"])
+TINY = load_preset(
+    Path(__file__).parents[1] / "tiny.toml", ["train.save_every=1", "data.images=16", "data.clips=2"]
+)
 MINI = load_preset("mini")
 NAMES = ("t0", "no_ema", "frozen_backbone")
 
@@ -47,7 +51,9 @@ def by_seed(*values, figure="fd"):
 def test_the_interval_is_students():
     found = estimate([1.0, 2.0, 4.0])
     assert found.mean == pytest.approx(7 / 3) and found.seeds == 3
-    assert found.half == pytest.approx(4.302653 * 1.527525 / 3**0.5, rel=1e-5)  # t of 2 degrees of freedom at 0.975
+    assert found.half == pytest.approx(
+        4.302653 * 1.527525 / 3**0.5, rel=1e-5
+    )  # t of 2 degrees of freedom at 0.975
     assert estimate([3.0]).half is None and estimate([None, None]) is None
 
 
@@ -71,10 +77,15 @@ def test_a_test_holds_where_the_interval_of_the_paired_difference_excludes_0(our
 @pytest.mark.parametrize(
     "outcomes, wanted",
     [
-        ([], NO_CLAIM), ([HOLDS], HOLDS), ([HOLDS, HOLDS], HOLDS), ([HOLDS, CANNOT_TELL], CANNOT_TELL),
-        ([HOLDS, DOES_NOT], DOES_NOT), ([CANNOT_TELL, DOES_NOT], DOES_NOT), ([CANNOT_TELL], CANNOT_TELL),
+        ([], NO_CLAIM),
+        ([HOLDS], HOLDS),
+        ([HOLDS, HOLDS], HOLDS),
+        ([HOLDS, CANNOT_TELL], CANNOT_TELL),
+        ([HOLDS, DOES_NOT], DOES_NOT),
+        ([CANNOT_TELL, DOES_NOT], DOES_NOT),
+        ([CANNOT_TELL], CANNOT_TELL),
     ],
-)  # fmt: skip
+)
 def test_a_claim_needs_all_its_tests(outcomes, wanted):
     assert verdict(outcomes) == wanted
 
@@ -83,15 +94,28 @@ def test_the_table_has_the_rule_applied_and_the_seeds_that_broke_off():
     variants = choose(all_variants(MINI, "paper", "image"), ["no_ar1"])
     figures = {"paper": (2.0, 1.2), "base": (3.0, 0.0), "no_ar1": (9.0, 0.01)}
     rows = {
-        name: {seed: {"figures": {"fd": fd + seed / 10, "d_adversarial": loss, "structure": 0.5 + seed / 100}, "failed": None, "settings": None} for seed in range(3)}
+        name: {
+            seed: {
+                "figures": {"fd": fd + seed / 10, "d_adversarial": loss, "structure": 0.5 + seed / 100},
+                "failed": None,
+                "settings": None,
+            }
+            for seed in range(3)
+        }
         for name, (fd, loss) in figures.items()
     }
     rows["no_ar1"][2] = {"figures": {}, "failed": "g_loss became nan", "settings": None}
     made = table(variants, rows)["rows"]
     assert made["no_ar1"]["verdict"] == HOLDS and made["no_ar1"]["failed"] == {"2": "g_loss became nan"}
-    assert made["no_ar1"]["figures"]["fd"] == {"mean": 9.05, "half": pytest.approx(12.7062 * 0.1 / 2, rel=1e-4), "seeds": 2}
+    assert made["no_ar1"]["figures"]["fd"] == {
+        "mean": 9.05,
+        "half": pytest.approx(12.7062 * 0.1 / 2, rel=1e-4),
+        "seeds": 2,
+    }
     assert made["no_ar1"]["difference"]["fd"] == {"mean": 7.0, "half": 0.0, "seeds": 2}
-    assert [test["outcome"] for test in made["paper"]["tests"]] == [CANNOT_TELL, CANNOT_TELL] and made["base"]["verdict"] == NO_CLAIM
+    assert [test["outcome"] for test in made["paper"]["tests"]] == [CANNOT_TELL, CANNOT_TELL] and made[
+        "base"
+    ]["verdict"] == NO_CLAIM
 
 
 # The variants.
@@ -106,22 +130,39 @@ def changes(name, preset=MINI, phase="image"):
 @pytest.mark.parametrize(
     "name, wanted",
     [
-        ("no_ar1", {"r1_weight": 0.0}), ("t0", {"discriminator_time": 0.0}), ("last_layer", {"taps": (1.0,)}),
-        ("half_depth", {"taps": (2 / 9, 13 / 36, 0.5)}), ("two_thirds_depth", {"taps": (8 / 27, 13 / 27, 2 / 3)}),
-        ("frozen_backbone", {"train_backbone": False}), ("from_distilled", {"discriminator_start": "start"}), ("no_distillation", {}),
-        ("batch_quarter", {"batch": 16}), ("batch_sixteenth", {"batch": 4}), ("no_ema", {}), ("sigma_0.02", {"r1_sigma": 0.02}),
-        ("sigma_0.06", {"r1_sigma": 0.06}), ("sigma_0.6", {"r1_sigma": 0.6}), ("updates_50", {"updates": 50}), ("updates_350", {"updates": 350}), ("steps_4", {}),
+        ("no_ar1", {"r1_weight": 0.0}),
+        ("t0", {"discriminator_time": 0.0}),
+        ("last_layer", {"taps": (1.0,)}),
+        ("half_depth", {"taps": (2 / 9, 13 / 36, 0.5)}),
+        ("two_thirds_depth", {"taps": (8 / 27, 13 / 27, 2 / 3)}),
+        ("frozen_backbone", {"train_backbone": False}),
+        ("from_distilled", {"discriminator_start": "start"}),
+        ("no_distillation", {}),
+        ("batch_quarter", {"batch": 16}),
+        ("batch_sixteenth", {"batch": 4}),
+        ("no_ema", {}),
+        ("sigma_0.02", {"r1_sigma": 0.02}),
+        ("sigma_0.06", {"r1_sigma": 0.06}),
+        ("sigma_0.6", {"r1_sigma": 0.6}),
+        ("updates_50", {"updates": 50}),
+        ("updates_350", {"updates": 350}),
+        ("steps_4", {}),
     ],
-)  # fmt: skip
+)
 def test_a_variant_changes_what_it_names_and_nothing_else(name, wanted):
     found = changes(name)
-    assert found.keys() == wanted.keys() and all(found[key] == pytest.approx(value) if key == "taps" else found[key] == value for key, value in wanted.items())
+    assert found.keys() == wanted.keys() and all(
+        found[key] == pytest.approx(value) if key == "taps" else found[key] == value
+        for key, value in wanted.items()
+    )
 
 
 def test_stable_is_that_recipe_and_a_batch_that_does_not_divide_has_no_row():
     assert all_variants(MINI, "paper", "video")["stable"].settings == MINI.phases("stable").video
     assert "stable" not in all_variants(MINI, "stable", "image")
-    assert "batch_quarter" in all_variants(TINY, "paper", "image") and "batch_sixteenth" not in all_variants(TINY, "paper", "image")
+    assert "batch_quarter" in all_variants(TINY, "paper", "image") and "batch_sixteenth" not in all_variants(
+        TINY, "paper", "image"
+    )
 
 
 def test_names_groups_and_what_they_are_compared_with():
@@ -130,8 +171,17 @@ def test_names_groups_and_what_they_are_compared_with():
     assert list(choose(variants, ["steps_4"])) == ["paper", "base", "steps_1", "steps_2", "steps_4"]
     assert list(choose(variants, ["sigma"])) == ["paper", "base", "sigma_0.02", "sigma_0.06", "sigma_0.6"]
     assert list(choose(variants, ["updates_50"])) == ["paper", "base", "distilled", "updates_50"]
-    assert list(choose(variants, ["batch", "t0"])) == ["paper", "base", "t0", "batch_quarter", "batch_sixteenth"]
-    with pytest.raises(AptError, match=r"there is no variant 'no_r1' \(did you mean no_ar1(, \w+)?( or \w+)?\?\): use paper, base, .* or .*\.") as error:
+    assert list(choose(variants, ["batch", "t0"])) == [
+        "paper",
+        "base",
+        "t0",
+        "batch_quarter",
+        "batch_sixteenth",
+    ]
+    with pytest.raises(
+        AptError,
+        match=r"there is no variant 'no_r1' \(did you mean no_ar1(, \w+)?( or \w+)?\?\): use paper, base, .* or .*\.",
+    ) as error:
         choose(variants, ["no_r1"])
     assert "\n" not in str(error.value)
 
@@ -150,28 +200,57 @@ def test_every_variant_asks_the_same_function_for_what_it_names(tmp_path, monkey
         (state / "run.json").write_text("{}")
         (state / ".metadata").touch()
         asked.append((out.relative_to(tmp_path).as_posix(), start, base, settings))
-        return [{"d_adversarial": 100 - update} for update in range(1, settings.warmup + settings.updates + 1)]
+        return [
+            {"d_adversarial": 100 - update} for update in range(1, settings.warmup + settings.updates + 1)
+        ]
 
     demo = SimpleNamespace(seed=3, metadata=lambda text, kind: {})
-    source = SimpleNamespace(seed=3, demo=demo, batches=SimpleNamespace(text_encoder=None), start=Path("START"), distilled=Path("DISTILLED"), fingerprint=lambda: "")
+    source = SimpleNamespace(
+        seed=3,
+        demo=demo,
+        batches=SimpleNamespace(text_encoder=None),
+        start=Path("START"),
+        distilled=Path("DISTILLED"),
+        fingerprint=lambda: "",
+    )
     monkeypatch.setattr(trainer.proof.ablate, "adversarial", adversarial)
     monkeypatch.setattr(Ablation, "_source", lambda self, seed, run: source)
     judged = {}
-    monkeypatch.setattr(Ablation, "_judged", lambda self, variant, source, weights, net, vae: judged.setdefault(variant.name, (weights, variant.column)) and {"fd": 1.0})
+    monkeypatch.setattr(
+        Ablation,
+        "_judged",
+        lambda self, variant, source, weights, net, vae: (
+            judged.setdefault(variant.name, (weights, variant.column)) and {"fd": 1.0}
+        ),
+    )
     exported = []
-    monkeypatch.setattr(trainer.proof.ablate, "export", lambda source, out, form, dtype, ema: exported.append((out, form, dtype, ema)))
+    monkeypatch.setattr(
+        trainer.proof.ablate,
+        "export",
+        lambda source, out, form, dtype, ema: exported.append((out, form, dtype, ema)),
+    )
     result = Ablation(tmp_path, MINI, "paper").run(1)
     assert len({folder for folder, *_ in asked}) == len(asked)  # steps and no_ema train nothing of their own
     runs = {folder.split("/")[1]: rest for folder, *rest in asked}
-    assert runs.keys() == judged.keys() - {"base", "distilled", "no_ema", "steps_1", "steps_2", "steps_4"} - {f"updates_{n}" for n in UPDATES} | {"long"}
+    assert runs.keys() == judged.keys() - {"base", "distilled", "no_ema", "steps_1", "steps_2", "steps_4"} - {
+        f"updates_{n}" for n in UPDATES
+    } | {"long"}
     assert runs["paper"] == [Path("START"), BASE, MINI.phases("paper").image]
     assert {name for name, (start, *_) in runs.items() if start == BASE} == {"no_distillation"}
     assert all(base == BASE for _, base, _ in runs.values())
-    assert [settings.updates for folder, *_, settings in asked if folder.startswith("trainings/long/")] == list(UPDATES)
+    assert [
+        settings.updates for folder, *_, settings in asked if folder.startswith("trainings/long/")
+    ] == list(UPDATES)
     assert judged["updates_100"] == (tmp_path / "trainings/long/seed-3/updates-000100.safetensors", "apt_1")
     assert judged["steps_4"] == (tmp_path / "trainings/paper/seed-3/updates-000075.safetensors", "apt_4")
-    assert judged["base"] == (Path("DISTILLED"), "base_25_cfg") and judged["distilled"] == (Path("DISTILLED"), "distilled_1")
-    assert exported == [(tmp_path / "trainings/paper/seed-3/raw.safetensors", "file", "fp32", 0.0)] and judged["no_ema"][0] == exported[0][0]
+    assert judged["base"] == (Path("DISTILLED"), "base_25_cfg") and judged["distilled"] == (
+        Path("DISTILLED"),
+        "distilled_1",
+    )
+    assert (
+        exported == [(tmp_path / "trainings/paper/seed-3/raw.safetensors", "file", "fp32", 0.0)]
+        and judged["no_ema"][0] == exported[0][0]
+    )
     # The last tenth of 75 updates is 69 to 75, and of 50 it is 46 to 50.
     assert result["rows"]["paper"]["figures"]["d_adversarial"]["mean"] == pytest.approx(100 - 72)
     assert result["rows"]["updates_50"]["figures"]["d_adversarial"]["mean"] == pytest.approx(100 - 48)
@@ -190,18 +269,33 @@ def made(tmp_path_factory):
 def test_the_table_its_page_and_its_chart(made):
     out, result = made
     assert json.loads((out / "ablations.json").read_text()) == result
-    assert list(result["rows"]) == ["paper", "base", "t0", "frozen_backbone", "no_ema"] and result["seeds"] == [0, 1] and result["command"] == "the command"
+    assert (
+        list(result["rows"]) == ["paper", "base", "t0", "frozen_backbone", "no_ema"]
+        and result["seeds"] == [0, 1]
+        and result["command"] == "the command"
+    )
     for name, row in result["rows"].items():
-        one, other = (json.loads((out / "results" / f"{name}-seed-{seed}.json").read_text())["figures"] for seed in (0, 1))
+        one, other = (
+            json.loads((out / "results" / f"{name}-seed-{seed}.json").read_text())["figures"]
+            for seed in (0, 1)
+        )
         assert row["by_seed"] == {"0": one, "1": other} and one != other
         assert row["figures"]["fd"]["mean"] == pytest.approx((one["fd"] + other["fd"]) / 2, abs=1e-6)
-        assert row["figures"]["fd"]["half"] == pytest.approx(12.7062 * abs(one["fd"] - other["fd"]) / 2, rel=1e-5)  # the six digits of t
-        assert row["verdict"] == (NO_CLAIM if name == "base" else verdict([test["outcome"] for test in row["tests"]]))
+        assert row["figures"]["fd"]["half"] == pytest.approx(
+            12.7062 * abs(one["fd"] - other["fd"]) / 2, rel=1e-5
+        )  # the six digits of t
+        assert row["verdict"] == (
+            NO_CLAIM if name == "base" else verdict([test["outcome"] for test in row["tests"]])
+        )
     # An update at a time the two are the same, but for the discriminator's time.
     assert result["rows"]["t0"]["difference"]["d_adversarial"]["mean"] != 0
     page = (out / "ablations.html").read_text()
     HTMLParser().feed(page)
-    assert "http" not in page.replace("http-equiv", "") and "t = 0 as the discriminator&#x27;s timestep collapses" in page and "data:image/png;base64," in page
+    assert (
+        "http" not in page.replace("http-equiv", "")
+        and "t = 0 as the discriminator&#x27;s timestep collapses" in page
+        and "data:image/png;base64," in page
+    )
     with Image.open(out / "ablations.png") as picture:
         assert picture.width > 1500
 
@@ -209,25 +303,45 @@ def test_the_table_its_page_and_its_chart(made):
 def test_raw_weights_are_those_of_the_last_state(made):
     out, _ = made
     folder = out / "trainings" / "paper" / "seed-0"
-    average, raw, start = (read_tensors(path)[0] for path in (folder / "updates-000002.safetensors", folder / "raw.safetensors", out / "runs" / "seed-0" / "distilled.safetensors"))
+    average, raw, start = (
+        read_tensors(path)[0]
+        for path in (
+            folder / "updates-000002.safetensors",
+            folder / "raw.safetensors",
+            out / "runs" / "seed-0" / "distilled.safetensors",
+        )
+    )
     name = "blocks.0.self_attn.q.weight"
     moved, moved_on_average = raw[name] - start[name], average[name] - start[name]
-    # After two steps d of RMSProp and a decay of 0.9 the average is 0.1 (0.9 d1 + d1 + d2) from the start, the weights d1 + d2.
+    # After two steps d of RMSProp and a decay of 0.9 the average is 0.1 (0.9 d1 + d1 + d2) from the start,
+    # the weights d1 + d2.
     assert 1e-4 < moved.abs().max() < 4e-4 and moved_on_average.abs().max() < 0.2 * 2e-4 + 1e-6
 
 
-def test_a_finished_one_trains_and_judges_nothing_again_and_a_lost_row_is_made_again(made, tmp_path, monkeypatch):
+def test_a_finished_one_trains_and_judges_nothing_again_and_a_lost_row_is_made_again(
+    made, tmp_path, monkeypatch
+):
     out = tmp_path / "again"
     shutil.copytree(made[0], out)
     (out / "results" / "no_ema-seed-1.json").unlink()
     monkeypatch.setattr(trainer.proof.ablate, "adversarial", None)
     judged, whole = [], Ablation._judged
-    monkeypatch.setattr(Ablation, "_judged", lambda self, variant, source, *rest: judged.append((variant.name, source.seed)) or whole(self, variant, source, *rest))
-    assert Ablation(out, TINY, "paper", samples=4).run(2, NAMES, "the command") == made[1] and judged == [("no_ema", 1)]
+    monkeypatch.setattr(
+        Ablation,
+        "_judged",
+        lambda self, variant, source, *rest: (
+            judged.append((variant.name, source.seed)) or whole(self, variant, source, *rest)
+        ),
+    )
+    assert Ablation(out, TINY, "paper", samples=4).run(2, NAMES, "the command") == made[1] and judged == [
+        ("no_ema", 1)
+    ]
     (out / "results" / "no_ema-seed-1.json").write_text("{")
     with pytest.raises(AptError, match="no_ema-seed-1.json is damaged: delete it, and it is made again."):
         Ablation(out, TINY, "paper", samples=4).run(2, NAMES)
-    with pytest.raises(AptError, match=r"again holds an ablation with another samples \(4, now 5\): give another --out"):
+    with pytest.raises(
+        AptError, match=r"again holds an ablation with another samples \(4, now 5\): give another --out"
+    ):
         Ablation(out, TINY, "paper", samples=5).run(2, NAMES)
 
 
@@ -269,7 +383,10 @@ def test_runs_that_cannot_be_used_are_one_sentence(made, tmp_path):
     with pytest.raises(AptError, match="are both of seed 1: give runs of different seeds."):
         Ablation(tmp_path / "out", TINY, "paper", runs=(run, run)).run(2, ["t0"])
     other = TINY.model_copy(update={"distill": TINY.distill.model_copy(update={"updates": 4})})
-    with pytest.raises(AptError, match="demo was made with another distill than recipe paper of tiny has: give a run of that recipe."):
+    with pytest.raises(
+        AptError,
+        match="demo was made with another distill than recipe paper of tiny has: give a run of that recipe.",
+    ):
         Ablation(tmp_path / "out", other, "paper", runs=(run,)).run(2, ["t0"])
     with pytest.raises(AptError, match="no stage 2 named 'wild'; it has paper, stable"):
         ablation(tmp_path / "out", None, "wild", "image", 4, [run], "cpu")
@@ -288,5 +405,12 @@ def test_a_training_that_breaks_off_is_a_row_that_says_so(made, tmp_path, monkey
 
     monkeypatch.setattr(trainer.proof.ablate, "adversarial", broken)
     row = Ablation(out, TINY, "paper", samples=4).run(2, ["no_distillation"])["rows"]["no_distillation"]
-    assert row["failed"] == {"0": "g_loss of the generator became nan", "1": "g_loss of the generator became nan"}
-    assert row["verdict"] == CANNOT_TELL and row["figures"] == {} and "broke off: g_loss" in (out / "ablations.html").read_text()
+    assert row["failed"] == {
+        "0": "g_loss of the generator became nan",
+        "1": "g_loss of the generator became nan",
+    }
+    assert (
+        row["verdict"] == CANNOT_TELL
+        and row["figures"] == {}
+        and "broke off: g_loss" in (out / "ablations.html").read_text()
+    )

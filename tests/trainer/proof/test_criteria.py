@@ -19,7 +19,9 @@ def rows(**changes):
 
 def test_all_hold_at_their_bounds():
     found = check([rows(), rows()])
-    assert [row["name"] for row in found] == [criterion.name for criterion in CRITERIA] and all(row["holds"] == row["runs"] == 2 for row in found)
+    assert [row["name"] for row in found] == [criterion.name for criterion in CRITERIA] and all(
+        row["holds"] == row["runs"] == 2 for row in found
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,18 @@ def test_each_breaks_alone_on_the_wrong_side_of_its_bound(change, broken):
 
 def test_what_has_no_figure_is_left_out():
     """Pictures have no motion, and nothing is a share of no structure at all."""
-    still = {f"{column}__{figure}": None for column in ALL_COLUMNS for figure in ("motion", "alignment_direction")}
-    names = [row["name"].partition(":")[0] for row in check([rows(**{name.replace("7.5", "7_5"): value for name, value in still.items()}, distilled_1__structure=0.0)])]
+    still = {
+        f"{column}__{figure}": None for column in ALL_COLUMNS for figure in ("motion", "alignment_direction")
+    }
+    names = [
+        row["name"].partition(":")[0]
+        for row in check(
+            [
+                rows(
+                    **{name.replace("7.5", "7_5"): value for name, value in still.items()},
+                    distilled_1__structure=0.0,
+                )
+            ]
+        )
+    ]
     assert names == ["a1", "a2", "b1", "b2", "c"]

@@ -61,8 +61,13 @@ def test_the_report_has_every_column_and_number(run):
     stages = {"precompute", "distill", "adversarial_image", "adversarial_video", "report"}
     assert set(result["seconds"]) == stages and result["seconds"]["report"] > 0
     assert len(result["losses"]["distill"]) == 3 and len(result["losses"]["adversarial_video"]) == 2
-    assert {"d_loss", "r1", "g_loss", "logit_real", "logit_fake"} <= result["losses"]["adversarial_video"][0].keys()
-    assert result["versions"]["torch"] == torch.__version__.split("+")[0] or result["versions"]["torch"] == torch.__version__
+    assert {"d_loss", "r1", "g_loss", "logit_real", "logit_fake"} <= result["losses"]["adversarial_video"][
+        0
+    ].keys()
+    assert (
+        result["versions"]["torch"] == torch.__version__.split("+")[0]
+        or result["versions"]["torch"] == torch.__version__
+    )
     assert result["settings"]["seed"] == result["seed"] == 0
 
 
@@ -83,9 +88,15 @@ def test_the_export_is_a_trained_generator_in_official_keys(run):
     assert (apt["kind"], apt["phase"], apt["timestep"], apt["base"]) == ("generator", "video", 1000, "mini")
     for name, frames in (("distilled", 9), ("apt-image", 1), ("apt-tiny", 9)):
         apt = read_metadata(out / f"{name}.safetensors")
-        assert apt["native"] == {"height": 48, "width": 48, "frames": frames, "fps": 8} and apt["second_time"] == 0.6
+        assert (
+            apt["native"] == {"height": 48, "width": 48, "frames": frames, "fps": 8}
+            and apt["second_time"] == 0.6
+        )
     assert "blocks.0.self_attn.q.weight" in header.shapes and "head.modulation" in header.shapes
-    final, start = load_transformer(out / "apt-tiny.safetensors"), load_transformer(out / "distilled.safetensors")
+    final, start = (
+        load_transformer(out / "apt-tiny.safetensors"),
+        load_transformer(out / "distilled.safetensors"),
+    )
     moved = [not torch.equal(a, b) for a, b in zip(final.parameters(), start.parameters())]
     assert all(moved)
 
@@ -96,13 +107,24 @@ def test_its_states_hold_the_generator_and_the_discriminator(run):
         state = find_state(out, phase)
         assert state == out / "states" / phase / "step-000002"
         found, expected = open_generator(state), load_transformer(out / file)
-        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in found.model.state_dict().items())
-        assert found.metadata["native"]["frames"] == (1 if phase == "image" else 9) and found.metadata["base"] == "mini"
+        assert all(
+            torch.equal(value, expected.state_dict()[name])
+            for name, value in found.model.state_dict().items()
+        )
+        assert (
+            found.metadata["native"]["frames"] == (1 if phase == "image" else 9)
+            and found.metadata["base"] == "mini"
+        )
         discriminator, identity = open_discriminator(state)
         assert identity["phase"] == phase and identity["shift"] == {"image": 1, "video": 12}[phase]
         base = load_transformer(ASSETS / "transformer.safetensors").state_dict()
-        moved = [(value - base[name]).abs().max().item() for name, value in discriminator.backbone.state_dict().items()]
-        assert 0 < max(moved) < 0.01 and discriminator.logit.weight.abs().sum() > 0  # two updates away from the original weights
+        moved = [
+            (value - base[name]).abs().max().item()
+            for name, value in discriminator.backbone.state_dict().items()
+        ]
+        assert (
+            0 < max(moved) < 0.01 and discriminator.logit.weight.abs().sum() > 0
+        )  # two updates away from the original weights
     assert find_state(out) == out / "states" / "video" / "step-000002"
     with pytest.raises(AptError, match="has no discriminator: give a training state of stage 2"):
         open_discriminator(out / "states" / "distill")
@@ -125,7 +147,9 @@ def test_attention_over_its_samples(run, tmp_path):
     assert real["logit"] == pytest.approx(logit, abs=1e-4)
     for tap, depth in zip(facts["taps"], weights):
         shares = real["depths"][f"block {tap}"]["share_by_latent_frame"]
-        assert shares == pytest.approx(depth.mean(0).sum((1, 2)).tolist(), abs=1e-4) and sum(shares) == pytest.approx(1, abs=3e-4)
+        assert shares == pytest.approx(depth.mean(0).sum((1, 2)).tolist(), abs=1e-4) and sum(
+            shares
+        ) == pytest.approx(1, abs=3e-4)
     for path in paths[:2]:
         with Image.open(path) as picture:
             assert picture.format == "PNG" and np.asarray(picture).std() > 10
@@ -168,13 +192,23 @@ def test_the_stable_preset_runs_on_other_peoples_pictures(tmp_path):
     for i in range(6):
         Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"Ein Foto Nr. {i}, caf\u00e9 \u732b", encoding="utf-8")
-    large = TINY.model_copy(update={"data": TINY.data.model_copy(update={"image_height": 64, "image_width": 80})})
+    large = TINY.model_copy(
+        update={"data": TINY.data.model_copy(update={"image_height": 64, "image_width": 80})}
+    )
     result = Demo(tmp_path / "out", large, variant="stable", data=folder, samples=4).run()
     assert set(ShardDataset(tmp_path / "out" / "latents", "image").buckets) == {(16, 1, 8, 10)}
     for name in ("distilled", "apt-tiny"):
-        assert read_metadata(tmp_path / "out" / f"{name}.safetensors")["native"] == {"height": 64, "width": 80, "frames": 1, "fps": 8}
+        assert read_metadata(tmp_path / "out" / f"{name}.safetensors")["native"] == {
+            "height": 64,
+            "width": 80,
+            "frames": 1,
+            "fps": 8,
+        }
     assert result["columns"] == {} and tuple(result["image_columns"]) == COLUMNS
-    assert result["image_columns"]["apt_1"]["structure"] is None and result["image_columns"]["apt_1"]["samples"] == 4
+    assert (
+        result["image_columns"]["apt_1"]["structure"] is None
+        and result["image_columns"]["apt_1"]["samples"] == 4
+    )
     assert load_transformer(tmp_path / "out" / "apt-tiny.safetensors") is not None
     assert len(result["losses"]["adversarial_image"]) == 3
 
@@ -221,12 +255,24 @@ def test_one_clip_a_few_pictures_and_a_bad_file(tmp_path, capsys):
 @pytest.mark.parametrize("out", ["file", "file/inside"])
 def test_an_out_that_is_a_file_is_refused_and_stays(tmp_path, out):
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(AptError, match="cannot be made, because it or a parent of it is a file: give another folder"):
+    with pytest.raises(
+        AptError, match="cannot be made, because it or a parent of it is a file: give another folder"
+    ):
         Demo(tmp_path / out, TINY).run()
     assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"settings": 3}', '{"settings": {"seed": 0}}', '{"settings": {"seed": 0}, "stages": {"data": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        '{"settings": 3}',
+        '{"settings": {"seed": 0}}',
+        '{"settings": {"seed": 0}, "stages": {"data": 1}}',
+    ],
+)
 def test_a_damaged_state_is_named(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(AptError, match="state.json is damaged; delete it to start over"):
@@ -244,7 +290,10 @@ def test_drawn_clips_have_one_size_and_any_length(run, tmp_path):
         def embed(self, prompts):
             return prompts
 
-    assert [drawn_prompts(Batches(), kind, 2, 0, frames=5).real.shape[1] for kind in ("image", "video")] == [1, 5]
+    assert [drawn_prompts(Batches(), kind, 2, 0, frames=5).real.shape[1] for kind in ("image", "video")] == [
+        1,
+        5,
+    ]
 
 
 def test_measure_gives_the_mean_and_each_run(run, tmp_path, monkeypatch):
@@ -259,12 +308,19 @@ def test_measure_gives_the_mean_and_each_run(run, tmp_path, monkeypatch):
         assert tuple(result[name]) == ALL_COLUMNS and len(result[f"{name}_by_run"]) == 2
         for column in ALL_COLUMNS:
             each = [rows[column]["fd"] for rows in result[f"{name}_by_run"]]
-            assert result[name][column]["fd"] == pytest.approx(np.mean(each), abs=1e-4) and result[name][column]["samples"] == 4
+            assert (
+                result[name][column]["fd"] == pytest.approx(np.mean(each), abs=1e-4)
+                and result[name][column]["samples"] == 4
+            )
         assert result[f"{name}_by_run"][0]["apt_1"]["fd"] != result[f"{name}_by_run"][1]["apt_1"]["fd"]
         first = result[f"{name}_criteria"][0]
-        assert first["runs"] == 2 and first["ratios"] == pytest.approx([rows["apt_1"]["fd"] / rows["distilled_1"]["fd"] for rows in result[f"{name}_by_run"]], abs=1e-4)
+        assert first["runs"] == 2 and first["ratios"] == pytest.approx(
+            [rows["apt_1"]["fd"] / rows["distilled_1"]["fd"] for rows in result[f"{name}_by_run"]], abs=1e-4
+        )
 
-    monkeypatch.setattr("trainer.proof.measure.evaluate", None)  # what has been measured is not measured again
+    monkeypatch.setattr(
+        "trainer.proof.measure.evaluate", None
+    )  # what has been measured is not measured again
     assert measure_runs([run[0], other], 4) == result
     (other / "apt-tiny.safetensors").write_bytes((other / "apt-image.safetensors").read_bytes())
     with pytest.raises(TypeError):  # but a file that has changed is
@@ -281,7 +337,9 @@ def test_measure_names_an_unfinished_run_before_it_measures_any(run, tmp_path, m
     out.mkdir()
     shutil.copy(run[0] / "state.json", out)
     monkeypatch.setattr("trainer.proof.measure.evaluate", None)
-    with pytest.raises(AptError, match="unfinished has no distilled.safetensors; let the demo finish there first"):
+    with pytest.raises(
+        AptError, match="unfinished has no distilled.safetensors; let the demo finish there first"
+    ):
         measure_runs([run[0], out], 4)
     (out / "state.json").write_text('{"settings": {"data": null, "preset": {}}}')
     with pytest.raises(AptError, match="holds no run of the demo"):
@@ -289,14 +347,20 @@ def test_measure_names_an_unfinished_run_before_it_measures_any(run, tmp_path, m
 
 
 def test_drawing_again_changes_nothing(tmp_path):
-    """The same seed gives the same files to the byte, and a file that is there keeps its age, by which its latents are known."""
+    """The same seed gives the same files to the byte, and a file that is there keeps its age, by which its
+    latents are known.
+    """
     data = load_preset("mini", ["images=3", "clips=2"], ("data",)).data
     for name in ("one", "other"):
         draw_files(tmp_path / name, data, 5, lambda *_: None)
-    one, other = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "other"))
+    one, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "other")
+    )
     assert one == other and len(one) == 10
     ages = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "one").iterdir()}
     (tmp_path / "one" / "clip-00001.mp4").write_bytes(b"half")
     draw_files(tmp_path / "one", data, 5, lambda *_: None)
     assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == one
-    assert [path.name for path in (tmp_path / "one").iterdir() if path.stat().st_mtime_ns != ages[path.name]] == ["clip-00001.mp4"]
+    assert [
+        path.name for path in (tmp_path / "one").iterdir() if path.stat().st_mtime_ns != ages[path.name]
+    ] == ["clip-00001.mp4"]
