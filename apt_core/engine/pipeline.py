@@ -6,7 +6,7 @@ pipe("a red tram crossing a bridge in the rain", seed=1).save("tram.mp4")
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,21 +41,24 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Video:
-    """One sample. frames: uint8 `[F, H, W, 3]`; fps: 0 for a picture; number: of the sample in its request."""
+    """One sample. frames: uint8 `[F, H, W, 3]`; fps: 0 for a picture; number: of the sample in its request;
+    about: what its file says of it, see `Request.about`.
+    """
 
     frames: np.ndarray
     fps: float
     prompt: str
     number: int = 0
+    about: Mapping | None = None
 
     def save(self, path: str | Path) -> None:
         """Write an .mp4, or of a single frame a picture (.png, .jpg, ...). Raises AptError as `media_write`
         does.
         """
         if len(self.frames) == 1:
-            write_image(path, self.frames)
+            write_image(path, self.frames, about=self.about)
         else:
-            write_video(path, self.frames, self.fps)
+            write_video(path, self.frames, self.fps, about=self.about)
 
 
 class OneStepPipeline:
@@ -170,9 +173,8 @@ class OneStepPipeline:
                 self._draw(request, number + 1)
             parts = list(self.frames(latents))
             frames = np.concatenate(parts) if len(parts) > 1 else parts[0]
-            videos.append(
-                Video(frames, request.fps if len(frames) > 1 else 0.0, request.prompt(number), number)
-            )
+            fps = request.fps if len(frames) > 1 else 0.0
+            videos.append(Video(frames, fps, request.prompt(number), number, request.about(number)))
         return videos[0] if isinstance(prompt, str) and request.count == 1 else videos
 
     def stream(self, prompt: str, **wishes) -> Iterator[np.ndarray]:

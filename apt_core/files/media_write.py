@@ -30,18 +30,21 @@ def write_video(
     pixel_format: str = "yuv420p",
     *,
     keep_equal: bool = False,
+    about: Mapping | None = None,
 ) -> None:
     """Write uint8 `[F, H, W, 3]` as H.264 in an .mp4 that plays while it loads; tagged BT.709. The file
     appears whole or not at all.
 
     crf: 0 (largest) to 51; pixel_format: "yuv420p" for players, "yuv444p" with a crf of 10 or less for clips
     to train on.
-    keep_equal: leave a file alone that holds just these bytes.
+    keep_equal: leave a file alone that holds just these bytes; about: as in `video_writer`.
     Raises AptError for pixels of another shape or type, odd sides in yuv420p, another suffix, and a place
     that cannot be written.
     """
     frames = _checked(Path(path), frames, 4)
-    with video_writer(path, *frames.shape[1:3], fps, crf, pixel_format, keep_equal=keep_equal) as write:
+    with video_writer(
+        path, *frames.shape[1:3], fps, crf, pixel_format, keep_equal=keep_equal, about=about
+    ) as write:
         write(frames)
 
 

@@ -2,6 +2,7 @@
 before a weight is read.
 """
 
+import json
 import math
 import subprocess
 import sys
@@ -161,6 +162,9 @@ def test_files(tmp_path):
     assert shown.shape == video.frames.shape and np.abs(shown.astype(int) - video.frames).mean() < 6
     picture = pipe(PROMPT, **SIZE | {"frames": 1})
     picture.save(tmp_path / "a.png")
+    about = {"prompt": PROMPT, "seed": 0, "number": 0}
+    with av.open(tmp_path / "saved.mp4") as container, Image.open(tmp_path / "a.png") as image:
+        assert json.loads(container.metadata["comment"]) == json.loads(image.info["comment"]) == about
     assert picture.fps == 0 and np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), picture.frames[0])
     with pytest.raises(AptError, match=r"a\.avi: videos are written as \.mp4"):
         pipe.write(PROMPT, tmp_path / "a.avi", **SIZE)
@@ -199,12 +203,12 @@ def no_weights(monkeypatch):
 
     for name in ("load_vae", "load_text_encoder_files"):
         monkeypatch.setattr(sources, name, refuse)
-    real = sources.load_transformer
-    monkeypatch.setattr(
-        sources,
-        "load_transformer",
-        lambda path, dtype, device: real(path, dtype=dtype, device=device) if device == "meta" else refuse(),
-    )
+    real = sources.load_backbone
+
+    def shape_alone(path, dtype=torch.float32, device="cpu"):
+        return real(path, dtype, device) if device == "meta" else refuse()
+
+    monkeypatch.setattr(sources, "load_backbone", shape_alone)
 
 
 def other_model(path, **changes):

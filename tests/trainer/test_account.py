@@ -5,17 +5,17 @@ parts.
 import pytest
 
 from apt_core.errors import AptError
-from trainer.cli.dry_run import check_fit
 from trainer.config import PRESETS, load_preset
+from trainer.jobs.dry_run import check_fit
 from trainer.machines.account import (
     account,
-    block_parameters,
     forward_flops,
     head_parameters,
     parameters,
     summary,
     tokens,
 )
+from trainer.machines.counts import counts_of
 from trainer.machines.machine import GIB, imagined
 
 REAL = sorted(path.stem for path in PRESETS.glob("*.toml") if path.stem != "mini")
@@ -37,7 +37,7 @@ def preset(name, *overrides):
 def test_parameters_are_those_of_the_released_models(name, count, block):
     model = preset(name).model
     assert parameters(model) == pytest.approx(count, rel=1e-4 if name == "seaweed-8b" else 0)
-    assert block_parameters(model) == pytest.approx(block, rel=1e-3)
+    assert counts_of(model).block(model) == pytest.approx(block, rel=1e-3)
 
 
 def test_parameters_are_those_of_what_we_build():
@@ -107,9 +107,9 @@ def test_less_depth_and_a_still_backbone_cost_less():
     assert whole.memory["weights (fp32)"] == still.memory["weights (fp32)"]
     assert half.flops < whole.flops and whole.flops - still.flops == pytest.approx(2048 * 3 * 3 * n, rel=1e-6)
     model = preset("wan2.1-1.3b-480p").model
-    assert whole.parameters["discriminator"] - half.parameters["discriminator"] == 15 * block_parameters(
+    assert whole.parameters["discriminator"] - half.parameters["discriminator"] == 15 * counts_of(
         model
-    )
+    ).block(model)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 from torch.distributed.run import get_args_parser
+from typer.testing import CliRunner
 
 from trainer.__main__ import app
 
@@ -215,3 +217,29 @@ def test_a_machine_of_no_numbers_is_refused(option, value, tmp_path):
         "distill", "mini", "--dry-run", *(word for pair in given.items() for word in pair), cwd=tmp_path
     )
     assert result.returncode == 2 and "all three must be numbers above 0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, expected, old",
+    [
+        ([], ("mini", "demo"), False),
+        (["--recipe", "proof"], ("mini", "proof"), False),
+        (["--preset", "mine.toml", "--recipe", "stable"], ("mine.toml", "stable"), False),
+        (["--preset", "proof"], ("mini", "proof"), True),
+        (["--recipe", "mine.toml"], ("mine.toml", "demo"), True),
+        (["--recipe", "mine.toml", "--preset", "stable"], ("mine.toml", "stable"), True),
+    ],
+)
+def test_demo_takes_preset_and_recipe_and_their_old_places(monkeypatch, arguments, expected, old):
+    asked = []
+
+    class Loaded:
+        def with_recipe(self, name):
+            asked.append(name)
+            return self
+
+    monkeypatch.setattr("trainer.config.load_preset", lambda name: asked.append(name) or Loaded())
+    monkeypatch.setattr("trainer.proof.demo.Demo", lambda *_: SimpleNamespace(run=lambda: None))
+    result = CliRunner().invoke(app, ["demo", *arguments])
+    assert result.exit_code == 0 and tuple(asked) == expected
+    assert result.stderr.startswith("deprecated: say --preset") == old

@@ -93,7 +93,7 @@ def test_the_stages_leave_their_files(run):
             "generator",
             phase,
             updates,
-            "tiny",
+            "mini",
             1000,
         )
         assert apt["native"] == {"height": 48, "width": 48, "frames": 1 if phase == "image" else 9, "fps": 8}
@@ -530,8 +530,13 @@ def test_generate_refuses_what_cannot_be_made(run, tmp_path):
     assert "height 50 must be a multiple of 16 (48 or 64)" in refused(
         "generate", run, "x", "--height", 50, *files
     )
+    tensors, header = read_tensors(run / "apt-tiny.safetensors")
+    about = json.dumps(
+        json.loads(header.metadata["apt"]) | {"base": "other"}
+    )  # the miniature's parts are found
+    write_tensors(tmp_path / "other.safetensors", tensors, header.metadata | {"apt": about})
     assert "vae is not given: add vae=PATH of the VAE" in refused(
-        "generate", run, "x", "--text-encoder", "", "--out", tmp_path / "x"
+        "generate", tmp_path / "other.safetensors", "x", "--text-encoder", "", "--out", tmp_path / "x"
     )
     assert "nowhere does not exist: give a checkpoint file" in refused("generate", "nowhere", "x", *files)
     assert not (tmp_path / "x").exists()

@@ -15,10 +15,10 @@ from PIL import Image
 
 from apt_core.errors import AptError
 from apt_core.files.media_write import write_image, write_video
-from trainer.cli.commands import _tell_report
 from trainer.data.precompute import fingerprint, precompute
 from trainer.data.prompts import Prompts
 from trainer.data.shards import ShardDataset
+from trainer.jobs.tell import tell_precomputed
 from trainer.mini import ASSETS, VAE
 
 SIZE = {"height": 32, "width": 32, "frames": 5, "fps": 8}
@@ -497,6 +497,6 @@ def test_what_was_converted_is_said_once_a_file(data, tmp_path, capsys):
     Image.fromarray(clear).save(data / "image1.png")
     report = run(data, tmp_path / "out", clips_per_file=2)
     assert report.converted == {"image1.png": ["transparent parts laid over white"]}
-    _tell_report(report, tmp_path)
+    tell_precomputed(report, tmp_path)
     assert "image1.png: transparent parts laid over white." in capsys.readouterr().out
     assert run(data, tmp_path / "out", clips_per_file=2).converted == {}

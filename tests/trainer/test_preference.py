@@ -35,7 +35,7 @@ def test_a_file_says_what_it_was_made_from(tmp_path):
     about = {"prompt": "a caf\u00e9 \u2014 <b>\u96e8</b>", "seed": 2**64 - 1, "number": 7}
     for path in (clip(tmp_path / "a.mp4", 90, about=about), tmp_path / "a.png"):
         if path.suffix == ".png":
-            write_image(path, np.zeros((8, 8, 3), np.uint8), about)
+            write_image(path, np.zeros((8, 8, 3), np.uint8), about=about)
         assert read_about(path) == about
     assert read_about(clip(tmp_path / "b.mp4", 90)) == read_about(picture(tmp_path / "b.png", 0)) == {}
 

@@ -219,7 +219,7 @@ def test_the_clips_start_together_and_loop_together(study, browser, tmp_path):
     (first, playing, width), (second, also, _) = page.evaluate(CLIPS)
     assert playing and also and width == 112 and abs(first - second) < 0.1
     page.wait_for_function(
-        "() => { const before = window.last; window.last = clips[0].currentTime; return window.last < before }",
+        "() => { const old = window.last; window.last = clips[0].currentTime; return window.last < old }",
         timeout=20_000,
     )
     page.wait_for_function("() => clips.every(c => c.currentTime > .1 && !c.paused && !c.ended)")
@@ -298,7 +298,7 @@ def test_pictures_in_the_page_and_beside_it(link, browser, tmp_path):
         write_image(
             tmp_path / name / "0.png",
             np.full((32, 32, 3), level, np.uint8),
-            {"prompt": "<b>grey</b>", "seed": 0, "number": 0},
+            about={"prompt": "<b>grey</b>", "seed": 0, "number": 0},
         )
     made = make_page(tmp_path / "a", tmp_path / "b", tmp_path / "page.html", link=link)
     rater = Rater(browser, tmp_path / "page.html")

@@ -19,7 +19,7 @@ def one_sentence(error, *parts: str) -> None:
 
 def picture(path: Path, level: int, prompt: str = "", seed: int = 0, number: int = 0, size: int = 8) -> Path:
     about = {"prompt": prompt, "seed": seed, "number": number} if prompt else None
-    write_image(path, np.full((size, size, 3), level, np.uint8), about)
+    write_image(path, np.full((size, size, 3), level, np.uint8), about=about)
     return path
 
 

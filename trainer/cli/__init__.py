@@ -1,1 +1,1 @@
-"""What the commands do before and after the library's functions."""
+"""The command line: thin functions over the other rooms, which are imported when a command runs."""

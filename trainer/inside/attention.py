@@ -16,11 +16,11 @@ from apt_core.method.discriminator import Discriminator
 from apt_core.method.flow import shift
 from apt_core.method.noise import APT, draw
 from trainer.checkpoints.trained_models import open_discriminator
-from trainer.cli.plan import LATENTS
 from trainer.data.batches import held_positions
 from trainer.data.shards import ShardDataset
 from trainer.files import write_json
 from trainer.inside.opening import embed_all, frames_of, show_frame
+from trainer.jobs.plan import LATENTS
 from trainer.run.folders import is_state, whole_states
 from trainer.run.plot import BLACK, BLUE, GREEN, ORANGE, RED, save_figure
 

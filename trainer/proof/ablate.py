@@ -25,10 +25,10 @@ from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.export import export
 from trainer.checkpoints.starting_models import describe_state
-from trainer.cli.plan import metadata as stage_metadata
 from trainer.config import Preset, load_preset
 from trainer.data.batches import Batches
 from trainer.files import write_json
+from trainer.jobs.plan import metadata as stage_metadata
 from trainer.machines.distributed import World
 from trainer.machines.machine import versions
 from trainer.mini import ASSETS, VAE

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from rich.markup import escape
@@ -16,12 +15,12 @@ from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder, replacing
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.models.text import load_text_encoder
-from trainer.cli.commands import run_adversarial, run_distill, run_precompute
-from trainer.cli.plan import LATENTS, final_file
 from trainer.config import Preset
 from trainer.data.batches import Batches
 from trainer.data.shards import INDEX
 from trainer.files import write_json
+from trainer.jobs.plan import LATENTS, final_file
+from trainer.jobs.training import run_adversarial, run_distill, run_precompute
 from trainer.machines.machine import versions
 from trainer.mini import ASSETS
 from trainer.mini.clips import SIZE
@@ -86,8 +85,8 @@ class Demo:
         make_folder(self.out)
         state, latents = RunState(self.out / "state.json", self._identity()), self.out / LATENTS
         # One state of each stage, the last, is enough to go on from, and to look into the discriminator.
-        train = self.preset.train.model_copy(update={"device": self.device, "keep_last": 1, "keep_best": 0})
-        preset = self.preset.model_copy(update={"train": train})
+        machine = {"device": self.device, "keep_last": 1, "keep_best": 0}
+        preset = self.preset.model_copy(update={"train": self.preset.train.model_copy(update=machine)})
         names = {stage: final_file(self.out, preset, stage) for stage in ("distill", "image", "video")}
         options = {"skip_bad": self.skip_bad, "truncate_captions": self.truncate_captions, "seed": self.seed}
 
@@ -96,14 +95,17 @@ class Demo:
             return []
 
         state.stage("precompute", encode, latents / INDEX)
-        state.stage("distill", partial(run_distill, preset, self.out, seed=self.seed), names["distill"])
+        state.stage("distill", lambda: run_distill(preset, self.out, seed=self.seed), names["distill"])
         batches = Batches(
             latents, load_text_encoder(ASSETS / "text_encoder.safetensors"), self.seed, size.held_out
         )
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
         for kind in kinds[: {"distill": 0, "image": 1}.get(last)]:
-            work = partial(run_adversarial, preset, kind, self.out, variant=self.variant, seed=self.seed)
-            state.stage(f"adversarial_{kind}", work, names[kind])
+
+            def train(kind: str = kind) -> list:
+                return run_adversarial(preset, kind, self.out, variant=self.variant, seed=self.seed)
+
+            state.stage(f"adversarial_{kind}", train, names[kind])
         if kinds == ["image"] and last == "video":  # without clips, the images are all there is
             with replacing(names["video"]) as path:
                 shutil.copyfile(names["image"], path)

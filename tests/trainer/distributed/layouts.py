@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import apt_core.loading.checkpoint
-import apt_core.models.mmdit
+import apt_core.loading.mmdit_files
 import trainer.stages.networks
 from apt_core.files.tensorfile import write_tensors
 from apt_core.loading.backbones import load_backbone
@@ -313,7 +313,7 @@ def in_double(function, *args) -> None:
             module.torch = Doubled("torch")
     for load in (load_transformer, load_backbone, load_mmdit):  # their defaults were bound before
         load.__defaults__ = tuple(torch.float64 if value is FP32 else value for value in load.__defaults__)
-    for module in (apt_core.loading.checkpoint, apt_core.models.mmdit, trainer.stages.networks):
+    for module in (apt_core.loading.checkpoint, apt_core.loading.mmdit_files, trainer.stages.networks):
         module.write_tensors = write_in_fp32
     function(*args)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from apt_core.errors import AptError
 from apt_core.loading.sources import MINI
 from trainer.checkpoints.starting_models import RANDOM, find_base
-from trainer.cli.dry_run import check_fit, show_account
 from trainer.config import Adversarial, Preset
+from trainer.jobs.dry_run import check_fit, show_account
 from trainer.machines.account import Account
 from trainer.machines.machine import Machine, pick_device, this_machine
 from trainer.machines.parallel import Parallel, parallel_of
@@ -162,7 +162,7 @@ def metadata(preset: Preset, stage: str, kind: str, recipe: str, seed: int) -> d
     """What the files of a stage say of themselves, trained on samples of `kind`; see apt_core.files.contract."""
     model = preset.model
     return {
-        "base": preset.name,
+        "base": MINI if preset.files.base == MINI else preset.name,
         "text_length": model.text_length,
         "vae": {
             "name": MINI if preset.files.base == MINI else f"wan {model.vae}",

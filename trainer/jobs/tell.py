@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.cli.plan import Plan
 from trainer.data.precompute import SKIPPED, Report
+from trainer.jobs.plan import Plan
 from trainer.machines.distributed import World
 from trainer.run.folders import whole_states
 from trainer.run.monitor import Monitor

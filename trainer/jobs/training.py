@@ -27,18 +27,19 @@ from trainer.checkpoints.starting_models import (
     open_vae,
     write_random_base,
 )
-from trainer.cli.checks import check_parts, check_shards
-from trainer.cli.plan import LATENTS, Plan, find_start, make_plan
-from trainer.cli.tell import monitor, progress, say, tell_precomputed, tell_result
 from trainer.config import Preset
 from trainer.data.batches import Batches
 from trainer.data.precompute import Report, precompute
 from trainer.data.prompts import PROMPTS, Prompts
 from trainer.data.shards import INDEX
+from trainer.jobs.checks import check_parts, check_shards
+from trainer.jobs.plan import LATENTS, Plan, find_start, make_plan
+from trainer.jobs.tell import monitor, progress, say, tell_precomputed, tell_result
 from trainer.machines.distributed import World, connect
 from trainer.machines.machine import pick_device
 from trainer.mini.clips import SIZE
 from trainer.mini.drawn_files import draw_files
+from trainer.run.folders import DISTILLED
 from trainer.run.judge import LatentJudge
 from trainer.run.progress import stage_bar
 from trainer.run.state import Keep, Preempted
@@ -151,7 +152,7 @@ def run_adversarial(
         begin = start or find_start(plan)
         if begin == plan.base and not start and world.main:
             say(
-                f"{out} holds no stage before: the generator starts from the base itself, which is worse; run distill first."
+                f"{DISTILLED} is not there: the generator starts from the base itself, which is worse; run distill first."
             )
         options |= {"watch_every": preset.train.watch_every, "head_width": preset.train.head_width}
         with progress(f"Stage 2: {phase}s", world) as bar, monitor(plan, world, bar) as report:

@@ -1,0 +1,63 @@
+"""Speed and memory on this machine."""
+
+from typing import Annotated
+
+import typer
+
+from trainer.cli.app import Json, Overrides, Preset, app
+
+bench = typer.Typer(
+    no_args_is_help=True, help="Speed and memory on this machine, with random weights of the true shapes."
+)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("inference")
+def bench_inference(
+    model: Annotated[
+        str, typer.Option(help="mini, wan2.2-5b, wan2.1-1.3b, wan2.1-14b or seaweed-8b.")
+    ] = "mini",
+    json: Json = None,
+    device: str = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each part; their median counts.")] = 5,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the engine's transformer and decoder; by default on a GPU.",
+        ),
+    ] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="The engine's transformer in 8 bits.")] = False,
+) -> None:
+    """Text, transformer, decode and total, beside their floors, stock diffusers and the paper; and a model of
+    many GPUs.
+    """
+    from trainer.bench.inference import run
+    from trainer.machines.machine import pick_device
+
+    run(model, pick_device(device), repeats, compiled, fp8, json)
+
+
+@bench.command("train")
+def bench_train(
+    preset: Preset = "mini",
+    overrides: Overrides = None,
+    json: Json = None,
+    phase: Annotated[str, typer.Option(help="image or video.")] = "video",
+    updates: Annotated[int, typer.Option(min=2, help="Updates of each mode; the first does not count.")] = 3,
+) -> None:
+    """Seconds per update of stage 2, whole and as a LoRA: its share of the matrix peak, and its memory beside
+    the account.
+    """
+    from trainer.bench.train import run
+    from trainer.config import load_preset
+
+    variant = load_preset(preset).variant
+    loaded = load_preset(preset, overrides or (), (f"stage2.{variant}.{phase}", "train", "data", "model"))
+    run(
+        loaded,
+        phase,
+        updates,
+        json,
+        batch_given=any(o.partition("=")[0].endswith("batch") for o in overrides or ()),
+    )

@@ -1,0 +1,151 @@
+"""Looks inside the generator and the discriminator: probe, walk, attention."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.cli.app import Ema, File, Noise, Seen, app
+
+
+@app.command()
+def probe(
+    checkpoint: Seen = Path("mini"),
+    out: Annotated[Path, typer.Option(help="Folder for probe.png and probe.json.")] = Path("inside"),
+    samples: Annotated[int, typer.Option(min=1, help="Samples that the probes are fitted on.")] = 512,
+    held_out: Annotated[int, typer.Option(min=2, help="Other samples, which they are judged on.")] = 128,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of shards, whose captions are sampled; the miniature draws its own."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line instead.")] = None,
+    vae: File = "",
+    text_encoder: File = "",
+    tokenizer: File = "",
+    base: File = "",
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    ema: Ema = None,
+    device: str = "auto",
+    seed: Noise = 0,
+) -> None:
+    """What each block of the generator holds of the final sample, by a linear probe (the paper's fig. 10): a
+    picture, and the errors.
+    """
+    from trainer.checkpoints.generate import read_prompts
+    from trainer.checkpoints.starting_models import with_defaults
+    from trainer.inside.opening import open_pipeline
+    from trainer.inside.probe import run_probe
+
+    pipe = open_pipeline(
+        checkpoint, with_defaults(checkpoint, base, vae, text_encoder, tokenizer), ema, device
+    )
+    texts = read_prompts(prompts) if prompts else ()
+    run_probe(
+        pipe,
+        out,
+        samples=samples,
+        held_out=held_out,
+        prompts=texts,
+        shards=data,
+        seed=seed,
+        height=height,
+        width=width,
+        frames=frames,
+    )
+    print(out / "probe.png")
+
+
+@app.command()
+def walk(
+    checkpoint: Seen = Path("mini"),
+    prompt: Annotated[
+        str | None, typer.Argument(help="One prompt; the miniature has one of its own.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="The seeds to walk through, with commas in between.")] = "0,1,2",
+    frames: Annotated[
+        int, typer.Option(min=2, help="Samples on the way from one seed to the next, its own counted once.")
+    ] = 12,
+    out: Annotated[Path, typer.Option(help="Folder for walk.mp4, walk.png and walk.json.")] = Path("inside"),
+    closed: Annotated[
+        bool, typer.Option("--closed", help="Walk on from the last seed to the first.")
+    ] = False,
+    noise: Annotated[str, typer.Option(help="What a seed means: apt, as in generate, or comfyui.")] = "apt",
+    length: Annotated[
+        int | None,
+        typer.Option(help="Frames of each sample; by default what the checkpoint was trained for."),
+    ] = None,
+    fps: Annotated[float, typer.Option(min=0.1, max=240, help="Of the video: samples a second.")] = 12,
+    vae: File = "",
+    text_encoder: File = "",
+    tokenizer: File = "",
+    base: File = "",
+    height: int | None = None,
+    width: int | None = None,
+    ema: Ema = None,
+    device: str = "auto",
+) -> None:
+    """One prompt, and noise that goes from seed to seed (the paper's fig. 11): a video, a sheet, and the
+    change from sample to sample.
+    """
+    from trainer.checkpoints.starting_models import with_defaults
+    from trainer.inside.opening import open_pipeline
+    from trainer.inside.walk import read_seeds, run_walk
+
+    pipe = open_pipeline(
+        checkpoint, with_defaults(checkpoint, base, vae, text_encoder, tokenizer), ema, device
+    )
+    for path in run_walk(
+        pipe,
+        prompt,
+        read_seeds(seeds),
+        frames,
+        out,
+        closed=closed,
+        noise=noise,
+        rate=fps,
+        frames=length,
+        height=height,
+        width=width,
+    ):
+        print(path)
+
+
+@app.command()
+def attention(
+    state: Annotated[
+        Path, typer.Argument(help="A training state of stage 2 (states/video/step-...), or a run's folder.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; by default the run's own.")
+    ] = None,
+    phase: Annotated[
+        str | None,
+        typer.Option(help="Of a run's folder: image or video; by default video where there is one."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Real samples, and as many generated ones of their captions.")
+    ] = 3,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of shards with the real samples; by default the run's own.")
+    ] = None,
+    vae: File = "",
+    text_encoder: File = "",
+    tokenizer: File = "",
+    base: File = "",
+    ema: Ema = None,
+    device: str = "auto",
+    seed: Noise = 0,
+) -> None:
+    """Where the discriminator looks: its heads' attention over real and generated samples, at its three
+    depths.
+    """
+    from trainer.checkpoints.starting_models import with_defaults
+    from trainer.inside.attention import find_state, run_attention
+    from trainer.inside.opening import open_pipeline
+
+    path = find_state(state, phase)
+    pipe = open_pipeline(path, with_defaults(path, base, vae, text_encoder, tokenizer), ema, device)
+    for picture in run_attention(path, pipe, out, samples=samples, shards=data, seed=seed, base=base):
+        print(picture)

@@ -1,0 +1,170 @@
+"""The miniature's commands: demo, measure, ablate, plot, pretrain-mini."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trainer.cli.app import MAX_SEED, Out, app
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of captioned clips and pictures; without it, clips are drawn.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="Preset with the numbers: a name, or a .toml file.")] = "mini",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Of the preset: demo, proof (longer), paper (no warm-up, equal rates) or stable (what its authors changed since)."
+        ),
+    ] = "demo",
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Every random number of the run derives from it.")
+    ] = 0,
+    samples: Annotated[int, typer.Option(min=2, help="Samples per column of the report.")] = 128,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out clips that cannot be used, and list them.")
+    ] = False,
+    truncate_captions: Annotated[
+        bool, typer.Option("--truncate-captions", help="Cut captions that are too long for the text encoder.")
+    ] = False,
+) -> None:
+    """The whole method in miniature: clips in, one-step video and a weights file for ComfyUI out. About 8
+    minutes on two cores.
+    """
+    from trainer.config import load_preset
+    from trainer.proof.demo import Demo
+
+    preset, recipe = _spelled_anew(preset, recipe)
+    loaded = load_preset(preset).with_recipe(recipe)
+    Demo(out, loaded, recipe, data, seed, samples, skip_bad, truncate_captions).run()
+
+
+def _spelled_anew(preset: str, recipe: str) -> tuple[str, str]:
+    """(preset, recipe), also where they are given the other way round, as `demo` took them before 0.2."""
+    from trainer.config import PRESETS
+
+    def is_preset(name: str) -> bool:
+        return name.endswith(".toml") or (PRESETS / f"{name}.toml").is_file()
+
+    if is_preset(preset) and not is_preset(recipe):
+        return preset, recipe
+    old = (recipe if is_preset(recipe) else "mini"), (preset if not is_preset(preset) else "demo")
+    print(
+        f"deprecated: say --preset {old[0]} --recipe {old[1]}; the two have changed places.", file=sys.stderr
+    )
+    return old
+
+
+@app.command()
+def measure(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished demo runs.")],
+    samples: Annotated[int, typer.Option(min=2, help="Samples per column and run.")] = 1024,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON too.")] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="With the APT model's blocks in 8 bits.")] = False,
+) -> None:
+    """Judge finished runs on many fresh samples and print one table: means over the runs."""
+    from trainer.proof.measure import measure_runs
+
+    measure_runs(runs, samples, out, fp8)
+
+
+@app.command()
+def ablate(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="These variants (or groups: sigma, updates, steps, batch) and what they are compared with; commas or several times. By default all."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many; intervals and verdicts need two or more.")] = 3,
+    out: Out = Path("runs/ablations"),
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--run",
+            "--with-run",
+            help="Folder of a finished demo whose data and stage 1 are used for its seed; several times. For other seeds they are made.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=2, help="Samples that each row is judged on, for each seed.")
+    ] = 1024,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Recipe of the reference row; by default the runs', or the preset's first."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Preset with the numbers: a name, or a .toml file; by default the runs', or mini."),
+    ] = None,
+    phase: Annotated[str, typer.Option(help="image or video.")] = "image",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "cpu",
+) -> None:
+    """The paper's ablations on the miniature: every variant over several seeds, with the paper's claim and
+    whether it holds here.
+
+    It takes hours, and goes on where it was stopped: a file for each finished variant and seed, training
+    states for the one at hand.
+    Leaves ablations.html, ablations.png and ablations.json.
+    """
+    import shlex
+
+    from trainer.machines.machine import pick_device
+    from trainer.proof.ablate import ablation
+
+    names = [name.strip() for part in only or () for name in part.split(",")]
+    table = ablation(out, preset, recipe, phase, samples, run or (), pick_device(device))
+    table.run(seeds, names, shlex.join(["python", "-m", "trainer", *sys.argv[1:]]))
+
+
+@app.command()
+def plot(
+    run: Annotated[Path, typer.Argument(help="A run's folder, of the demo or of the trainer.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; by default the run's own.")
+    ] = None,
+) -> None:
+    """Training curves as PNGs: the discriminator's accuracy, held-out samples included, logits, losses,
+    penalties, gradient at the sample.
+    """
+    from trainer.run.plot import plot_run
+
+    for path in plot_run(run, out):
+        print(path)
+
+
+@app.command("pretrain-mini")
+def pretrain_mini(
+    part: Annotated[
+        str,
+        typer.Argument(
+            help="What to train: all, or one of vae, sharpen, text, features, teacher, base, in that order."
+        ),
+    ] = "all",
+    out: Out = Path("runs/pretrain-mini"),
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Every random number of the run derives from it.")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
+    amp: Annotated[
+        bool,
+        typer.Option(
+            "--amp", help="Train VAE, teacher and base in bf16 autocast, where the processor is fast at it."
+        ),
+    ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the transformer's blocks (needs a C++ compiler on a CPU)."),
+    ] = False,
+) -> None:
+    """Rebuild the miniature's shipped files. Hours on a CPU; finished parts are kept, and the base goes on
+    where it was stopped.
+    """
+    from trainer.mini.pretrain import pretrain
+
+    pretrain(part, out, seed=seed, device=device, amp=amp, compiled=compiled)
