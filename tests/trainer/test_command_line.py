@@ -59,10 +59,10 @@ def test_help_names_the_commands():
     "arguments, sentence",
     [
         (
-            ("demo", "--preset", "wild"),
+            ("demo", "--recipe", "wild"),
             "preset mini has no stage 2 named 'wild'; it has demo, proof, paper, stable.",
         ),
-        (("demo", "--recipe", "nope"), "there is no preset 'nope'; use one of mini, seaweed-8b, "),
+        (("demo", "--preset", "nope"), "there is no preset 'nope'; use one of mini, seaweed-8b, "),
         (("ablate", "--only", "t0,no_r1"), "there is no variant 'no_r1' (did you mean no_ar1"),
         (("measure", "nowhere"), "nowhere holds no run of the demo"),
         (("probe", "nowhere"), "nowhere does not exist: give a checkpoint file"),

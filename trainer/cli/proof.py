@@ -46,12 +46,12 @@ def demo(
 
 def _spelled_anew(preset: str, recipe: str) -> tuple[str, str]:
     """(preset, recipe), also where they are given the other way round, as `demo` took them before 0.2."""
-    from trainer.config import PRESETS
+    from trainer.config import PRESETS, load_preset
 
     def is_preset(name: str) -> bool:
         return name.endswith(".toml") or (PRESETS / f"{name}.toml").is_file()
 
-    if is_preset(preset) and not is_preset(recipe):
+    if not is_preset(recipe) and (is_preset(preset) or preset not in load_preset("mini").stage2):
         return preset, recipe
     old = (recipe if is_preset(recipe) else "mini"), (preset if not is_preset(preset) else "demo")
     print(
