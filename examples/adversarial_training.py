@@ -17,9 +17,8 @@ from apt_core.method.optim import make_rmsprop
 
 torch.manual_seed(0)
 generator = load_transformer(SHIPPED["base"])
-discriminator = Discriminator(
-    load_transformer(SHIPPED["base"])
-)  # the whole backbone, heads after 4/9, 13/18 and all of its blocks
+# the whole backbone, heads after 4/9, 13/18 and all of its blocks
+discriminator = Discriminator(load_transformer(SHIPPED["base"]))
 objective = Objective(r1_weight=100.0, r1_sigma=0.2)
 optimizers = make_rmsprop(generator.parameters(), lr=1e-5), make_rmsprop(discriminator.parameters(), lr=3e-5)
 average = Ema(generator, decay=0.9)

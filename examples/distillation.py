@@ -18,9 +18,8 @@ torch.manual_seed(0)
 teacher = load_transformer(SHIPPED["base"]).requires_grad_(False)
 student, target = load_transformer(SHIPPED["base"]), copy.deepcopy(teacher)
 following = Ema(student, decay=0.95)  # what the target network holds
-settings = ConsistencySettings(
-    steps=12, guidance=2.0
-)  # the paper has a guidance of 7.5 and leaves the steps open
+# the paper has a guidance of 7.5 and leaves the steps open
+settings = ConsistencySettings(steps=12, guidance=2.0)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
 
 x, z, text, negative = (

@@ -79,8 +79,8 @@ class Split:
         return _Whole.apply(x, self, n)
 
     def tap(self, tokens: Tensor, n: int) -> Tensor:
-        """Visual tokens of a piece as the features of a tap: whole, or this process's own without padding
-        where a discriminator reads them.
+        """The features of a tap: all tokens, or where a discriminator reads them this process's share,
+        without padding.
         """
         return tokens[:, : self._own(n)] if self.local_taps else self.whole(tokens, n)
 
@@ -89,9 +89,8 @@ class Split:
         a token is smallest.
         """
         pf, ph, pw = embedding.kernel_size
-        patches = (
-            latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))
-        )  # [B, C, f, pf, h, ph, w, pw]
+        # [B, C, f, pf, h, ph, w, pw]
+        patches = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, n, C pf ph pw]
         return F.linear(self.piece(patches), embedding.weight.flatten(1), embedding.bias)
 
@@ -114,16 +113,15 @@ class Split:
         return self._by_tokens(attention(q.flatten(1, 2), k, v).unflatten(1, (self.size, -1)))
 
     def merge(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the same q [B, heads, m, channels] on every process to keys and values [B, heads, n,
-        channels] of which each has its own: over those first, then the answers are weighed by the sums of
-        their exponentials. Returns [B, heads, m, channels].
+        """Attention of one q [B, heads, m, channels], the same on every process, to keys and values [B,
+        heads, n, channels] that are spread over them: each process answers for its own, then the answers are
+        weighed by the sums of their exponentials. Returns [B, heads, m, channels].
         """
         scores = q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5
         total = scores.logsumexp(3, keepdim=True)
         answer = (scores - total).exp() @ v.float()
-        both = self.whole(
-            torch.cat((answer, total), dim=3)[:, None], self.size
-        )  # [B, size, heads, m, channels + 1]
+        # [B, size, heads, m, channels + 1]
+        both = self.whole(torch.cat((answer, total), dim=3)[:, None], self.size)
         answers, totals = both[..., :-1], both[..., -1:]
         return (totals.softmax(1) * answers).sum(1).type_as(q)
 
@@ -156,9 +154,8 @@ class Split:
 
     def _unpadded(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         if all(n % self.size == 0 for n in lengths):
-            return x.flatten(
-                1, 2
-            )  # several sequences interleaved: attention does not mind, as long as k and v agree
+            # several sequences interleaved: attention does not mind, as long as k and v agree
+            return x.flatten(1, 2)
         pieces = x.split([-(-n // self.size) for n in lengths], dim=2)
         return torch.cat([piece.flatten(1, 2)[:, :n] for piece, n in zip(pieces, lengths)], dim=1)
 

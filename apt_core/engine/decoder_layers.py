@@ -64,9 +64,8 @@ class Stream:
             return out.copy_(x)
         if x.dtype.itemsize > 2:
             return F.silu(rms_norm(x, gamma, out), inplace=True)
-        for source, target in (
-            [(x, out)] if torch.compiler.is_compiling() else zip(x, out)
-        ):  # rounded once, in fp32 for one frame at a time
+        # rounded once, in fp32 for one frame at a time
+        for source, target in [(x, out)] if torch.compiler.is_compiling() else zip(x, out):
             wide = source.float()
             target.copy_(F.silu(rms_norm(wide, gamma, wide), inplace=True))
         return out
@@ -152,9 +151,8 @@ class CausalConv:
         self.by_taps = conv.weight.device.type == "cpu"
         weight = conv.weight.data
         if self.by_taps:
-            conv.weight.data = (
-                weight.permute(2, 0, 3, 4, 1).contiguous().permute(1, 4, 0, 2, 3)
-            )  # each tap channels-last
+            # each tap channels-last
+            conv.weight.data = weight.permute(2, 0, 3, 4, 1).contiguous().permute(1, 4, 0, 2, 3)
         else:
             conv.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
         self.weight = conv.weight
@@ -170,9 +168,10 @@ class CausalConv:
                 .permute(1, 2, 3, 0)
                 .contiguous()
             )
+        # no copy where it goes by taps
         taps = [
             tap.contiguous(memory_format=torch.channels_last) for tap in self.weight.unbind(2)[-len(frames) :]
-        ]  # no copy where it goes by taps
+        ]
         frames = frames.permute(0, 3, 1, 2)
         out = F.conv2d(frames[-count:], taps[-1], self.bias, padding=padding)
         if len(frames) > count:
@@ -240,9 +239,8 @@ class Upsample:
         self.time = CausalConv(resample.time_conv, next(number)) if hasattr(resample, "time_conv") else None
         conv = resample.resample[1]
         full = conv.weight.float()
-        rows = full.new_tensor(
-            [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]
-        )  # [place, tap of 2, tap of 3]
+        # [place, tap of 2, tap of 3]
+        rows = full.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         weight = torch.einsum("ocyx,iay,jbx->ijocab", full, rows, rows).flatten(0, 2)
         self.weight = weight.to(conv.weight.dtype, memory_format=torch.channels_last)
         self.bias = conv.bias.repeat(4)
@@ -303,9 +301,10 @@ class Repeat:
             for i in range(2):
                 for j in range(2):
                     channel = ((a * 2 + i) * 2 + j) // self.repeats
+                    # += would write twice
                     fine[(a - skip) % self.frames :: self.frames, :, i, :, j].add_(
                         source[..., channel :: self.step]
-                    )  # += would write twice
+                    )
         return y
 
 

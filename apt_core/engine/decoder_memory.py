@@ -10,8 +10,8 @@ from .decoder_layers import MEMORY, Attention, CausalConv, Head, Keep, Pointwise
 BAND = 12
 """Rows of a band at least: the two last resolutions hold back 11 rows of the first."""
 SPARE = 0.85
-"""Part of a budget that the account may fill: the rest is for the workspaces of the convolutions, of which
-nothing is known before.
+"""Part of a budget that the account may fill: the rest is for the workspaces of the convolutions, whose
+size nobody knows before.
 """
 
 LARGEST = 2**31

@@ -38,12 +38,10 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out] in the dtype of x."""
         rows, scale = quantise(x.reshape(-1, self.in_features), self.rowwise)
-        out = (
-            torch.bfloat16 if x.is_cuda and self.rowwise else x.dtype
-        )  # all that every build of torch has for rows
-        bias = (
-            self.bias if out == x.dtype == torch.bfloat16 else None
-        )  # the fp8 units add a bias to 16 bits only
+        # all that every build of torch has for rows
+        out = torch.bfloat16 if x.is_cuda and self.rowwise else x.dtype
+        # the fp8 units add a bias to 16 bits only
+        bias = self.bias if out == x.dtype == torch.bfloat16 else None
         y = torch._scaled_mm(
             rows,
             self.weight.t(),

@@ -108,7 +108,7 @@ def extend(
 
 
 def work_on(device: torch.device) -> bool:
-    """Whether they run there: Triton also wants a C compiler and a card that it knows."""
+    """Whether the kernels run on this device: Triton also wants a C compiler and a card that it knows."""
     try:
         extend(
             torch.ones(1, 1, 1, 16, device=device), torch.ones(16, device=device), None, memory=2, keep=False

@@ -290,9 +290,8 @@ class OneStepPipeline:
         if request.frames == 1:
             write_image(path, next(parts), about=about)
         else:
-            with (
-                ExitStack() as stack
-            ):  # left from below: the encoder's thread is done before the file is closed
+            # left from below: the encoder's thread is done before the file is closed
+            with ExitStack() as stack:
                 write = stack.enter_context(
                     video_writer(path, request.height, request.width, request.fps, about=about)
                 )
@@ -323,9 +322,8 @@ class OneStepPipeline:
         if self.approximate:
             return vae
         if self._decoder is None:
-            compiled = (
-                self.speed.compile and self.device.type != "cpu"
-            )  # there it takes minutes, and the result is slower
+            # there it takes minutes, and the result is slower
+            compiled = self.speed.compile and self.device.type != "cpu"
             self._decoder = Decoder(vae, compile=compiled, budget=self._beside_weights(), group=self.group)
         return self._decoder
 
@@ -355,9 +353,8 @@ class OneStepPipeline:
         _, f, h, w = Request(("",)).fitted(self.sources).latents(self.sources)
         tokens = f * h * w // int(np.prod(transformer.patch))
         d = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
-        working = (
-            tokens * (24 * d + 2 * transformer.config.get("ffn_dim", 4 * d)) * width
-        )  # of one block, nothing is kept
+        # of one block, nothing is kept
+        working = tokens * (24 * d + 2 * transformer.config.get("ffn_dim", 4 * d)) * width
         return first_level(self.device, weights, working, self.memory)
 
 

@@ -52,8 +52,8 @@ class Request:
         return {"prompt": self.prompt(number), "seed": int(self.seed), "number": number}
 
     def fitted(self, sources: Sources) -> "Request":
-        """With every size filled in. Raises AptError for sizes that the model cannot make, for values that
-        are none, and for nothing to make.
+        """With every size filled in. Raises AptError for sizes that the model cannot make, for NaN and other
+        values that cannot be, and when there is nothing to make.
         """
         if not self.prompts:
             raise AptError("there is no prompt: give one or more.")

@@ -61,9 +61,8 @@ class Residence:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-            self._step_down(
-                name, alone
-            )  # not in the except block, which would still hold what the failed attempt had
+            # not in the except block, which would still hold what the failed attempt had
+            self._step_down(name, alone)
 
     def _ready(self, name: str, load: Callable[[torch.device], object]):
         if self.level >= PARTS:
@@ -192,9 +191,8 @@ class BlockStream:
             ]
 
     def _take(self, number: int) -> None:
-        if (
-            number - 2 in self._done
-        ):  # the CPU runs ahead of the device, which would have to hold all the blocks that it asked for
+        # the CPU runs ahead of the device, which would have to hold all the blocks that it asked for
+        if number - 2 in self._done:
             self._done[number - 2].synchronize()
         if number not in self._coming:
             self._fetch(number)
@@ -229,7 +227,7 @@ def free_memory(device: torch.device) -> float:
 def first_level(device: torch.device, weights: dict[str, int], working: int, budget: float | None) -> int:
     """The level to begin with, so that nothing has to be loaded twice.
 
-    weights: bytes of each network, of which "transformer" is the one with blocks; working: bytes that it
+    weights: bytes of each network ("transformer" is the one with blocks); working: bytes that it
     computes with; budget: bytes that may be used, by default what the device has free.
     """
     has = free_memory(device) if budget is None else budget

@@ -97,9 +97,8 @@ class TextCache:
 
     def _write(self, path: Path, embedding: Tensor) -> None:
         half = embedding.bfloat16()
-        embedding = (
-            half if torch.equal(half.float(), embedding) else embedding
-        )  # an encoder in bf16 loses nothing
+        # an encoder in bf16 loses nothing
+        embedding = half if torch.equal(half.float(), embedding) else embedding
         # A full or read-only disk costs time, not the video.
         with suppress(AptError), replacing(path) as partial:
             partial.write_bytes(save({"embedding": embedding.contiguous()}, {"digest": _of(embedding)}))

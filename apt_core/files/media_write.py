@@ -90,9 +90,8 @@ def video_writer(
             pixel_format,
             {"crf": str(crf)},
         )
-        stream.options |= {
-            "x264-params": "no-mbtree=1"
-        }  # with it the same frames give other files from run to run
+        # with it the same frames give other files from run to run
+        stream.options |= {"x264-params": "no-mbtree=1"}
         codec = stream.codec_context
         codec.colorspace = codec.color_primaries = codec.color_trc = 1  # BT.709
         codec.color_range = 1  # limited

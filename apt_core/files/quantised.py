@@ -21,12 +21,13 @@ from .tensorfile import FLOATS, Header
 
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 FORMATS = {"float8_e4m3fn", "float8_e5m2"}
+# in comfy_quant: they do not change the values
 HARMLESS = {
     "format",
     "full_precision_matrix_mult",
     "orig_dtype",
     "orig_shape",
-}  # in comfy_quant: they do not change the values
+}
 MARKER, JSON, LAYERS = "scaled_fp8", "comfy_quant", "_quantization_metadata"
 SCALES = ("weight_scale", "scale_weight")
 BESIDE = (*SCALES, "scale_input", "input_scale", JSON, MARKER)

@@ -59,7 +59,7 @@ class TransformerSource:
     """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file;
     parameters: how many; load(dtype, device): the model, whole and without adapters; note: a sentence to say
     when it is opened, or "".
-    Raises AptError for metadata with sizes, lengths or a second time that are none.
+    Raises AptError for metadata whose sizes, lengths or second time make no sense.
     """
 
     name: str

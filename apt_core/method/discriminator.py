@@ -54,7 +54,7 @@ class CrossAttentionHead(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: visual tokens [B, S, dim] of one depth, of which a split holds this process's own. Returns
+        """tokens: visual tokens [B, S, dim] of one depth; with a split, this process's share of them. Returns
         one token per sample, [B, dim].
         """
         token, q, k, v = self._ask(tokens)
@@ -137,9 +137,8 @@ class Discriminator(nn.Module):
             summary = F.layer_norm(
                 summary.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
             )
-            return (
-                summary @ logit.weight.float()[0] + logit.bias.float()
-            )  # not a view: FSDP2 hooks its outputs
+            # not a view: FSDP2 hooks its outputs
+            return summary @ logit.weight.float()[0] + logit.bias.float()
 
     @torch.no_grad()
     def weights(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:

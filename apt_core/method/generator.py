@@ -33,7 +33,7 @@ def few_step(
     paper does not print its two times: they are `times`, the first 1.0, strictly decreasing, above 0.
     `noise_fn(i)` gives fresh noise of z's shape before step i = 1, 2, ... (step 0 starts from `z`). Returns
     fp32 [B, C, F, H, W]; `times=(1.0,)` is `one_step`.
-    Raises AptError for times that are none of that.
+    Raises AptError for other times.
     """
     times = [float(t) for t in times]
     if not times or times[0] != 1.0 or not times[-1] > 0 or any(not a > b for a, b in zip(times, times[1:])):

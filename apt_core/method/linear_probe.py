@@ -59,18 +59,16 @@ def to_patches(latents: Tensor, patch: Sequence[int]) -> Tensor:
     (frame, row, column).
     """
     pf, ph, pw = patch
-    x = (
-        latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))
-    )  # [B, C, f, pf, h, ph, w, pw]
+    # [B, C, f, pf, h, ph, w, pw]
+    x = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
 
 def from_patches(patches: Tensor, patch: Sequence[int], shape: Sequence[int]) -> Tensor:
     """The inverse of `to_patches`; shape: (C, F, H, W) of the latents."""
     channels, *sizes = shape
-    x = patches.unflatten(2, (channels, *patch)).unflatten(
-        1, [n // p for n, p in zip(sizes, patch)]
-    )  # [B, f, h, w, C, pf, ph, pw]
+    # [B, f, h, w, C, pf, ph, pw]
+    x = patches.unflatten(2, (channels, *patch)).unflatten(1, [n // p for n, p in zip(sizes, patch)])
     return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 

@@ -30,7 +30,7 @@ PACKAGES = {
 The other names need none.
 """
 FORWARD_ONLY = ("_flash_3", "sage", "_sage")
-"""Beginnings of names of which diffusers has no backward pass: FlashAttention 3 has one, but not behind
+"""How the names begin that have no backward pass in diffusers. FlashAttention 3 has one, but not behind
 diffusers' `_flash_3`.
 """
 SIXTEEN_BITS_ON_A_CARD = ("flash", "_flash", "sage", "_sage", "_native_cudnn")

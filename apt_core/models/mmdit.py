@@ -286,9 +286,8 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
 
     def _unpatch(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        x = tokens.unflatten(2, (-1, *self.config.patch_size)).unflatten(
-            1, grid
-        )  # [B, f, h, w, C, pf, ph, pw]
+        # [B, f, h, w, C, pf, ph, pw]
+        x = tokens.unflatten(2, (-1, *self.config.patch_size)).unflatten(1, grid)
         return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def use_attention(self, backend: str) -> None:

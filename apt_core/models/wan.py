@@ -144,9 +144,8 @@ class WanBackbone(WanTransformer3DModel):
 
     def _unpatch(self, patches: Tensor, shape: Sequence[int]) -> Tensor:
         grid = [n // p for n, p in zip(shape, self.config.patch_size)]
-        x = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(
-            1, grid
-        )  # [B, f, h, w, pf, ph, pw, C]
+        # [B, f, h, w, pf, ph, pw, C]
+        x = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def use_attention(self, backend: str) -> None:

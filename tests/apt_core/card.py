@@ -15,13 +15,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
+# a real card takes the CPU's tensors there, too
 ANYWHERE = {
     "__set__",
     "copy_",
     "__getitem__",
     "__setitem__",
     "_has_compatible_shallow_copy_type",
-}  # a real card takes the CPU's tensors there, too
+}
 
 
 class Queue:

@@ -39,9 +39,8 @@ def start(size: int, function: Callable, *args, preload: Sequence[str] = ()) -> 
 
 def _work(rank: int, size: int, port: int, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
-    timeout = timedelta(
-        minutes=15
-    )  # of an exchange in which somebody is missing; on a busy machine that is whoever waits for a core
+    # of an exchange in which somebody is missing; on a busy machine that is whoever waits for a core
+    timeout = timedelta(minutes=15)
     dist.init_process_group(
         "gloo", timeout=timeout, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
     )

@@ -92,10 +92,11 @@ def test_only_own_kind_is_taken_away(tmp_path, dead):
         tmp_path / f".x.{host()}.{dead}-1-0.partial.bak",
         tmp_path / "x.part",
     ]
+    # the number of a live process, used again
     go = [
         fake(path, host(), dead, 1),
         fake(path, host(), pid, started + 1),
-    ]  # the number of a live process, used again
+    ]
     for file in (*stay, *go):
         file.write_text("kept")
     with replacing(path) as part:

@@ -19,10 +19,11 @@ def machine(monkeypatch):
 
     def be(generation: int, installed: set[str]) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+        # None where a package is missing or does not load
         for name, package in (
             ("flash_attn_func", "fa2"),
             ("flash_attn_3_func", "fa3"),
-        ):  # None where a package is missing or does not load
+        ):
             monkeypatch.setattr(attention.attention_dispatch, name, print if package in installed else None)
 
     return be

@@ -120,9 +120,8 @@ def test_bands_and_memory_on_the_cpu_are_exact(double, vae, bands):
 def test_out_of_memory_in_the_middle_loses_and_doubles_no_frame(double, vae):
     z = latents(vae, 7, 6, 2)
     decoder = Decoder(vae, frames_per_call=3)
-    decoder._high[2] = Failing(
-        decoder._high[2], calls=(2, 5)
-    )  # the second slice at 3 frames, then the third at 1
+    # the second slice at 3 frames, then the third at 1
+    decoder._high[2] = Failing(decoder._high[2], calls=(2, 5))
     told = []
     slices = list(decoder.stream(z, report=told.append))
     close(torch.cat(slices, dim=1), stock(vae, z))

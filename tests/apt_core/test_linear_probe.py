@@ -12,9 +12,8 @@ from apt_core.models.wan import WanBackbone
 
 def test_ridge_equals_its_normal_equations():
     g = torch.Generator().manual_seed(0)
-    x = (
-        torch.randn(40, 5, generator=g, dtype=torch.float64) * torch.tensor([1, 2, 3, 4, 5]) + 100
-    )  # far from zero, as a residual stream may be
+    # far from zero, as a residual stream may be
+    x = torch.randn(40, 5, generator=g, dtype=torch.float64) * torch.tensor([1, 2, 3, 4, 5]) + 100
     y = torch.randn(40, 3, generator=g, dtype=torch.float64) + x[:, :3]
     ridge = Ridge()
     for part in (slice(0, 7), slice(7, 33), slice(33, 40)):

@@ -245,9 +245,8 @@ def test_discriminator_has_no_idle_adapters_and_the_generator_keeps_its_own(shar
     assert d.backbone.config.num_layers == 4 and model.config.num_layers == len(model.blocks) == 6
     assert len(role(model, "generator").adapters()) == 13
     assert torch.equal(one_step(role(model, "generator"), x, text), before)
-    assert set(role(model, "discriminator").adapters()) == set(
-        d.backbone.adapters()
-    )  # gone for good, from any view
+    # gone for good, from any view
+    assert set(role(model, "discriminator").adapters()) == set(d.backbone.adapters())
     with pytest.raises(AptError, match="taps"):
         d.backbone(x, 1000 * t, text)
 
@@ -263,9 +262,8 @@ def test_ema_of_a_role_and_copies_between_roles(shared):
     ema.update(generator)
     ema.copy_to(role(model, "discriminator"))  # both roles' names are the layers'
     for key, value in adapter_state(model, "discriminator").items():
-        torch.testing.assert_close(
-            value, start[key] + 0.5, rtol=0, atol=2**-22
-        )  # numbers below 2, rounded twice
+        # numbers below 2, rounded twice
+        torch.testing.assert_close(value, start[key] + 0.5, rtol=0, atol=2**-22)
 
 
 def test_bf16_base_and_fp32_adapters(shared, batch):

@@ -147,10 +147,11 @@ def test_whole_differences_and_biases(wan, tmp_path):
     }
     state[f"{layer}.weight"] += up.double() @ down.double() * 2
     state[f"{layer}.bias"] += bias.double() * 2
+    # as a convolution's are saved
     down, up = (
         torch.randn(2, 4, 1, 2, 2, generator=g),
         torch.randn(24, 2, 1, 1, 1, generator=g),
-    )  # as a convolution's are saved
+    )
     tensors |= {"patch_embedding.lora_down.weight": down, "patch_embedding.lora_up.weight": up}
     state["patch_embedding.weight"] += torch.einsum(
         "or,ricde->oicde", up[..., 0, 0, 0].double(), down.double()

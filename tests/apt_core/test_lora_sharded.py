@@ -141,7 +141,6 @@ def test_two_processes_are_one(tmp_path, kind, mode, adapted):
         for key in other:
             torch.testing.assert_close(state[key], other[key], rtol=0, atol=1e-9)
     moved = [key for key in untouched if not torch.equal(found[1][key], untouched[key])]
-    assert len(moved) == adapted and all(
-        key.startswith("blocks.") for key in moved
-    )  # the adapted weights of G, and none else
+    # the adapted weights of G, and none else
+    assert len(moved) == adapted and all(key.startswith("blocks.") for key in moved)
     assert dtypes == {torch.float32} and 0 < (sample - exact).norm() / exact.norm() < 0.02

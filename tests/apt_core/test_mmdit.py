@@ -108,9 +108,10 @@ def test_against_diffusers_dual_stream_transformer(double, size):
         .flatten(4)
         .flatten(1, 3)
     )
+    # up to diffusers 0.36
     lengths = (
         {"txt_seq_lens": [5, 5]} if "txt_seq_lens" in inspect.signature(stock.forward).parameters else {}
-    )  # up to diffusers 0.36
+    )
     with torch.no_grad():
         expected = stock(
             packed, text, timestep=t / 1000, img_shapes=[[(f, h // 2, w // 2)]] * 2, **lengths

@@ -175,9 +175,8 @@ def test_penalty_is_autograds_r1_for_small_sigma(double, disc, batch):
     r1 = discriminator_backward(d, Objective(r1_sigma=sigma), *many, noise)["r1"].item()
     along_the_same_noise = (sigma * (noise * gradient).flatten(1).sum(1)).square().mean().item()
     assert r1 == pytest.approx(along_the_same_noise, rel=0.01)
-    assert r1 == pytest.approx(
-        sigma**2 * gradient.square().sum().item(), rel=0.2
-    )  # the mean of chi^2 over 512 draws
+    # the mean of chi^2 over 512 draws
+    assert r1 == pytest.approx(sigma**2 * gradient.square().sum().item(), rel=0.2)
 
 
 # ---- the discriminator step
@@ -305,9 +304,8 @@ def test_fp32_is_as_near_to_fp64_as_its_rounding(disc, batch, monkeypatch, objec
 def test_accumulation_gives_the_whole_batchs_gradient(double, disc, batch, mode, objective):
     d = disc().double()
     inputs = doubles(*batch(4))
-    if (
-        objective.reg_fraction == 0.5
-    ):  # every microbatch regularises its own first half, so the whole batch needs that order
+    # every microbatch regularises its own first half, so the whole batch needs that order
+    if objective.reg_fraction == 0.5:
         order = torch.tensor([0, 2, 1, 3])
     else:
         order = torch.arange(4)

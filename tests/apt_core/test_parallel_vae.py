@@ -32,9 +32,8 @@ HEIGHTS = (8, 6, 4)
 
 def build(version: str) -> AutoencoderKLWan:
     torch.manual_seed(0)
-    vae = (
-        AutoencoderKLWan(**VERSIONS[version]).eval().requires_grad_(False).double()
-    )  # a difference is then a mistake, not rounding
+    # a difference is then a mistake, not rounding
+    vae = AutoencoderKLWan(**VERSIONS[version]).eval().requires_grad_(False).double()
     for name, p in vae.named_parameters():
         if name.endswith(("bias", "gamma")):
             p.add_(torch.randn_like(p) * 0.1)  # an unlike border, and attention that matters

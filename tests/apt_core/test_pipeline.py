@@ -360,9 +360,8 @@ def test_out_of_memory_in_the_transformer(double, times, level, monkeypatch, tmp
     latents = pipe.latents(request, 0, text)
     exactly(latents, by_hand(dtype=torch.float64))
     assert pipe._residence.level == level and len(said) == times and pipe.steps_taken == said
-    assert (
-        torch.equal(pipe.latents(request, 0, text), latents) and len(said) == times
-    )  # it stays there, and says nothing twice
+    # it stays there, and says nothing twice
+    assert torch.equal(pipe.latents(request, 0, text), latents) and len(said) == times
     assert close(pipe(PROMPT, **SIZE).frames, as_bytes(by_hand(dtype=torch.float64)))
 
 
@@ -412,9 +411,8 @@ def together(group, folder) -> None:
         request = pipe.request(PROMPT, **SIZE)
         latents = pipe.latents(request, 0, pipe.embed(request).double())
         frames = np.concatenate(list(pipe.frames(latents)))
-        pixels = Decoder(load_vae(SHIPPED["vae"], torch.float64), group=group).decode(
-            latents
-        )  # as the pipeline does, before they are bytes
+        # as the pipeline does, before they are bytes
+        pixels = Decoder(load_vae(SHIPPED["vae"], torch.float64), group=group).decode(latents)
     torch.save((latents, pixels, torch.from_numpy(frames)), folder / f"{group.rank()}.pt")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 SNAPSHOT = Path(__file__).parents[1] / "workflows" / "object_info.json"
 WORDS = SNAPSHOT.with_name("words.json")
 KEPT = ("default", "min", "max", "step", "control_after_generate", "multiline", "forceInput")
+# what these list depends on the machine
 FILES = (
     "checkpoint",
     "text_encoder",
@@ -15,7 +16,7 @@ FILES = (
     "unet_name",
     "clip_name",
     "lora_name",
-)  # what these list depends on the machine
+)
 
 
 def interface(info: dict) -> dict:

@@ -220,9 +220,8 @@ def test_noise_given_replaces_that_of_the_seed(run, generator, text):
     for item, (z, fresh) in enumerate(walk):
         close(latents["walk"][item : item + 1], few_step(generator, z, text, (1.0, 0.7), lambda i: fresh))
         close(latents["walk advanced"][item : item + 1], one_step(generator, z, text))
-    both = torch.randn(
-        2, 16, 2, 6, 4, generator=torch.Generator().manual_seed(SEED)
-    )  # stock noise: one seed for the batch
+    # stock noise: one seed for the batch
+    both = torch.randn(2, 16, 2, 6, 4, generator=torch.Generator().manual_seed(SEED))
     for item in range(2):
         fresh = noise(77 + item, 2)[1]
         close(

@@ -146,9 +146,8 @@ def test_pipeline_where_memory_is_short(tmp_path):
         assert np.abs(shown.astype(int) - frames).max() <= 4
         again = pipe(PROMPT, seed=3)
         assert np.array_equal(again.frames, shown)
-        many = pipe(
-            [PROMPT, "a blue square"], seed=3, count=2
-        )  # a text that the cache has not: the encoder comes back, too
+        # a text that the cache has not: the encoder comes back, too
+        many = pipe([PROMPT, "a blue square"], seed=3, count=2)
         assert np.array_equal(many[0].frames, shown) and len(many) == 4
 
 

@@ -44,11 +44,12 @@ def test_inference_in_miniature(tmp_path):
     assert set(found["stock"]) == set(PARTS) and found["paper"]["total"] == 6.03
     # a decode that keeps less than one frame more than it gives out would be a broken ruler
     assert all(size > 48 * 48 * 3 for size in found["decode_peak_bytes"].values())
+    # null: equal to the last digit
     assert (
         found["velocity_error"] < 1e-5
         and found["decode_psnr"]["engine"] > 100
         and (found["decode_psnr"]["stock"] or float("inf")) > 100
-    )  # null: equal to the last digit
+    )
     assert found["uncompiled_decode_seconds"] is None and all(
         found["first_seconds"][part] > 0 for part in ("dit", "vae")
     )
@@ -92,9 +93,8 @@ def test_work_is_what_the_shapes_say():
     n, d = 3 * 3 * 3, model.width
     linear = model.layers * (n * (12 * d * d + 4 * d * model.ffn) + 32 * 4 * d * d)
     assert work["dit"].flops == linear + model.layers * 4 * d * (n * n + n * 32)
-    assert work["dit"].moved == 4 * (
-        parameters(model) + 2 * 16 * 3 * 6 * 6
-    )  # weights, noise in, velocity out
+    # weights, noise in, velocity out
+    assert work["dit"].moved == 4 * (parameters(model) + 2 * 16 * 3 * 6 * 6)
     assert work["vae"].flops > 20 * work["dit"].flops  # the decode is where the work is
 
 

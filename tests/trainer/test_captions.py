@@ -82,9 +82,8 @@ def test_metadata_files(tmp_path, column):
 
 
 def test_one_kind_alone(tmp_path):
-    fill(
-        tmp_path, {"a.mp4": "x", "b.png": "x", "b.txt": "b"}
-    )  # the clip without a caption is nobody's concern
+    # the clip without a caption is nobody's concern
+    fill(tmp_path, {"a.mp4": "x", "b.png": "x", "b.txt": "b"})
     items, bad = find_items(tmp_path, ("image",), skip_bad=False)
     assert ids(tmp_path, items) == {"b.png": "b"} and not bad
     with pytest.raises(AptError, match=r"no captions \(videos in it: 1\): put"):

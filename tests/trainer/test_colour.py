@@ -55,9 +55,8 @@ def test_the_tone_map_leaves_the_dark_alone_and_ends_at_white():
     y, top = tone_map(x), PEAK / WHITE
     assert np.array_equal(y[x <= KNEE], x[x <= KNEE]) and (np.diff(y) >= 0).all()
     slope = (np.diff(y) / np.diff(x))[x[1:] < top]
-    assert (
-        np.abs(np.diff(slope)).max() < 2 * 1.78 * 5e-4
-    )  # no kink: at KNEE it bends by twice 1 / (1 - KNEE) - 1 / (top - KNEE)
+    # no kink: at KNEE it bends by twice 1 / (1 - KNEE) - 1 / (top - KNEE)
+    assert np.abs(np.diff(slope)).max() < 2 * 1.78 * 5e-4
     assert tone_map(np.array([top, 2 * top])) == pytest.approx([1, 1]) and tone_map(np.array([1.0]))[
         0
     ] == pytest.approx(0.7652, abs=1e-3)
@@ -69,9 +68,8 @@ def test_colours_below_the_knee_arrive_as_they_were():
     signal = np.vectorize(pq_signal)(WHITE * bt2020)
     got = to_sdr(np.rint(signal * 65535).astype(np.uint16)[None], PQ, BT2020)[0]
     assert got.dtype == np.uint8 and np.abs(got - code(bt709)).max() <= 2  # 0 and a little more differ most
-    assert np.array_equal(
-        to_sdr(np.rint(signal * 65535).astype(np.uint16)[None], PQ, 2)[0], got
-    )  # HDR that does not say is BT.2020
+    # HDR that does not say is BT.2020
+    assert np.array_equal(to_sdr(np.rint(signal * 65535).astype(np.uint16)[None], PQ, 2)[0], got)
 
 
 def test_highlights_keep_their_hue_and_what_is_wider_is_clipped():

@@ -531,9 +531,8 @@ def test_generate_refuses_what_cannot_be_made(run, tmp_path):
         "generate", run, "x", "--height", 50, *files
     )
     tensors, header = read_tensors(run / "apt-tiny.safetensors")
-    about = json.dumps(
-        json.loads(header.metadata["apt"]) | {"base": "other"}
-    )  # the miniature's parts are found
+    # the miniature's parts are found
+    about = json.dumps(json.loads(header.metadata["apt"]) | {"base": "other"})
     write_tensors(tmp_path / "other.safetensors", tensors, header.metadata | {"apt": about})
     assert "vae is not given: add vae=PATH of the VAE" in refused(
         "generate", tmp_path / "other.safetensors", "x", "--text-encoder", "", "--out", tmp_path / "x"

@@ -124,9 +124,8 @@ def test_the_miniatures_probe_in_small(pipe, tmp_path):
     result = run_probe(pipe, tmp_path, samples=40, held_out=6, frames=1)
     assert result == json.loads((tmp_path / "probe.json").read_text())
     error = result["error"]["low"]
-    assert (
-        len(error) == 7 and error[6] < 0.7 * error[1]
-    )  # the last block knows the sample, the first one does not
+    # the last block knows the sample, the first one does not
+    assert len(error) == 7 and error[6] < 0.7 * error[1]
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -55,9 +55,8 @@ def judge(count=40, world=None):
 
 
 def test_statistics_by_hand():
-    ramp = torch.stack([torch.arange(6.0).reshape(2, 3), torch.arange(6.0).reshape(2, 3) + 10])[
-        None
-    ]  # [1, 2, 2, 3]: 1 to the right, 3 down, 10 a frame
+    # [1, 2, 2, 3]: 1 to the right, 3 down, 10 a frame
+    ramp = torch.stack([torch.arange(6.0).reshape(2, 3), torch.arange(6.0).reshape(2, 3) + 10])[None]
     mean, std, space, motion = statistics(ramp)
     assert mean == 7.5 and std == pytest.approx(float(ramp.std()))
     assert space == pytest.approx(10**0.5) and motion == 10
@@ -70,9 +69,8 @@ def test_statistics_by_hand():
 def test_distance_by_hand():
     real = torch.tensor([[0.0, 1.0], [2.0, 5.0], [4.0, 9.0]])  # spreads 2 and 4
     assert distance(real.flip(0), real) == 0
-    assert distance(real + torch.tensor([2.0, 0.0]), real) == pytest.approx(
-        0.5
-    )  # one unit in one of two features
+    # one unit in one of two features
+    assert distance(real + torch.tensor([2.0, 0.0]), real) == pytest.approx(0.5)
     assert distance(real.mean(0).expand(3, 2), real) == pytest.approx(1.0)  # all alike: no spread in either
 
 
@@ -80,9 +78,8 @@ def test_better_generators_are_judged_better():
     perfect, dull, shifted, still = (
         judge()(Velocity(*how)) for how in ((1.0,), (0.7,), (1.0, 0.3), (0.0, 0.1))
     )
-    assert (
-        perfect < 0.2 < dull < still and perfect < 0.2 < shifted
-    )  # 0.08 is what 40 samples differ by chance
+    # 0.08 is what 40 samples differ by chance
+    assert perfect < 0.2 < dull < still and perfect < 0.2 < shifted
     assert judge()(Velocity(1.0)) == perfect
 
 

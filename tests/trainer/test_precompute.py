@@ -354,10 +354,11 @@ def test_several_processes_share_the_work_and_make_the_same_index(data, tmp_path
         ] and one.fingerprint == many.fingerprint
         for i in range(len(one)):
             assert torch.equal(one.get(i)[0], many.get(i)[0]) and torch.equal(one.get(i)[1], many.get(i)[1])
+    # of rank 0 the names are short
     assert {path.name.split("-")[1] for path in (tmp_path / "three").glob("shard-*-*")} == {
         "001",
         "002",
-    }  # of rank 0 the names are short
+    }
 
 
 def test_another_number_of_processes_encodes_nothing_twice(data, tmp_path):

@@ -194,9 +194,8 @@ def test_with_fingers_on_a_phone(study, browser, tmp_path):
     page.fill("#rater", "Ben")
     rater.hit("#begin")
     boxes = [page.locator(f"[data-side={side}]").bounding_box() for side in ("left", "right")]
-    assert (
-        boxes[0]["width"] > 350 and boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
-    )  # one above the other
+    # one above the other
+    assert boxes[0]["width"] > 350 and boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
     assert (
         rater.text(one("text", "left")) == "Top better"
         and rater.text("[data-side=right] figcaption") == "Bottom"

@@ -33,9 +33,8 @@ def count_work(shapes: Shapes, width: int, text_tokens: int) -> dict[str, Work]:
     with torch.no_grad():
         text_flops = _flops(lambda: encoder(input_ids=ids))
         vae_flops = _flops(lambda: vae.decode(latents))
-    layers = (
-        _bytes(encoder, width) - encoder.shared.weight.numel() * width
-    )  # of the embedding only the prompt's rows are read
+    # of the embedding only the prompt's rows are read
+    layers = _bytes(encoder, width) - encoder.shared.weight.numel() * width
     video = 3 * height * pixels_wide * frames
     return {
         "text": Work(text_flops, layers),

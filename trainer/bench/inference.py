@@ -22,12 +22,13 @@ from trainer.files import write_json
 from trainer.machines.machine import versions
 from trainer.run.progress import console
 
+# table 7: the 8B at 1280x720, 2 s at 24 fps, one H100
 PAPER = {
     "text": 0.28,
     "dit": 2.65,
     "vae": 3.10,
     "total": 6.03,
-}  # table 7: the 8B at 1280x720, 2 s at 24 fps, one H100
+}
 NAMES = {"text": "text", "dit": "transformer", "vae": "decode", "total": "total"}
 MIB = 2**20
 
@@ -63,9 +64,8 @@ def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, 
         ).to(device)
         noise = draw(request.noise, request.seed, 0, request.latents(pipe.sources))[None].to(device)
         work = count_work(shapes, dtype.itemsize, sum(bool(row.any()) for row in text[0]))
-        stock = measure_stock(
-            shapes, device, dtype, repeats, noise, latents, text
-        )  # gone again when the engine is measured
+        # gone again when the engine is measured
+        stock = measure_stock(shapes, device, dtype, repeats, noise, latents, text)
         numbers = iter(range(10**6))  # a prompt that was not there before each time
 
         def embed():

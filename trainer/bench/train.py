@@ -86,9 +86,8 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
     ) as world:
         whole = batch_of(preset, phase, phase, None)
         batch = whole if batch_given else world.dp * (preset.train.microbatch or 1)
-        modes = [
-            mode for mode in MODES if preset.model.kind == "wan" or mode == "full"
-        ]  # there is no LoRA of an MMDiT
+        # there is no LoRA of an MMDiT
+        modes = [mode for mode in MODES if preset.model.kind == "wan" or mode == "full"]
         result = {
             "preset": preset.name,
             "phase": phase,

@@ -33,9 +33,8 @@ def read_prompts(path: Path) -> list[str]:
     empty.
     """
     try:
-        lines = [
-            line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")
-        ]  # no other character ends a line of a prompt
+        # no other character ends a line of a prompt
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError):
         raise AptError(f"{path} cannot be read as UTF-8 text: give a file with one prompt a line.") from None
     if not any(lines):
@@ -75,18 +74,16 @@ def generate(
     )
     request = request.fitted(pipe.sources)
     if world.main:
-        pipe.embed(
-            request
-        )  # so that the others find it in the cache, and one encoder is loaded instead of many
+        # so that the others find it in the cache, and one encoder is loaded instead of many
+        pipe.embed(request)
     world.barrier()
     text = pipe.embed(request)
     mine = range(world.dp_rank, request.samples, world.dp)
     make_folder(out)
     common = _common(checkpoint, files, ema, options)
     paths = [out / _name(common, request, number) for number in range(request.samples)]
-    there = world.gather({number for number, path in enumerate(paths) if path.exists()})[
-        0
-    ]  # as the first process sees it: partners must agree
+    # as the first process sees it: partners must agree
+    there = world.gather({number for number, path in enumerate(paths) if path.exists()})[0]
     if there and world.main:
         console.print(
             f"{len(there)} of {len(paths)} samples are in {out} already.",

@@ -210,9 +210,8 @@ def _from_state(path: Path, ema: float | None, given: str | Path | None) -> Gene
         "ema": float(wanted),
     }
     if ema != 0:
-        metadata["ema_warmup"] = facts["identity"].get(
-            "ema_warmup", 10
-        )  # what it was before it was a setting
+        # what it was before it was a setting
+        metadata["ema_warmup"] = facts["identity"].get("ema_warmup", 10)
 
     base = load_backbone(base_of(path, about, given))
     if about["lora"] is None:

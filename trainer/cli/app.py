@@ -30,10 +30,11 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else CODE) from None
 
 
+# a letter that the terminal does not know is shown as an escape, and ends nothing
 for stream in (
     sys.stdout,
     sys.stderr,
-):  # a letter that the terminal does not know is shown as an escape, and ends nothing
+):
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
 app = typer.Typer(

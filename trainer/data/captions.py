@@ -17,6 +17,7 @@ COLUMNS = ("caption", "text")
 SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 ALL_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 TEXTS = (".txt", ".json", ".jsonl", ".csv", ".md", ".caption")
+# what a NAS or a system adds
 NOT_DATA = {
     "@eaDir",
     "#recycle",
@@ -25,7 +26,7 @@ NOT_DATA = {
     "__MACOSX",
     "$RECYCLE.BIN",
     "System Volume Information",
-}  # what a NAS or a system adds
+}
 
 
 @dataclass(frozen=True)

@@ -172,9 +172,8 @@ def read_image(path: str | Path, height: int, width: int, note: Note = silent) -
     Raises AptError for a file that is unreadable or damaged, and for pixels that nothing says how to show.
     """
     with _image(path) as image:
-        image.draft(
-            "RGB", (2 * max(height, width),) * 2
-        )  # lets a large JPEG be decoded at a fraction of its size
+        # lets a large JPEG be decoded at a fraction of its size
+        image.draft("RGB", (2 * max(height, width),) * 2)
         form = image.format
         return _cover(plain(path, ImageOps.exif_transpose(image), note, form), height, width)[None]
 
@@ -308,9 +307,8 @@ def _timed(path, container, stream, note: Note) -> Iterator[tuple]:
 
 
 def _counted(container) -> bool:
-    return (
-        container.format.name == "avi"
-    )  # of one rate by design; its time stamps are wrong where frames are reordered
+    # of one rate by design; its time stamps are wrong where frames are reordered
+    return container.format.name == "avi"
 
 
 def _gap(stream) -> Fraction:

@@ -209,9 +209,8 @@ def _options(plan: Plan, batches: Batches, world: World) -> dict:
     train, kind = plan.preset.train, batches.available(plan.kind)
     metadata = plan.metadata(kind)
     lora = (train.lora_rank, train.lora_alpha) if plan.lora else None
-    describe = partial(
-        describe_state, plan.states, plan.base, metadata, lora
-    )  # not before the folder is known to be this run's
+    # not before the folder is known to be this run's
+    describe = partial(describe_state, plan.states, plan.base, metadata, lora)
     judge = None
     if train.save_every and train.keep_best and train.judge_samples:
         judge = LatentJudge(batches, kind, train.judge_samples, plan.seed, world)

@@ -222,9 +222,8 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
         ),
     }
     kept, block = _activations(preset, n, micro)
-    at_heads = (
-        len(taps) * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)
-    )  # in fp32, see trainer.machines.parallel.shard
+    # in fp32, see trainer.machines.parallel.shard
+    at_heads = len(taps) * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)
     one_pass = kept + at_heads + block
     at_once = {
         "two_pass": one_pass,

@@ -65,9 +65,8 @@ def this_machine(device: str, compute: str) -> Machine:
         )
     properties = torch.cuda.get_device_properties(device)
     gpus = processes or (1 if ":" in device else torch.cuda.device_count())
-    device = (
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-    )  # not all processes on the first
+    # not all processes on the first
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     return Machine(properties.name, gpus, properties.total_memory, matrix_peak(device, dtype, 8192))
 
 

@@ -298,9 +298,8 @@ def is_broken_connection(error: BaseException | None) -> bool:
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, (RuntimeError, AptError)) and BROKEN.search(
-            str(error)
-        ):  # also torch's DistError
+        # also torch's DistError
+        if isinstance(error, (RuntimeError, AptError)) and BROKEN.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

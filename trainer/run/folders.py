@@ -7,10 +7,11 @@ from apt_core.errors import AptError
 from apt_core.loading.sources import MINI, SHIPPED
 
 ABOUT = "about.json"  # beside the training states of a stage: what an export of them needs
+# what the stages before the last one leave in a run's folder
 DISTILLED, IMAGE = (
     "distilled.safetensors",
     "apt-image.safetensors",
-)  # what the stages before the last one leave in a run's folder
+)
 STATE = ".metadata"  # what torch.distributed.checkpoint calls its index
 FACTS = "run.json"  # in each training state, written last
 STEP = re.compile(r"step-\d{6,}(-half)?")

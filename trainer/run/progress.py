@@ -129,9 +129,11 @@ def _words(metrics: dict | None) -> str:
 
 def columns_table(title: str, columns: dict[str, dict]) -> Table:
     """The report's columns as rows of a terminal table."""
+    # 80 columns hold it
     table = Table(
         title=title, title_justify="left", box=None, padding=(0, 1), pad_edge=False, collapse_padding=True
-    )  # 80 columns hold it
+    )
+    # samples stand in the title
     names = (
         "fd",
         "patch_fd",
@@ -141,7 +143,7 @@ def columns_table(title: str, columns: dict[str, dict]) -> Table:
         "diversity",
         "motion",
         "calls",
-    )  # samples stand in the title
+    )
     table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)

@@ -30,12 +30,10 @@ from trainer.run.folders import FACTS, UNFINISHED, unfinished_states, whole_stat
 from trainer.run.lock import Lock
 from trainer.run.state_files import StateReader, StateWriter, check_digests, gather_digests
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)  # Windows has no SIGUSR1
-warnings.filterwarnings(
-    "ignore", "torch.distributed is disabled, unavailable or uninitialized"
-)  # a run alone is no mistake
+# Windows has no SIGUSR1
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# a run alone is no mistake
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass(frozen=True)

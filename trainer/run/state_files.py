@@ -25,9 +25,9 @@ from trainer.run.folders import STATE
 DIGESTS = "__{}.sha256"  # one of each process, until they are gathered in run.json
 DATA = re.compile(r"__\d+_\d+\.distcp")
 MAX_INDEX = 1 << 30  # bytes; that of 14B parameters on 1,024 GPUs has a fifth of it
-SLOW = (
-    1 << 24
-)  # bytes, up to which the index is read by Python's own unpickler, whose memory no wrong number in it can blow up
+# bytes, up to which the index is read by Python's own unpickler, whose memory no wrong number in it can blow
+# up
+SLOW = 1 << 24
 ALLOWED = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (

@@ -56,7 +56,7 @@ def adversarial(
     world, parallel: on which processes, and how; all of them call alike. lora: train adapters and the
     discriminator's heads over one frozen base instead of whole networks. head_width: see
     `adversarial_networks`. ema_decays: of further averages, each written beside `out`.
-    keep: where training states go, from the newest of which `resume` goes on. samples: pictures while it
+    keep: where training states go; `resume` goes on from the newest. samples: pictures while it
     trains. watch_every: updates between two looks at the discriminator on the samples that `batches` holds
     out (trainer.stages.watch), 0: none. load(path, device=...): reads a network, or with device "meta" builds
     it without weights.
@@ -79,7 +79,7 @@ def adversarial(
         discriminator_start=settings.discriminator_start,
         train_backbone=settings.train_backbone,
     )
-    generator, discriminator = networks.generator, networks.opposite
+    generator, discriminator = networks.generator, networks.discriminator
     notes = keep and keep.folder
     g_optimizer = make_rmsprop(generator.parameters(), settings.lr_generator)
     d_optimizer = make_rmsprop(discriminator_groups(discriminator, settings), settings.lr_discriminator)
@@ -105,9 +105,8 @@ def adversarial(
         "head_width": head_width,
         "ema_decays": list(ema_decays),
     }
-    identity |= settings.model_dump(
-        exclude={"updates", "discriminator_step"}
-    )  # neither changes the updates that there are
+    # the updates so far are the same for all values of these
+    identity |= settings.model_dump(exclude={"updates", "discriminator_step"})
     watch = None
     if watch_every and batches.held[phase]:
         at_once = parallel.microbatch or len(batches.held[phase])
@@ -167,9 +166,8 @@ def adversarial(
                         loss_scale=micro.share,
                     )
                     shares = {name: penalties for name in ("r1", "r2", "r1_floor")}
-                    shares |= {
-                        f"{name}_loss": micro.share for name in ("r1", "r2")
-                    }  # `part` has the share in its weights
+                    # `part` has the share in its weights
+                    shares |= {f"{name}_loss": micro.share for name in ("r1", "r2")}
                     d.add(
                         {
                             name: value * shares.get(name, micro.share)

@@ -50,7 +50,7 @@ def distill(
     for size in (settings.batch_image, settings.batch_video):
         split(size, world.dp, world.dp_rank, parallel.microbatch)
     networks = distillation_networks(base, load, world, parallel, lora, target=settings.target_decay > 0)
-    student, teacher, target = networks.generator, networks.opposite, networks.target
+    student, teacher, target = networks.generator, networks.teacher, networks.target
     negative = batches.embed([preset.sampling.negative_prompt]).to(world.device)
     if settings.optimizer == "muon":
         optimizer = Muon(student.parameters(), weight_decay=settings.weight_decay)
@@ -119,9 +119,8 @@ def distill(
                     target=target,
                     loss_scale=micro.share,
                 )
-                metrics["cd_loss_final"] *= metrics[
-                    "final_share"
-                ]  # a mean over few of the samples: summed here, divided below
+                # a mean over few of the samples: summed here, divided below
+                metrics["cd_loss_final"] *= metrics["final_share"]
                 learner.add({name: value * micro.share for name, value in metrics.items()})
             optimizer.param_groups[0]["lr"] = settings.rate(update)
             row = learner.step()

@@ -33,22 +33,32 @@ class Lora:
 
 @dataclass(frozen=True)
 class Networks:
-    """generator: what is trained to sample in one step (stage 1's student); opposite: stage 2's discriminator
-    or stage 1's teacher; target: stage 1's target network, where it is not the student; base: the one frozen
-    network under all of them, in LoRA mode.
+    """generator: what is trained to sample in one step (stage 1's student); partner: what it learns from,
+    stage 2's discriminator or stage 1's teacher; target: stage 1's target network, where it is not the
+    student; base: the one frozen network under all of them, in LoRA mode.
     """
 
     generator: nn.Module
-    opposite: nn.Module
+    partner: nn.Module
     target: nn.Module | None = None
     base: nn.Module | None = None
+
+    @property
+    def discriminator(self) -> nn.Module:
+        """Stage 2's partner."""
+        return self.partner
+
+    @property
+    def teacher(self) -> nn.Module:
+        """Stage 1's partner."""
+        return self.partner
 
     def reshard(self) -> None:
         """See `trainer.machines.parallel.reshard`; for all networks."""
         reshard(
             *(
                 network
-                for network in (self.generator, self.opposite, self.target, self.base)
+                for network in (self.generator, self.partner, self.target, self.base)
                 if network is not None
             )
         )

@@ -59,10 +59,9 @@ class Learner:
         """
         self._names, self._metrics = [], []
         self.networks.reshard()
-        if isinstance(
-            self.networks.opposite, FSDPModule
-        ):  # frozen while another network learns: gathered once, if it is to stay so
-            self.networks.opposite.set_reshard_after_backward(self.parallel.discriminator_zero == 3)
+        # Frozen while another network learns: gathered once, if it is to stay so.
+        if isinstance(self.networks.partner, FSDPModule):
+            self.networks.partner.set_reshard_after_backward(self.parallel.discriminator_zero == 3)
         for number, micro in enumerate(batch, start=1):
             stop()
             self._synchronise(last=number == len(batch))
@@ -84,9 +83,10 @@ class Learner:
         """
         names = sorted({name for metrics in self._metrics for name in metrics})
         zero = torch.zeros((), device=self.world.device)
+        # [microbatches, names]
         table = torch.stack(
             [torch.stack([metrics.get(name, zero).float() for name in names]) for metrics in self._metrics]
-        )  # [microbatches, names]
+        )
         sums = torch.cat([table.sum(0) / self.world.size, self._squared_gradient()[None]])
         *values, squared = self.world.sum(sums).tolist()
         row = dict(zip(names, values)) | {f"{self.name}_gradient": squared**0.5}

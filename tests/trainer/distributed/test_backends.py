@@ -40,7 +40,7 @@ def test_every_network_has_it(kind, lora, files):
         parallel = Parallel(attention=attention, checkpointing="blocks")
         stage2 = adversarial_networks(base if lora else start, base, load_backbone, World(), parallel, lora)
         stage1 = distillation_networks(base, load_backbone, World(), parallel, lora, target=True)
-        networks = [stage2.generator, stage2.opposite, stage1.generator, stage1.opposite, stage1.target]
+        networks = [stage2.generator, stage2.discriminator, stage1.generator, stage1.teacher, stage1.target]
         assert [backends(network) for network in networks] == [{attention}] * 5
 
 

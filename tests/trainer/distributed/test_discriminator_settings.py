@@ -47,7 +47,7 @@ def networks(files, lora=None, start=None, **options):
     "fractions, taps", [((4 / 9, 13 / 18, 1.0), (2, 3, 4)), ((1.0,), (4,)), ((0.25, 0.5), (1, 2))]
 )
 def test_taps_are_the_heads_and_the_last_is_the_depth(fractions, taps, files):
-    discriminator = networks(files, taps=fractions).opposite
+    discriminator = networks(files, taps=fractions).discriminator
     assert (
         discriminator.taps == taps
         and len(discriminator.heads) == len(taps)
@@ -57,7 +57,7 @@ def test_taps_are_the_heads_and_the_last_is_the_depth(fractions, taps, files):
     block = sum(p.numel() for p in load_transformer(files.base).blocks[0].parameters())
     assert sum(p.numel() for p in discriminator.backbone.blocks.parameters()) == taps[-1] * block
     lora = networks(files, LORA, files.base, taps=fractions)
-    assert {name.split(".")[1] for name in lora.opposite.backbone.adapters()} == {
+    assert {name.split(".")[1] for name in lora.discriminator.backbone.adapters()} == {
         str(i) for i in range(taps[-1])
     }
     assert len(lora.base.blocks) == 4  # the generator keeps them all
@@ -73,7 +73,7 @@ def test_taps_that_a_base_is_too_shallow_for_are_one_sentence(files):
 
 @pytest.mark.parametrize("origin", ["base", "start"])
 def test_the_discriminator_starts_from_the_file_that_is_named(origin, files):
-    first = networks(files, discriminator_start=origin).opposite.backbone.state_dict()
+    first = networks(files, discriminator_start=origin).discriminator.backbone.state_dict()
     expected, other = (
         load_transformer(path).state_dict()
         for path in ((files.base, files.start) if origin == "base" else (files.start, files.base))
@@ -131,9 +131,10 @@ def test_a_still_backbone_stays_as_it_was_to_the_last_bit(processes, runs, files
             for name, value in state.items()
             if name.startswith("discriminator/weights/backbone.")
         }
+        # an MMDiT's last text stream is cut
         assert len(backbone) > 20 and all(
             torch.equal(value, first[name][: len(value)]) for name, value in backbone.items()
-        )  # an MMDiT's last text stream is cut
+        )
         assert not any(name.startswith("discriminator/square_avg/backbone.") for name in state)
         assert state["discriminator/square_avg/heads.1.to_q.weight"].abs().max() > 0
         query = "blocks.0.attn1.to_q.weight" if kind == "full" else "blocks.0.visual.to_q.weight"
@@ -148,9 +149,8 @@ def test_still_adapters_stay_those_of_the_start_and_trained_ones_move(processes,
     still, trained = (state_of(runs / f"{kind}_{processes}", 5) for kind in ("lora", "lora_trained"))
     name = "discriminator/weights/backbone.blocks.0.attn1.to_q"
     assert torch.equal(still[f"{name}.lora_A.weight"], file[f"{key}.lora_A.weight"])
-    assert torch.equal(
-        still[f"{name}.lora_B.weight"], file[f"{key}.lora_B.weight"] / 2
-    )  # the scale alpha / rank is baked into the file
+    # the scale alpha / rank is baked into the file
+    assert torch.equal(still[f"{name}.lora_B.weight"], file[f"{key}.lora_B.weight"] / 2)
     far = (trained[f"{name}.lora_A.weight"] - file[f"{key}.lora_A.weight"]).abs().max()
     assert 0 < far < 0.1  # it started there, and moved by the rate's steps
 
@@ -168,9 +168,8 @@ def test_every_pass_of_the_discriminator_sees_the_fixed_time(fixed, files, tmp_p
         files, Layout(settings={"updates": 2, "discriminator_time": fixed}), tmp_path, {"watch_every": 1}
     )
     times = torch.cat(seen)
-    assert len(times) > 2 * (
-        3 * 4 + 4
-    )  # three passes of the discriminator's step and one of the generator's, twice, and the floor of aR1
+    # three passes of the discriminator's step and one of the generator's, twice, and the floor of aR1
+    assert len(times) > 2 * (3 * 4 + 4)
     assert times.unique().tolist() == [fixed] if fixed is not None else len(times.unique()) > 10
 
 

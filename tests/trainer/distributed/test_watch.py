@@ -34,9 +34,8 @@ def test_what_is_held_out_depends_on_names_alone_and_is_part_of_the_data(shards)
     )
     assert one.held == other.held and one.fingerprint == other.fingerprint != none.fingerprint
     assert none.held == {"image": [], "video": []}
-    assert (
-        len(Batches(shards, Text(), seed=0, held_out=1000).held["image"]) == 4
-    )  # a tenth, however much is asked for
+    # a tenth, however much is asked for
+    assert len(Batches(shards, Text(), seed=0, held_out=1000).held["image"]) == 4
 
 
 def by_mean(x, t, text):

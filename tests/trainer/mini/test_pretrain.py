@@ -60,9 +60,8 @@ def test_the_shipped_base_has_weights_of_normal_size():
         if p.ndim > 1
     }
     blocks = [size for name, size in sizes.items() if name.startswith("blocks.") and name.endswith("weight")]
-    assert (
-        0.01 < min(blocks) and max(blocks) < 0.1
-    )  # 1 / sqrt(width) is 0.09; without decay it was 0.5 to 1.3
+    # 1 / sqrt(width) is 0.09; without decay it was 0.5 to 1.3
+    assert 0.01 < min(blocks) and max(blocks) < 0.1
 
 
 def test_sharpening_moves_the_decoder_alone(tmp_path):

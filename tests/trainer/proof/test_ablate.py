@@ -51,9 +51,8 @@ def by_seed(*values, figure="fd"):
 def test_the_interval_is_students():
     found = estimate([1.0, 2.0, 4.0])
     assert found.mean == pytest.approx(7 / 3) and found.seeds == 3
-    assert found.half == pytest.approx(
-        4.302653 * 1.527525 / 3**0.5, rel=1e-5
-    )  # t of 2 degrees of freedom at 0.975
+    # t of 2 degrees of freedom at 0.975
+    assert found.half == pytest.approx(4.302653 * 1.527525 / 3**0.5, rel=1e-5)
     assert estimate([3.0]).half is None and estimate([None, None]) is None
 
 
@@ -281,9 +280,10 @@ def test_the_table_its_page_and_its_chart(made):
         )
         assert row["by_seed"] == {"0": one, "1": other} and one != other
         assert row["figures"]["fd"]["mean"] == pytest.approx((one["fd"] + other["fd"]) / 2, abs=1e-6)
+        # the six digits of t
         assert row["figures"]["fd"]["half"] == pytest.approx(
             12.7062 * abs(one["fd"] - other["fd"]) / 2, rel=1e-5
-        )  # the six digits of t
+        )
         assert row["verdict"] == (
             NO_CLAIM if name == "base" else verdict([test["outcome"] for test in row["tests"]])
         )

@@ -122,9 +122,8 @@ def test_its_states_hold_the_generator_and_the_discriminator(run):
             (value - base[name]).abs().max().item()
             for name, value in discriminator.backbone.state_dict().items()
         ]
-        assert (
-            0 < max(moved) < 0.01 and discriminator.logit.weight.abs().sum() > 0
-        )  # two updates away from the original weights
+        # two updates away from the original weights
+        assert 0 < max(moved) < 0.01 and discriminator.logit.weight.abs().sum() > 0
     assert find_state(out) == out / "states" / "video" / "step-000002"
     with pytest.raises(AptError, match="has no discriminator: give a training state of stage 2"):
         open_discriminator(out / "states" / "distill")
@@ -318,9 +317,8 @@ def test_measure_gives_the_mean_and_each_run(run, tmp_path, monkeypatch):
             [rows["apt_1"]["fd"] / rows["distilled_1"]["fd"] for rows in result[f"{name}_by_run"]], abs=1e-4
         )
 
-    monkeypatch.setattr(
-        "trainer.proof.measure.evaluate", None
-    )  # what has been measured is not measured again
+    # what has been measured is not measured again
+    monkeypatch.setattr("trainer.proof.measure.evaluate", None)
     assert measure_runs([run[0], other], 4) == result
     (other / "apt-tiny.safetensors").write_bytes((other / "apt-image.safetensors").read_bytes())
     with pytest.raises(TypeError):  # but a file that has changed is
