@@ -45,7 +45,7 @@ def demo(
 
 
 def _spelled_anew(preset: str, recipe: str) -> tuple[str, str]:
-    """(preset, recipe), also where they are given the other way round, as `demo` took them before 0.2."""
+    """(preset, recipe), also where they are given the other way round, as `demo` took them at first."""
     from trainer.config import PRESETS, load_preset
 
     def is_preset(name: str) -> bool:
