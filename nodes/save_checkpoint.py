@@ -14,7 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..apt_core.errors import AptError
-from ..apt_core.files.contract import is_lora, metadata_strings
+from ..apt_core.files.contract import claims_lora, metadata_strings
 from ..apt_core.files.tensorfile import write_tensors
 from ..apt_core.loading.checkpoint import ASSUMED, cast_tensors, unguessed
 from . import folders
@@ -137,7 +137,7 @@ def _strings(path: str, model: ModelPatcher, hidden) -> dict[str, str]:
             f"{NAME}: the model's file has no `apt` metadata, so nothing tells how it was trained: "
             "save it with stock Save Model, or start from a checkpoint or a LoRA that the trainer exported."
         )
-    if is_lora(apt):
+    if claims_lora(apt):
         apt = {name: value for name, value in apt.items() if name != "rank"} | {"kind": "generator"}
     if model.patches:
         apt = apt | {"edited": "ComfyUI"}

@@ -1,5 +1,7 @@
 """The pack's door and its help pages, without ComfyUI."""
 
+import ast
+import importlib
 import json
 import re
 import subprocess
@@ -105,3 +107,23 @@ def test_a_help_page_fits_the_narrow_panel(name):
     page = (ROOT / "nodes/web/docs" / f"{name}.md").read_text(encoding="utf-8")
     assert "```" not in page and not re.search(r"^\|", page, re.MULTILINE), "diagrams and tables do not wrap"
     assert max(map(len, re.sub(r"[*`]", "", page).split())) <= 32
+
+
+def test_what_the_nodes_import_from_the_library_is_there():
+    # Continuous integration has no ComfyUI, which swallows a failed import to one line and has no nodes then.
+    found = [
+        (file.name, node.module, alias.name)
+        for file in sorted((ROOT / "nodes").glob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level == 2
+        for alias in node.names
+    ]
+    assert len(found) > 20
+    missing = []
+    for file, module, name in found:
+        try:
+            if not hasattr(importlib.import_module(module), name):
+                importlib.import_module(f"{module}.{name}")
+        except ModuleNotFoundError:
+            missing.append((file, module, name))
+    assert missing == []
