@@ -61,11 +61,11 @@ class Split:
 
     def __init__(self, group: ProcessGroup):
         self.group, self.size, self.rank = group, group.size(), group.rank()
+        self.local_taps = False
 
     def processor(self, backend) -> "UlyssesProcessor":
         """What diffusers' attention layers then compute with."""
         return UlyssesProcessor(self, backend)
-        self.local_taps = False
 
     def __deepcopy__(self, memo) -> "Split":
         return self  # copies of a model share its group

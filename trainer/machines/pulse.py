@@ -183,6 +183,8 @@ class Pulse:
                     continue  # the store may be gone with it, and who leaves from here on cannot say so
                 lost = [peer for peer in self.peers if self._is_lost(peer, now)]
                 silent = now - self._answered > self.seconds
+                if silent and not lost:  # the store's own end may be noticed before that of its keeper
+                    lost = [peer for peer in self.peers if self._is_gone(peer)]
             if lost:
                 self._end(lost, _what(lost[0]) + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""))
             elif silent:
@@ -260,7 +262,7 @@ class Pulse:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(min(2.0, self.seconds))
-        left = {peer.rank for peer in self.peers if peer.left} | {peer.rank for peer in lost}
+        left = {peer.rank for peer in self.peers if peer.left} | {peer.rank for peer in lost} | {self.keeper}
         lower = any(peer.rank < self.rank and peer.rank not in left for peer in self.peers)
         return first[0] if first else not lower
 
