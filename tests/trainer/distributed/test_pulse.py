@@ -20,7 +20,7 @@ from trainer.machines.ending import Terminated
 from trainer.machines.pulse import CODE, Pulse, is_broken_connection, limit
 
 ROOT = Path(__file__).parents[3]
-SECONDS = 2.0
+SECONDS = 4.0
 SAVED = r"step-\d{{6}} in \S+states is saved, and the same command goes on from there\.\n"
 GONE = r"error: process {rank} \(\S+, pid {pid}\) {what} since \d\d:\d\d:\d\d: " + SAVED
 
