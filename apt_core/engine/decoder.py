@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..errors import AptError
+from ..errors import AptError, OutOfMemory
 from ..models.vae import denormalize
 from .decoder_layers import Bands, Stream, Whole, decoder_layers
 from .decoder_memory import Plan, choose
@@ -75,8 +75,8 @@ class Decoder:
         fp32 in [-1, 1], or uint8 in 0..255, on the decoder's device. The first slice has 4k-3 frames and the
         others 4k, k being the latent frames per call at the time. report: called with each sentence that is
         added to `steps_taken`.
-        Raises AptError for latents that this VAE does not have, and when memory runs out at the smallest
-        plan.
+        Raises AptError for latents that this VAE does not have, and OutOfMemory when memory runs out at the
+        smallest plan.
         """
         z = self.vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != z or not latents.numel():
@@ -175,7 +175,7 @@ class Decoder:
     def _step_down(self, plan: Plan, height: int, report: Callable[[str], None] | None) -> Plan:
         smaller = plan.smaller(height, bands=self.group is None)
         if smaller is None:
-            raise AptError(
+            raise OutOfMemory(
                 f"the VAE decode is out of memory even with {plan}: free memory, or choose fewer pixels."
             )
         self.steps_taken.append(f"The VAE decode was out of memory with {plan}: it goes on with {smaller}.")

@@ -4,8 +4,8 @@ pipe = apt_core.OneStepPipeline.from_checkpoint("apt.safetensors", vae=..., text
 pipe("a red tram crossing a bridge in the rain", seed=1).save("tram.mp4")
 """
 
+import logging
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -36,6 +36,7 @@ from .residence import ALL, Residence, first_level
 from .text_cache import TextCache, cache_folder, encoder_fingerprint
 
 GIB = 2**30
+LOG = logging.getLogger("apt_core")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -72,7 +73,7 @@ class OneStepPipeline:
     of what can be made again (text embeddings, compiled code), None for `cache_folder()`. group: processes
     that make each sample together, all called alike. report: told in a sentence when memory made the pipeline
     step down, what is assumed of a LoRA without metadata, and which half of a Wan 2.2 A14B is used; by
-    default that goes to stderr.
+    default that is a warning of the logger apt_core.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class OneStepPipeline:
         if compile:
             check_compile(self.device)
             keep_compiled(self.cache / "compiled")
-        self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
+        self.report = report or (lambda sentence: LOG.warning("%s", sentence))
         if sources.transformer.note and not (dist.is_initialized() and dist.get_rank()):
             self.report(sources.transformer.note)
         self._residence = Residence(self.device, self._first_level(), self.report, self._left)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import AptError
+from ..errors import OutOfMemory
 from .torch_limits import out_of_memory
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Residence:
         """`work(network)` with the network on the device. load(device) gives it when it is first asked for.
 
         alone: False for work in which other processes wait for this one: it cannot be tried again.
-        Raises AptError when even the last level does not fit, and when memory runs out in such work.
+        Raises OutOfMemory when even the last level does not fit, and when memory runs out in such work.
         """
         while True:
             try:
@@ -94,13 +94,13 @@ class Residence:
 
     def _step_down(self, name: str, alone: bool) -> None:
         if not alone:
-            raise AptError(
+            raise OutOfMemory(
                 f"{self.device} runs out of memory: add processes, or give all of them a smaller memory to keep within."
             )
         if self.level >= PARTS:
             self._leave(name)
         if self.level == BLOCKS:
-            raise AptError(
+            raise OutOfMemory(
                 f"{self.device} runs out of memory even with one block of a network on it: ask for fewer frames or a smaller size."
             )
         self.level += 1

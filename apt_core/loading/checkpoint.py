@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import AptError
+from ..errors import AptError, NotFinite
 from ..files import keys
 from ..files.atomic import replacing_folder
 from ..files.checkpoint_header import read_header
@@ -352,14 +352,14 @@ def cast_tensors(
     device: str | torch.device = "cpu",
     copy: bool = False,
 ) -> dict[str, Tensor]:
-    """`state` in the dtype of each key. Raises AptError, which names the key, for weights that fp16 cannot
+    """`state` in the dtype of each key. Raises NotFinite, which names the key, for weights that fp16 cannot
     hold.
     """
     out = {}
     for key, value in state.items():
         out[key] = value.to(device, dtypes[key], copy=copy)
         if dtypes[key] == torch.float16 and not torch.isfinite(out[key]).all():
-            raise AptError(f"{path}: {key} has weights beyond what fp16 can hold: use bf16 or fp32.")
+            raise NotFinite(f"{path}: {key} has weights beyond what fp16 can hold: use bf16 or fp32.")
     return out
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import AptError
+from ..errors import AptError, NotFinite
 from ..files.checkpoint_header import read_header
 from ..files.contract import metadata_json
 from ..files.jsonfile import read_object
@@ -214,14 +214,14 @@ def read_lora_for(path: str | Path, model: nn.Module, base: object) -> LoraFile:
 
 @torch.no_grad()
 def merge(model: nn.Module, deltas: Mapping[str, Delta]) -> nn.Module:
-    """Adds a LoRA that fits to a backbone's weights for good, in place; returns it. Raises AptError for sums
+    """Adds a LoRA that fits to a backbone's weights for good, in place; returns it. Raises NotFinite for sums
     that fp16 cannot hold."""
     for name, p in model.named_parameters():
         official = model.official_name(name)
         if official in deltas:
             p.copy_(deltas[official].add_to(p))
             if p.dtype == torch.float16 and not torch.isfinite(p).all():
-                raise AptError(
+                raise NotFinite(
                     f"with the LoRA added, {official} has weights beyond what fp16 can hold: use bf16 or "
                     f"fp32."
                 )
