@@ -105,7 +105,8 @@ class Decoder:
             # Not in the except block: the exception would keep the memory of the failed call.
             if pixels is None and self.group:
                 self._keep_up(latents, plan, calls + 1, rows.exchanges)
-            if any_failed(pixels is None, self.group, latents.device) if self.group else pixels is None:
+            failed = self.group is not None and any_failed(pixels is None, self.group, latents.device)
+            if pixels is None or failed:
                 pixels = slices = None
                 at = 0
                 plan = self._plans[latents.shape] = self._step_down(plan, latents.shape[2], report)
@@ -140,7 +141,7 @@ class Decoder:
         return Rows(self.group, latents.shape[2], self.vae.device, skip) if self.group else Whole()
 
     def _slices(self, latents: Tensor, plan: Plan, rows: Rows | Whole) -> Iterator[Tensor]:
-        latents = rows.cut(latents) if self.group else latents
+        latents = rows.cut(latents)
         memory = torch.device("cpu") if plan.offload else None
         kernels = None if latents.is_meta or (self._compiled and plan.bands == 1) else self._kernels
         streams = [Stream(rows, memory, kernels) for _ in latents]

@@ -174,7 +174,7 @@ class OneStepPipeline:
                 self._draw(request, number + 1)
             parts = list(self.frames(latents))
             frames = np.concatenate(parts) if len(parts) > 1 else parts[0]
-            fps = request.fps if len(frames) > 1 else 0.0
+            fps = request.sizes[3] if len(frames) > 1 else 0.0
             videos.append(Video(frames, fps, request.prompt(number), number, request.about(number)))
         return videos[0] if isinstance(prompt, str) and request.count == 1 else videos
 
@@ -190,7 +190,7 @@ class OneStepPipeline:
         as the call does.
         """
         request = self._one(prompt, wishes)
-        check_name(path, request.frames)
+        check_name(path, request.sizes[2])
         self.write_sample(request, 0, self.embed(request), path)
 
     def request(self, prompt: str | Sequence[str], **wishes) -> Request:
@@ -288,22 +288,22 @@ class OneStepPipeline:
                 pass
             return
         parts, about = self.frames(latents), request.about(number)
-        if request.frames == 1:
+        height, width, frames, fps = request.sizes
+        if frames == 1:
             write_image(path, next(parts), about=about)
         else:
             with (
                 ExitStack() as stack
             ):  # left from below: the encoder's thread is done before the file is closed
-                write = stack.enter_context(
-                    video_writer(path, request.height, request.width, request.fps, about=about)
-                )
+                write = stack.enter_context(video_writer(path, height, width, fps, about=about))
                 thread = stack.enter_context(ThreadPoolExecutor(1))
                 before = None
                 for part in parts:
                     if before:
                         before.result()
                     before = thread.submit(write, part)
-                before.result()
+                if before:
+                    before.result()
 
     def _draw(self, request: Request, number: int) -> Future:
         """The noise that a sample starts from, made by a thread: at a real model's size that takes as long as

@@ -3,7 +3,7 @@ the same.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import OutOfMemory
 from .torch_limits import out_of_memory
 
+N = TypeVar("N")
 T = TypeVar("T")
 ALL, PARTS, BLOCKS = 0, 1, 2
 SENTENCES = {
@@ -39,15 +40,15 @@ class Residence:
     ) -> None:
         self.device, self.level, self.report, self.leaves = device, level, report, leaves
         self.steps_taken: list[str] = []
-        self._networks: dict[str, object] = {}
+        self._networks: dict[str, Any] = {}
         self._streams: dict[str, BlockStream] = {}
         self._here: set[str] = set()
 
     def run(
         self,
         name: str,
-        load: Callable[[torch.device], object],
-        work: Callable[[object], T],
+        load: Callable[[torch.device], N],
+        work: Callable[[N], T],
         alone: bool = True,
     ) -> T:
         """`work(network)` with the network on the device. load(device) gives it when it is first asked for.
@@ -65,7 +66,7 @@ class Residence:
                 name, alone
             )  # not in the except block, which would still hold what the failed attempt had
 
-    def _ready(self, name: str, load: Callable[[torch.device], object]):
+    def _ready(self, name: str, load: Callable[[torch.device], N]) -> N:
         if self.level >= PARTS:
             for other in self._here - {name}:
                 self._leave(other)
@@ -141,7 +142,7 @@ class BlockStream:
         ]
         self._host = [self._pinned(block) for block in self.blocks]
         self._coming: dict[int, list[Tensor]] = {}
-        self._done: dict[int, torch.cuda.Event] = {}
+        self._done: dict[int, torch.cuda.Event | torch.Event] = {}
         for number, block in enumerate(self.blocks):
             block.register_forward_pre_hook(lambda *_, number=number: self._take(number))
             block.register_forward_hook(lambda *_, number=number: self._give_back(number))

@@ -95,11 +95,10 @@ def read_header(path: str | Path) -> Header:
         raise AptError(
             f"{path} has {size - end} bytes too many after its last tensor: copy or download it again."
         )
-    shapes, dtypes = ({key: part[i] for key, part in parts.items()} for i in (0, 1))
     return Header(
         metadata,
-        shapes,
-        dtypes,
+        {key: part.shape for key, part in parts.items()},
+        {key: part.dtype for key, part in parts.items()},
         {key: (8 + length + part.begin, 8 + length + part.end) for key, part in parts.items()},
     )
 
