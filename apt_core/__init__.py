@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .engine.pipeline import OneStepPipeline, Video
-    from .errors import AptError
+    from .errors import AptError, NotFinite, OutOfMemory
     from .loading.backbones import load_backbone
     from .loading.checkpoint import load_transformer, save_generator
     from .method.consistency import ConsistencySettings, consistency_backward
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     ".engine.pipeline": ("OneStepPipeline", "Video"),
-    ".errors": ("AptError",),
+    ".errors": ("AptError", "NotFinite", "OutOfMemory"),
     ".loading.checkpoint": ("load_transformer", "save_generator"),
     ".loading.backbones": ("load_backbone",),
     ".method.consistency": ("ConsistencySettings", "consistency_backward"),
@@ -51,8 +51,10 @@ __all__ = [
     "Discriminator",
     "Ema",
     "MMDiTBackbone",
+    "NotFinite",
     "Objective",
     "OneStepPipeline",
+    "OutOfMemory",
     "Video",
     "WanBackbone",
     "add_adapters",

@@ -1,4 +1,4 @@
-"""The one exception that a user's own input may raise."""
+"""The exceptions that a user's own input may raise: one, and two kinds of it that a caller may tell apart."""
 
 LONGEST = 1000
 
@@ -13,6 +13,18 @@ class AptError(ValueError):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(readable(message))
+
+
+class OutOfMemory(AptError):
+    """What was asked for does not fit the device, with everything given up that can be: a smaller size or
+    fewer frames may fit.
+    """
+
+
+class NotFinite(AptError):
+    """A weight, latent, loss or gradient is NaN or infinite, or would be in the dtype asked for. Nothing was
+    written, and no weight has moved.
+    """
 
 
 def readable(text: str, longest: int = LONGEST) -> str:

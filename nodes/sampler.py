@@ -155,7 +155,7 @@ def few_step(
     """apt_core.method.generator.few_step as a sampler function of ComfyUI: `model(x, sigma)` is the clean
     sample, sigmas are times and end with 0.
     """
-    batch = x.new_ones(len(x))
+    batch, clean = x.new_ones(len(x)), x
     for i in trange(len(sigmas) - 1, disable=disable):
         if i:
             x = interpolate(clean, fresh_noise(i).to(x), sigmas[i])

@@ -16,7 +16,8 @@ give what one process would, with no change to the loss. Whoever uses neither av
 Inputs other than the latents (time, text) get partial gradients.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..errors import AptError
-from ..method.discriminator import Discriminator
+from ..method.discriminator import CrossAttentionHead, Discriminator
 from ..models.attention import attend
+from ..models.backbone import as_backbone
 from ..models.lora import Role
 from ..models.mmdit import rotate
 
@@ -39,7 +41,7 @@ def enable(model: nn.Module, group: ProcessGroup) -> None:
     does not divide the attention heads.
     """
     backbone = model.backbone if isinstance(model, Discriminator) else model
-    backbone = backbone.base if isinstance(backbone, Role) else backbone
+    backbone = as_backbone(backbone.base if isinstance(backbone, Role) else backbone)
     heads, size = backbone.config.num_attention_heads, group.size()
     if heads % size:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
@@ -50,7 +52,7 @@ def enable(model: nn.Module, group: ProcessGroup) -> None:
     backbone.share_tokens(split)
     if isinstance(model, Discriminator):
         split.local_taps = True
-        for head in model.heads:
+        for head in cast(Iterable[CrossAttentionHead], model.heads):
             head.split = split
 
 
@@ -63,7 +65,7 @@ class Split:
         self.group, self.size, self.rank = group, group.size(), group.rank()
         self.local_taps = False
 
-    def processor(self, backend) -> "UlyssesProcessor":
+    def processor(self, backend: str | None) -> "UlyssesProcessor":
         """What diffusers' attention layers then compute with."""
         return UlyssesProcessor(self, backend)
 
@@ -169,7 +171,7 @@ class UlyssesProcessor:
         self.split, self._attention_backend = split, backend
 
     def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Any = None
     ) -> Tensor:
         """hidden_states: a piece of the tokens, [B, n, d]; rotary_emb: the tables of all of them, ([1, S, 1,
         channels], the same).

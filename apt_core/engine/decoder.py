@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..errors import AptError
+from ..errors import AptError, OutOfMemory
 from ..models.vae import denormalize
 from .decoder_layers import Bands, Stream, Whole, decoder_layers
 from .decoder_memory import Plan, choose
@@ -75,8 +75,8 @@ class Decoder:
         fp32 in [-1, 1], or uint8 in 0..255, on the decoder's device. The first slice has 4k-3 frames and the
         others 4k, k being the latent frames per call at the time. report: called with each sentence that is
         added to `steps_taken`.
-        Raises AptError for latents that this VAE does not have, and when memory runs out at the smallest
-        plan.
+        Raises AptError for latents that this VAE does not have, and OutOfMemory when memory runs out at the
+        smallest plan.
         """
         z = self.vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != z or not latents.numel():
@@ -105,7 +105,8 @@ class Decoder:
             # Not in the except block: the exception would keep the memory of the failed call.
             if pixels is None and self.group:
                 self._keep_up(latents, plan, calls + 1, rows.exchanges)
-            if any_failed(pixels is None, self.group, latents.device) if self.group else pixels is None:
+            failed = self.group is not None and any_failed(pixels is None, self.group, latents.device)
+            if pixels is None or failed:
                 pixels = slices = None
                 at = 0
                 plan = self._plans[latents.shape] = self._step_down(plan, latents.shape[2], report)
@@ -140,7 +141,7 @@ class Decoder:
         return Rows(self.group, latents.shape[2], self.vae.device, skip) if self.group else Whole()
 
     def _slices(self, latents: Tensor, plan: Plan, rows: Rows | Whole) -> Iterator[Tensor]:
-        latents = rows.cut(latents) if self.group else latents
+        latents = rows.cut(latents)
         memory = torch.device("cpu") if plan.offload else None
         kernels = None if latents.is_meta or (self._compiled and plan.bands == 1) else self._kernels
         streams = [Stream(rows, memory, kernels) for _ in latents]
@@ -175,7 +176,7 @@ class Decoder:
     def _step_down(self, plan: Plan, height: int, report: Callable[[str], None] | None) -> Plan:
         smaller = plan.smaller(height, bands=self.group is None)
         if smaller is None:
-            raise AptError(
+            raise OutOfMemory(
                 f"the VAE decode is out of memory even with {plan}: free memory, or choose fewer pixels."
             )
         self.steps_taken.append(f"The VAE decode was out of memory with {plan}: it goes on with {smaller}.")

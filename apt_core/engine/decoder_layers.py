@@ -9,12 +9,23 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import count
 from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import AptError
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import (
+        DupUp3D,
+        WanAttentionBlock,
+        WanDecoder3d,
+        WanResample,
+        WanResidualBlock,
+        WanRMS_norm,
+    )
 
 MEMORY = 2
 """Frames before its own that a causal convolution of three taps sees."""
@@ -53,7 +64,7 @@ class Stream:
             frames = x.new_empty(MEMORY + len(x), *x.shape[1:])
             frames[:MEMORY] = 0 if before is None else before
             self._activate(x, gamma, frames[MEMORY:])
-        if not self.last:
+        if before is not None and not self.last:
             before[-len(frames) :] = frames[-MEMORY:]
         return frames
 
@@ -75,6 +86,11 @@ class Whole:
     """All rows of the frames at once."""
 
     index = 0
+    exchanges = 0  # with nobody
+
+    def cut(self, latents: Tensor) -> Tensor:
+        """Whole latents -> this part's rows of them."""
+        return latents
 
     def halo(self, x: Tensor) -> tuple[Tensor, int]:
         """Frames for a convolution of three rows, and the rows of zeros that it should pad them with."""
@@ -129,7 +145,7 @@ def rms_norm(x: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
     return torch.div(x, length, out=out).mul_(gamma)
 
 
-def _gamma(norm: nn.Module) -> Tensor:
+def _gamma(norm: "WanRMS_norm") -> Tensor:
     """With the sqrt(C) in it, not in 16 bits."""
     return (norm.gamma.to(torch.promote_types(norm.gamma.dtype, torch.float32)) * norm.scale).flatten()
 
@@ -141,7 +157,7 @@ class CausalConv:
     3-D convolution. The weight stays the VAE's own, laid out for that.
     """
 
-    def __init__(self, conv: nn.Conv3d, index: int, norm: nn.Module | None = None):
+    def __init__(self, conv: nn.Conv3d, index: int, norm: "WanRMS_norm | None" = None):
         self.index, self.bias, self.gamma = index, conv.bias, None if norm is None else _gamma(norm)
         self.channels, self.out_channels, self.square = (
             conv.in_channels,
@@ -183,7 +199,7 @@ class CausalConv:
 class Pointwise:
     """A convolution that looks at one position only."""
 
-    def __init__(self, conv: nn.Module):
+    def __init__(self, conv: nn.Conv2d | nn.Conv3d):
         self.weight, self.bias = conv.weight.flatten(1), conv.bias
 
     def __call__(self, x: Tensor, stream: Stream | None = None) -> Tensor:
@@ -193,7 +209,7 @@ class Pointwise:
 class Residual:
     """A WanResidualBlock."""
 
-    def __init__(self, block: nn.Module, number: Iterator[int]):
+    def __init__(self, block: "WanResidualBlock", number: Iterator[int]):
         self.conv1 = CausalConv(block.conv1, next(number), block.norm1)
         self.conv2 = CausalConv(block.conv2, next(number), block.norm2)
         self.shortcut = (
@@ -209,7 +225,7 @@ class Residual:
 class Attention:
     """The middle's WanAttentionBlock: each frame on its own, so that the scores of one are all that is held."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: "WanAttentionBlock"):
         self.gamma, self.qkv, self.project = (
             _gamma(block.norm),
             Pointwise(block.to_qkv),
@@ -235,19 +251,19 @@ class Upsample:
     nothing upsampled is stored.
     """
 
-    def __init__(self, resample: nn.Module, number: Iterator[int]):
+    def __init__(self, resample: "WanResample", number: Iterator[int]):
         self.time = CausalConv(resample.time_conv, next(number)) if hasattr(resample, "time_conv") else None
-        conv = resample.resample[1]
+        conv = cast(nn.Conv2d, cast(nn.Sequential, resample.resample)[1])
         full = conv.weight.float()
         # [place, tap of 2, tap of 3]
         rows = full.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         weight = torch.einsum("ocyx,iay,jbx->ijocab", full, rows, rows).flatten(0, 2)
         self.weight = weight.to(conv.weight.dtype, memory_format=torch.channels_last)
-        self.bias = conv.bias.repeat(4)
+        self.bias = cast(Tensor, conv.bias).repeat(4)
 
     def __call__(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time:
-            x = self._in_time(x, stream)
+            x = self._in_time(self.time, x, stream)
         x, pad = stream.rows.halo(x)
         y = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=(pad, 1)).permute(0, 2, 3, 1)
         t, height, width = y.shape[0], y.shape[1] - 1, y.shape[2] - 1
@@ -258,11 +274,11 @@ class Upsample:
                 out[:, :, i, :, j] = parts[:, i : i + height, j : j + width, i, j]
         return out.view(t, 2 * height, 2 * width, -1)
 
-    def _in_time(self, x: Tensor, stream: Stream) -> Tensor:
+    def _in_time(self, conv: CausalConv, x: Tensor, stream: Stream) -> Tensor:
         rest = x[1:] if stream.first else x
         if not len(rest):
             return x
-        rest = self.time(rest, stream).unflatten(-1, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        rest = conv(rest, stream).unflatten(-1, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
         return torch.cat([x[:1], rest]) if stream.first else rest
 
 
@@ -279,7 +295,7 @@ class Repeat:
     stay or are divided).
     """
 
-    def __init__(self, shortcut: nn.Module, lost: int):
+    def __init__(self, shortcut: "DupUp3D", lost: int):
         if shortcut.in_channels % shortcut.out_channels:
             raise AptError(
                 f"a VAE whose decoder goes from {shortcut.in_channels} to {shortcut.out_channels} channels is not known: "
@@ -293,6 +309,7 @@ class Repeat:
         )
 
     def __call__(self, y: Tensor, stream: Stream) -> Tensor:
+        assert stream.kept is not None  # by the block's Keep
         x, stream.kept = stream.rows.delay(stream.kept, self.lost), None
         skip = self.frames - 1 if stream.first else 0  # of the first frame's copies only the last stays
         fine = y.unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
@@ -311,7 +328,7 @@ class Repeat:
 class Head:
     """From the last resolution's frames to whole pictures in [-1, 1], `[n, H, W, 3]`, in the model's dtype."""
 
-    def __init__(self, decoder: nn.Module, patch: int | None, number: Iterator[int]):
+    def __init__(self, decoder: "WanDecoder3d", patch: int | None, number: Iterator[int]):
         self.conv, self.patch = CausalConv(decoder.conv_out, next(number), decoder.norm_out), patch or 1
 
     def __call__(self, x: Tensor, stream: Stream) -> Tensor:
@@ -342,8 +359,9 @@ def decoder_layers(vae) -> tuple[list, list]:
     return sum(levels[:-2], []), sum(levels[-2:], [])
 
 
-def _level(block: nn.Module, number: Iterator[int]) -> list:
-    layers = [Residual(resnet, number) for resnet in block.resnets]
+def _level(block: Any, number: Iterator[int]) -> list:
+    """block: a WanUpBlock or a WanResidualUpBlock."""
+    layers: list = [Residual(resnet, number) for resnet in block.resnets]
     shortcut = getattr(block, "avg_shortcut", None)
     upsampler = block.upsampler if hasattr(block, "upsampler") else block.upsamplers and block.upsamplers[0]
     if upsampler:

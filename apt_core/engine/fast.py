@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import AptError
 from ..models.attention import best_backend
+from ..models.backbone import as_backbone
 from .context_parallel import enable
 from .fp8 import check_fp8, to_fp8
 from .torch_limits import allow_many_graphs
@@ -43,7 +44,8 @@ def make_fast(
     place: where its weights are to wait, None: where they are. group: processes that share each sample's
     tokens. Raises AptError where the card has no fp8 and where the group does not divide the heads.
     """
-    model.fuse_projections()
+    backbone = as_backbone(model)
+    backbone.fuse_projections()
     model.eval().requires_grad_(False)
     if speed.fp8:
         to_fp8(model, check_fp8(device), place)
@@ -51,11 +53,11 @@ def make_fast(
         model.to(place)
     if group is not None and group.size() > 1:
         enable(model, group)
-    dtype = model.patch_embedding.weight.dtype  # what tokens are in; some weights stay fp32
-    model.use_attention(speed.backend or best_backend(device, dtype, model.config.attention_head_dim))
+    dtype = backbone.patch_embedding.weight.dtype  # what tokens are in; some weights stay fp32
+    backbone.use_attention(speed.backend or best_backend(device, dtype, backbone.config.attention_head_dim))
     if speed.compile:
         allow_many_graphs()
-        for block in model.blocks:  # not block.compile, which takes the block's hooks into the graph, and with them BlockStream's moves
+        for block in backbone.blocks:  # not block.compile, which takes the block's hooks into the graph, and with them BlockStream's moves
             block.forward = torch.compile(block.forward, dynamic=False)
     return model
 

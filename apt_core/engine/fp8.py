@@ -2,14 +2,20 @@
 in fp32.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import AptError
+from ..models.backbone import as_backbone
 
 FP8 = torch.float8_e4m3fn
 MOST = torch.finfo(FP8).max  # 448
 STEP = 16  # what the fp8 units want a layer's sides to be multiples of
+
+
+_scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage] - it has no public name
 
 
 def quantise(x: Tensor, rowwise: bool = True) -> tuple[Tensor, Tensor]:
@@ -27,6 +33,10 @@ class Fp8Linear(nn.Module):
     rowwise: a scale for each token and each output channel, else one for each tensor, which older cards want.
     """
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, linear: nn.Linear, rowwise: bool = True) -> None:
         super().__init__()
         weight, scale = quantise(linear.weight.detach(), rowwise)
@@ -42,7 +52,7 @@ class Fp8Linear(nn.Module):
         out = torch.bfloat16 if x.is_cuda and self.rowwise else x.dtype
         # the fp8 units add a bias to 16 bits only
         bias = self.bias if out == x.dtype == torch.bfloat16 else None
-        y = torch._scaled_mm(
+        y = _scaled_mm(
             rows,
             self.weight.t(),
             scale_a=scale,
@@ -72,7 +82,7 @@ def _rows_on_a_cpu() -> bool:
     """Newer versions of torch have that."""
     x, scale = torch.zeros(STEP, STEP, dtype=FP8), torch.ones(STEP, 1)
     try:
-        torch._scaled_mm(x, x.t(), scale_a=scale, scale_b=scale.t().contiguous(), out_dtype=torch.float32)
+        _scaled_mm(x, x.t(), scale_a=scale, scale_b=scale.t().contiguous(), out_dtype=torch.float32)
     except RuntimeError:
         return False
     return True
@@ -86,9 +96,10 @@ def to_fp8(model: nn.Module, rowwise: bool = True, device: torch.device | None =
     device: where the new layers are to be, None: where the old ones are. The wide weights go there one by
     one.
     """
-    names = [name for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)]
+    blocks = as_backbone(model).blocks
+    names = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
     for name in names:
-        linear = model.blocks.get_submodule(name)
+        linear = cast(nn.Linear, blocks.get_submodule(name))
         if "modulation" not in name and linear.in_features % STEP == 0 and linear.out_features % STEP == 0:
-            model.blocks.set_submodule(name, Fp8Linear(linear.to(device), rowwise))
+            blocks.set_submodule(name, Fp8Linear(linear.to(device), rowwise))
     return model

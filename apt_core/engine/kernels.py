@@ -2,9 +2,11 @@
 in decoder_layers.
 """
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports] - only torch for CUDA brings it
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 POSITIONS_TIMES_CHANNELS = 8192
@@ -54,7 +56,7 @@ def _extend(
         if NORM:
             wide = y.to(tl.float32)
             length = tl.sqrt(tl.sum(wide * wide, axis=1))
-            wide = wide / tl.maximum(length, 1e-12)[:, None] * weight[None, :]
+            wide = wide / tl.maximum(length, 1e-12)[:, None] * weight[None, :]  # pyright: ignore[reportIndexIssue] - no float with NORM
             y = (wide * tl.sigmoid(wide)).to(y.dtype)
         tl.store(out + (i + MEMORY) * out_frame + place, y, mask=inside)
         if KEEP:
@@ -85,7 +87,8 @@ def extend(
     block_c = triton.next_power_of_2(channels)
     block = max(POSITIONS_TIMES_CHANNELS // block_c, 1)
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        _extend[(triton.cdiv(positions, block),)](
+        kernel: Any = _extend  # what triton.jit makes of a function takes its grid in brackets
+        kernel[(triton.cdiv(positions, block),)](
             x,
             gamma if gamma is not None else x,
             before if before is not None else x,

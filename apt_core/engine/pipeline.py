@@ -4,8 +4,8 @@ pipe = apt_core.OneStepPipeline.from_checkpoint("apt.safetensors", vae=..., text
 pipe("a red tram crossing a bridge in the rain", seed=1).save("tram.mp4")
 """
 
+import logging
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -36,6 +36,7 @@ from .residence import ALL, Residence, first_level
 from .text_cache import TextCache, cache_folder, encoder_fingerprint
 
 GIB = 2**30
+LOG = logging.getLogger("apt_core")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -72,7 +73,7 @@ class OneStepPipeline:
     of what can be made again (text embeddings, compiled code), None for `cache_folder()`. group: processes
     that make each sample together, all called alike. report: told in a sentence when memory made the pipeline
     step down, what is assumed of a LoRA without metadata, and which half of a Wan 2.2 A14B is used; by
-    default that goes to stderr.
+    default that is a warning of the logger apt_core.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class OneStepPipeline:
         if compile:
             check_compile(self.device)
             keep_compiled(self.cache / "compiled")
-        self.report = report or (lambda sentence: print(sentence, file=sys.stderr))
+        self.report = report or (lambda sentence: LOG.warning("%s", sentence))
         if sources.transformer.note and not (dist.is_initialized() and dist.get_rank()):
             self.report(sources.transformer.note)
         self._residence = Residence(self.device, self._first_level(), self.report, self._left)
@@ -173,7 +174,7 @@ class OneStepPipeline:
                 self._draw(request, number + 1)
             parts = list(self.frames(latents))
             frames = np.concatenate(parts) if len(parts) > 1 else parts[0]
-            fps = request.fps if len(frames) > 1 else 0.0
+            fps = request.sizes[3] if len(frames) > 1 else 0.0
             videos.append(Video(frames, fps, request.prompt(number), number, request.about(number)))
         return videos[0] if isinstance(prompt, str) and request.count == 1 else videos
 
@@ -189,7 +190,7 @@ class OneStepPipeline:
         as the call does.
         """
         request = self._one(prompt, wishes)
-        check_name(path, request.frames)
+        check_name(path, request.sizes[2])
         self.write_sample(request, 0, self.embed(request), path)
 
     def request(self, prompt: str | Sequence[str], **wishes) -> Request:
@@ -287,21 +288,21 @@ class OneStepPipeline:
                 pass
             return
         parts, about = self.frames(latents), request.about(number)
-        if request.frames == 1:
+        height, width, frames, fps = request.sizes
+        if frames == 1:
             write_image(path, next(parts), about=about)
         else:
             # left from below: the encoder's thread is done before the file is closed
             with ExitStack() as stack:
-                write = stack.enter_context(
-                    video_writer(path, request.height, request.width, request.fps, about=about)
-                )
+                write = stack.enter_context(video_writer(path, height, width, fps, about=about))
                 thread = stack.enter_context(ThreadPoolExecutor(1))
                 before = None
                 for part in parts:
                     if before:
                         before.result()
                     before = thread.submit(write, part)
-                before.result()
+                if before:
+                    before.result()
 
     def _draw(self, request: Request, number: int) -> Future:
         """The noise that a sample starts from, made by a thread: at a real model's size that takes as long as

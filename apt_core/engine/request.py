@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import cast
 
 from ..errors import AptError
 from ..loading.sources import Sources
@@ -43,6 +44,11 @@ class Request:
     def texts(self) -> list[str]:
         """All that must be encoded: the prompts, and the negative one where guidance reads it."""
         return [*self.prompts] if self.guidance == 1 else [*self.prompts, self.negative]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, float]:
+        """Height, width, frames and fps, once `fitted` has filled them in."""
+        return cast("tuple[int, int, int, float]", (self.height, self.width, self.frames, self.fps))
 
     def prompt(self, number: int) -> str:
         return self.prompts[number // self.count]
@@ -108,7 +114,8 @@ class Request:
     def latents(self, sources: Sources) -> tuple[int, int, int, int]:
         """Shape of one sample's latents, [channels, frames, rows, columns], once the sizes are there."""
         t, down, across = sources.vae.stride
-        return sources.vae.channels, (self.frames - 1) // t + 1, self.height // down, self.width // across
+        height, width, frames, _ = self.sizes
+        return sources.vae.channels, (frames - 1) // t + 1, height // down, width // across
 
 
 SLOWEST, FASTEST = 0.1, 240.0

@@ -3,14 +3,15 @@ the same.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AptError
+from ..errors import OutOfMemory
 from .torch_limits import out_of_memory
 
+N = TypeVar("N")
 T = TypeVar("T")
 ALL, PARTS, BLOCKS = 0, 1, 2
 SENTENCES = {
@@ -39,21 +40,21 @@ class Residence:
     ) -> None:
         self.device, self.level, self.report, self.leaves = device, level, report, leaves
         self.steps_taken: list[str] = []
-        self._networks: dict[str, object] = {}
+        self._networks: dict[str, Any] = {}
         self._streams: dict[str, BlockStream] = {}
         self._here: set[str] = set()
 
     def run(
         self,
         name: str,
-        load: Callable[[torch.device], object],
-        work: Callable[[object], T],
+        load: Callable[[torch.device], N],
+        work: Callable[[N], T],
         alone: bool = True,
     ) -> T:
         """`work(network)` with the network on the device. load(device) gives it when it is first asked for.
 
         alone: False for work in which other processes wait for this one: it cannot be tried again.
-        Raises AptError when even the last level does not fit, and when memory runs out in such work.
+        Raises OutOfMemory when even the last level does not fit, and when memory runs out in such work.
         """
         while True:
             try:
@@ -64,7 +65,7 @@ class Residence:
             # not in the except block, which would still hold what the failed attempt had
             self._step_down(name, alone)
 
-    def _ready(self, name: str, load: Callable[[torch.device], object]):
+    def _ready(self, name: str, load: Callable[[torch.device], N]) -> N:
         if self.level >= PARTS:
             for other in self._here - {name}:
                 self._leave(other)
@@ -93,13 +94,13 @@ class Residence:
 
     def _step_down(self, name: str, alone: bool) -> None:
         if not alone:
-            raise AptError(
+            raise OutOfMemory(
                 f"{self.device} runs out of memory: add processes, or give all of them a smaller memory to keep within."
             )
         if self.level >= PARTS:
             self._leave(name)
         if self.level == BLOCKS:
-            raise AptError(
+            raise OutOfMemory(
                 f"{self.device} runs out of memory even with one block of a network on it: ask for fewer frames or a smaller size."
             )
         self.level += 1
@@ -140,7 +141,7 @@ class BlockStream:
         ]
         self._host = [self._pinned(block) for block in self.blocks]
         self._coming: dict[int, list[Tensor]] = {}
-        self._done: dict[int, torch.cuda.Event] = {}
+        self._done: dict[int, torch.cuda.Event | torch.Event] = {}
         for number, block in enumerate(self.blocks):
             block.register_forward_pre_hook(lambda *_, number=number: self._take(number))
             block.register_forward_hook(lambda *_, number=number: self._give_back(number))

@@ -65,8 +65,9 @@ class TextCache:
         """Embeddings `[L_i, d]`, fp32, on the CPU. encode: called once with the prompts that are not here, or
         not at all.
         """
-        found = {prompt: self._read(self._path(prompt)) for prompt in dict.fromkeys(prompts)}
-        if missing := [prompt for prompt, embedding in found.items() if embedding is None]:
+        read = {prompt: self._read(self._path(prompt)) for prompt in dict.fromkeys(prompts)}
+        found = {prompt: embedding for prompt, embedding in read.items() if embedding is not None}
+        if missing := [prompt for prompt in read if prompt not in found]:
             for prompt, embedding in zip(missing, encode(missing)):
                 found[prompt] = embedding.float().cpu()
                 self._write(self._path(prompt), found[prompt])

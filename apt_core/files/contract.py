@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
+from typing import cast
 
 from ..errors import AptError
 
@@ -48,7 +49,8 @@ def second_time(what: object, apt: Mapping) -> float:
     that is not in (0, 1).
     """
     value = apt.get("second_time", SECOND_TIME)
-    if not isinstance(value, Real) or not 0 < value < 1:
+    # To type checkers a Real has no order.
+    if not isinstance(value, Real) or not 0 < cast(float, value) < 1:
         raise _wrong(what, "second_time", value, "not a number between 0 and 1")
     return float(value)
 
@@ -67,7 +69,7 @@ def native(what: object, apt: Mapping) -> dict | None:
     )
     fps = sizes.get("fps") if isinstance(sizes, Mapping) else None
     if not all(isinstance(count, int) and count > 0 for count in counts) or not (
-        isinstance(fps, Real) and 0 < fps <= MAX_FPS
+        isinstance(fps, Real) and 0 < cast(float, fps) <= MAX_FPS
     ):
         raise _wrong(what, "native", sizes, "not width, height, frames and fps")
     return dict(sizes)

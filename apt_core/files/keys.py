@@ -72,7 +72,8 @@ def transformer_to_official(key: str) -> str:
 
 
 def _transformer(key: str, top: dict[str, str], block: dict[str, str]) -> str:
-    where, module, leaf = KEY.fullmatch(key).groups(default="") if key else ("", "", "")
+    match = KEY.fullmatch(key)
+    where, module, leaf = match.groups(default="") if match else ("", "", "")
     new = (block if where else top).get(module)
     if new is None:
         raise AptError(

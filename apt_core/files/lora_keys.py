@@ -157,9 +157,10 @@ def _first(keys: Iterable[str], table: Sequence[tuple[str, str]]) -> tuple[str, 
 def _layer(name: str, flat: bool, own: tuple[str, ...]) -> str | None:
     if own:
         return _own_layers(own).get((flat, name))
-    where, module = re.fullmatch(r"(blocks_\d+_)?(.+)" if flat else r"(blocks\.\d+\.)?(.+)", name).groups(
-        default=""
-    )
+    match = re.fullmatch(r"(blocks_\d+_)?(.+)" if flat else r"(blocks\.\d+\.)?(.+)", name)
+    if match is None:
+        return None
+    where, module = match.groups(default="")
     found = wan_layers(bool(where), flat).get(module)
     return found and where.replace("_", ".") + found
 

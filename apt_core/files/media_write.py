@@ -11,6 +11,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -42,8 +43,9 @@ def write_video(
     that cannot be written.
     """
     frames = _checked(Path(path), frames, 4)
+    _, height, width, _ = frames.shape
     with video_writer(
-        path, *frames.shape[1:3], fps, crf, pixel_format, keep_equal=keep_equal, about=about
+        path, height, width, fps, crf, pixel_format, keep_equal=keep_equal, about=about
     ) as write:
         write(frames)
 
@@ -78,7 +80,7 @@ def video_writer(
             f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: crop them or use yuv444p."
         )
     with (
-        replacing(path, also=(av.FFmpegError,), keep_equal=keep_equal) as partial,
+        replacing(path, also=(FFmpegError,), keep_equal=keep_equal) as partial,
         av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         if about:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import AptError
+from ..errors import AptError, NotFinite
 from .atomic import replacing
 
 FLOATS = {"F32", "F16", "BF16"}
@@ -60,14 +60,12 @@ def read_header(path: str | Path) -> Header:
             _refuse_foreign(path, start, length)
             file.seek(8)
             text = file.read(length)
-    except AptError:  # which is a ValueError too
+    except AptError:  # itself a ValueError
         raise
     except FileNotFoundError:
         raise AptError(f"{path} does not exist: give the path of a .safetensors file.") from None
     except IsADirectoryError:
         raise AptError(f"{path} is a folder: give the path of a .safetensors file.") from None
-    except AptError:  # itself a ValueError
-        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         raise AptError(
             f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): give the path of a readable .safetensors file."
@@ -97,11 +95,10 @@ def read_header(path: str | Path) -> Header:
         raise AptError(
             f"{path} has {size - end} bytes too many after its last tensor: copy or download it again."
         )
-    shapes, dtypes = ({key: part[i] for key, part in parts.items()} for i in (0, 1))
     return Header(
         metadata,
-        shapes,
-        dtypes,
+        {key: part.shape for key, part in parts.items()},
+        {key: part.dtype for key, part in parts.items()},
         {key: (8 + length + part.begin, 8 + length + part.end) for key, part in parts.items()},
     )
 
@@ -212,11 +209,11 @@ def check_floats(path: str | Path, header: Header) -> None:
 
 
 def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises AptError that names the first tensor that holds a NaN or an infinity."""
+    """Raises NotFinite that names the first tensor that holds a NaN or an infinity."""
     for key, tensor in tensors.items():
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for fp8
         if tensor.is_floating_point() and not torch.isfinite(wide).all():
-            raise AptError(
+            raise NotFinite(
                 f"{path}: {key} holds NaN or infinite values: the training that wrote it diverged, take an earlier checkpoint."
             )
 
@@ -250,7 +247,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     """Write `path` in one piece: a temporary file beside it, fsync, rename. A failure leaves what was there
     before untouched.
 
-    Parent folders are made. Raises AptError for NaN or infinite weights and when the place cannot be written.
+    Parent folders are made. Raises NotFinite for NaN or infinite weights, AptError when the place cannot be
+    written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

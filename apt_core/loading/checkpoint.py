@@ -13,12 +13,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import AptError
+from ..errors import AptError, NotFinite
 from ..files import keys
 from ..files.atomic import replacing_folder
 from ..files.checkpoint_header import read_header
@@ -35,6 +35,7 @@ from ..files.tensorfile import (
     read_tensors,
     write_tensors,
 )
+from ..models.backbone import as_backbone
 from ..models.precision import cast, weight_dtype
 from .backbones import WAN, Kind
 
@@ -98,7 +99,7 @@ def unguessed(heads: int, head_dim: int, values: Mapping, out_channels: int) -> 
     """The same from the number and width of heads, `values` by the names of ASSUMED, and the channels that
     come out.
     """
-    out = {"num_heads": heads} if head_dim != HEAD_DIM else {}
+    out: dict[str, Any] = {"num_heads": heads} if head_dim != HEAD_DIM else {}
     for name, assumed in ASSUMED.items():
         value = list(values[name]) if name == "patch_size" else values[name]
         if value != assumed:
@@ -120,10 +121,14 @@ def transformer_config_from(
     """
     layout, prefix = _layout(path, shapes)
 
-    def shape(official: str, rank: int, optional: bool = False) -> tuple[int, ...] | None:
-        key = prefix + official if layout == "official" else keys.transformer_to_diffusers(official)
-        if key not in shapes and optional:
-            return None
+    def name_in_file(official: str) -> str:
+        return prefix + official if layout == "official" else keys.transformer_to_diffusers(official)
+
+    def optional(official: str, rank: int) -> tuple[int, ...] | None:
+        return shape(official, rank) if name_in_file(official) in shapes else None
+
+    def shape(official: str, rank: int) -> tuple[int, ...]:
+        key = name_in_file(official)
         if key not in shapes:
             raise AptError(
                 f"{path}: {key} missing: the file is not a whole Wan transformer, export or download it again."
@@ -151,10 +156,10 @@ def transformer_config_from(
             f"{path}: its metadata entry `config` has eps {eps!r}: it must be a small positive number."
         )
     image, position = (
-        shape("img_emb.proj.0.weight", 1, optional=True),
-        shape("img_emb.emb_pos", 3, optional=True),
+        optional("img_emb.proj.0.weight", 1),
+        optional("img_emb.emb_pos", 3),
     )
-    added = shape("blocks.0.cross_attn.k_img.weight", 2, optional=True)
+    added = optional("blocks.0.cross_attn.k_img.weight", 2)
     blocks = Counter(
         key.removeprefix(prefix).split(".")[1]
         for key in shapes
@@ -174,7 +179,7 @@ def transformer_config_from(
         "freq_dim": shape("time_embedding.0.weight", 2)[1],
         "ffn_dim": shape("blocks.0.ffn.0.weight", 2)[0],
         "num_layers": len(blocks),
-        "cross_attn_norm": shape("blocks.0.norm3.weight", 1, optional=True) is not None,
+        "cross_attn_norm": optional("blocks.0.norm3.weight", 1) is not None,
         "eps": eps,
         "image_dim": image and image[0],
         "added_kv_proj_dim": added and added[1],
@@ -248,12 +253,13 @@ def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Ma
     refused.
     Raises AptError for that, for NaN or infinite weights and when the place cannot be written.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     path, state = Path(path), model.state_dict()
     if path.exists() and not ((path / "apt.json").is_file() or (path.is_dir() and not any(path.iterdir()))):
         raise AptError(f"{path} exists and is not an earlier export: give a new folder.")
-    stock = _meta_transformer(path, WanTransformer3DModel, _known_arguments(model.config))
+    stock = _meta_transformer(path, WanTransformer3DModel, _known_arguments(as_backbone(model).config))
     expected = {key: value.shape for key, value in stock.state_dict().items()}
     check_shapes(
         path, {key: value.shape for key, value in state.items()}, expected, "Wan transformer of its config"
@@ -293,7 +299,7 @@ def _parts(path: Path) -> _Parts:
         header = plain_header(file, header)
         check_floats(file, header)
         shapes |= header.shapes
-    return _Parts(files, shapes, config or transformer_config_from(shapes, strings, path))
+    return _Parts(files, shapes, config or transformer_config_from(shapes, strings or {}, path))
 
 
 def _folder(path: Path) -> tuple[list[Path], dict | None, dict | None]:
@@ -319,7 +325,7 @@ def _folder(path: Path) -> tuple[list[Path], dict | None, dict | None]:
 
 
 def _arguments() -> Mapping[str, inspect.Parameter]:
-    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     return {
         name: p
@@ -352,14 +358,14 @@ def cast_tensors(
     device: str | torch.device = "cpu",
     copy: bool = False,
 ) -> dict[str, Tensor]:
-    """`state` in the dtype of each key. Raises AptError, which names the key, for weights that fp16 cannot
+    """`state` in the dtype of each key. Raises NotFinite, which names the key, for weights that fp16 cannot
     hold.
     """
     out = {}
     for key, value in state.items():
         out[key] = value.to(device, dtypes[key], copy=copy)
         if dtypes[key] == torch.float16 and not torch.isfinite(out[key]).all():
-            raise AptError(f"{path}: {key} has weights beyond what fp16 can hold: use bf16 or fp32.")
+            raise NotFinite(f"{path}: {key} has weights beyond what fp16 can hold: use bf16 or fp32.")
     return out
 
 
@@ -393,7 +399,7 @@ def _build(layers: int, heads: int, head_dim: int, ffn: int, channels: int, text
 
 
 def _is_wan(model: object) -> bool:
-    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     return isinstance(model, WanTransformer3DModel)
 

@@ -15,7 +15,9 @@ from ..files.checkpoint_header import read_folder_metadata, read_header
 from ..files.contract import is_few_step, metadata_json
 from ..files.folders import half_note
 from ..files.lora_keys import is_lora
+from ..models.backbone import as_backbone
 from ..models.lora_files import merge, read_lora, read_lora_for
+from ..models.text import TextEncoder
 from ..models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
 from ..models.vae import load_vae, read_vae, stride
 from .backbones import load_backbone
@@ -95,7 +97,8 @@ class TransformerSource:
 
     @property
     def patch(self) -> tuple[int, int, int]:
-        return tuple(self.config["patch_size"])
+        frames, rows, columns = self.config["patch_size"]
+        return frames, rows, columns
 
 
 def read_transformer(path: Path, base: str | Path | None = None) -> TransformerSource:
@@ -117,7 +120,9 @@ def read_transformer(path: Path, base: str | Path | None = None) -> TransformerS
     def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
         return load_backbone(path, dtype, device)
 
-    return TransformerSource(str(path), dict(model.config), metadata, _count(model), load, half_note(path))
+    return TransformerSource(
+        str(path), dict(as_backbone(model).config), metadata, _count(model), load, half_note(path)
+    )
 
 
 def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> TransformerSource:
@@ -132,7 +137,7 @@ def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> Transf
     def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
         return merge(load_backbone(below, dtype, device), lora.load())
 
-    about, notes = base_metadata(below) | metadata, [half_note(below)]
+    about, notes = {**base_metadata(below), **metadata}, [half_note(below)]
     if not metadata:
         how = "by Euler steps; a LoRA for few steps wants its own steps and guidance"
         notes.append(
@@ -140,7 +145,7 @@ def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> Transf
             f"(alpha {lora.alpha}) and sampled as that is, {'in one step' if is_few_step(about) else how}."
         )
     return TransformerSource(
-        str(path), dict(model.config), about, _count(model), load, " ".join(filter(None, notes))
+        str(path), dict(as_backbone(model).config), about, _count(model), load, " ".join(filter(None, notes))
     )
 
 
@@ -206,7 +211,7 @@ class TextSource:
 
     name: str
     facts: TextFacts
-    load: Callable[[int, torch.device], object]
+    load: Callable[[int, torch.device], TextEncoder]
 
 
 def read_text_source(path: Path, tokenizer: str | Path | None) -> TextSource:

@@ -4,6 +4,7 @@ this project's own file.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -95,7 +96,8 @@ def _from_folder(path: Path):
     folder, spiece = _folder(path)
     try:
         variant = variant_of(folder, STEM)
-        model, report = UMT5EncoderModel.from_pretrained(
+        # Its type does not tell that output_loading_info makes it two.
+        model, report = cast(Any, UMT5EncoderModel).from_pretrained(
             folder, local_files_only=True, dtype="auto", output_loading_info=True, variant=variant
         )
     except Exception as error:  # transformers raises a dozen types

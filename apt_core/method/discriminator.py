@@ -2,13 +2,15 @@
 logit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import AptError
+from ..models.backbone import TokenSplit, as_backbone
 from ..models.wan import PAPER_FRACTIONS, tap_blocks
 
 
@@ -26,7 +28,7 @@ class CrossAttentionHead(nn.Module):
     them slim). Raises AptError when heads do not divide it.
     """
 
-    split = None
+    split: TokenSplit | None = None
     """Where context_parallel.enable has put the tokens: in pieces on a group of processes."""
 
     def __init__(
@@ -106,15 +108,16 @@ class Discriminator(nn.Module):
         inner_dim: int | None = None,
     ):
         super().__init__()
-        config = backbone.config
-        if backbone.image_conditioned:
+        below = as_backbone(backbone)
+        config = below.config
+        if below.image_conditioned:
             raise AptError(
                 "the discriminator needs a text-to-video backbone; this one has image conditions (image_dim)."
             )
         self.taps = tap_blocks(config.num_layers, fractions)
-        backbone.drop_output_head()
+        below.drop_output_head()
         if self.taps[-1] < config.num_layers:
-            backbone.keep_blocks(self.taps[-1])
+            below.keep_blocks(self.taps[-1])
         self.backbone = backbone
         dim = config.num_attention_heads * config.attention_head_dim
         heads = num_heads or config.num_attention_heads
@@ -148,12 +151,12 @@ class Discriminator(nn.Module):
         x, t, text: as for the forward. Raises AptError as the heads do.
         """
         features = self.backbone(x, 1000.0 * t.float(), text, taps=self.taps)
-        return [head.weights(f) for head, f in zip(self.heads, features)]
+        return [head.weights(f) for head, f in zip(cast(Iterable[CrossAttentionHead], self.heads), features)]
 
     def enable_gradient_checkpointing(self) -> None:
         """Recomputes each backbone block in the backward pass instead of keeping its activations."""
-        self.backbone.enable_gradient_checkpointing()
+        as_backbone(self.backbone).enable_gradient_checkpointing()
 
     def disable_gradient_checkpointing(self) -> None:
         """Keeps activations again."""
-        self.backbone.disable_gradient_checkpointing()
+        as_backbone(self.backbone).disable_gradient_checkpointing()

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import AptError
 
+_foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage] - it has no public name
+
 
 class Ema:
     """An fp32 shadow of every floating entry of `model.state_dict()`, by name.
@@ -51,9 +53,7 @@ class Ema:
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + self.warmup))
         names = list(self.shadow)
-        torch._foreach_lerp_(
-            [_local(self.shadow[n]) for n in names], [_local(live[n]) for n in names], 1 - decay
-        )
+        _foreach_lerp_([_local(self.shadow[n]) for n in names], [_local(live[n]) for n in names], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -107,7 +107,8 @@ def _floating(model: nn.Module) -> dict[str, Tensor]:
 
 def _local(value: Tensor) -> Tensor:
     # Foreach kernels refuse lists that mix DTensors (parameters) with plain tensors (buffers).
-    return value.to_local() if hasattr(value, "to_local") else value
+    local = getattr(value, "to_local", None)
+    return value if local is None else local()
 
 
 def _check_names(given: Mapping, expected: Mapping) -> None:

@@ -2,12 +2,15 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import AptError
+
+Times = TypeVar("Times", Tensor, float)
 
 
 def per_sample(t: Tensor | float, like: Tensor) -> Tensor | float:
@@ -45,7 +48,7 @@ def clean_from_velocity(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
     return x_t - per_sample(t, x_t) * v
 
 
-def shift(t: Tensor | float, s: float) -> Tensor | float:
+def shift(t: Times, s: float) -> Times:
     """`s t / (1 + (s - 1) t)` (eq. 7): moves times towards the noise for s > 1. Same shape as `t`, exact at 0
     and 1.
 

@@ -41,7 +41,7 @@ class Ridge:
         The bias is not penalised. Raises AptError when nothing was added, and for a penalty that is not above
         0.
         """
-        if not self.rows or not penalty > 0:
+        if self._near is None or not self.rows or not penalty > 0:
             raise AptError(
                 f"a probe needs samples and a penalty above 0, but has {self.rows} rows and {penalty:g}."
             )

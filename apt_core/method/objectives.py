@@ -5,7 +5,7 @@ use them.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -287,14 +287,15 @@ def generator_backward(
         fake_logit = discriminator(sample, t, text)
         loss = generator_loss(fake_logit, real_logit)
         loss.backward()
-        x_hat.backward(sample.grad * loss_scale)
+        gradient = cast(Tensor, sample.grad)  # a leaf's, after backward
+        x_hat.backward(gradient * loss_scale)
     finally:
         for p in frozen:
             p.requires_grad_(True)
     metrics = {
         "g_loss": loss.detach(),
         "logit_fake": fake_logit.detach().mean(),
-        "grad_norm": sample.grad.flatten(1).norm(dim=1).mean() * len(sample),
+        "grad_norm": gradient.flatten(1).norm(dim=1).mean() * len(sample),
     }
     if real_logit is not None:
         metrics["logit_real"] = real_logit.mean()

@@ -77,13 +77,14 @@ def choose_backend(
     kernel is not for.
     """
     best = best_backend(device, dtype, head_dim, training)
-    if wanted in (None, AUTO):
+    if wanted is None or wanted == AUTO:
         first = next(iter(_by_speed(device, dtype, head_dim)), NATIVE)
         return Backend(best, "" if first == best else f"{first} has no backward pass")
     check_name(wanted)
-    if not _installed(wanted):
+    package = _package(wanted)
+    if package and not _installed(wanted):
         raise AptError(
-            f"attention backend {wanted} needs {_package(wanted)[1]}, which is not installed or does not load: install it, or use {best}."
+            f"attention backend {wanted} needs {package[1]}, which is not installed or does not load: install it, or use {best}."
         )
     device = torch.device(device)
     if wanted.startswith(SIXTEEN_BITS_ON_A_CARD) and (device.type != "cuda" or dtype.itemsize != 2):
@@ -116,7 +117,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tenso
 
     backend: diffusers' name of one; by default the one that is set for the process.
     """
-    return dispatch_attention_fn(q, k, v, backend=backend)
+    # diffusers asks for a member of its enumeration, and makes one of a name.
+    return dispatch_attention_fn(q, k, v, backend=backend)  # pyright: ignore[reportArgumentType]
 
 
 def _by_speed(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> list[str]:

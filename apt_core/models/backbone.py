@@ -3,9 +3,38 @@ full.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
+
+
+class TokenSplit(Protocol):
+    """What the networks ask of a `context_parallel.Split`, where each method is described."""
+
+    local_taps: bool
+
+    def processor(self, backend: str | None) -> Any: ...
+
+    def piece(self, x: Tensor) -> Tensor: ...
+
+    def whole(self, x: Tensor, n: int) -> Tensor: ...
+
+    def tap(self, tokens: Tensor, n: int) -> Tensor: ...
+
+    def embed(self, embedding: nn.Conv3d, latents: Tensor) -> Tensor: ...
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor: ...
+
+    def merge(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+    def cut(self, x: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
@@ -25,7 +54,7 @@ class Backbone(Protocol):
 
     config: Any
     blocks: nn.ModuleList
-    patch_embedding: nn.Module
+    patch_embedding: nn.Conv3d
     output_head: Sequence[str]
     text_only: Sequence[str]
     official_name: Callable[[str], str]
@@ -55,7 +84,7 @@ class Backbone(Protocol):
         """Before inference: one product where several projections read the same tokens."""
         ...
 
-    def share_tokens(self, split: Any) -> None:
+    def share_tokens(self, split: TokenSplit) -> None:
         """Before training or inference on several processes: each keeps its piece of the tokens
         (`context_parallel.Split`).
         """
@@ -72,3 +101,12 @@ class Backbone(Protocol):
     def enable_gradient_checkpointing(self, function: Callable | None = None) -> None:
         """Recomputes blocks in the backward pass."""
         ...
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keeps activations again."""
+        ...
+
+
+def as_backbone(model: nn.Module) -> Backbone:
+    """The same object, seen as a backbone: of a module's own attributes torch only says Tensor or Module."""
+    return cast(Backbone, model)

@@ -15,6 +15,7 @@ outside of any call, takes the same one.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from ..files.checkpoint_header import read_header
 from ..files.contract import metadata_json, metadata_strings
 from ..files.lora_keys import is_lora
 from ..files.tensorfile import check_shapes, write_tensors
+from .backbone import as_backbone
 from .lora_files import own_names, read_lora
 
 BASE = "base"
@@ -160,7 +162,7 @@ def add_adapters(
         model.set_submodule(
             name, AdaptedLinear(linears[name], switch, rank, 1.0 if alpha is None else alpha / rank)
         )
-    model.blocks = _Blocks(list(model.blocks), switch)
+    model.blocks = _Blocks(list(as_backbone(model).blocks), switch)
     return model
 
 
@@ -169,11 +171,14 @@ class Role(nn.Module):
     layers' names.
     """
 
+    base: nn.Module
+
     def __init__(self, base: nn.Module, name: str):
         super().__init__()
         self.__dict__["base"] = base  # not a submodule: its parameters are not this role's
         self.name = name
-        self.config, self.image_conditioned = base.config, base.image_conditioned
+        below = as_backbone(base)
+        self.config, self.image_conditioned = below.config, below.image_conditioned
         self.has_head = True
         for layer, module in base.named_modules():
             if isinstance(module, AdaptedLinear) and name in module.adapters:
@@ -185,7 +190,7 @@ class Role(nn.Module):
             raise AptError(
                 "this role has no output head any more (drop_output_head): it can only be called with taps."
             )
-        return self.base.blocks.switch.run(self.name, self.base, *args, taps=taps, **kwargs)
+        return cast(_Blocks, self.base.blocks).switch.run(self.name, self.base, *args, taps=taps, **kwargs)
 
     def adapters(self) -> dict[str, Adapter]:
         """This role's adapters by the names of their layers."""
@@ -195,32 +200,33 @@ class Role(nn.Module):
         """Removes this role's adapters of the output head, which then would get no gradient. The shared base
         keeps its head.
         """
-        self.has_head = False
-        self._drop([name for name in self.adapters() if name.startswith(self.base.output_head)])
+        self.has_head, head = False, tuple(as_backbone(self.base).output_head)
+        self._drop([name for name in self.adapters() if name.startswith(head)])
 
     def keep_blocks(self, count: int) -> None:
         """Removes this role's adapters behind the first `count` blocks, and what would have no gradient in
         the last of those.
         """
-        idle = [f"blocks.{i}." for i in range(count, len(self.base.blocks))] + [
-            f"blocks.{count - 1}.{layer}" for layer in self.base.text_only
+        base = as_backbone(self.base)
+        idle = [f"blocks.{i}." for i in range(count, len(base.blocks))] + [
+            f"blocks.{count - 1}.{layer}" for layer in base.text_only
         ]
         self._drop([name for name in self.adapters() if name.startswith(tuple(idle))])
         self.config = type(self.config)({**self.config, "num_layers": count})
 
     def _drop(self, layers: Sequence[str]) -> None:
         for layer in layers:
-            del self.base.get_submodule(layer).adapters[self.name]
+            del cast(AdaptedLinear, self.base.get_submodule(layer)).adapters[self.name]
             parent, _, leaf = layer.rpartition(".")
             delattr(self.get_submodule(parent), leaf)
 
     def enable_gradient_checkpointing(self, function: Callable | None = None) -> None:
         """Recomputes blocks in the backward pass, for all roles of the base."""
-        self.base.enable_gradient_checkpointing(function)
+        as_backbone(self.base).enable_gradient_checkpointing(function)
 
     def disable_gradient_checkpointing(self) -> None:
         """Keeps activations again, for all roles of the base."""
-        self.base.disable_gradient_checkpointing()
+        as_backbone(self.base).disable_gradient_checkpointing()
 
 
 def role(model: nn.Module, name: str | None) -> Role:
@@ -276,7 +282,7 @@ def fold(model: nn.Module, name: str) -> nn.Module:
         if layer in adapters:
             plain.weight.copy_(module.weight.float() + adapters[layer].delta())
         model.set_submodule(layer, plain)
-    model.blocks = nn.ModuleList(model.blocks)
+    model.blocks = nn.ModuleList(as_backbone(model).blocks)
     return model
 
 
@@ -289,9 +295,9 @@ def lora_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     An MMDiT has no official names but its own, and no program other than ours to read them. Raises AptError
     as `role` does.
     """
-    state = {}
+    state, official_name = {}, as_backbone(model).official_name
     for layer, adapter in role(model, name).adapters().items():
-        official = LORA_PREFIX + model.official_name(layer)
+        official = LORA_PREFIX + official_name(layer)
         state[f"{official}.lora_A.weight"] = _whole(adapter.lora_A.weight)
         state[f"{official}.lora_B.weight"] = _whole(adapter.lora_B.weight) * adapter.scale
     return state
@@ -325,7 +331,8 @@ def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
     if kind != "lora" or not is_lora(header.shapes):
         raise AptError(f"{path} is a whole transformer, not a LoRA: load it as the base.")
     found_by_layer = role(model, name).adapters()
-    adapters = {model.official_name(layer): adapter for layer, adapter in found_by_layer.items()}
+    official_name = as_backbone(model).official_name
+    adapters = {official_name(layer): adapter for layer, adapter in found_by_layer.items()}
     lora = read_lora(path, own_names(model))
     parts = {f"{layer}.{part}": key for layer, keys in lora.parts.items() for part, key in keys.items()}
     found = {part: header.shapes[key] for part, key in parts.items() if not part.endswith(".alpha")}
@@ -335,12 +342,14 @@ def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
     deltas = lora.load()
     for layer, adapter in adapters.items():
         delta = deltas[f"{layer}.weight"]
-        adapter.lora_A.weight.copy_(delta.down)
-        adapter.lora_B.weight.copy_(delta.up.to(adapter.lora_B.weight.dtype) * delta.scale / adapter.scale)
+        up, down = cast("tuple[Tensor, Tensor]", (delta.up, delta.down))  # check_shapes has seen both
+        adapter.lora_A.weight.copy_(down)
+        adapter.lora_B.weight.copy_(up.to(adapter.lora_B.weight.dtype) * delta.scale / adapter.scale)
 
 
 def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    whole = getattr(value, "full_tensor", None)  # a DTensor's
+    return value if whole is None else whole()
 
 
 def _ends_in(name: str, targets: Sequence[str]) -> bool:
@@ -352,5 +361,5 @@ def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
     for part in parents:
         if part not in root._modules:
             root.add_module(part, nn.Module())
-        root = root._modules[part]
+        root = root.get_submodule(part)
     root.add_module(leaf, module)

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import AptError
+from ..errors import AptError, NotFinite
 from ..files.checkpoint_header import read_header
 from ..files.contract import metadata_json
 from ..files.jsonfile import read_object
 from ..files.keys import transformer_to_official
 from ..files.lora_keys import find_place, foreign_model, unreadable_kind, weight_of
 from ..files.tensorfile import FLOATS, Header, read_tensors
+from .backbone import as_backbone
 
 READABLE = FLOATS | {"F64", "F8_E4M3", "F8_E5M2"}
 WIDTHS = {
@@ -51,7 +52,7 @@ class Delta:
         """The whole of it, in the shape and on the device of a weight; fp32, beside fp64 weights fp64."""
         wide = torch.promote_types(like.dtype, torch.float32)
         total = torch.zeros(like.shape, dtype=wide, device=like.device)
-        if self.up is not None:
+        if self.up is not None and self.down is not None:
             up, down = (part.to(like.device, wide).flatten(1) for part in (self.up, self.down))
             total += (up @ down * self.scale).view(like.shape)
         if self.full is not None:
@@ -154,13 +155,14 @@ def read_lora(path: str | Path, own: Sequence[str] = ()) -> LoraFile:
     path = Path(path)
     header = read_header(path)
     apt = metadata_json(path, header.metadata, "apt")
-    if found := unreadable_kind(header.shapes):
+    if kind := unreadable_kind(header.shapes):
         raise AptError(
-            f"{path} is {found[1]} ({found[0]}), and only LoRAs of two factors and plain differences can be "
+            f"{path} is {kind[1]} ({kind[0]}), and only LoRAs of two factors and plain differences can be "
             f"added: {REMEDY}."
         )
-    places = {key: find_place(key, own) for key in header.shapes}
-    unknown = [key for key, place in places.items() if place is None]
+    found = {key: find_place(key, own) for key in header.shapes}
+    places = {key: place for key, place in found.items() if place is not None}
+    unknown = [key for key in found if key not in places]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         if model := foreign_model(unknown):
@@ -192,12 +194,13 @@ def read_lora(path: str | Path, own: Sequence[str] = ()) -> LoraFile:
 
 def official_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a backbone's weights by their official names; "meta" will do."""
-    return {model.official_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    official_name = as_backbone(model).official_name
+    return {official_name(name): tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def own_names(model: nn.Module) -> tuple[str, ...]:
     """What `read_lora` takes as `own` for a backbone: nothing for a Wan."""
-    if model.official_name is transformer_to_official:
+    if as_backbone(model).official_name is transformer_to_official:
         return ()
     return tuple(name for name, _ in model.named_parameters())
 
@@ -214,14 +217,15 @@ def read_lora_for(path: str | Path, model: nn.Module, base: object) -> LoraFile:
 
 @torch.no_grad()
 def merge(model: nn.Module, deltas: Mapping[str, Delta]) -> nn.Module:
-    """Adds a LoRA that fits to a backbone's weights for good, in place; returns it. Raises AptError for sums
+    """Adds a LoRA that fits to a backbone's weights for good, in place; returns it. Raises NotFinite for sums
     that fp16 cannot hold."""
+    official_name = as_backbone(model).official_name
     for name, p in model.named_parameters():
-        official = model.official_name(name)
+        official = official_name(name)
         if official in deltas:
             p.copy_(deltas[official].add_to(p))
             if p.dtype == torch.float16 and not torch.isfinite(p).all():
-                raise AptError(
+                raise NotFinite(
                     f"with the LoRA added, {official} has weights beyond what fp16 can hold: use bf16 or "
                     f"fp32."
                 )
@@ -318,7 +322,10 @@ def _peft_scales(
             raise AptError(f"{path}: {where} says {what}, and only plain LoRAs can be added: {REMEDY}.")
     alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
     numbers = [alpha, *patterns.values()] if isinstance(patterns, dict) else [None]
-    if not all(type(number) in (int, float) and abs(number) < MOST for number in numbers):
+    if not all(
+        isinstance(number, int | float) and type(number) is not bool and abs(number) < MOST
+        for number in numbers
+    ):
         raise AptError(
             f"{path}: {where} has lora_alpha {alpha!r}, alpha_pattern {json.dumps(patterns)}: they must be "
             f"numbers."

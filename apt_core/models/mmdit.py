@@ -8,19 +8,21 @@ are those of diffusers' QwenImageTransformer2DModel, the purest public dual-stre
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..errors import AptError
 from .attention import attend
+from .backbone import TokenSplit
 from .wan import check_taps
 
 EPS = 1e-6
@@ -55,7 +57,7 @@ def _table(positions: Tensor, axes: Sequence[int]) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
+def rotate(x: Tensor, table: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Turns neighbouring channels of `x` [B, n, heads, channels] by their position's angles, in fp32."""
     cos, sin = table
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -63,7 +65,14 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class Stream(nn.Module):
-    """One of the two streams of a block: its own modulation, attention weights and MLP."""
+    """One of the two streams of a block: its own modulation, attention weights and MLP.
+
+    to_q, to_k, to_v are None once they are one layer, to_qkv; a stream of keys only has no to_q, norm_q,
+    to_out, norm2 and mlp.
+    """
+
+    to_qkv: nn.Linear | None
+    to_q: nn.Linear | None
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -118,7 +127,8 @@ class Stream(nn.Module):
             nn.Parameter(torch.cat([getattr(part, name) for part in parts]), requires_grad=False)
             for name in ("weight", "bias")
         )
-        self.to_q, self.to_k, self.to_v, self.to_qkv = None, None, None, fused
+        self.to_qkv = fused
+        self._drop("to_q", "to_k", "to_v")
 
     def keep_keys_only(self) -> None:
         """Drops what only shapes this stream's own way on, which nobody reads after the last block: no weight
@@ -127,12 +137,16 @@ class Stream(nn.Module):
         old, dim = self.modulation, self.to_k.in_features
         if self.to_q is None:
             return
-        self.to_q = self.norm_q = self.to_out = self.norm2 = self.mlp = None
+        self._drop("to_q", "norm_q", "to_out", "norm2", "mlp")
         self.modulation = nn.Linear(dim, 2 * dim, device=old.weight.device, dtype=old.weight.dtype)
         with torch.no_grad():
             self.modulation.weight.copy_(old.weight[: 2 * dim])
             self.modulation.bias.copy_(old.bias[: 2 * dim])
         self.modulation.requires_grad_(old.weight.requires_grad)
+
+    def _drop(self, *names: str) -> None:
+        for name in names:
+            setattr(self, name, None)
 
 
 class MMDiTBlock(nn.Module):
@@ -140,7 +154,7 @@ class MMDiTBlock(nn.Module):
 
     attention_backend: str | None = None
     """One of diffusers' attention backends, by default the one set for the process."""
-    split = None
+    split: TokenSplit | None = None
     """Where context_parallel.enable has put the tokens: in pieces on a group of processes."""
 
     def __init__(self, dim: int, num_heads: int):
@@ -157,7 +171,7 @@ class MMDiTBlock(nn.Module):
         """
         lengths = [table.shape[1] for table in reversed(tables)]
         if self.split is not None:
-            tables = [self.split.cut(table) for table in tables]
+            tables = self.split.cut(tables[0]), self.split.cut(tables[1])
         shift, scale, *rest = self.visual.modulation(time).unsqueeze(1).chunk(6, dim=2)
         k, v, q = self.visual.project(tokens, shift, scale, tables[0])
         keys_only = self.text.keys_only
@@ -194,8 +208,10 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
     """Layers of a block that only the text of the next one needs."""
     official_name = staticmethod(str)
     image_conditioned = False
-    split = None
+    split: TokenSplit | None = None
     """As a block's."""
+    config: Any  # diffusers calls it a dict; it has the arguments as attributes
+    _gradient_checkpointing_func: Callable  # which diffusers sets with gradient_checkpointing
 
     @register_to_config
     def __init__(
@@ -221,7 +237,7 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         self.text_norm = nn.RMSNorm(text_dim, EPS)
         self.text_embedding = nn.Linear(text_dim, dim)
         self.blocks = nn.ModuleList(MMDiTBlock(dim, num_attention_heads) for _ in range(num_layers))
-        self.blocks[-1].text.keep_keys_only()
+        self._own_blocks()[-1].text.keep_keys_only()
         self.norm_out = nn.LayerNorm(dim, EPS, elementwise_affine=False)
         self.modulation_out = nn.Linear(dim, 2 * dim)
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
@@ -250,9 +266,10 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         last = len(self.blocks) if taps is None else check_taps(taps, len(self.blocks))
         dtype = self.patch_embedding.weight.dtype
         latents = hidden_states.to(dtype)
-        grid = [n // p for n, p in zip(latents.shape[2:], self.config.patch_size)]
+        f, h, w = (n // p for n, p in zip(latents.shape[2:], self.config.patch_size))
+        grid = f, h, w
         text = self.text_embedding(self.text_norm(encoder_hidden_states.to(dtype)))
-        tables = rotary_tables(tuple(grid), text.shape[1], self.config.axes_dims_rope, latents.device)
+        tables = rotary_tables(grid, text.shape[1], self.config.axes_dims_rope, latents.device)
         if self.split is None:
             tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # [B, S, d]
         else:
@@ -281,6 +298,9 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         )
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
+    def _own_blocks(self) -> list["MMDiTBlock"]:
+        return cast("list[MMDiTBlock]", list(self.blocks))
+
     def _head(self, tokens: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.modulation_out(time).unsqueeze(1).chunk(2, dim=2)
         return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
@@ -292,21 +312,21 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
 
     def use_attention(self, backend: str) -> None:
         """Sets the attention backend (attention.best_backend) of this model alone."""
-        for block in self.blocks:
+        for block in self._own_blocks():
             block.attention_backend = backend
 
     def fuse_projections(self) -> None:
         """One product for queries, keys and values of each stream, with the weights of the three in the place
         of theirs.
         """
-        for block in self.blocks:
+        for block in self._own_blocks():
             block.visual.fuse()
             block.text.fuse()
 
-    def share_tokens(self, split) -> None:
+    def share_tokens(self, split: TokenSplit) -> None:
         """Computes over the processes of a `context_parallel.Split`."""
         self.split = split
-        for block in self.blocks:
+        for block in self._own_blocks():
             block.split = split
 
     def drop_output_head(self) -> None:
@@ -317,5 +337,5 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
     def keep_blocks(self, count: int) -> None:
         """Drops every block after the first `count`, and of the new last one what only its text needed."""
         self.blocks = self.blocks[:count]
-        self.blocks[-1].text.keep_keys_only()
+        self._own_blocks()[-1].text.keep_keys_only()
         self.register_to_config(num_layers=count)

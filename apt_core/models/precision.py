@@ -2,8 +2,12 @@
 diffusers' `_keep_in_fp32_modules`.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def stays_fp32(network: nn.Module | type, name: str) -> bool:
@@ -22,7 +26,7 @@ def weight_dtype(network: nn.Module | type, name: str, dtype: torch.dtype) -> to
 
 
 @torch.no_grad()
-def cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast(network: Network, dtype: torch.dtype) -> Network:
     """Cast the weights of a network in place, on "meta" too; returns it. Unlike `.to(dtype)` it leaves fp32
     what stays fp32.
     """

@@ -7,6 +7,7 @@ detail. They take the same normalised latents, of 16 channels (Wan 2.1) or 48 (W
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,9 @@ def load_tiny_decoder(
     model.load_state_dict(
         {key: tensors[key].to(device, dtype, copy=True) for key in model.state_dict()}, assign=True
     )
-    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    model.eval().requires_grad_(False)
+    # torch's types do not know this form of `to`.
+    return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def read_tiny_decoder(path: str | Path) -> "TinyDecoder":
@@ -104,7 +107,7 @@ class TinyDecoder(nn.Module):
             raise AptError(
                 f"latents of shape {list(latents.shape)} are not {NAMES[self.z_dim]}'s: give {wanted}."
             )
-        weight = self.decoder[1].weight
+        weight = cast(nn.Conv2d, self.decoder[1]).weight
         past: dict[int, Tensor] = {}
         for i, frame in enumerate(latents.to(weight).unbind(2)):
             frame = frame.contiguous(memory_format=torch.channels_last)

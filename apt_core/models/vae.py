@@ -8,6 +8,7 @@ same numbers built in, so a VAE of one's own must have latents of exactly those 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -269,9 +270,10 @@ def denormalize(latent: Tensor, vae) -> Tensor:
 
 
 def _statistics(latent: Tensor, vae) -> tuple[Tensor, Tensor]:
-    return tuple(
+    mean, std = (
         latent.new_tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
     )
+    return mean, std
 
 
 def encode(vae, pixels: Tensor) -> Tensor:
@@ -280,7 +282,8 @@ def encode(vae, pixels: Tensor) -> Tensor:
 
     Raises AptError for a size that the VAE cannot take (`check_size` with patch 1).
     """
-    check_size(*pixels.shape[3:], pixels.shape[2], stride(vae), patch=(1, 1, 1))
+    frames, height, width = pixels.shape[2:]
+    check_size(height, width, frames, stride(vae), patch=(1, 1, 1))
     latent = vae.encode(pixels.to(vae.dtype)).latent_dist.mean
     return normalize(latent.float(), vae)
 
@@ -403,8 +406,9 @@ def _folder_config(folder: Path) -> dict:
     raise AptError(f"{folder} {what}: give a diffusers folder of a Wan VAE, or its .safetensors file.")
 
 
-def _meta_vae(path, config: dict):
-    from diffusers import AutoencoderKLWan
+def _meta_vae(path, config: dict) -> Any:
+    """An AutoencoderKLWan, whose config diffusers calls a dict and whose `from_config` a tuple."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     try:
         with torch.device("meta"):

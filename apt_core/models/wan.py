@@ -1,15 +1,17 @@
 """Wan's transformer as generator and as discriminator backbone: taps at depth, early stop, fp32 time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 from torch import Tensor
 
 from ..errors import AptError
 from ..files import keys
+from .backbone import TokenSplit
 
 PAPER_FRACTIONS = (4 / 9, 13 / 18, 1.0)
 """Blocks 16, 26 and 36 of 36 (3.3) as shares of the depth."""
@@ -57,7 +59,9 @@ class WanBackbone(WanTransformer3DModel):
     """Layers of a block that only the text of the next one needs: Wan's blocks share one text."""
     official_name = staticmethod(keys.transformer_to_official)
     """A layer's name in the files that other programs read."""
-    split = None
+    config: Any  # diffusers calls it a dict; it has the arguments as attributes
+    _gradient_checkpointing_func: Callable  # which diffusers sets with gradient_checkpointing
+    split: TokenSplit | None = None
     """Where context_parallel.enable has put the tokens: in pieces on a group of processes."""
 
     @property
@@ -97,7 +101,7 @@ class WanBackbone(WanTransformer3DModel):
         if taps is None and self.split is None:
             return super().forward(
                 hidden_states,
-                timestep,
+                timestep,  # pyright: ignore[reportArgumentType] - diffusers says long, and takes fp32
                 encoder_hidden_states,
                 encoder_hidden_states_image,
                 return_dict,
@@ -114,7 +118,9 @@ class WanBackbone(WanTransformer3DModel):
             features = self._tokens(hidden_states, modulation, text, tuple(taps))
             return features if self.split is None else [self.split.tap(tokens, count) for tokens in features]
         [tokens] = self._tokens(hidden_states, modulation, text, (len(self.blocks),))
-        velocity = self._unpatch(self.split.whole(self._head(tokens, time), count), hidden_states.shape[2:])
+        patches = self._head(tokens, time)
+        whole = patches if self.split is None else self.split.whole(patches, count)
+        velocity = self._unpatch(whole, hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _tokens(
@@ -138,6 +144,10 @@ class WanBackbone(WanTransformer3DModel):
                 out.append(tokens)
         return out
 
+    def _own_blocks(self) -> list[Any]:
+        """WanTransformerBlocks, whose processors diffusers gives no type."""
+        return list(self.blocks)
+
     def _head(self, tokens: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
         return self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
@@ -152,24 +162,24 @@ class WanBackbone(WanTransformer3DModel):
         """Sets the attention backend (attention.best_backend) of this model alone; set_attention_backend
         would change all of the process.
         """
-        for block in self.blocks:
+        for block in self._own_blocks():
             block.attn1.processor._attention_backend = block.attn2.processor._attention_backend = backend
 
     def fuse_projections(self) -> None:
         """One product for queries, keys and values that read the same tokens, with the weights of the three
         in the place of theirs.
         """
-        for block in self.blocks:
+        for block in self._own_blocks():
             for attention in (block.attn1, block.attn2):
                 attention.fuse_projections()
-                attention.to_k = attention.to_v = None
-                if not attention.is_cross_attention:
-                    attention.to_q = None
+                fused = ("to_k", "to_v") if attention.is_cross_attention else ("to_k", "to_v", "to_q")
+                for name in fused:
+                    setattr(attention, name, None)
 
-    def share_tokens(self, split) -> None:
+    def share_tokens(self, split: TokenSplit) -> None:
         """Computes over the processes of a `context_parallel.Split`."""
         self.split = split
-        for block in self.blocks:
+        for block in self._own_blocks():
             block.attn1.set_processor(split.processor(block.attn1.processor._attention_backend))
 
     def drop_output_head(self) -> None:

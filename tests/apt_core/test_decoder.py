@@ -17,7 +17,7 @@ import apt_core
 from apt_core.engine.decoder import Decoder, psnr
 from apt_core.engine.decoder_layers import CausalConv, Stream, Whole, decoder_layers
 from apt_core.engine.decoder_memory import Plan, account, choose, largest
-from apt_core.errors import AptError
+from apt_core.errors import AptError, OutOfMemory
 from apt_core.models import vae as wan_vae
 
 MINI = Path(apt_core.__file__).parent / "assets/mini/vae/apt_mini_vae.safetensors"
@@ -156,7 +156,7 @@ def test_out_of_memory_to_the_end_is_a_sentence(vae):
     decoder = Decoder(vae, frames_per_call=2)
     decoder._low[0] = Failing(decoder._low[0], calls=range(100))
     with pytest.raises(
-        AptError,
+        OutOfMemory,
         match=r"with 1 latent frame per call in 2 bands of rows, what it remembers on the CPU: free memory",
     ):
         decoder.decode(latents(vae, 3, 6, 2))

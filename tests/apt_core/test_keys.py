@@ -115,6 +115,14 @@ def test_unknown_official_key_is_named(key):
         keys.transformer_to_diffusers(key)
 
 
+def test_a_key_with_a_line_break_is_named():
+    """A JSON header may hold one."""
+    with pytest.raises(AptError, match=r"^blocks\.0\.attn1\\nto_q\.weight is not a weight of Wan's"):
+        keys.transformer_to_official("blocks.0.attn1\nto_q.weight")
+    with pytest.raises(AptError, match=r"^blocks\.0\.self_attn\\nq\.weight is not a weight of Wan's"):
+        keys.transformer_to_diffusers("blocks.0.self_attn\nq.weight")
+
+
 @pytest.mark.parametrize("prefix", ["", "model.", "model.diffusion_model.", "diffusion_model."])
 def test_layout_and_prefix(prefix):
     assert keys.detect_layout(prefix + name for name in official_names(2)) == ("official", prefix)

@@ -12,7 +12,7 @@ from lora_writers import FORMS, KOHYA, close, factors, reference, state_of, unde
 from safetensors.torch import load_file, save_file
 
 from apt_core.engine.pipeline import OneStepPipeline
-from apt_core.errors import AptError
+from apt_core.errors import AptError, NotFinite
 from apt_core.files import keys, lora_keys
 from apt_core.files.lora_keys import find_place, is_lora, wan_layers
 from apt_core.loading import checkpoint, sources
@@ -182,7 +182,7 @@ def test_files_that_are_not_whole(tmp_path, change, says):
 def test_nan_and_no_tensors(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(PAIR | {"blocks.0.ffn.0.alpha": torch.tensor(math.nan)}, path)
-    with pytest.raises(AptError, match=r"blocks\.0\.ffn\.0\.alpha holds NaN or infinite values"):
+    with pytest.raises(NotFinite, match=r"blocks\.0\.ffn\.0\.alpha holds NaN or infinite values"):
         read_lora(path).load()
     save_file({}, path)
     assert "holds no tensors" in refusal(path)

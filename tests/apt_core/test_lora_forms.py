@@ -7,7 +7,7 @@ from lora_writers import BY_DIFFUSERS, FORMS, KOHYA, close, factors, reference, 
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from apt_core.errors import AptError
+from apt_core.errors import NotFinite
 from apt_core.models.lora_files import (
     Delta,
     merge,
@@ -185,7 +185,7 @@ def test_sums_are_made_in_fp32(wan):
     assert torch.equal(delta.add_to(small), (small.float() + up @ down * (1 / 3)).bfloat16())
     assert Delta(full=up).add_to(torch.ones(24, 3, dtype=torch.float64)).dtype == torch.float64
     with pytest.raises(
-        AptError,
+        NotFinite,
         match=r"^with the LoRA added, blocks.0.self_attn.q.weight has weights beyond what fp16 can hold: "
         r"use bf16 or fp32\.$",
     ):

@@ -9,7 +9,7 @@ from failing import Failing
 from ranks import start
 
 from apt_core.engine.decoder import Decoder
-from apt_core.errors import AptError
+from apt_core.errors import AptError, OutOfMemory
 
 VERSIONS = {
     "2.1": {"base_dim": 4},
@@ -76,7 +76,7 @@ def fail_everywhere(group, folder) -> None:
     hopeless = Decoder(vae, group=group)
     hopeless._high[0] = Failing(hopeless._high[0], calls=range(100) if group.rank() == 0 else ())
     with pytest.raises(
-        AptError,
+        OutOfMemory,
         match="out of memory even with 1 latent frame per call, what it remembers on the CPU: free memory",
     ):
         hopeless.decode(z)

@@ -19,7 +19,7 @@ import apt_core
 from apt_core.engine.decoder import Decoder
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.engine.residence import ALL, BLOCKS, PARTS
-from apt_core.errors import AptError
+from apt_core.errors import AptError, OutOfMemory
 from apt_core.files.checkpoint_header import read_metadata
 from apt_core.loading import sources
 from apt_core.loading.backbones import load_backbone
@@ -391,7 +391,7 @@ def test_out_of_memory_that_nothing_helps(monkeypatch, tmp_path):
     pipe = pipeline(cache=tmp_path, report=lambda _: None)
     fail_times(monkeypatch, 3)
     with pytest.raises(
-        AptError,
+        OutOfMemory,
         match="runs out of memory even with one block of a network on it: ask for fewer frames or a smaller size",
     ):
         pipe(PROMPT, **SIZE)

@@ -35,3 +35,13 @@ def test_importing_the_package_imports_nothing_slow():
     code = "import sys, apt_core; dir(apt_core); print(sorted({'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_two_kinds_of_a_users_error_can_be_told_apart():
+    assert issubclass(apt_core.AptError, ValueError) and not issubclass(apt_core.AptError, RuntimeError)
+    for one, other in (
+        (apt_core.OutOfMemory, apt_core.NotFinite),
+        (apt_core.NotFinite, apt_core.OutOfMemory),
+    ):
+        assert issubclass(one, apt_core.AptError) and not issubclass(one, other)
+        assert str(one("a\nb")) == "a\\nb"  # one line, as AptError makes it

@@ -12,7 +12,7 @@ from apt_core.engine.fast import Speed, make_fast
 from apt_core.engine.fp8 import Fp8Linear
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.engine.residence import ALL, BLOCKS, PARTS, BlockStream, Residence, blocks_of
-from apt_core.errors import AptError
+from apt_core.errors import OutOfMemory
 from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import WanBackbone, predict_velocity
 
@@ -155,11 +155,26 @@ def test_a_pass_that_failed_leaves_nothing_on_the_card(card):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     hook = model.blocks[1].attn2.register_forward_pre_hook(fail)
-    with pytest.raises(AptError, match="runs out of memory even with one block of a network on it"):
+    with pytest.raises(OutOfMemory, match="runs out of memory even with one block of a network on it"):
         residence.run("a", lambda _: model, lambda network: velocity(network, CARD))
     assert places(model) == {False} and card.held() == 0
     hook.remove()
     assert torch.equal(residence.run("a", lambda _: model, lambda network: velocity(network, CARD)), expected)
+
+
+def test_work_that_others_wait_for_is_not_tried_again(card):
+    calls = []
+
+    def work(network):
+        calls.append(network)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    residence = Residence(CARD)
+    with pytest.raises(
+        OutOfMemory, match=f"^{CARD} runs out of memory: add processes, or give all of them a"
+    ):
+        residence.run("a", lambda device: nn.Linear(2, 2).to(device), work, alone=False)
+    assert len(calls) == 1 and residence.level == ALL and not residence.steps_taken
 
 
 def test_memory_on_the_card(card):
@@ -204,7 +219,7 @@ def test_stepping_down_to_blocks_and_on(card):
         return velocity(network, CARD)
 
     residence = Residence(CARD)
-    for turn in range(2):
+    for _ in range(2):
         assert torch.equal(residence.run("a", lambda device: model.to(device), work), expected)
         residence.run("b", lambda device: nn.Linear(2, 2).to(device), lambda _: None)
     assert (

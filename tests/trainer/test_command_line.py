@@ -1,5 +1,6 @@
 """The command line: a mistake is one sentence and exit code 2, never a traceback."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -10,10 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import typer
+from diffusers import WanTransformer3DModel
 from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
+from apt_core.files.folders import half_note
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.loading.sources import SHIPPED
 from trainer.__main__ import app
+from trainer.cli.app import library_on_stderr
 
 # The package may be imported from the checkout, without being installed.
 ENVIRONMENT = os.environ | {
@@ -245,3 +251,33 @@ def test_demo_takes_preset_and_recipe_and_their_old_places(monkeypatch, argument
     result = CliRunner().invoke(app, ["demo", *arguments])
     assert result.exit_code == 0 and (presets[-1], *asked) == expected
     assert result.stderr.startswith("deprecated: say --preset") == old
+
+
+@pytest.mark.parametrize("root", [True, False], ids=["with a handler on the root logger", "without"])
+def test_what_the_library_logs_is_shown_once(tmp_path, root, monkeypatch):
+    """A folder with both halves of a Wan 2.2 A14B, on a machine where some library has set up logging."""
+    mini = load_transformer(SHIPPED["base"])
+    for name in ("transformer", "transformer_2"):
+        WanTransformer3DModel.save_pretrained(mini, tmp_path / "both" / name)
+    heard = []
+    if root:
+        other = logging.Handler()
+        other.emit = heard.append
+        monkeypatch.setattr(logging.getLogger(), "handlers", [other])
+    else:
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    size = ("--height", "48", "--width", "48", "--frames", "1", "--steps", "1")
+    parts = ("--vae", "mini", "--text-encoder", "mini", "--out", str(tmp_path / "out"))
+    result = CliRunner().invoke(
+        app, ["generate", str(tmp_path / "both"), "a red circle", *size, *parts], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines() == [half_note(tmp_path / "both")] and "both halves" in result.stderr
+    log = logging.getLogger("apt_core")
+    assert not heard and not log.handlers and log.propagate  # as before the command
+
+
+def test_logged_sentences_are_printed_as_they_are(capsys):
+    with library_on_stderr():
+        logging.getLogger("apt_core").warning("%s", "100% of it (%s)")
+    assert capsys.readouterr() == ("", "100% of it (%s)\n")

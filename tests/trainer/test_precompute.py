@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from apt_core.errors import AptError
+from apt_core.errors import AptError, NotFinite
 from apt_core.files.media_write import write_image, write_video
 from trainer.data.precompute import fingerprint, precompute
 from trainer.data.prompts import Prompts
@@ -95,8 +95,8 @@ def run(data, out, vae=None, **options):
     return precompute(data, out, vae or Vae(), Text(), **{**SIZE, **options})
 
 
-def refused(*parts, **options) -> str:
-    with pytest.raises(AptError) as error:
+def refused(*parts, kind: type[AptError] = AptError, **options) -> str:
+    with pytest.raises(kind) as error:
         run(**options)
     text = str(error.value)
     assert "\n" not in text and text.endswith("."), text
@@ -276,6 +276,7 @@ def test_a_file_that_fails_only_when_decoded(data, tmp_path, monkeypatch):
 def test_values_that_are_not_finite_are_refused(data, tmp_path):
     refused(
         "image0.png is encoded to values that are not finite",
+        kind=NotFinite,
         data=data,
         out=tmp_path / "out",
         vae=Vae(weight=float("nan")),

@@ -4,6 +4,7 @@ paper.
 
 import gc
 import tempfile
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from apt_core.engine.decoder import Decoder
 from apt_core.engine.pipeline import OneStepPipeline, on_the_cpu
+from apt_core.engine.request import Request
 from apt_core.method.noise import draw
 from trainer.bench.floors import count_work
 from trainer.bench.many import model_of_many
@@ -66,25 +68,10 @@ def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, 
         work = count_work(shapes, dtype.itemsize, sum(bool(row.any()) for row in text[0]))
         # gone again when the engine is measured
         stock = measure_stock(shapes, device, dtype, repeats, noise, latents, text)
-        numbers = iter(range(10**6))  # a prompt that was not there before each time
-
-        def embed():
-            return pipe.embed(pipe.request(f"{next(numbers)} {prompt}"))
-
-        works = {
-            "text": embed,
-            "dit": lambda: pipe.latents(request, 0, text),
-            "vae": lambda: list(pipe.frames(latents)),
-            "total": lambda: list(pipe.stream(f"{next(numbers)} {prompt}", seed=next(numbers))),
-        }
-        first = {part: once(works[part], device) for part in ("dit", "vae")}
-        ours = {part: median_seconds(work, device, repeats) for part, work in works.items()}
-        with peak_memory(device) as peak:
-            works["vae"]()
-        made = pipe.latents(request, 0, text).cpu()
-        steps_taken = pipe.steps_taken
-        del pipe, works
+        engine = _measure_engine(pipe, prompt, request, text, latents, repeats)
+        del pipe
         gc.collect()
+    ours, made = engine.seconds, engine.latents
     theirs = stock.seconds | {"text": ours["text"]}  # the same encoder
     if "both" in theirs:
         theirs["total"] = ours["text"] + theirs.pop("both")
@@ -106,7 +93,7 @@ def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, 
         "rates": {"matrix": rates.matrix, "matrix_fp8": rates.matrix_fp8, "copy": rates.copy},
         "work": {part: {"flops": need.flops, "bytes": need.moved} for part, need in work.items()},
         "seconds": ours,
-        "first_seconds": first,
+        "first_seconds": engine.first,
         "floor": floors,
         "stock": theirs,
         "paper": PAPER,
@@ -115,10 +102,47 @@ def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, 
         else None,
         "velocity_error": ((made - stock.latents).norm() / (stock.latents - noise.cpu()).norm()).item(),
         "decode_psnr": {"engine": stock.engine_psnr, "stock": stock.stock_psnr},
-        "decode_peak_bytes": {"engine": peak.bytes, "stock": stock.decode_peak},
-        "steps_taken": steps_taken,
+        "decode_peak_bytes": {"engine": engine.decode_peak, "stock": stock.decode_peak},
+        "steps_taken": engine.steps_taken,
         "modelled_seconds_on_gpus": model_of_many(shapes, ours),
     }
+
+
+@dataclass
+class _Engine:
+    """Seconds of each part, and of its first call; bytes at the decode's peak; the latents it made; what it
+    gave up for memory.
+    """
+
+    seconds: dict[str, float]
+    first: dict[str, float]
+    decode_peak: int
+    latents: torch.Tensor
+    steps_taken: list[str]
+
+
+def _measure_engine(
+    pipe: OneStepPipeline,
+    prompt: str,
+    request: Request,
+    text: torch.Tensor,
+    latents: torch.Tensor,
+    repeats: int,
+) -> _Engine:
+    device = pipe.device
+    numbers = iter(range(10**6))  # a prompt that was not there before each time
+    works = {
+        "text": lambda: pipe.embed(pipe.request(f"{next(numbers)} {prompt}")),
+        "dit": lambda: pipe.latents(request, 0, text),
+        "vae": lambda: list(pipe.frames(latents)),
+        "total": lambda: list(pipe.stream(f"{next(numbers)} {prompt}", seed=next(numbers))),
+    }
+    first = {part: once(works[part], device) for part in ("dit", "vae")}
+    seconds = {part: median_seconds(work, device, repeats) for part, work in works.items()}
+    with peak_memory(device) as peak:
+        works["vae"]()
+    made = pipe.latents(request, 0, text).cpu()
+    return _Engine(seconds, first, peak.bytes, made, pipe.steps_taken)
 
 
 def _uncompiled_decode(

@@ -50,7 +50,16 @@ def measure_stock(
     """noise, latents: `[1, C, f, h, w]` for the transformer and for the decode; text: `[1, L, d]`. Nothing
     stays on the device.
     """
-    stock, text = Stock(shapes, device, dtype), text.to(device)
+    figures = _measure(Stock(shapes, device, dtype), dtype, repeats, noise, latents, text.to(device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return figures
+
+
+def _measure(
+    stock: "Stock", dtype: torch.dtype, repeats: int, noise: Tensor, latents: Tensor, text: Tensor
+) -> StockFigures:
+    shapes, device = stock.shapes, stock.device
 
     def decode() -> Tensor:
         return _bytes(stock.decode(latents).clamp_(-1, 1) / 2 + 0.5)
@@ -74,11 +83,7 @@ def measure_stock(
         )
     own = stock.decode(denormalize(part, stock.vae)).float().clamp(-1, 1)
     engine = Decoder(stock.vae).decode(part).movedim(-1, 1)
-    figures = StockFigures(seconds, peak.bytes, made.float().cpu(), psnr(engine, exact), psnr(own, exact))
-    del stock
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return figures
+    return StockFigures(seconds, peak.bytes, made.float().cpu(), psnr(engine, exact), psnr(own, exact))
 
 
 class Stock:

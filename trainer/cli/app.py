@@ -1,7 +1,10 @@
-"""What all commands share: how they end, and the options that several of them have."""
+"""What all commands share: how they end, what the library has to say, and the options that several of them have."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +15,32 @@ from apt_core.errors import AptError
 from trainer.machines.ending import CODE, Terminated, ended_by_sigterm, say_stopped
 
 
+class ToStderr(logging.Handler):
+    """Prints what is logged, as it is, to the stderr of the moment, if that takes it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(record.getMessage(), file=sys.stderr)
+        except (OSError, ValueError):
+            pass
+
+
+@contextmanager
+def library_on_stderr() -> Iterator[None]:
+    """Shows what apt_core logs on stderr, once: what handlers other libraries have put on the root logger do
+    not get it too.
+    """
+    log, handler = logging.getLogger("apt_core"), ToStderr()
+    before = log.propagate
+    log.addHandler(handler)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = before
+
+
 class Commands(typer.core.TyperGroup):
     """A user's mistake is one sentence on stderr and exit code 2; Ctrl-C and SIGTERM say what is kept and
     exit with 130 and 143.
@@ -19,7 +48,7 @@ class Commands(typer.core.TyperGroup):
 
     def invoke(self, ctx):
         try:
-            with ended_by_sigterm():
+            with ended_by_sigterm(), library_on_stderr():
                 return super().invoke(ctx)
         except AptError as error:
             rank = int(os.environ.get("RANK", 0))

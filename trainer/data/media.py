@@ -102,7 +102,7 @@ def read_video(
     """
     out = np.empty((frames, height, width, 3), np.uint8)
     moments = [rational(start) + k / rational(fps) for k in range(frames)]
-    done, before = 0, None
+    done, before, shown = 0, None, 0
     with _video(path) as (container, stream):
         origin, aspect = _seek(container, stream, start), float(stream.sample_aspect_ratio or 1)
         for frame, time, length in _timed(path, container, stream, note):
@@ -114,12 +114,12 @@ def read_video(
                 )
                 out[done] = _pixels(path, stream, chosen[0], height, width, aspect, note)
                 done += 1
-            before = frame, now
+            before, shown = (frame, now), length
             if done == frames:
                 return out
         if before is None:
             raise AptError(f"{path} holds no frame that can be decoded: {AGAIN}.")
-        end = before[1] + length
+        end = before[1] + shown
         if moments[-1] >= end:
             raise too_short(path, end - rational(start), frames, fps)
         out[done:] = _pixels(path, stream, before[0], height, width, aspect, note)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from apt_core.errors import AptError
+from apt_core.errors import AptError, NotFinite
 from apt_core.files.atomic import make_folder
 from apt_core.models.vae import encode, stride
 from trainer.data.captions import Bad, Item, find_items, item_id, refuse_bad
@@ -252,7 +252,7 @@ def _encode(
     )
     for sample, latent, text in zip(samples, latents, texts):
         if not (torch.isfinite(latent).all() and torch.isfinite(text).all()):
-            raise AptError(
+            raise NotFinite(
                 f"{sample.id} is encoded to values that are not finite: load the VAE and the text encoder in fp32."
             )
     for sample, latent, text in zip(samples, latents, texts):

@@ -91,7 +91,10 @@ def train_features(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if update % 100 == 0 or update == updates - 1:
-            report(f"features {update}: " + " ".join(f"{n} {l.item():.3f}" for n, l in losses.items()))
+            report(
+                f"features {update}: "
+                + " ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
+            )
     write_tensors(out, net.state_dict(), {})
 
 

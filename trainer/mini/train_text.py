@@ -114,7 +114,7 @@ def train_text_encoder(
         if update % 100 == 0 or update == updates - 1:
             report(
                 f"text {update}: "
-                + " ".join(f"{n} {l.item():.3f}" for n, l in zip(heads, losses))
+                + " ".join(f"{name} {loss.item():.3f}" for name, loss in zip(heads, losses))
                 + f" scale {scale.item():.3f}"
             )
     save_text_encoder(out, model.eval(), pieces, TEXT_LENGTH)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from apt_core.errors import AptError
+from apt_core.errors import AptError, NotFinite
 from apt_core.files.atomic import make_folder
 from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import load_vae
@@ -39,7 +39,6 @@ from trainer.run.monitor import Monitor
 from trainer.run.progress import console, stage_bar
 from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
-from trainer.stages.update import NotFinite
 
 from .ablation_page import write_page
 from .ablation_table import FIGURES, table
@@ -210,12 +209,13 @@ class Ablation:
         )
         try:
             weights, figures = self._trained(variant, source) if variant.settings else (source.distilled, {})
-            row["figures"] = self._judged(variant, source, weights, net, vae) | figures
         except NotFinite as error:
             row["failed"] = str(error)
             console.print(
                 f"{variant.name}, seed {source.seed}: {error}", markup=False, highlight=False, soft_wrap=True
             )
+        else:
+            row["figures"] = self._judged(variant, source, weights, net, vae) | figures
         write_json(path, row | {"seconds": round(time.perf_counter() - started, 2)})
         return row
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from apt_core.errors import AptError
+from apt_core.errors import NotFinite
 from trainer.data.batches import Micro, Microbatches
 from trainer.files import write_json
 from trainer.machines.distributed import World
@@ -18,10 +18,6 @@ from trainer.stages.networks import Networks
 
 Report = Callable[[int, int, dict[str, float]], None]
 """Told after each update: its number, how many there are, its figures."""
-
-
-class NotFinite(AptError):
-    """A loss or gradient that is NaN or infinite: the training is over, and no weight has moved for it."""
 
 
 class Learner:

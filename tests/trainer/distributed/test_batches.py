@@ -36,7 +36,7 @@ with ThreadPoolExecutor(1) as reader:
 def watched(files):
     """Batches, and the samples that were read from them so far."""
     batches, read = Batches(files.shards, layouts.Text(), seed=0), []
-    for kind, data in batches.datasets.items():
+    for data in batches.datasets.values():
 
         def batch(indices, data=data, original=data.batch):
             read.extend(data.samples[i].id for i in indices)

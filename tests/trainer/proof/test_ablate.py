@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import trainer.proof.ablate
-from apt_core.errors import AptError
+from apt_core.errors import AptError, NotFinite
 from apt_core.files.tensorfile import read_tensors
 from trainer.config import load_preset
 from trainer.proof.ablate import BASE, Ablation, ablation
@@ -32,7 +32,6 @@ from trainer.proof.verdict import (
     verdict,
 )
 from trainer.run.monitor import Monitor
-from trainer.stages.update import NotFinite
 
 TINY = load_preset(
     Path(__file__).parents[1] / "tiny.toml", ["train.save_every=1", "data.images=16", "data.clips=2"]
