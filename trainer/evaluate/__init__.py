@@ -1,1 +1,1 @@
-"""What several models make of the same prompts and seeds, measured against real clips and shown side by side."""
+"""Several models at the same prompts and seeds, measured against real clips and shown side by side."""

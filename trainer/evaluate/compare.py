@@ -160,11 +160,12 @@ def _measure(
         def take(label: str | None, clips: Iterable[np.ndarray], count: int) -> None:
             nonlocal done
             column = columns[label] = Measured()
+            place = "real" if label is None else f"{len(columns):02d}-{_slug(label)}"
             start = time.perf_counter()
             for number, clip in enumerate(clips):
                 column.seconds.append(time.perf_counter() - start)
                 column.add(clip, names, networks, number // count)
-                column.files.append(_write(folder, _slug(label or "real"), number, clip, models[0]))
+                column.files.append(_write(folder, place, number, clip, models[0]))
                 done += 1
                 report(done, total)
                 start = time.perf_counter()

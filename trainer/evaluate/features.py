@@ -69,14 +69,16 @@ def read_networks(path: Path) -> list[Network]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AptError(
-            f"--features {path} cannot be read ({error.strerror}): give a TOML file with a [[features]] table."
+            f"--features {path} cannot be read ({error.strerror}): give a TOML file with a [[features]] "
+            "table."
         ) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise AptError(f"--features {path} is not TOML ({error}): mend it.") from None
     tables = values.get("features")
     if not isinstance(tables, list) or not tables or values.keys() != {"features"}:
         raise AptError(
-            f"--features {path} holds {', '.join(values) or 'nothing'}: write one [[features]] table for each network."
+            f"--features {path} holds {', '.join(values) or 'nothing'}: write one [[features]] table for "
+            "each network."
         )
     networks = []
     for table in tables:
@@ -100,12 +102,14 @@ def _check_files(path: Path, networks: Sequence[Network]) -> None:
     for network in networks:
         if not network.path.is_file():
             raise AptError(
-                f"{network.path}, the weights of {network.name}, is not there: put the TorchScript file with SHA-256 "
+                f"{network.path}, the weights of {network.name}, is not there: put the TorchScript file "
+                "with SHA-256 "
                 f"{network.sha256} there, or leave its table out of {path}."
             )
         if (found := file_digest(network.path)) != network.sha256:
             raise AptError(
-                f"{network.path} has SHA-256 {found}, but {path} says {network.sha256}: get the right file, or mend the line."
+                f"{network.path} has SHA-256 {found}, but {path} says {network.sha256}: get the right "
+                "file, or mend the line."
             )
 
 
@@ -136,7 +140,8 @@ class Features:
             height, width = x.shape[-2:]
             if min(height, width) < patch:
                 raise AptError(
-                    f"frames of {width}x{height} have no patch of {patch} pixels: set patch of {network.path.name} to "
+                    f"frames of {width}x{height} have no patch of {patch} pixels: set patch of "
+                    f"{network.path.name} to "
                     f"{min(height, width)} or less, or to 0 for no {network.patch_name}."
                 )
             top, left = (height - patch) // 2, (width - patch) // 2
@@ -152,13 +157,15 @@ class Features:
         except (RuntimeError, AttributeError, TypeError) as error:
             said = str(error).strip().splitlines()[-1]
             raise AptError(
-                f"{self.network.path.name} cannot take {self.network.input} of shape {list(parts[0].shape)} ({said}): "
+                f"{self.network.path.name} cannot take {self.network.input} of shape "
+                f"{list(parts[0].shape)} ({said}): "
                 "mend input, size or patch in its table."
             ) from None
         count = 1 if self.network.input == "clips" else len(frames)
         if out.ndim != 2 or len(out) != count:
             raise AptError(
-                f"{self.network.path.name} gives {list(out.shape)} where [{count}, d] is needed: end it with pooled features."
+                f"{self.network.path.name} gives {list(out.shape)} where [{count}, d] is needed: end it "
+                "with pooled features."
             )
         return out.numpy()
 
@@ -177,7 +184,8 @@ def check_count(name: str, width: int, counts: dict[str, int]) -> None:
     for side, count in counts.items():
         if count <= width:
             raise AptError(
-                f"{name} needs {width + 1} feature vectors of {side}, one more than it has channels, and there would be "
+                f"{name} needs {width + 1} feature vectors of {side}, one more than it has channels, and "
+                "there would be "
                 f"{count}: give more prompts, a higher --count or more real clips, or leave fd out."
             )
 

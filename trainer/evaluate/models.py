@@ -14,7 +14,7 @@ from apt_core.errors import AptError
 from apt_core.loading.sources import Sources, locate, read_sources
 from trainer.checkpoints.generate import find_source
 from trainer.checkpoints.starting_models import read_about, with_defaults
-from trainer.checkpoints.trained_models import base_of
+from trainer.checkpoints.trained_models import average_of, base_of
 from trainer.config import Files
 from trainer.files import file_digest
 from trainer.run.folders import is_state, resolve
@@ -56,7 +56,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Model:
-    """One column. label: what the tables call it; ema: of a state, the decay, None for its own choice;
+    """One column. label: what the tables call it; ema: of a state, the average's decay, 0 for raw weights;
     base: the transformer that a LoRA or a state stands on; sources: headers and configs alone, no weight.
     """
 
@@ -120,11 +120,13 @@ def open_models(
             source = find_source(checkpoint, own.base, ema)
             sources = read_sources(source, own.vae, own.text_encoder, own.tokenizer, own.base)
             request = wishes.request(["-"], sources.transformer.few_step).fitted(sources)
-            label = _label(path) + ("" if ema is None else " raw" if ema == 0 else f" EMA {ema:g}")
-            models.append(Model(label, path, ema, below, tokenizer, sources, request))
+            taken = average_of(path, ema) if is_state(path) else None
+            label = _name(path) + ("" if taken is None else f" EMA {taken:g}" if taken else " raw")
+            models.append(Model(label, path, taken, below, tokenizer, sources, request))
     if emas and not any(is_state(model.path) for model in models):
         raise AptError(
-            f"--ema {emas[0]:g} is for training states, and none is given: give states/PHASE/step-..., or leave it out."
+            f"--ema {emas[0]:g} is for training states, and none is given: give states/PHASE/step-..., or "
+            "leave it out."
         )
     _check_one_size(models)
     return _with_labels(models)
@@ -165,24 +167,30 @@ def _check_one_size(models: Sequence[Model]) -> None:
     for other in models[1:]:
         if words(other) != words(first):
             raise AptError(
-                f"{first.path} makes {words(first)} and {other.path} {words(other)}, which cannot be compared: give "
+                f"{first.path} makes {words(first)} and {other.path} {words(other)}, which cannot be "
+                "compared: give "
                 "--height, --width, --frames and --fps for all."
             )
 
 
-def _label(path: Path) -> str:
-    return path.name.removesuffix(".safetensors") or str(path)
+def _name(path: Path, folders: int = 0) -> str:
+    """Of a file or folder, with so many of the folders that it lies in."""
+    parts = path.absolute().parts
+    return "/".join(parts[-1 - min(folders, len(parts) - 2) :]).removesuffix(".safetensors")
 
 
 def _with_labels(models: Sequence[Model]) -> list[Model]:
-    """Where two have one name, the folder is named too."""
-    labels = [model.label for model in models]
-    if len(set(labels)) == len(labels):
-        return list(models)
-    longer = [
-        f"{model.path.absolute().parent.name}/{label}" if labels.count(label) > 1 else label
-        for model, label in zip(models, labels)
-    ]
-    if double := next((label for label in longer if longer.count(label) > 1), None):
-        raise AptError(f"{double} is given twice: give each model once, or other names to their folders.")
-    return [replace(model, label=label) for model, label in zip(models, longer)]
+    """Where several have one name, as many of their folders are named as tell them apart."""
+    first = [(model.path.absolute(), model.ema) for model in models]
+    if double := next((model for n, model in enumerate(models) if first[n] in first[:n]), None):
+        raise AptError(f"{double.path} ({double.label}) is given twice: give each model once.")
+    labels, folders = [model.label for model in models], 0
+    while len(set(labels)) < len(labels):
+        folders += 1
+        labels = [
+            _name(model.path, folders) + model.label.removeprefix(_name(model.path))
+            if labels.count(label) > 1
+            else label
+            for model, label in zip(models, labels)
+        ]
+    return [replace(model, label=label) for model, label in zip(models, labels)]

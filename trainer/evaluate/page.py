@@ -50,7 +50,8 @@ def _about(result: dict) -> str:
     real = result["real"]
     beside = f" Beside {len(real['clips'])} {real['what']}." if real else ""
     return escape(
-        f"{many} prompt{'s' * (many > 1)}{each}, seed {result['seed']}; {size['width']}x{size['height']}, {length}.{beside}"
+        f"{many} prompt{'s' * (many > 1)}{each}, seed {result['seed']}; {size['width']}x{size['height']}, "
+        f"{length}.{beside}"
     )
 
 
@@ -78,7 +79,8 @@ def _hint(result: dict, linked: bool) -> str:
         "In brackets: how many times the figure of the real clips. Near 1 is like them; more sharpness, "
         "saturation or contrast is not better. "
         if result["real"]
-        else "There are no real clips to compare with: the figures say how the models differ, not which is better. "
+        else "There are no real clips to compare with: the figures say how the models differ, not which "
+        "is better. "
     )
     return hint + ("The clips lie in the folder clips beside this page. " if linked else "")
 

@@ -80,11 +80,13 @@ def _from_shards(folder: Path, kind: str, request: Request, latents: tuple[int, 
     if not rows:
         there = ", ".join(str(list(shape)) for shape in sorted(shards.buckets)) or f"no {kind}"
         raise AptError(
-            f"--data {folder} holds {there}, but the samples' latents are {list(latents)}: give shards of that size."
+            f"--data {folder} holds {there}, but the samples' latents are {list(latents)}: give shards of "
+            "that size."
         )
     if kind == "video" and float(shards.fps) != request.fps:
         raise AptError(
-            f"--data {folder} is at {shards.fps:g} fps and the samples are at {request.fps:g}: give --fps {shards.fps:g}."
+            f"--data {folder} is at {shards.fps:g} fps and the samples are at {request.fps:g}: give --fps "
+            f"{shards.fps:g}."
         )
     found = [shards.samples[row] for row in rows]
     return Real(

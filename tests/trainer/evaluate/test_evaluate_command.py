@@ -197,8 +197,8 @@ def test_mistakes_are_one_sentence(folder, tmp_path):
     assert "--reals 3 is for real clips" in refused(*given, "--reals", 3, *out)
     assert "is there already and not empty" in refused(*given, "--out", folder)
     assert "--ema 0.5 is for training states" in refused(*given, "--ema", 0.5, *out)
-    assert "apt_mini is given twice" in refused("mini", "mini", "--prompts", prompts, *out).replace(
-        "diffusion_models/", ""
+    assert "(apt_mini) is given twice: give each model once." in refused(
+        "mini", "mini", "--prompts", prompts, *out
     )
     # a base model says other sizes in its metadata, or none
     base = GENERATOR.parents[1] / "transformer.safetensors"
