@@ -51,12 +51,12 @@ def find_real(data: Path, request: Request, latents: tuple[int, ...], limit: int
 
     Raises AptError for a folder that is missing or holds none, and for shards of another size or frame rate.
     """
-    kind = "image" if request.frames == 1 else "video"
+    kind, word = ("image", "picture") if request.frames == 1 else ("video", "video")
     folder = next((f for f in (data, data / "latents") if (f / INDEX).is_file()), None)
     if folder is not None:
         return _from_shards(folder, kind, request, latents, limit)
     if not data.is_dir():
-        raise AptError(f"--data {data} is not a folder: give one of {kind}s, or the shards of precompute.")
+        raise AptError(f"--data {data} is not a folder: give one of {word}s, or the shards of precompute.")
     files = sorted(
         path
         for path in data.rglob("*")
@@ -65,13 +65,13 @@ def find_real(data: Path, request: Request, latents: tuple[int, ...], limit: int
         and not any(part.startswith(".") for part in path.relative_to(data).parts)
     )[:limit]
     if not files:
-        raise AptError(f"--data {data} holds no {kind}: give a folder of {kind}s, or shards of precompute.")
+        raise AptError(f"--data {data} holds no {word}: give a folder of {word}s, or shards of precompute.")
     captioned = any((data / name).is_file() for name in METADATA) or any(
         file.with_suffix(".txt").is_file() for file in files
     )
     captions = {i.path: i.caption for i in find_items(data, (kind,), skip_bad=True)[0]} if captioned else {}
     names = tuple(file.relative_to(data).as_posix() for file in files)
-    return Real(data, f"real {kind}s", names, tuple(captions.get(file) for file in files))
+    return Real(data, f"real {word}s", names, tuple(captions.get(file) for file in files))
 
 
 def _from_shards(folder: Path, kind: str, request: Request, latents: tuple[int, ...], limit: int) -> Real:
@@ -91,7 +91,7 @@ def _from_shards(folder: Path, kind: str, request: Request, latents: tuple[int, 
     found = [shards.samples[row] for row in rows]
     return Real(
         folder,
-        f"real {kind}s, through the VAE",
+        f"real {'picture' if kind == 'image' else kind}s, through the VAE",
         tuple(sample.id for sample in found),
         tuple(sample.caption for sample in found),
         shards,

@@ -211,3 +211,25 @@ def test_mistakes_are_one_sentence(folder, tmp_path):
     said = refused("mini", "--prompts", prompts, *still, *out)
     assert "fd_means needs 5 feature vectors of the real clips" in said and "there would be 1:" in said
     assert not (tmp_path / "x").exists()
+
+
+def test_pictures_have_no_figures_of_time(folder, tmp_path):
+    out = tmp_path / "out"
+    given = ("--prompts", folder / "prompts.txt", "--data", folder / "real", "--frames", 1, "--out", out)
+    assert command("mini", *given).exit_code == 0
+    result = json.loads((out / "evaluation.json").read_text())
+    figures = result["models"][0]["metrics"]
+    assert [name for name, figure in figures.items() if figure["value"] is None] == [
+        "flicker",
+        "motion",
+        "first_frame",
+        "diversity",
+    ]
+    (real,) = result["real"]["clips"]
+    still = draw(3, [0], True)[0][0][:1]
+    assert real["name"] == "still.png" and result["real"]["what"] == "real pictures"
+    assert real["metrics"]["sharpness"] == pytest.approx(CLIP["sharpness"].of(still))
+    page = (out / "evaluation.html").read_text()
+    assert (
+        page.count('<img src="data:image/png;base64,') == 2 and "2 prompts, seed 0; 48x48, pictures." in page
+    )
