@@ -47,6 +47,7 @@ def test_help_names_the_commands():
         "distill",
         "adversarial",
         "generate",
+        "evaluate",
         "export",
         "inspect",
         "demo",

@@ -21,7 +21,7 @@ from apt_core.loading.sources import TransformerSource
 from apt_core.models.lora import fold
 from apt_core.models.precision import cast
 from trainer.checkpoints.starting_models import read_about
-from trainer.checkpoints.trained_models import ROLE, base_of, open_generator
+from trainer.checkpoints.trained_models import ROLE, average_of, base_of, open_generator
 from trainer.config import Files
 from trainer.machines.distributed import World
 from trainer.run.folders import FACTS, is_state, resolve
@@ -117,6 +117,7 @@ def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> T
         if ema is not None:
             open_generator(path, base or None, ema)  # says why not
         return path
+    average_of(path, ema)  # or says why not, before anything is made
     about = read_about(path.parent)
     below = base_of(path, about, base)
     shape = load_backbone(below, device="meta")

@@ -189,19 +189,31 @@ class State:
         return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
+def average_of(path: Path, ema: float | None) -> float:
+    """The decay of the average that `open_generator` takes of a training state, 0 for the raw weights; no
+    weight is read. Raises AptError for one that was not kept.
+    """
+    return float(_average(State(path, check=False), ema))
+
+
+def _average(state: State, ema: float | None) -> str:
+    """Its name in the state."""
+    decays = sorted(
+        {name.split("/")[0].removeprefix("averages.") for name in state.names("averages.")}, key=float
+    )
+    wanted = f"{state.facts['identity']['ema_decay']:g}" if ema is None else f"{ema:g}"
+    if ema != 0 and wanted not in decays:
+        raise AptError(
+            f"{state.path} has no average of decay {wanted}: it has {', '.join(decays)}, and 0 for the raw weights."
+        )
+    return wanted
+
+
 def _from_state(path: Path, ema: float | None, given: str | Path | None) -> Generator:
     state = State(path)
     about, facts = state.about, state.facts
     network = "student" if state.names("student.") else "generator"
-    decays = sorted(
-        {name.split("/")[0].removeprefix("averages.") for name in state.names("averages.")}, key=float
-    )
-    first = f"{facts['identity']['ema_decay']:g}"
-    wanted = first if ema is None else f"{ema:g}"
-    if ema != 0 and wanted not in decays:
-        raise AptError(
-            f"{path} has no average of decay {wanted}: it has {', '.join(decays)}, and 0 for the raw weights."
-        )
+    wanted = _average(state, ema)
     weights = state.tensors(f"{network}.weights/" if ema == 0 else f"averages.{wanted}/")
     metadata = about["metadata"] | {
         "kind": "generator",

@@ -1,4 +1,4 @@
-"""What is done with a model: generate, export, inspect, preference."""
+"""What is done with a model: generate, evaluate, preference, export, inspect."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from apt_core.errors import AptError
-from trainer.cli.app import MAX_SEED, File, app
+from trainer.cli.app import MAX_SEED, File, Noise, app
 
 
 @app.command()
@@ -103,6 +103,79 @@ def generate(
             "tiny_decoder": tiny_decoder,
         }
         generate(checkpoint, request, out, files, world, ema, **fast)
+
+
+@app.command()
+def evaluate(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT...", help="What generate takes, one or more: files, folders, states, mini."
+        ),
+    ],
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with one prompt a line; by default the captions of --data.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Real clips: a folder of media, or the shards that precompute made.")
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Some of them, with commas between; by default all that can be had.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Of fd: a TOML file that names networks, see docs/evaluate.md.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="A new folder for figures, page and clips.")] = Path("evaluation"),
+    seed: Noise = 0,
+    count: Annotated[int, typer.Option(min=1, help="Samples of each prompt; 2 or more show diversity.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Calls of APT and distilled models.")] = 1,
+    base_steps: Annotated[int, typer.Option(min=1, help="Of base models: Euler steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Of base models: the scale of CFG.")] = 7.5,
+    shift: Annotated[float, typer.Option(help="Of base models: of the times.")] = 5.0,
+    negative: Annotated[str, typer.Option(help="Of base models: the negative prompt.")] = "",
+    ema: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Of training states: a decay to take, 0 for the raw weights; several times for more."
+        ),
+    ] = None,
+    reals: Annotated[
+        int | None,
+        typer.Option(min=1, help="Real clips to take; by default as many as there are samples of one model."),
+    ] = None,
+    vae: File = "",
+    text_encoder: File = "",
+    tokenizer: File = "",
+    base: File = "",
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    device: str = "auto",
+) -> None:
+    """Several models at the same prompts and seeds: figures as JSON and CSV, and a page that plays them side
+    by side."""
+    import torch
+
+    from trainer.config import Files
+    from trainer.evaluate.compare import evaluate
+    from trainer.evaluate.models import Wishes
+    from trainer.machines.machine import pick_device
+
+    wishes = Wishes(count, seed, steps, base_steps, guidance, shift, negative, height, width, frames, fps)
+    evaluate(
+        checkpoints,
+        out,
+        wishes,
+        prompts=prompts,
+        data=data,
+        metrics=metrics,
+        features=features,
+        emas=ema or (),
+        reals=reals,
+        files=Files(base=base, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer),
+        device=torch.device(pick_device(device)),
+    )
 
 
 @app.command()
