@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import AptError
 from ..files import keys
+from .patches import from_patches
 
 PAPER_FRACTIONS = (4 / 9, 13 / 18, 1.0)
 """Blocks 16, 26 and 36 of 36 (3.3) as shares of the depth."""
@@ -114,7 +115,8 @@ class WanBackbone(WanTransformer3DModel):
             features = self._tokens(hidden_states, modulation, text, tuple(taps))
             return features if self.split is None else [self.split.tap(tokens, count) for tokens in features]
         [tokens] = self._tokens(hidden_states, modulation, text, (len(self.blocks),))
-        velocity = self._unpatch(self.split.whole(self._head(tokens, time), count), hidden_states.shape[2:])
+        patches = self.split.whole(self._head(tokens, time), count)
+        velocity = from_patches(patches, self.config.patch_size, hidden_states.shape[2:], channels_last=True)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _tokens(
@@ -141,13 +143,6 @@ class WanBackbone(WanTransformer3DModel):
     def _head(self, tokens: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
         return self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
-
-    def _unpatch(self, patches: Tensor, shape: Sequence[int]) -> Tensor:
-        grid = [n // p for n, p in zip(shape, self.config.patch_size)]
-        x = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(
-            1, grid
-        )  # [B, f, h, w, pf, ph, pw, C]
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def use_attention(self, backend: str) -> None:
         """Sets the attention backend (attention.best_backend) of this model alone; set_attention_backend
