@@ -15,7 +15,7 @@ from trainer.__main__ import app, main
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-MODULES = {"pillow": "PIL", "flash-attn": "flash_attn", "pytest-xdist": "xdist"}
+MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 """Where the module has another name than the package."""
 BY_NAME = {
     "accelerate": "docs/cluster.md",  # a launcher: tests/trainer/distributed/test_launchers.py
