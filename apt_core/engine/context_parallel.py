@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -31,6 +32,7 @@ from ..models.attention import attend
 from ..models.backbone import as_backbone
 from ..models.lora import Role
 from ..models.mmdit import rotate
+from ..models.patches import to_patches
 
 
 def enable(model: nn.Module, group: ProcessGroup) -> None:
@@ -90,10 +92,7 @@ class Split:
         """This process's piece of the tokens `embedding(latents)`, [B, n, d]. Cut before the embedding, where
         a token is smallest.
         """
-        pf, ph, pw = embedding.kernel_size
-        # [B, C, f, pf, h, ph, w, pw]
-        patches = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))
-        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, n, C pf ph pw]
+        patches = to_patches(latents, embedding.kernel_size)  # [B, n, C pf ph pw]
         return F.linear(self.piece(patches), embedding.weight.flatten(1), embedding.bias)
 
     def attend(
@@ -148,11 +147,12 @@ class Split:
         return min(max(n - self.rank * length, 0), length)
 
     def _by_heads(self, x: Tensor) -> Tensor:
-        x = x.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4)  # [size, B, n, heads / size, channels]
-        return _Exchange.apply(x, self.group).transpose(0, 1)
+        x = rearrange(x, "b n (size h) c -> size b n h c", size=self.size)
+        return rearrange(_Exchange.apply(x, self.group), "size b n h c -> b size n h c")
 
     def _by_tokens(self, x: Tensor) -> Tensor:
-        return _Exchange.apply(x.transpose(0, 1), self.group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        x = rearrange(x, "b size n h c -> size b n h c")
+        return rearrange(_Exchange.apply(x, self.group), "size b n h c -> b n (size h) c")
 
     def _unpadded(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         if all(n % self.size == 0 for n in lengths):

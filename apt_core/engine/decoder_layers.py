@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import AptError
@@ -278,7 +279,7 @@ class Upsample:
         rest = x[1:] if stream.first else x
         if not len(rest):
             return x
-        rest = conv(rest, stream).unflatten(-1, (2, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        rest = rearrange(conv(rest, stream), "n h w (two c) -> (n two) h w c", two=2)
         return torch.cat([x[:1], rest]) if stream.first else rest
 
 
@@ -333,9 +334,8 @@ class Head:
 
     def __call__(self, x: Tensor, stream: Stream) -> Tensor:
         y = self.conv(x, stream).clamp_(-1, 1)
-        n, p = y.shape[0], self.patch
-        y = y.unflatten(-1, (-1, p, p)).permute(0, 1, 5, 2, 4, 3)  # channel, column, row of a patch
-        return stream.rows.all(y.reshape(n, y.shape[1] * p, y.shape[3] * p, -1))
+        y = rearrange(y, "n h w (c pw ph) -> n (h ph) (w pw) c", ph=self.patch, pw=self.patch)
+        return stream.rows.all(y)
 
 
 def decoder_layers(vae) -> tuple[list, list]:

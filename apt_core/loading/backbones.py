@@ -41,8 +41,8 @@ _TARGETS: dict[str, str | Kind] = {
 
 
 def register(kind: Kind) -> None:
-    """Make a kind known to loading, training, export and presets (`model.kind`). Raises AptError for a name
-    that is taken.
+    """Make a kind known to loading, training, export and presets (`model.kind`). Its class may be a subclass of
+    another kind's. Raises AptError for a name that is taken.
     """
     if kind.name in _TARGETS and _TARGETS[kind.name] is not kind:
         raise AptError(f"there is a backbone named {kind.name!r} already: give the new one another name.")
@@ -77,7 +77,7 @@ def kind_of(model: object) -> Kind:
     for what is no backbone.
     """
     model = model.base if isinstance(model, Role) else model
-    for kind in map(kind_named, _TARGETS):
+    for kind in map(kind_named, reversed(_TARGETS)):  # the newest first: it may be a subclass of an older one
         if kind.is_model(model):
             return kind
     raise AptError(

@@ -1,7 +1,9 @@
-"""An MMDiT as a safetensors file: its own keys, its arguments in the metadata entry `mmdit`."""
+"""Backbones that no other program knows, as safetensors files: `own_kind` makes the kind of a class. The MMDiT
+is one.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,82 +18,95 @@ from ..models.precision import cast, weight_dtype
 from .backbones import Kind
 
 
-def save_mmdit(
-    path: str | Path,
-    model: nn.Module | Mapping[str, Tensor],
-    config: Mapping,
-    metadata: Mapping,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write one safetensors file, atomically: the model's own keys, `apt` as in `checkpoint.save_generator`,
-    its arguments in `mmdit`.
+def own_kind(name: str, words: str, model: type[nn.Module], build: Callable[..., nn.Module]) -> Kind:
+    """A kind whose files are this project's own: a safetensors file with the model's own keys, `apt` as in
+    `checkpoint.save_generator`, and its arguments in the metadata entry `name`.
 
-    No other program knows this architecture. Raises AptError as `save_generator` does.
+    model: a class of diffusers' ModelMixin and ConfigMixin that offers `models.backbone.Backbone`; words,
+    build: see Kind. What the kind's `save` and `load` raise: AptError as `save_generator` does, for a damaged
+    file, another kind of file, and missing, extra or misshapen keys.
     """
-    state = model.state_dict() if isinstance(model, nn.Module) else dict(model)
-    arguments = {name: value for name, value in config.items() if not name.startswith("_")}
-    expected = _on_meta(path, arguments).state_dict()
-    check_shapes(path, _shapes(state), _shapes(expected), "MMDiT of its config")
-    strings = metadata_strings(path, metadata) | {"mmdit": json.dumps(arguments)}
-    write_tensors(path, {key: value.to(dtype) for key, value in state.items()}, strings)
+    short = words.partition(" ")[2]
 
+    def on_meta(path: str | Path, arguments: Mapping) -> nn.Module:
+        try:
+            with torch.device("meta"):
+                return model(**arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AptError(
+                f"{path}: {words} cannot be built from its config ({error}): export it again."
+            ) from None
 
-def load_mmdit(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> MMDiTBackbone:
-    """The model of a file of `save_mmdit`; on device "meta", its shape alone, and no weight is read. dtype:
-    as `load_transformer`'s.
-
-    Raises AptError for a damaged file, another kind of file, and missing, extra or misshapen keys.
-    """
-    header = read_header(path)
-    arguments = metadata_json(path, header.metadata, "mmdit")
-    if not arguments:
-        raise AptError(
-            f"{path} is not an MMDiT of this project (no metadata entry `mmdit`): give a file that the trainer wrote for one."
+    def save(
+        path: str | Path,
+        network: nn.Module | Mapping[str, Tensor],
+        config: Mapping,
+        metadata: Mapping,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        state = network.state_dict() if isinstance(network, nn.Module) else dict(network)
+        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+        check_shapes(
+            path, _shapes(state), _shapes(on_meta(path, arguments).state_dict()), f"{short} of its config"
         )
-    check_count(path, "num_layers", arguments.get("num_layers"), header.shapes)
-    model = _on_meta(path, arguments)
-    check_shapes(path, header.shapes, _shapes(model.state_dict()), "MMDiT of its config")
-    if torch.device(device).type == "meta":
-        return cast(model, dtype)
-    tensors, _ = read_tensors(path)
-    state = {
-        key: value.to(device, weight_dtype(model, key, dtype), copy=True) for key, value in tensors.items()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.train()
+        strings = metadata_strings(path, metadata) | {name: json.dumps(arguments)}
+        write_tensors(path, {key: value.to(dtype) for key, value in state.items()}, strings)
 
+    def load(
+        path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> nn.Module:
+        header = read_header(path)
+        arguments = metadata_json(path, header.metadata, name)
+        if not arguments:
+            raise AptError(
+                f"{path} is not {words} of this project (no metadata entry `{name}`): "
+                "give a file that the trainer wrote for one."
+            )
+        check_count(path, "num_layers", arguments.get("num_layers"), header.shapes)
+        network = on_meta(path, arguments)
+        check_shapes(path, header.shapes, _shapes(network.state_dict()), f"{short} of its config")
+        if torch.device(device).type == "meta":
+            return cast(network, dtype)
+        tensors, _ = read_tensors(path)
+        state = {
+            key: value.to(device, weight_dtype(network, key, dtype), copy=True)
+            for key, value in tensors.items()
+        }
+        network.load_state_dict(state, assign=True)
+        return network.train()
 
-def _on_meta(path: str | Path, arguments: Mapping) -> MMDiTBackbone:
-    try:
-        with torch.device("meta"):
-            return MMDiTBackbone(**arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise AptError(f"{path}: no MMDiT can be built from its config ({error}): export it again.") from None
+    return Kind(
+        name=name,
+        words=words,
+        is_model=lambda network: isinstance(network, model),
+        is_file=lambda path: path.is_file() and name in read_header(path).metadata,
+        config=lambda path: load(path, device="meta").config,
+        load=load,
+        save=save,
+        build=build,
+    )
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in state.items()}
 
 
-def _is_file(path: Path) -> bool:
-    return path.is_file() and "mmdit" in read_header(path).metadata
-
-
-def _build(layers: int, heads: int, head_dim: int, ffn: int, channels: int, text_dim: int) -> MMDiTBackbone:
+def build_mmdit(
+    layers: int,
+    heads: int,
+    head_dim: int,
+    ffn: int,
+    channels: int,
+    text_dim: int,
+    model: type[MMDiTBackbone] = MMDiTBackbone,
+) -> MMDiTBackbone:
+    """An untrained MMDiT, or a subclass of it, with the paper's shares of a head for its positions. ffn is
+    always 4 times the width.
+    """
     side = head_dim * 11 // 52 * 2  # 44 of 104 channels for rows and for columns
     axes = (head_dim - 2 * side, side, side)
-    return MMDiTBackbone(layers, heads, head_dim, channels, channels, text_dim, axes_dims_rope=axes)
+    return model(layers, heads, head_dim, channels, channels, text_dim, axes_dims_rope=axes)
 
 
-MMDIT_KIND = Kind(
-    name="mmdit",
-    words="an MMDiT",
-    is_model=lambda model: isinstance(model, MMDiTBackbone),
-    is_file=_is_file,
-    config=lambda path: load_mmdit(path, device="meta").config,
-    load=load_mmdit,
-    save=save_mmdit,
-    build=_build,
-)
+MMDIT_KIND = own_kind("mmdit", "an MMDiT", MMDiTBackbone, build_mmdit)
+load_mmdit, save_mmdit = MMDIT_KIND.load, MMDIT_KIND.save

@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import AptError
@@ -61,7 +62,7 @@ class CrossAttentionHead(nn.Module):
         """
         token, q, k, v = self._ask(tokens)
         answer = F.scaled_dot_product_attention(q, k, v) if self.split is None else self.split.merge(q, k, v)
-        token = token + self.to_out(answer.transpose(1, 2).flatten(2))
+        token = token + self.to_out(rearrange(answer, "b h n c -> b n (h c)"))
         token = token + self.mlp(self.norm_mlp(token))
         return token[:, 0].clone()  # not a view: FSDP2 hooks what its modules return
 
@@ -87,7 +88,7 @@ class CrossAttentionHead(nn.Module):
         return token, q, k, self._split(self.to_v(tokens))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return rearrange(x, "b n (h c) -> b h n c", h=self.num_heads)
 
 
 class Discriminator(nn.Module):

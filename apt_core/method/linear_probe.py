@@ -1,7 +1,6 @@
 """A linear probe (5.5): what of a result can already be read off inner tokens by one linear layer."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -52,24 +51,6 @@ class Ridge:
         squares.diagonal().add_(penalty * mean if mean > 0 else 1.0)  # inputs that never change tell nothing
         weight = torch.linalg.solve(squares, products)
         return weight, self._near[1] + y - (self._near[0] + x) @ weight
-
-
-def to_patches(latents: Tensor, patch: Sequence[int]) -> Tensor:
-    """Latents [B, C, F, H, W] as what belongs to each token, [B, S, C * patch volume], tokens in the order
-    (frame, row, column).
-    """
-    pf, ph, pw = patch
-    # [B, C, f, pf, h, ph, w, pw]
-    x = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pf))
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-
-
-def from_patches(patches: Tensor, patch: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The inverse of `to_patches`; shape: (C, F, H, W) of the latents."""
-    channels, *sizes = shape
-    # [B, f, h, w, C, pf, ph, pw]
-    x = patches.unflatten(2, (channels, *patch)).unflatten(1, [n // p for n, p in zip(sizes, patch)])
-    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def band_energies(x: Tensor, cut: float = 1 / 3) -> tuple[float, float]:

@@ -18,11 +18,13 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import AptError
 from .attention import attend
 from .backbone import TokenSplit
+from .patches import from_patches
 from .wan import check_taps
 
 EPS = 1e-6
@@ -97,7 +99,7 @@ class Stream(nn.Module):
         """
         x = self.norm1(x) * (1 + scale) + shift
         if self.to_qkv is not None:
-            q, k, v = (y.unflatten(2, (self.num_heads, -1)) for y in self.to_qkv(x).chunk(3, dim=2))
+            q, k, v = rearrange(self.to_qkv(x), "b n (qkv h c) -> qkv b n h c", qkv=3, h=self.num_heads)
             return [rotate(self.norm_k(k), table), v, rotate(self.norm_q(q), table)]
         k, v = (to(x).unflatten(2, (self.num_heads, -1)) for to in (self.to_k, self.to_v))
         k = rotate(self.norm_k(k), table)
@@ -293,9 +295,9 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
                 else [self.split.tap(tokens, math.prod(grid)) for tokens in features]
             )
         patches = self._head(tokens, time)
-        velocity = self._unpatch(
-            patches if self.split is None else self.split.whole(patches, math.prod(grid)), grid
-        )
+        if self.split is not None:
+            patches = self.split.whole(patches, math.prod(grid))
+        velocity = from_patches(patches, self.config.patch_size, latents.shape[2:])
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _own_blocks(self) -> list["MMDiTBlock"]:
@@ -304,11 +306,6 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
     def _head(self, tokens: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.modulation_out(time).unsqueeze(1).chunk(2, dim=2)
         return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
-
-    def _unpatch(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        # [B, f, h, w, C, pf, ph, pw]
-        x = tokens.unflatten(2, (-1, *self.config.patch_size)).unflatten(1, grid)
-        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def use_attention(self, backend: str) -> None:
         """Sets the attention backend (attention.best_backend) of this model alone."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import AptError
 from ..files import keys
 from .backbone import TokenSplit
+from .patches import from_patches
 
 PAPER_FRACTIONS = (4 / 9, 13 / 18, 1.0)
 """Blocks 16, 26 and 36 of 36 (3.3) as shares of the depth."""
@@ -120,7 +121,7 @@ class WanBackbone(WanTransformer3DModel):
         [tokens] = self._tokens(hidden_states, modulation, text, (len(self.blocks),))
         patches = self._head(tokens, time)
         whole = patches if self.split is None else self.split.whole(patches, count)
-        velocity = self._unpatch(whole, hidden_states.shape[2:])
+        velocity = from_patches(whole, self.config.patch_size, hidden_states.shape[2:], channels_last=True)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _tokens(
@@ -151,12 +152,6 @@ class WanBackbone(WanTransformer3DModel):
     def _head(self, tokens: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
         return self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
-
-    def _unpatch(self, patches: Tensor, shape: Sequence[int]) -> Tensor:
-        grid = [n // p for n, p in zip(shape, self.config.patch_size)]
-        # [B, f, h, w, pf, ph, pw, C]
-        x = patches.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
-        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def use_attention(self, backend: str) -> None:
         """Sets the attention backend (attention.best_backend) of this model alone; set_attention_backend

@@ -6,7 +6,8 @@ import torch
 from scipy.fft import dctn
 
 from apt_core.errors import AptError
-from apt_core.method.linear_probe import Ridge, band_energies, from_patches, to_patches
+from apt_core.method.linear_probe import Ridge, band_energies
+from apt_core.models.patches import from_patches, to_patches
 from apt_core.models.wan import WanBackbone
 
 
@@ -51,7 +52,7 @@ def test_patches_are_what_the_backbone_makes_tokens_of(wan):
         rtol=1e-5,
         atol=1e-5,
     )
-    assert torch.equal(from_patches(patches, (1, 2, 2), x.shape[1:]), x)
+    assert torch.equal(from_patches(patches, (1, 2, 2), x.shape[2:]), x)
 
 
 def test_bands_add_up_and_are_those_of_the_cosine_transform():

@@ -15,7 +15,7 @@ from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.flow import shift
-from apt_core.method.linear_probe import to_patches
+from apt_core.models.patches import to_patches
 from apt_core.models.wan import WanBackbone
 from trainer.inside.attention import TIMES, Seen, find_state, look
 from trainer.inside.opening import find_captions

@@ -15,7 +15,7 @@ from apt_core.files.keys import detect_layout, detect_vae_layout
 from apt_core.files.lora_keys import is_lora
 from apt_core.files.quantised import BESIDE, form_of, plain_header
 from apt_core.files.tensorfile import Header, check_finite, read_header, read_tensors
-from apt_core.loading.backbones import load_backbone
+from apt_core.loading.backbones import WAN, kind_of_file, load_backbone
 from apt_core.loading.checkpoint import comfy_config, load_transformer, read_config
 from apt_core.loading.sources import locate
 from apt_core.loading.text_files import EMBEDDINGS
@@ -36,7 +36,7 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
     it with ("mini" for the miniature's). Raises AptError when there is nothing at `path` that could be looked
     at, and for a base with anything but a LoRA.
     """
-    if base is not None and not (path.is_file() and _what(read_header(path)) == "LoRA"):
+    if base is not None and not (path.is_file() and _what(path, read_header(path)) == "LoRA"):
         raise AptError(f"{path} is not a LoRA file: leave --base away.")
     if path.is_dir() and (path / INDEX).is_file():
         return _shards(path)
@@ -49,7 +49,7 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
     header = read_header(path)
     apt = metadata_json(path, header.metadata, "apt")
     facts = {
-        "what": _what(header),
+        "what": _what(path, header),
         "parameters": f"{sum(math.prod(shape) for shape in header.shapes.values()):,} in {len(header.shapes)} tensors",
         "dtypes": ", ".join(sorted(set(header.dtypes.values()))),
         "size": f"{path.stat().st_size / 2**30:.3f} GiB",
@@ -63,12 +63,12 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
     return facts | _by_kind(path, header, deep, base)
 
 
-def _what(header: Header) -> str:
+def _what(path: Path, header: Header) -> str:
     keys = header.shapes
     if is_lora(keys):
         return "LoRA"
-    if "mmdit" in header.metadata:
-        return "MMDiT of this trainer"
+    if (kind := kind_of_file(path)).name != WAN:
+        return f"{kind.words.partition(' ')[2]} of this trainer"
     form = f", in {form_of(header)}" if form_of(header) else ""
     if "encoder.final_layer_norm.weight" in keys:
         return f"UMT5 text encoder{form}"
@@ -85,7 +85,7 @@ def _what(header: Header) -> str:
 
 
 def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[str, str]:
-    what = _what(header)
+    what = _what(path, header)
     if what.startswith("Wan transformer, "):
         config = _config_or_reason(path)
         if isinstance(config, str):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.method.generator import one_step
-from apt_core.method.linear_probe import Ridge, band_energies, from_patches, to_patches
+from apt_core.method.linear_probe import Ridge, band_energies
 from apt_core.method.noise import draw
+from apt_core.models.patches import from_patches, to_patches
 from trainer.files import write_json
 from trainer.inside.opening import embed_all, find_captions, frames_of, show_frame
 from trainer.run.plot import BLACK, BLUE, ORANGE, save_figure
@@ -64,7 +65,7 @@ def read(
     x, tokens = observe(model, z, text)
     patch = model.config.patch_size
     return x, [
-        from_patches(features.double() @ weight + bias, patch, x.shape[1:]).float()
+        from_patches(features.double() @ weight + bias, patch, x.shape[2:]).float()
         for features, (weight, bias) in zip(tokens, probes)
     ]
 

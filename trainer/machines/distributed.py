@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from apt_core.errors import AptError
+from trainer.machines.machine import check_launcher
 from trainer.machines.pulse import Pulse, limit, open_pulse
 
 
@@ -127,9 +128,10 @@ def connect(
     as FSDP2 does (fp32 masters, bf16 compute).
     patience: how long processes wait for one another; one that no longer answers ends all of them before, see
     trainer.machines.pulse.
-    Raises AptError for a device that torch cannot use and for a number of processes that context parallelism
-    does not divide.
+    Raises AptError for a device that torch cannot use, for a number of processes that context parallelism
+    does not divide, and for options of `accelerate launch` that would not do what they say.
     """
+    check_launcher()
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     size = int(os.environ["WORLD_SIZE"]) if started else 1
     if size % context_parallel:

@@ -48,10 +48,29 @@ def pick_device(name: str) -> str:
     return name
 
 
+def check_launcher() -> None:
+    """Raises AptError for options of `accelerate launch` that would not do what they say: it starts what
+    torchrun starts with --multi_gpu, and without it one process, whatever number was given.
+    """
+    for name in ("fsdp", "deepspeed", "megatron_lm"):
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true"):
+            raise AptError(
+                f"accelerate launch was told --use_{name}, but this trainer shards by itself: "
+                "leave it out, and give --multi_gpu --num_processes N."
+            )
+    of_several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if of_several and "RANK" not in os.environ:
+        raise AptError(
+            "accelerate launch was told to start several processes and started one, as it does on a CPU: "
+            "give --multi_gpu --num_processes N in the place of --cpu (processes without a card use the CPU)."
+        )
+
+
 def this_machine(device: str, compute: str) -> Machine:
     """What `device` is here; its peak is measured, within a second. Under torchrun all its processes count,
-    without it all GPUs of the machine.
+    without it all GPUs of the machine. Raises AptError as `check_launcher`.
     """
+    check_launcher()
     processes = int(os.environ.get("WORLD_SIZE", 0))
     dtype = torch.bfloat16 if compute == "bf16" else torch.float32
     if not device.startswith("cuda"):
@@ -74,7 +93,7 @@ def memory_of_machine() -> int:
     """Bytes."""
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    import psutil  # Windows; accelerate brings it
+    import psutil  # Windows
 
     return psutil.virtual_memory().total
 

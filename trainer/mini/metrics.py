@@ -4,6 +4,7 @@ clips.
 
 import numpy as np
 import torch
+from einops import rearrange
 from scipy import linalg
 
 from .clips import Scene
@@ -80,7 +81,7 @@ def features(net: FeatureNet, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarra
         whole.append(torch.cat(parts, 1).double().numpy())
         # The first, middle and last frame hold nearly all that a clip's patches can show.
         grid = grid.reshape(len(part), frames, *grid.shape[1:])[:, sorted({0, frames // 2, frames - 1})]
-        patches.append(grid.permute(0, 1, 3, 4, 2).reshape(-1, grid.shape[2]).double().numpy())
+        patches.append(rearrange(grid, "n f c h w -> (n f h w) c").double().numpy())
     return np.concatenate(whole), np.concatenate(patches)
 
 
