@@ -42,7 +42,8 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
     """The weights in a folder: one file or all shards, without a variant (`.fp16.`) where there is such, else
     of the one that is there.
 
-    Raises AptError for a folder without any, and for a damaged index.
+    Raises AptError for a folder without any, for a damaged index, and for a shard that it names and that is
+    not there.
     """
     variants = ["", *sorted(_variants(folder, stem))]
     for variant in variants:
@@ -56,7 +57,10 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
                 or not all(isinstance(name, str) for name in names.values())
             ):
                 raise AptError(f"{index} is damaged: {remedy}.")
-            return [folder / Path(name).name for name in sorted(set(names.values()))]
+            files = [folder / Path(name).name for name in sorted(set(names.values()))]
+            if missing := next((file for file in files if not file.is_file()), None):
+                raise AptError(f"{missing} is missing, which {index.name} names: copy or download it again.")
+            return files
         if (file := folder / f"{stem}{variant}.safetensors").is_file():
             return [file]
         shards = sorted(folder.glob(f"{stem}{variant}-*-of-*.safetensors"))
