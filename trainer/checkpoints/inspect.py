@@ -31,7 +31,7 @@ from apt_core.loading.sources import (
 from apt_core.loading.text_files import find_text_encoder, read_spiece
 from apt_core.models.lora_files import LoraFile, official_shapes, own_names, read_lora
 from apt_core.models.text import Tokenizer
-from apt_core.models.tiny_decoder import is_tiny_decoder, load_tiny_decoder
+from apt_core.models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, other_tiny_decoder
 from apt_core.models.vae import LATENTS_MEAN, load_vae
 from trainer.checkpoints.trained_models import State, base_of
 from trainer.data.shards import INDEX, ShardDataset
@@ -82,7 +82,7 @@ def _what(header: Header) -> str:
     form = f", in {form_of(header)}" if form_of(header) else ""
     if is_text_encoder(keys):
         return f"{'T5' if is_t5(keys) else 'UMT5'} text encoder{form}"
-    if is_tiny_decoder(header):
+    if is_tiny_decoder(header) or other_tiny_decoder(header):
         return f"tiny decoder{form}"
     if {"latents", "text", "offsets"} <= keys.keys():
         return "shard of latents"
