@@ -1,6 +1,7 @@
 """Folders of models as people have them: diffusers' with shards and variants, Wan-AI's own,
 and the two halves of a Wan 2.2 A14B."""
 
+import os
 import re
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
             ):
                 raise AptError(f"{index} is damaged: {remedy}.")
             files = [folder / Path(name).name for name in sorted(set(names.values()))]
-            if missing := next((file for file in files if not file.is_file()), None):
+            if missing := next((file for file in files if not os.path.isfile(file)), None):
                 raise AptError(f"{missing} is missing, which {index.name} names: copy or download it again.")
             return files
         if (file := folder / f"{stem}{variant}.safetensors").is_file():
