@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..apt_core.errors import AptError
 from ..apt_core.files.contract import metadata_json
 from ..apt_core.files.tensorfile import read_header
+from ..apt_core.files.text_keys import has_wan_names, refuse_t5
 from ..apt_core.models.text import CONFIG_FIELDS, TOKENIZER_KEY
 from . import folders
 
@@ -71,7 +72,10 @@ def _load(path: str) -> comfy.sd.CLIP:
     embeddings = folder_paths.get_folder_paths("embeddings")
     if "text_length" in header.metadata:
         return load_small(path, embeddings)
+    refuse_t5(path, header.shapes)
     if XXL_KEY not in header.shapes or TOKENIZER_KEY not in header.shapes:
+        if has_wan_names(header.shapes):
+            raise AptError(f"{path} has Wan's own names, which ComfyUI does not read: choose umt5_xxl_fp16.")
         raise AptError(
             f"{path} is neither a UMT5-XXL with its tokenizer, as Wan has it, nor a text encoder that the trainer wrote: "
             f"choose a umt5_xxl file for Wan, or {BUILT_IN} for the miniature."

@@ -208,7 +208,7 @@ class OneStepPipeline:
 
     def embed(self, request: Request) -> Tensor:
         """The texts of a request, `[n, L, d]` fp32 on the CPU. The encoder is only loaded for a text that the
-        cache does not have.
+        cache does not have. Raises AptError for a text that is too long, before it is.
         """
         source, length = self.sources.text, self.sources.transformer.text_length
         self._draw(request, 0)  # beside the encoder
@@ -216,6 +216,7 @@ class OneStepPipeline:
             self._text_cache = TextCache(self.cache / "text", encoder_fingerprint(source.facts))
 
         def encode(texts: list[str]) -> list[Tensor]:
+            source.check(texts, length)
             return self._residence.run(
                 "text encoder",
                 lambda device: source.load(length, device),

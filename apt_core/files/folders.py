@@ -1,6 +1,7 @@
 """Folders of models as people have them: diffusers' with shards and variants, Wan-AI's own,
 and the two halves of a Wan 2.2 A14B."""
 
+import os
 import re
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
     """The weights in a folder: one file or all shards, without a variant (`.fp16.`) where there is such, else
     of the one that is there.
 
-    Raises AptError for a folder without any, and for a damaged index.
+    Raises AptError for a folder without any, for a damaged index, and for a shard that it names and that is
+    not there.
     """
     variants = ["", *sorted(_variants(folder, stem))]
     for variant in variants:
@@ -56,7 +58,10 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
                 or not all(isinstance(name, str) for name in names.values())
             ):
                 raise AptError(f"{index} is damaged: {remedy}.")
-            return [folder / Path(name).name for name in sorted(set(names.values()))]
+            files = [folder / Path(name).name for name in sorted(set(names.values()))]
+            if missing := next((file for file in files if not os.path.isfile(file)), None):
+                raise AptError(f"{missing} is missing, which {index.name} names: copy or download it again.")
+            return files
         if (file := folder / f"{stem}{variant}.safetensors").is_file():
             return [file]
         shards = sorted(folder.glob(f"{stem}{variant}-*-of-*.safetensors"))

@@ -2,7 +2,7 @@
 and not before.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from ..files.lora_keys import is_lora
 from ..models.backbone import as_backbone
 from ..models.lora_files import merge, read_lora, read_lora_for
 from ..models.text import TextEncoder
+from ..models.text import Tokenizer
 from ..models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
 from ..models.vae import load_vae, read_vae, stride
 from .backbones import load_backbone
-from .text_files import TextFacts, load_text_encoder_files, read_text_encoder
+from .text_files import TextFacts, load_text_encoder_files, read_spiece, read_text_encoder
 
 MINI = "mini"
 ASSETS = Path(__file__).parents[1] / "assets" / "mini"
@@ -213,6 +214,14 @@ class TextSource:
     facts: TextFacts
     load: Callable[[int, torch.device], TextEncoder]
 
+    def check(self, texts: Sequence[str], length: int) -> None:
+        """Raises AptError for a text of more than `length` tokens, or than the encoder takes. The tokenizer
+        alone is read.
+        """
+        if self.facts.tokenizer is not None:
+            most = min(length, self.facts.length or length)
+            Tokenizer(read_spiece(self.facts.tokenizer)).check(texts, most)
+
 
 def read_text_source(path: Path, tokenizer: str | Path | None) -> TextSource:
     """Raises AptError as `read_text_encoder` does."""
@@ -232,12 +241,7 @@ class Sources:
 
     def __post_init__(self) -> None:
         config = self.transformer.config
-        made = config.get("out_channels") or config["in_channels"]
-        if made != config["in_channels"] or config.get("image_dim"):
-            raise AptError(
-                f"{self.transformer.name} takes {config['in_channels']} channels and makes {made}: it wants an image or a control video beside the noise, which "
-                "is not given here; give a text-to-video model."
-            )
+        check_text_to_video(self.transformer.name, config)
         if self.vae.channels != config["in_channels"]:
             raise AptError(
                 f"vae {self.vae.name} has {self.vae.channels} channels, but {self.transformer.name} makes latents of {config['in_channels']}: "
@@ -248,6 +252,16 @@ class Sources:
                 f"text_encoder {self.text.name} has width {self.text.facts.width}, but {self.transformer.name} wants {config['text_dim']}: "
                 "give that model's text encoder."
             )
+
+
+def check_text_to_video(name: object, config: Mapping) -> None:
+    """Raises AptError for a transformer that reads more than noise and text."""
+    made = config.get("out_channels") or config["in_channels"]
+    if made != config["in_channels"] or config.get("image_dim"):
+        raise AptError(
+            f"{name} takes {config['in_channels']} channels and makes {made}: it wants an image or a control video beside the noise, which "
+            "is not given here; give a text-to-video model."
+        )
 
 
 def read_sources(

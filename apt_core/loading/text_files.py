@@ -2,82 +2,155 @@
 this project's own file.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..errors import AptError
-from ..files.folders import pickle_hint, refuse_shard, variant_of, weight_files
+from ..files.folders import pickle_hint, refuse_shard, weight_files
 from ..files.jsonfile import read_object
 from ..files.quantised import plain_header, restore
-from ..files.tensorfile import FLOATS, Header, check_shapes, read_header, read_tensors
-from ..models.text import TIED_KEY, TOKENIZER_KEY, TextEncoder, load_text_encoder
+from ..files.tensorfile import FLOATS, Header, check_count, check_shapes, read_header, read_tensors
+from ..files.text_keys import refuse_t5, text_to_transformers
+from ..models.text import (
+    CONFIG_FIELDS,
+    TIED_KEY,
+    TOKENIZER_KEY,
+    TextEncoder,
+    check_text_encoder,
+    meta_encoder,
+)
 
 STEM = "model"  # of the weights' names in a folder of transformers
-EMBEDDINGS = ("shared.weight", "embed_tokens.weight", "relative_attention_bias.weight")
+EMBEDDINGS = (
+    "shared.weight",
+    "embed_tokens.weight",
+    "relative_attention_bias.weight",
+    "token_embedding.weight",
+    "pos_embedding.embedding.weight",
+)
 """Matrices that are looked up in and not multiplied with: in files of fp8 they have no scales."""
 
 
 @dataclass(frozen=True)
 class TextFacts:
     """What is known before a weight is read. width: of an embedding; parameters: how many; weights,
-    tokenizer: the files.
+    tokenizer: the files; length: the most tokens of a text, where the encoder names it.
     """
 
     width: int
     parameters: int
     weights: tuple[Path, ...]
-    tokenizer: Path
+    tokenizer: Path | None
+    length: int | None = None
 
 
 def read_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> TextFacts:
     """The facts of a text encoder, from headers and configs alone. Raises AptError as
-    `load_text_encoder_files` does for what shows there.
+    `load_text_encoder_files` does for all but a weight's values and the tokenizer's contents.
     """
-    path = Path(path)
-    if path.is_dir():
-        folder, spiece = _folder(path)
-        try:
-            width = read_object(folder / "config.json", "")["d_model"]
-            weights = tuple(weight_files(folder, STEM))
-        except (ValueError, KeyError):
-            what = "is not a folder of a UMT5 encoder (config.json and .safetensors)"
-            what += pickle_hint(folder)
-            raise AptError(f"text_encoder {folder} {what}: download it again, in safetensors.") from None
-    else:
-        weights, shapes = (path,), _plain(path).shapes
-        width, spiece = _umt5_fields(path, shapes)["d_model"], path if TOKENIZER_KEY in shapes else None
+    facts = find_text_encoder(path)
     if tokenizer:
-        spiece = _find_spiece(Path(tokenizer).expanduser())
-    if spiece is None:
+        facts = replace(facts, tokenizer=_find_spiece(Path(tokenizer).expanduser()))
+    if facts.tokenizer is None:
         raise _no_tokenizer(path)
-    count = sum(torch.Size(shape).numel() for file in weights for shape in read_header(file).shapes.values())
-    return TextFacts(width, count, weights, spiece)
+    return facts
+
+
+def find_text_encoder(path: str | Path) -> TextFacts:
+    """As `read_text_encoder`, of one that may lack its tokenizer: that is None then."""
+    return _checked(Path(path)).facts
 
 
 def load_text_encoder_files(path: str | Path, tokenizer: str | Path | None, text_length: int) -> TextEncoder:
     """A text encoder with its tokenizer, on the CPU.
 
     path: a file of apt_core.models.text.save_text_encoder; ComfyUI's (umt5_xxl_fp16, or fp8_e4m3fn_scaled,
-    which is unpacked); a folder of transformers or diffusers (text_encoder and tokenizer below it).
+    which is unpacked), or one in Wan's own names; a folder of transformers or diffusers (text_encoder and
+    tokenizer below it).
     tokenizer: the folder of its spiece.model, or that file, where the encoder does not carry one. Weights
-    stored in 16 or 8 bits are kept in bf16, others in fp32.
+    stored in 16 or 8 bits are kept in bf16, others in fp32; those of a file of save_text_encoder become fp32,
+    and its own text_length holds.
     Raises AptError for weights that are not a whole UMT5 encoder, and when no tokenizer is found.
     """
-    path = Path(path)
+    facts = read_text_encoder(path, tokenizer)
+    found, tensors = _checked(Path(path)), {}
+    for file in facts.weights:
+        tensors |= read_tensors(file, floats_only=False)[0]
+    dtype = _compute_dtype(tensors[found.names["shared.weight"]].dtype)
+    weights = {}
+    for name, key in found.names.items():
+        value = restore(tensors, key)
+        value = value.float() if facts.length else value.to(dtype, copy=True)
+        weights[name] = torch.nn.Parameter(value, requires_grad=False)
+    found.model.load_state_dict({**weights, TIED_KEY: weights["shared.weight"]}, assign=True)
+    return TextEncoder(found.model, read_spiece(facts.tokenizer), facts.length or text_length)
+
+
+def read_spiece(path: Path) -> bytes:
+    """The sentencepiece model in a file of its own, or in an encoder's. Raises AptError for a file that
+    cannot be read.
+    """
+    if path.suffix != ".safetensors":
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise AptError(
+                f"tokenizer {path} cannot be read ({error.strerror or error}): give a spiece.model."
+            ) from None
+    begin, end = read_header(path).places[TOKENIZER_KEY]
+    with path.open("rb") as file:
+        file.seek(begin)
+        return file.read(end - begin)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """model: on device "meta"; names: its keys, but for the tied one, and the files' own."""
+
+    facts: TextFacts
+    model: nn.Module
+    names: dict[str, str]
+
+
+def _checked(path: Path) -> _Checked:
+    """All checks that headers and configs allow, of every form of an encoder alike."""
+    length, spiece, files = None, None, (path,)
     if path.is_dir():
-        model, spiece = _from_folder(path)
-    elif "text_length" in read_header(path).metadata:
-        return load_text_encoder(path)
+        folder, spiece = _folder(path)
+        fields, files = _folder_config(folder)
     else:
-        model, spiece = _from_file(path)
-    if tokenizer:
-        spiece = _find_spiece(Path(tokenizer).expanduser()).read_bytes()
-    if spiece is None:
-        raise _no_tokenizer(path)
-    return TextEncoder(model.requires_grad_(False), spiece, text_length)
+        refuse_shard(path)
+    shapes, names = {}, {}
+    for file in files:
+        header = _plain(file)
+        renamed = text_to_transformers(header.shapes)
+        names |= {name: key for key, name in renamed.items()}
+        shapes |= {renamed[key]: shape for key, shape in header.shapes.items()}
+    if TOKENIZER_KEY in shapes:
+        spiece = path
+    for key in (TOKENIZER_KEY, *([TIED_KEY] if "shared.weight" in shapes else [])):
+        shapes.pop(key, None), names.pop(key, None)
+    if TIED_KEY in shapes:  # stored under its other name alone
+        shapes["shared.weight"], names["shared.weight"] = shapes.pop(TIED_KEY), names.pop(TIED_KEY)
+    refuse_t5(f"text_encoder {path}", shapes)
+    if path.is_dir():
+        for key in [key for key in shapes if key.startswith(("decoder.", "lm_head."))]:  # a whole UMT5
+            del shapes[key], names[key]
+        check_count(folder, "num_layers", fields["num_layers"], shapes)
+        model = meta_encoder(f"text_encoder {folder}", fields, "its config.json")
+    elif "text_length" in read_header(path).metadata:
+        model, length = check_text_encoder(path, read_header(path), tokenizer=False)
+    else:
+        model = meta_encoder(f"text_encoder {path}", _umt5_fields(path, shapes))
+    expected = {key: value.shape for key, value in model.state_dict().items() if key != TIED_KEY}
+    check_shapes(f"text_encoder {path}", shapes, expected, "UMT5 encoder")
+    count = sum(math.prod(shape) for shape in expected.values())
+    return _Checked(TextFacts(model.config.d_model, count, files, spiece, length), model, names)
 
 
 def _folder(path: Path) -> tuple[Path, Path | None]:
@@ -90,52 +163,27 @@ def _folder(path: Path) -> tuple[Path, Path | None]:
     return folder, next((place for place in places if place.is_file()), None)
 
 
-def _from_folder(path: Path):
-    from transformers import UMT5EncoderModel
-
-    folder, spiece = _folder(path)
-    try:
-        variant = variant_of(folder, STEM)
-        # Its type does not tell that output_loading_info makes it two.
-        model, report = cast(Any, UMT5EncoderModel).from_pretrained(
-            folder, local_files_only=True, dtype="auto", output_loading_info=True, variant=variant
-        )
-    except Exception as error:  # transformers raises a dozen types
+def _folder_config(folder: Path) -> tuple[dict, tuple[Path, ...]]:
+    """UMT5Config's fields and the weights' files."""
+    weights = any(folder.glob(f"{STEM}*.safetensors*"))
+    if not (folder / "config.json").is_file() or not weights:
+        what = f"is not a folder of a UMT5 encoder (config.json and .safetensors){pickle_hint(folder)}"
+        raise AptError(f"text_encoder {folder} {what}: download it again, in safetensors.")
+    remedy = "download it again"
+    config = read_object(folder / "config.json", remedy)
+    if absent := next((name for name in ("d_model", "num_layers") if name not in config), None):
         raise AptError(
-            f"text_encoder {folder} is not a folder of a UMT5 encoder ({' '.join(str(error).split())}): download it again."
-        ) from None
-    if missing := sorted(set(report["missing_keys"]) - {TIED_KEY}):
-        raise AptError(
-            f"text_encoder {folder}: {missing[0]} missing: it is not a whole UMT5 encoder, download it again."
+            f"text_encoder {folder} is not a folder of a UMT5 encoder, its config.json lacks {absent}: {remedy}."
         )
-    return model.to(_compute_dtype(model.dtype)), spiece and spiece.read_bytes()
-
-
-def _from_file(path: Path):
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    shapes = {
-        key: shape for key, shape in _plain(path).shapes.items() if key not in (TOKENIZER_KEY, TIED_KEY)
-    }
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**_umt5_fields(path, shapes), dropout_rate=0.0))
-    expected = {key: value.shape for key, value in model.state_dict().items() if key != TIED_KEY}
-    check_shapes(path, shapes, expected, "UMT5 encoder")
-    tensors, _ = read_tensors(path, floats_only=False)
-    spiece = bytes(tensors[TOKENIZER_KEY].tolist()) if TOKENIZER_KEY in tensors else None
-    dtype = _compute_dtype(tensors["shared.weight"].dtype)
-    found = {key: restore(tensors, key).to(dtype, copy=True) for key in shapes}
-    weights = {key: torch.nn.Parameter(value, requires_grad=False) for key, value in found.items()}
-    model.load_state_dict({**weights, TIED_KEY: weights["shared.weight"]}, assign=True)
-    return model, spiece
+    fields = {name: config[name] for name in CONFIG_FIELDS if name in config}
+    return fields, tuple(weight_files(folder, STEM))
 
 
 def _plain(path: Path) -> Header:
     """The header of an encoder's file without what only describes fp8.
 
-    Raises AptError for weights that are not floats, and for a shard.
+    Raises AptError for weights that are not floats.
     """
-    refuse_shard(path)
     header = plain_header(path, read_header(path), EMBEDDINGS)
     for key, dtype in header.dtypes.items():
         if dtype not in FLOATS and key != TOKENIZER_KEY:
@@ -157,12 +205,18 @@ def _umt5_fields(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     first = "encoder.block.0.layer."
     vocabulary, width = shape("shared.weight")
     buckets, heads = shape(f"{first}0.SelfAttention.relative_attention_bias.weight")
+    layers = len({key.split(".")[2] for key in shapes if key.startswith("encoder.block.")})
+    check_count(path, "num_layers", layers, shapes)
+    if not heads:
+        raise AptError(
+            f"text_encoder {path} has no attention heads: give the file that ComfyUI uses for Wan."
+        )
     return {
         "vocab_size": vocabulary,
         "d_model": width,
         "d_kv": shape(f"{first}0.SelfAttention.q.weight")[0] // heads,
         "d_ff": shape(f"{first}1.DenseReluDense.wi_0.weight")[0],
-        "num_layers": len({key.split(".")[2] for key in shapes if key.startswith("encoder.block.")}),
+        "num_layers": layers,
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",

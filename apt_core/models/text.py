@@ -17,7 +17,15 @@ from torch import Tensor
 
 from ..errors import AptError
 from ..files.contract import metadata_json
-from ..files.tensorfile import check_count, check_shapes, read_tensors, write_tensors
+from ..files.tensorfile import (
+    FLOATS,
+    Header,
+    check_count,
+    check_shapes,
+    read_header,
+    read_tensors,
+    write_tensors,
+)
 
 PAD, EOS, UNK = 0, 1, 2
 TOKENIZER_KEY = "spiece_model"
@@ -36,6 +44,32 @@ CONFIG_FIELDS = (
 )
 
 
+class Tokenizer:
+    """A sentencepiece model with pad 0, </s> 1 and unk 2. Raises AptError for bytes that are none."""
+
+    def __init__(self, spiece: bytes):
+        self.pieces = _tokenizer(spiece)
+
+    def rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, </s> at the end and no padding."""
+        return [[*self.pieces.encode(clean_prompt(text)), EOS] for text in texts]
+
+    def check(self, texts: Sequence[str], most: int) -> None:
+        """Raises AptError for the first text of more than `most` tokens."""
+        check_tokens(texts, self.rows(texts), most)
+
+
+def check_tokens(texts: Sequence[str], rows: Sequence[Sequence[int]], most: int) -> None:
+    """Raises AptError for the first of `texts` whose row has more than `most` tokens."""
+    for text, row in zip(texts, rows):
+        if len(row) > most:
+            start = clean_prompt(text)
+            start = start if len(start) <= 60 else start[:60] + "..."
+            raise AptError(
+                f'the caption "{start}" has {len(row)} tokens, but at most {most} fit: shorten it, or truncate.'
+            )
+
+
 class TextEncoder:
     """Turns captions into what Wan's transformer reads, exactly as diffusers' WanPipeline does (without its
     optional ftfy).
@@ -48,7 +82,8 @@ class TextEncoder:
     def __init__(self, model, spiece: bytes, text_length: int):
         self.model = model.eval()
         self.text_length = text_length
-        self._pieces = _tokenizer(spiece)
+        self._tokenizer = Tokenizer(spiece)
+        self._pieces = self._tokenizer.pieces
         if self._pieces.get_piece_size() > model.config.vocab_size:
             raise AptError(
                 f"the tokenizer has {self._pieces.get_piece_size()} pieces, but the text encoder knows {model.config.vocab_size}: "
@@ -68,10 +103,9 @@ class TextEncoder:
         """Token ids of each text, </s> at the end and no padding. `truncate` cuts to `text_length`, </s>
         kept; else any length comes.
         """
-        rows = [[*self._pieces.encode(clean_prompt(text)), EOS] for text in texts]
         return [
             row[: self.text_length - 1] + [EOS] if truncate and len(row) > self.text_length else row
-            for row in rows
+            for row in self._tokenizer.rows(texts)
         ]
 
     @torch.no_grad()
@@ -81,13 +115,7 @@ class TextEncoder:
         Raises AptError when a text has more than `text_length` tokens, unless `truncate`.
         """
         rows = self.tokenize(texts, truncate)
-        for text, row in zip(texts, rows):
-            if len(row) > self.text_length:
-                start = clean_prompt(text)
-                start = start if len(start) <= 60 else start[:60] + "..."
-                raise AptError(
-                    f'the caption "{start}" has {len(row)} tokens, but at most {self.text_length} fit: shorten it, or truncate.'
-                )
+        check_tokens(texts, rows, self.text_length)
         device, out = self.model.shared.weight.device, []
         for i in range(0, len(rows), batch):
             part = rows[i : i + batch]
@@ -124,16 +152,33 @@ def load_text_encoder(path: str | Path) -> TextEncoder:
     Raises AptError for any file that is not such a one: see `tensorfile.read_tensors`; missing, extra or
     wrongly shaped keys; no tokenizer; metadata that does not describe a UMT5 encoder.
     """
-    tensors, header = read_tensors(path, floats_only=False)
-    if TOKENIZER_KEY not in tensors:
+    model, text_length = check_text_encoder(path, read_header(path))
+    tensors, _ = read_tensors(path, floats_only=False)
+    spiece = bytes(tensors.pop(TOKENIZER_KEY).to(torch.uint8).flatten().tolist())
+    tensors.pop(TIED_KEY, None)
+    weights = {
+        key: torch.nn.Parameter(tensor.float(), requires_grad=False) for key, tensor in tensors.items()
+    }
+    model.load_state_dict({**weights, TIED_KEY: weights["shared.weight"]}, assign=True)
+    try:
+        return TextEncoder(model, spiece, text_length)
+    except AptError as error:
+        raise AptError(f"{path}: {error}") from None
+
+
+def check_text_encoder(path: str | Path, header: Header, tokenizer: bool = True):
+    """(the UMT5EncoderModel of a file of `save_text_encoder` on device "meta", its text_length), from the
+    header alone. tokenizer: whether the file must hold one. Raises AptError as `load_text_encoder` does for
+    what shows there.
+    """
+    shapes = {key: shape for key, shape in header.shapes.items() if key not in (TOKENIZER_KEY, TIED_KEY)}
+    if tokenizer and TOKENIZER_KEY not in header.shapes:
         raise AptError(
             f"{path}: {TOKENIZER_KEY} missing: give a text encoder that carries its tokenizer (save_text_encoder writes one)."
         )
-    spiece = bytes(tensors.pop(TOKENIZER_KEY).to(torch.uint8).flatten().tolist())
-    tensors.pop(TIED_KEY, None)
     fields = metadata_json(path, header.metadata, "config")
     text_length = header.metadata.get("text_length", "")
-    if not text_length.isdecimal() or int(text_length) < 2:
+    if not (text_length.isdecimal() and len(text_length) < 10) or int(text_length) < 2:
         raise AptError(
             f"{path}: its metadata entry `text_length` is {text_length or 'missing'}: it must be the number of tokens, 2 or more."
         )
@@ -141,29 +186,16 @@ def load_text_encoder(path: str | Path) -> TextEncoder:
         raise AptError(
             f"{path}: its metadata entry `config` lacks {absent[0]}: write the file again with save_text_encoder."
         )
-
-    if wrong := next((key for key, tensor in tensors.items() if not tensor.is_floating_point()), None):
+    if wrong := next((key for key in shapes if header.dtypes[key] not in FLOATS | {"F64"}), None):
         raise AptError(
             f"{path}: {wrong} is stored as {header.dtypes[wrong]}, which no weight is: write the file again with save_text_encoder."
         )
     if isinstance(fields["num_layers"], int):
         check_count(path, "num_layers", fields["num_layers"], header.shapes)
-    model = _meta_model(path, {name: fields[name] for name in CONFIG_FIELDS})
+    model = meta_encoder(path, {name: fields[name] for name in CONFIG_FIELDS}, "its metadata entry `config`")
     expected = {key: value.shape for key, value in model.state_dict().items() if key != TIED_KEY}
-    check_shapes(
-        path,
-        {key: tensor.shape for key, tensor in tensors.items()},
-        expected,
-        "UMT5 text encoder of its `config`",
-    )
-    weights = {
-        key: torch.nn.Parameter(tensor.float(), requires_grad=False) for key, tensor in tensors.items()
-    }
-    model.load_state_dict({**weights, TIED_KEY: weights["shared.weight"]}, assign=True)
-    try:
-        return TextEncoder(model, spiece, int(text_length))
-    except AptError as error:
-        raise AptError(f"{path}: {error}") from None
+    check_shapes(path, shapes, expected, "UMT5 text encoder of its `config`")
+    return model, int(text_length)
 
 
 def save_text_encoder(path: str | Path, model, spiece: bytes, text_length: int) -> None:
@@ -227,7 +259,10 @@ def _tokenizer(spiece: bytes):
     return pieces
 
 
-def _meta_model(path, fields: dict):
+def meta_encoder(path: str | Path, fields: dict, where: str = "its config"):
+    """A UMT5EncoderModel of these fields of UMT5Config on device "meta". Raises AptError, which names `where`
+    they stand, for fields that describe none.
+    """
     from transformers import UMT5Config, UMT5EncoderModel
 
     try:
@@ -237,5 +272,5 @@ def _meta_model(path, fields: dict):
     except Exception as error:  # transformers checks the fields with exception types of several libraries
         reason = " ".join(str(error).split())
         raise AptError(
-            f"{path}: its metadata entry `config` does not describe a UMT5 encoder ({reason}): write the file again."
+            f"{path}: {where} does not describe a UMT5 encoder ({reason}): write the file again."
         ) from None

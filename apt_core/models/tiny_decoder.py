@@ -46,6 +46,10 @@ def load_tiny_decoder(
 def read_tiny_decoder(path: str | Path) -> "TinyDecoder":
     """The decoder on device "meta": all checks of `load_tiny_decoder`, and no weight is read."""
     header = read_header(path)
+    if other := other_tiny_decoder(header):
+        raise AptError(
+            f"{path} is {other}, whose layers are not those of taew2_1 and taew2_2: give one of these, or the VAE."
+        )
     if not is_tiny_decoder(header):
         raise AptError(
             f"{path} is not a tiny decoder for Wan: give taew2_1.safetensors (16 latent channels) or taew2_2.safetensors (48)."
@@ -68,6 +72,20 @@ def is_tiny_decoder(header: Header) -> bool:
     """Whether the file looks like one."""
     first = header.shapes.get("decoder.1.weight", ())
     return len(first) == 4 and first[1] in NAMES
+
+
+def other_tiny_decoder(header: Header) -> str:
+    """What a tiny decoder of another layout is, by its widths and kernels: "" for the two that are read, and
+    for what is no tiny decoder.
+    """
+    first = header.shapes.get("decoder.1.weight", ())
+    if len(first) != 4:
+        return ""
+    depthwise = any(shape[1:] == (1, 7, 7) for shape in header.shapes.values() if len(shape) == 4)
+    if depthwise or (first[0] != WIDTHS[0] and first[1] in NAMES):
+        name = "taew2_2_super" if first[0] == 2 * WIDTHS[0] and first[1] == 48 else "another tiny decoder"
+        return f"{name} (width {first[0]}{', 7x7 depthwise convolutions' if depthwise else ''})"
+    return ""
 
 
 class TinyDecoder(nn.Module):

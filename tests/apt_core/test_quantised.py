@@ -107,7 +107,7 @@ def test_weights_that_fp8_holds_exactly_give_the_same_output(form, prefix, file,
     same(again, exact, velocity)
     assert read_config(packed) == read_config(file)
     assert inspect(packed)["what"] == "Wan transformer, official keys, in scaled fp8"
-    assert inspect(packed, deep=True)["loads"] == "yes"
+    assert inspect(packed, deep=True)["loads"].startswith("yes, as checkpoint")
 
 
 @pytest.mark.parametrize(

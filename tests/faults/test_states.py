@@ -347,6 +347,41 @@ def test_digests_are_of_the_states_own_files(name, run):
         open_generator(state(run))
 
 
+def test_a_run_does_not_go_on_from_a_file_without_a_digest(run):
+    """Resume asks what every other reader asks."""
+    path = state(run) / "run.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    del facts["files"]["__0_0.distcp"]
+    held = Checkpoints(Keep(run / "states"), World(), facts["identity"])
+    tensors = {name: torch.zeros(1) for name in ()}
+    with pytest.raises(AptError, match="names __0_0.distcp, of which run.json has no digest"):
+        held.load(state(run), {"generator": tensors}, facts)
+    held.release()
+
+
+def test_an_index_of_any_size_is_read_by_the_careful_reader(run):
+    """One with 20 MiB of padding, and in it what only that reader refuses."""
+    forget_digests(run)
+    index = state(run) / ".metadata"
+    padding = b"\x80\x04" + b"B" + (20 << 20).to_bytes(4, "little") + bytes(20 << 20) + b"0"
+    index.write_bytes(padding + b")" + b"2\x86" * 200 + b"}\x8c\x01x0.")
+    with pytest.raises(AptError, match="tuples within tuples"):
+        StateReader(state(run)).read_metadata()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": {"generator": "1"}}, {"rows": [3]}, {"files": []}, {"update": -1}]
+)
+def test_every_reader_of_a_state_has_the_same_facts(changes, run):
+    facts = json.loads((state(run) / "run.json").read_text(encoding="utf-8"))
+    (state(run) / "run.json").write_text(json.dumps(facts | changes), encoding="utf-8")
+    held = Checkpoints(Keep(run / "states"), World(), facts["identity"])
+    for read in (open_generator, open_discriminator, held.facts):
+        with pytest.raises(AptError, match="run.json is damaged"):
+            read(state(run))
+    held.release()
+
+
 def change(path: Path, **changes) -> None:
     facts = json.loads(path.read_text(encoding="utf-8"))
     for name, value in changes.items():

@@ -545,7 +545,8 @@ def test_inspect_says_what_it_is_and_whether_it_loads(run, tmp_path):
     facts = inspect(run / "apt-tiny.safetensors", deep=True)
     assert (
         facts["what"] == "Wan transformer, official keys"
-        and facts["loads"] == "yes"
+        and facts["loads"]
+        == "yes, as checkpoint, in one step; needs a vae of 16 channels (Wan 2.1) and a text_encoder of width 96"
         and facts["phase"] == "video"
     )
     assert facts["shape"].startswith("6 blocks, 4 heads x 32 = width 128, ffn 512, 16 latent channels")

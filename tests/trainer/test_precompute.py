@@ -404,6 +404,13 @@ def test_prompts_are_stored_beside_the_shards(data, tmp_path):
         stored.encode(["new"])
 
 
+def test_a_prompt_that_is_too_long_is_said_before_anything_is_encoded(data, tmp_path):
+    vae = Vae()
+    with pytest.raises(AptError, match='the caption "a b c d e f g" has 7 tokens, but at most 6 fit'):
+        run(data, tmp_path / "out", vae, prompts=("a b", "a b c d e f g"))
+    assert vae.seen == 0 and not (tmp_path / "out").exists()
+
+
 def test_any_name_that_the_file_system_takes(tmp_path):
     """Also as several clips of one file, twice, and in the order of names and numbers."""
     folder = tmp_path / "data"

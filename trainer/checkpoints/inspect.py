@@ -8,9 +8,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from apt_core.errors import AptError
 from apt_core.files.contract import metadata_json
-from apt_core.files.folders import half_note, refuse_shard
+from apt_core.files.folders import half_note, refuse_shard, transformer_folder
+from apt_core.files.jsonfile import read_object
 from apt_core.files.keys import detect_layout, detect_vae_layout
 from apt_core.files.lora_keys import is_lora
 from apt_core.files.quantised import BESIDE, form_of, plain_header
@@ -19,9 +22,21 @@ from apt_core.loading.backbones import WAN, kind_of_file, load_backbone
 from apt_core.loading.checkpoint import comfy_config, load_transformer, read_config
 from apt_core.loading.sources import locate
 from apt_core.loading.text_files import EMBEDDINGS
+from apt_core.files.text_keys import is_t5, is_text_encoder
+from apt_core.loading.backbones import load_backbone
+from apt_core.loading.checkpoint import comfy_config, read_config
+from apt_core.loading.sources import (
+    check_text_to_video,
+    locate,
+    read_tiny_source,
+    read_transformer,
+    read_vae_source,
+)
+from apt_core.loading.text_files import find_text_encoder, read_spiece
 from apt_core.models.lora_files import LoraFile, official_shapes, own_names, read_lora
-from apt_core.models.text import TOKENIZER_KEY
-from apt_core.models.vae import load_vae
+from apt_core.models.text import Tokenizer
+from apt_core.models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, other_tiny_decoder
+from apt_core.models.vae import LATENTS_MEAN, load_vae
 from trainer.checkpoints.trained_models import State, base_of
 from trainer.data.shards import INDEX, ShardDataset
 from trainer.run.folders import is_state, resolve
@@ -29,8 +44,8 @@ from trainer.run.state import score_of
 
 
 def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str, str]:
-    """Facts about `path` by name, in the order to print them; "loads" is "yes", or the sentence that says why
-    not.
+    """Facts about `path` by name, in the order to print them; "loads" is "yes" and for what, with which parts,
+    or "no" and the sentence that says why.
 
     deep: also read every weight, to find NaN and infinite ones. base: of a LoRA, the transformer to compare
     it with ("mini" for the miniature's). Raises AptError when there is nothing at `path` that could be looked
@@ -44,8 +59,7 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
     if is_state(path):
         return _state(path, deep)
     if path.is_dir():
-        what, numbers = {"what": "folder of a Wan transformer"}, _numbers(read_config(path))
-        return what | numbers | _note(path) | {"loads": _loads(path, deep)}
+        return _folder(path, deep)
     header = read_header(path)
     apt = metadata_json(path, header.metadata, "apt")
     facts = {
@@ -70,8 +84,10 @@ def _what(path: Path, header: Header) -> str:
     if (kind := kind_of_file(path)).name != WAN:
         return f"{kind.words.partition(' ')[2]} of this trainer"
     form = f", in {form_of(header)}" if form_of(header) else ""
-    if "encoder.final_layer_norm.weight" in keys:
-        return f"UMT5 text encoder{form}"
+    if is_text_encoder(keys):
+        return f"{'T5' if is_t5(keys) else 'UMT5'} text encoder{form}"
+    if is_tiny_decoder(header) or other_tiny_decoder(header):
+        return f"tiny decoder{form}"
     if {"latents", "text", "offsets"} <= keys.keys():
         return "shard of latents"
     for name, detect in (("Wan transformer", detect_layout), ("Wan VAE", detect_vae_layout)):
@@ -92,15 +108,15 @@ def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[s
             return {"loads": config}
         missing = "" if "config" in header.metadata else "missing "
         needs = f"with the {missing}metadata entry config" if comfy_config(config) else "all from the shapes"
-        return {**_numbers(config), "ComfyUI reads": needs, **_note(path), "loads": _loads(path, deep)}
+        return {**_numbers(config), "ComfyUI reads": needs, **_note(path), "loads": _transformer(path, deep)}
+    if what.startswith("MMDiT"):
+        return {"loads": _transformer(path, deep)}
     if what.startswith("Wan VAE"):
-        return {"loads": _attempt(lambda: load_vae(path))}
-    if what.startswith("UMT5 text encoder"):
-        if form_of(header) and (problem := _attempt(lambda: plain_header(path, header, EMBEDDINGS))) != "yes":
-            return {"loads": problem}
-        return {
-            "tokenizer": "inside" if TOKENIZER_KEY in header.shapes else "not inside: needs tokenizer=PATH"
-        }
+        return {"loads": _vae(path, deep)}
+    if what.startswith("tiny decoder"):
+        return {"loads": _tiny(path, deep)}
+    if "text encoder" in what:
+        return _text_encoder(path, deep)
     if what == "LoRA":
         return _lora(path, deep, base)
     try:
@@ -116,7 +132,7 @@ def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[s
 
 
 def _lora(path: Path, deep: bool, base: str | None) -> dict[str, str]:
-    facts = {}
+    facts: dict[str, str] = {}
     try:
         below = None if base is None else locate("base", base)
         model = below and load_backbone(below, device="meta")
@@ -164,16 +180,98 @@ def _numbers(config: dict) -> dict[str, str]:
     }
 
 
-def _loads(path: Path, deep: bool) -> str:
-    return _attempt(lambda: load_transformer(path, device="cpu" if deep else "meta"))
+def _folder(path: Path, deep: bool) -> dict[str, str]:
+    """Of a folder of a transformer, a VAE or a text encoder, by its config.json; of one that holds all of
+    them, each part.
+    """
+    about = _read(path / "config.json")
+    if about.get("_class_name") == "AutoencoderKLWan":
+        return {"what": "folder of a Wan VAE", "loads": _vae(path, deep)}
+    kinds = about.get("architectures") if isinstance(about.get("architectures"), list) else []
+    if about.get("model_type") in ("t5", "umt5") or any("T5" in str(kind) for kind in kinds):
+        return {"what": "folder of a text encoder"} | _text_encoder(path, deep)
+    facts = {}
+    if transformer_folder(path) != path or not (path / "vae").is_dir():
+        facts = {"what": "folder of a Wan transformer", **_numbers(read_config(path)), **_note(path)}
+        facts["loads"] = _transformer(path, deep)
+    if (path / "vae").is_dir():
+        facts = {"what": "folder of a VAE and a text encoder"} | facts | {"vae loads": _vae(path, deep)}
+    if (path / "text_encoder").is_dir():
+        facts |= {f"text {name}": value for name, value in _text_encoder(path, deep).items()}
+    return facts
+
+
+def _read(path: Path) -> dict:
+    try:
+        return read_object(path, "")
+    except AptError:
+        return {}
+
+
+def _transformer(path: Path, deep: bool) -> str:
+    """What it is good for: `checkpoint` and `base` are the words of the commands."""
+
+    def use() -> str:
+        source = read_transformer(path)
+        check_text_to_video(source.name, source.config)
+        if deep:
+            source.load(torch.float32, torch.device("cpu"))
+        channels, width = source.config["in_channels"], source.config["text_dim"]
+        how = "checkpoint, in one step" if source.few_step else "checkpoint, in Euler steps, or as base"
+        version = next((f" (Wan {name})" for name, mean in LATENTS_MEAN.items() if len(mean) == channels), "")
+        return f"as {how}; needs a vae of {channels} channels{version} and a text_encoder of width {width}"
+
+    return _attempt(use)
+
+
+def _vae(path: Path, deep: bool) -> str:
+    def use() -> str:
+        source = read_vae_source(path)
+        if deep:
+            load_vae(path)
+        # Channels of Wan's two are different, and any other model has a VAE of its own.
+        version = next((name for name, mean in LATENTS_MEAN.items() if len(mean) == source.channels), None)
+        return f"as the vae of Wan {version} models" if version else f"as a vae of {source.channels} channels"
+
+    return _attempt(use)
+
+
+def _tiny(path: Path, deep: bool) -> str:
+    def use() -> str:
+        source = read_tiny_source(path)
+        if deep:
+            load_tiny_decoder(path)
+        version = "2.2" if source.channels == len(LATENTS_MEAN["2.2"]) else "2.1"
+        return f"as tiny_decoder, which is approximate, of Wan {version} models' latents"
+
+    return _attempt(use)
+
+
+def _text_encoder(path: Path, deep: bool) -> dict[str, str]:
+    facts = {}
+
+    def use() -> str:
+        found = find_text_encoder(path)
+        where = "inside" if found.tokenizer == path else str(found.tokenizer)
+        facts["tokenizer"] = where if found.tokenizer else "not inside: needs tokenizer=PATH"
+        if deep:
+            for file in found.weights:
+                read_tensors(file, floats_only=False)
+        if found.tokenizer:
+            Tokenizer(read_spiece(found.tokenizer))
+        return f"as text_encoder of width {found.width}{'' if found.tokenizer else '; needs tokenizer=PATH'}"
+
+    loads = _attempt(use)
+    return facts | {"loads": loads}
 
 
 def _attempt(load) -> str:
+    """ "yes" and what `load` says of it, if it says anything, or why not."""
     try:
-        load()
+        use = load()
     except AptError as error:
         return f"no: {error}"
-    return "yes"
+    return f"yes, {use}" if use else "yes"
 
 
 def _shards(path: Path) -> dict[str, str]:

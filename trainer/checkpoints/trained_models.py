@@ -15,7 +15,6 @@ from torch.distributed.checkpoint import CheckpointException
 from apt_core.errors import AptError
 from apt_core.files.checkpoint_header import read_folder_metadata, read_header
 from apt_core.files.contract import metadata_json
-from apt_core.files.jsonfile import read_object
 from apt_core.files.lora_keys import is_lora
 from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer
@@ -27,7 +26,7 @@ from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.checkpoints.starting_models import locate, read_about
 from trainer.config import Files
 from trainer.run.folders import ABOUT, FACTS, is_state, resolve
-from trainer.run.state_files import REMEDY, StateReader, check_digests, check_listed
+from trainer.run.state_files import REMEDY, StateReader, check_digests, read_facts
 from trainer.stages.networks import make_discriminator
 
 ROLE = "generator"
@@ -152,21 +151,14 @@ class State:
         """check: read all of its files, to compare their digests."""
         self.path = path
         remedy = f"give a whole training state that the trainer wrote, with its {ABOUT} beside it"
-        self.about, self.facts = read_about(path.parent), read_object(path / FACTS, remedy)
-        self.identity, self._digests = self.facts.get("identity"), self.facts.get("files", {})
+        self.about, self.facts = read_about(path.parent), read_facts(path, remedy)
+        self.identity, self._digests = self.facts["identity"], self.facts.get("files", {})
         wanted = {"ema_decay": float | int, "phase": str}
-        if (
-            not isinstance(self.identity, dict)
-            or not isinstance(self._digests, dict)
-            or not isinstance(self.facts.get("update"), int)
-            or not all(isinstance(self.identity.get(name), kind) for name, kind in wanted.items())
-        ):
+        if not all(isinstance(self.identity.get(name), kind) for name, kind in wanted.items()):
             raise AptError(f"{path / FACTS} is damaged: {remedy}.")
         if check:
             check_digests(path, self._digests, sorted(self._digests))
-        index = StateReader(path).read_metadata()
-        check_listed(index, self._digests)
-        self._entries = index.state_dict_metadata
+        self._entries = StateReader(path, self._digests).read_metadata().state_dict_metadata
 
     def names(self, prefix: str) -> list[str]:
         return [name for name in self._entries if name.startswith(prefix)]
@@ -181,7 +173,7 @@ class State:
             for name in self.names(prefix)
         }
         try:
-            dcp.load(tensors, storage_reader=StateReader(self.path), no_dist=True)
+            dcp.load(tensors, storage_reader=StateReader(self.path, self._digests), no_dist=True)
         except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
             raise AptError(
                 f"{self.path} cannot be loaded ({' '.join(str(error).split())[:200]}): {REMEDY}."

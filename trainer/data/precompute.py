@@ -13,6 +13,7 @@ import torch
 
 from apt_core.errors import AptError, NotFinite
 from apt_core.files.atomic import make_folder
+from apt_core.models.text import check_tokens
 from apt_core.models.vae import encode, stride
 from trainer.data.captions import Bad, Item, find_items, item_id, refuse_bad
 from trainer.data.cuts import Clip, Cut
@@ -93,6 +94,7 @@ def precompute(
         "truncate_captions": truncate_captions,
         **{name: value for name, value in asdict(cut).items() if name not in ("kinds", "stride")},
     }
+    check_tokens(prompts, text_encoder.tokenize(prompts), text_encoder.text_length)
     with ShardWriter(out, settings, dtype=dtype, rank=world.rank) as writer:
         items, bad = find_items(folder, kinds, skip_bad=True)
         root = folder if folder.is_dir() else folder.parent

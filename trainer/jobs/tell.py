@@ -7,7 +7,7 @@ from pathlib import Path
 from trainer.data.precompute import SKIPPED, Report
 from trainer.jobs.plan import Plan
 from trainer.machines.distributed import World
-from trainer.run.folders import whole_states
+from trainer.run.folders import newest_state
 from trainer.run.monitor import Monitor
 from trainer.run.progress import console, stage_bar
 from trainer.run.state import best_state
@@ -44,7 +44,7 @@ def monitor(plan: Plan, world: World, bar: Callable) -> Iterator[Callable]:
 
 def tell_result(plan: Plan) -> None:
     """Which file is the result, and which state was judged better."""
-    newest, best = max(whole_states(plan.states), default=None), best_state(plan.states)
+    newest, best = newest_state(plan.states), best_state(plan.states)
     if best is None:
         say(f"{plan.result} is the result.")
     elif best[0] == newest:

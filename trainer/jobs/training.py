@@ -41,6 +41,7 @@ from trainer.mini.clips import SIZE
 from trainer.mini.drawn_files import draw_files
 from trainer.run.folders import DISTILLED
 from trainer.run.judge import LatentJudge
+from trainer.run.lock import held
 from trainer.run.progress import stage_bar
 from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
@@ -91,7 +92,7 @@ def _precompute(
     text = open_text_encoder(preset.files, preset.model.text_length).to(world.device)
     check_parts(preset, vae, text)
     large = preset.files.base != MINI
-    with progress("Encoding", world) as report:
+    with held(out / LATENTS, world), progress("Encoding", world) as report:
         made = precompute(
             folder,
             out / LATENTS,

@@ -34,7 +34,7 @@ from trainer.machines.machine import versions
 from trainer.mini import ASSETS, VAE
 from trainer.mini.features import load_features
 from trainer.proof.demo import Demo
-from trainer.run.folders import DISTILLED, whole_states
+from trainer.run.folders import DISTILLED, newest_state
 from trainer.run.monitor import Monitor
 from trainer.run.progress import console, stage_bar
 from trainer.run.state import Keep, Preempted
@@ -309,7 +309,7 @@ class Ablation:
 
 
 def _newest(folder: Path) -> Path | None:
-    return max(whole_states(folder / "states"), default=None)
+    return newest_state(folder / "states")
 
 
 def _read(path: Path) -> dict:

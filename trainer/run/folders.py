@@ -14,7 +14,7 @@ DISTILLED, IMAGE = (
 )
 STATE = ".metadata"  # what torch.distributed.checkpoint calls its index
 FACTS = "run.json"  # in each training state, written last
-STEP = re.compile(r"step-\d{6,}(-half)?")
+STEP = re.compile(r"step-(\d{6,})(-half)?")
 """Names of training states. Nothing else in their folder is the trainer's."""
 UNFINISHED = ".part"  # after the name of a state in writing
 
@@ -26,7 +26,19 @@ def is_state(path: Path) -> bool:
 
 def whole_states(folder: Path) -> list[Path]:
     """The complete training states in the folder of a stage, the oldest first."""
-    return sorted(path for path in folder.glob("step-*") if STEP.fullmatch(path.name) and is_state(path))
+    found = (path for path in folder.glob("step-*") if STEP.fullmatch(path.name) and is_state(path))
+    return sorted(found, key=_age)
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The last of the complete training states in the folder of a stage."""
+    return next(reversed(whole_states(folder)), None)
+
+
+def _age(path: Path) -> tuple[int, bool]:
+    """By number: by name, step-1000000 would come before step-999999."""
+    number, half = STEP.fullmatch(path.name).groups()
+    return int(number), half is not None
 
 
 def unfinished_states(folder: Path) -> list[Path]:
@@ -55,8 +67,8 @@ def resolve(path: Path) -> Path:
         )
     if not path.is_dir() or is_state(path):
         return path
-    if states := whole_states(path):
-        return states[-1]
+    if newest := newest_state(path):
+        return newest
     last = [file for file in path.glob("apt-*.safetensors") if "-ema" not in file.stem and file.name != IMAGE]
     earlier = [file for file in (path / IMAGE, path / DISTILLED) if file.is_file()]
     return max(last, key=lambda file: file.stat().st_mtime) if last else next(iter(earlier), path)

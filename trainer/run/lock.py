@@ -3,13 +3,17 @@
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from apt_core.errors import AptError
+from apt_core.files.atomic import make_folder
 from trainer.files import write_json
+from trainer.machines.distributed import World
 
 
 class Lock:
@@ -45,6 +49,18 @@ class Lock:
             },
         )
 
+    def take_together(self, world: World) -> None:
+        """The main process makes the folder and takes its lock; all call alike, and all raise what it raises."""
+        problem = None
+        if world.main:
+            try:
+                make_folder(self.folder)
+                self.take()
+            except AptError as error:
+                problem = str(error)
+        if found := [sentence for sentence in world.gather(problem) if sentence]:
+            raise AptError(found[0])
+
     def release(self) -> None:
         """Does nothing where it is not taken."""
         if self._lock.is_locked:
@@ -57,3 +73,14 @@ class Lock:
             return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):
             return "whose name it has not written yet"
+
+
+@contextmanager
+def held(folder: Path, world: World) -> Iterator[None]:
+    """The folder is this run's own meanwhile. Raises AptError as `Lock.take_together`."""
+    lock = Lock(folder)
+    lock.take_together(world)
+    try:
+        yield
+    finally:
+        lock.release()

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from apt_core.errors import AptError
-from apt_core.files.atomic import make_folder
 from apt_core.files.jsonfile import read_object
 from trainer.data.sampling import ORDER
 from trainer.files import write_json
 from trainer.machines.distributed import World
-from trainer.run.folders import FACTS, UNFINISHED, unfinished_states, whole_states
+from trainer.run.folders import FACTS, UNFINISHED, newest_state, unfinished_states, whole_states
 from trainer.run.lock import Lock
-from trainer.run.state_files import StateReader, StateWriter, check_digests, gather_digests
+from trainer.run.state_files import StateReader, StateWriter, check_digests, gather_digests, read_facts
 
 # Windows has no SIGUSR1
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -93,15 +92,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._writing: tuple[Path, dict, object] | None = None
         self._lock = Lock(keep.folder)
-        problem = None
-        if world.main:
-            try:
-                make_folder(keep.folder)
-                self._lock.take()
-            except AptError as error:
-                problem = error
-        if found := [sentence for sentence in world.gather(problem and str(problem)) if sentence]:
-            raise AptError(found[0]) from None
+        self._lock.take_together(world)
         if world.main:
             for rest in unfinished_states(keep.folder):
                 shutil.rmtree(rest)
@@ -113,19 +104,14 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The state that a resumed run goes on from."""
-        return max(self._complete(), default=None)
+        return newest_state(self.keep.folder)
 
     def facts(self, path: Path) -> dict:
         """What a state's run.json says. Raises AptError when it is damaged, or of a run with another
         identity.
         """
         remedy = f"delete the folder {path.name}, and the run goes on from the state before it"
-        facts = read_object(path / FACTS, remedy)
-        kinds = {"identity": dict, "update": int, "steps": dict, "rows": list}
-        if not all(isinstance(facts.get(name), kind) for name, kind in kinds.items()) or not isinstance(
-            facts.get("files", {}), dict
-        ):
-            raise AptError(f"{path / FACTS} is damaged: {remedy}.")
+        facts = read_facts(path, remedy)
         old = facts["identity"]
         changed = sorted(
             key for key in self.identity.keys() | old.keys() if self.identity.get(key) != old.get(key)
@@ -159,7 +145,7 @@ class Checkpoints:
         try:
             dcp.load(
                 tensors,
-                storage_reader=StateReader(path),
+                storage_reader=StateReader(path, digests),
                 process_group=self._group,
                 no_dist=self._group is None,
             )
@@ -295,7 +281,7 @@ class Vote:
 
 def _kept(folder: Path) -> str:
     """What is left when the processes of a run end all at once, for a sentence."""
-    if newest := max(whole_states(folder), default=None):
+    if newest := newest_state(folder):
         return f"{newest.name} in {folder} is saved, and the same command goes on from there"
     return f"{folder} holds no state yet, and the same command begins this stage again"
 
@@ -399,6 +385,8 @@ class Run:
 
     def _restore(self, path: Path) -> None:
         facts = self._checkpoints.facts(path)
+        if absent := sorted(self.parts.keys() - facts["steps"].keys()):
+            raise AptError(f"{path / FACTS} has no steps of {absent[0]}: delete the folder {path.name}.")
         self._checkpoints.load(path, {name: part.tensors() for name, part in self.parts.items()}, facts)
         for name, part in self.parts.items():
             part.loaded(facts["steps"][name])

@@ -19,15 +19,13 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from apt_core.errors import AptError
+from apt_core.files.jsonfile import read_object
 from trainer.files import file_digest
-from trainer.run.folders import STATE
+from trainer.run.folders import FACTS, STATE
 
 DIGESTS = "__{}.sha256"  # one of each process, until they are gathered in run.json
 DATA = re.compile(r"__\d+_\d+\.distcp")
 MAX_INDEX = 1 << 30  # bytes; that of 14B parameters on 1,024 GPUs has a fifth of it
-# bytes, up to which the index is read by Python's own unpickler, whose memory no wrong number in it can blow
-# up
-SLOW = 1 << 24
 ALLOWED = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
@@ -72,8 +70,8 @@ def _path(*parts) -> str:
     return "/".join(map(str, parts))
 
 
-class _Slow(pickle._Unpickler):
-    """Also refuses what would run no code and yet do harm: attributes set on a class, and tuples within
+class _Unpickler(pickle._Unpickler):
+    """Python's own, whose memory no wrong number in a file can blow up as it can that of the C one. Also refuses what would run no code and yet do harm: attributes set on a class, and tuples within
     tuples, whose hash takes for ever.
     """
 
@@ -109,15 +107,14 @@ def _check_depth(value: tuple, left: int = 4) -> None:
             _check_depth(item, left - 1)
 
 
-class _Fast(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        return _known(module, name)
-
-
 class StateReader(FileSystemReader):
     """A reader of one state's tensors. Raises DamagedState for an index that holds anything else, or that its
-    files do not bear out.
+    files do not bear out, and for one that names a file of which `digests`, those of run.json, has none.
     """
+
+    def __init__(self, path: Path, digests: dict | None = None) -> None:
+        super().__init__(path)
+        self._digests = digests or {}
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         path = Path(self.path) / STATE
@@ -128,7 +125,7 @@ class StateReader(FileSystemReader):
                     f"{path} has {size >> 20} MiB, which no index has: give a state that the trainer wrote."
                 )
             raw = path.read_bytes()
-            metadata = (_Slow if size <= SLOW else _Fast)(io.BytesIO(raw)).load()
+            metadata = _Unpickler(io.BytesIO(raw)).load()
         except DamagedState:
             raise
         except OSError as error:
@@ -147,6 +144,7 @@ class StateReader(FileSystemReader):
             raise DamagedState(
                 f"{self.path} is not a whole training state ({problem}): give one that the trainer wrote."
             )
+        _check_listed(metadata, self._digests)
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
@@ -162,6 +160,25 @@ class StateWriter(FileSystemWriter):
             json.dumps(digests), encoding="utf-8"
         )
         return future
+
+
+def read_facts(path: Path, remedy: str) -> dict:
+    """What a state's run.json says: identity, update, the steps of each part, rows and the digests of files.
+    remedy: what would do, for the sentence. Raises AptError when it is missing or damaged.
+    """
+    facts = read_object(path / FACTS, remedy)
+    kinds = {"identity": dict, "update": int, "steps": dict, "rows": list}
+    good = all(isinstance(facts.get(name), kind) for name, kind in kinds.items())
+    if (
+        not good
+        or not isinstance(facts.get("files", {}), dict)
+        or not all(
+            type(number) is int and number >= 0 for number in (facts["update"], *facts["steps"].values())
+        )
+        or not all(isinstance(row, dict) for row in facts["rows"])
+    ):
+        raise AptError(f"{path / FACTS} is damaged: {remedy}.")
+    return facts
 
 
 def gather_digests(folder: Path) -> dict[str, str]:
@@ -193,7 +210,7 @@ def check_digests(folder: Path, digests: dict, names: Iterable[str]) -> None:
             raise DamagedState(f"{folder / name} is not what was written there: {REMEDY}.")
 
 
-def check_listed(metadata: Metadata, digests: dict) -> None:
+def _check_listed(metadata: Metadata, digests: dict) -> None:
     """Raises DamagedState when an index names a file of which there is no digest, though there are digests."""
     named = {info.relative_path for info in metadata.storage_data.values()}
     if digests and not named | {STATE} <= digests.keys():
