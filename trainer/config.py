@@ -292,9 +292,12 @@ class Preset(Settings):
             )
         return self.stage2[variant]
 
-    def with_recipe(self, variant: str) -> "Preset":
-        """The preset with what a variant changes of its other settings. Raises AptError as `phases`, and for
-        a setting that is not there.
+    def with_recipe(
+        self, variant: str, overrides: Sequence[str] = (), sections: Sequence[str] = ()
+    ) -> "Preset":
+        """The preset with what a variant changes of its other settings, but for what `overrides` say, as in
+        `load_preset`: the command line has the last word. Raises AptError as `phases`, and for a setting that
+        is not there.
         """
         values = self.model_dump()
         for name, value in self.phases(variant).also.items():
@@ -304,6 +307,7 @@ class Preset(Settings):
                     f"preset {self.name}: there is no setting {name}{nearest(name, known_names(Preset, values))}, which {variant} changes: mend it."
                 )
             values[section][key] = value
+        values = apply(values, overrides, known_names(Preset, values), sections)
         try:
             return Preset.model_validate(values)
         except ValidationError as error:

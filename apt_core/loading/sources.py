@@ -17,8 +17,7 @@ from ..files.folders import half_note
 from ..files.lora_keys import is_lora
 from ..models.backbone import as_backbone
 from ..models.lora_files import merge, read_lora, read_lora_for
-from ..models.text import TextEncoder
-from ..models.text import Tokenizer
+from ..models.text import TextEncoder, Tokenizer
 from ..models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
 from ..models.vae import load_vae, read_vae, stride
 from .backbones import load_backbone

@@ -5,7 +5,6 @@ this project's own file.
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import nn

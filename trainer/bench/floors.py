@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.bench.shapes import Shapes
-from trainer.machines.account import forward_flops, tokens
+from trainer.machines.flops import forward_flops, tokens
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,8 @@ from apt_core.files.keys import detect_layout, detect_vae_layout
 from apt_core.files.lora_keys import is_lora
 from apt_core.files.quantised import BESIDE, form_of, plain_header
 from apt_core.files.tensorfile import Header, check_finite, read_header, read_tensors
-from apt_core.loading.backbones import WAN, kind_of_file, load_backbone
-from apt_core.loading.checkpoint import comfy_config, load_transformer, read_config
-from apt_core.loading.sources import locate
-from apt_core.loading.text_files import EMBEDDINGS
 from apt_core.files.text_keys import is_t5, is_text_encoder
-from apt_core.loading.backbones import load_backbone
+from apt_core.loading.backbones import WAN, kind_of_file, load_backbone
 from apt_core.loading.checkpoint import comfy_config, read_config
 from apt_core.loading.sources import (
     check_text_to_video,

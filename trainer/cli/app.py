@@ -85,7 +85,8 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example updates=100 base=PATH."),
 ]
 Recipe = Annotated[
-    str | None, typer.Option(help="paper, stable or budget, whichever the preset has; by default its first.")
+    str | None,
+    typer.Option(help="paper, stable, budget or weekend, whichever the preset has; by default its first."),
 ]
 Run = Annotated[
     Path | None,

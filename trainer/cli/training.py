@@ -27,6 +27,7 @@ def precompute_command(
     preset: Preset,
     overrides: Overrides = None,
     out: Run = None,
+    recipe: Recipe = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -45,13 +46,12 @@ def precompute_command(
     """Videos and images with captions to shards of latents and text embeddings. Resumable; under torchrun
     each process takes its share.
     """
-    from trainer.config import load_preset
     from trainer.jobs.training import run_precompute
 
     chosen = tuple(dict.fromkeys(kinds.split(",")))
     if not set(chosen) <= {"image", "video"}:
         raise AptError(f"--kinds {kinds} is not known: use image, video, or image,video.")
-    loaded = load_preset(preset, overrides or (), ("data", "files", "train", "sampling", "model"))
+    loaded = _load(preset, recipe, overrides, ("data", "files", "train", "sampling", "model"))
     run_precompute(
         loaded,
         data,
@@ -77,10 +77,7 @@ def distill_command(
     gpu_tflops: Tflops = 800,
 ) -> None:
     """Stage 1: consistency distillation of the base into one step."""
-    from trainer.config import load_preset
-
-    loaded = load_preset(preset, overrides or (), ("distill", "train", "files", "data", "sampling", "model"))
-    loaded = loaded.with_recipe(recipe or loaded.variant)
+    loaded = _load(preset, recipe, overrides, ("distill", "train", "files", "data", "sampling", "model"))
     if dry_run:
         _show(loaded, "distill", None, gpus, gpu_memory, gpu_tflops)
         return
@@ -118,9 +115,8 @@ def adversarial_command(
         raise AptError(f"--phase {phase} is not known: it is image or video.")
     variant = recipe or load_preset(preset).variant
     load_preset(preset).phases(variant)
-    loaded = load_preset(
-        preset, overrides or (), (f"stage2.{variant}.{phase}", "train", "files", "data", "sampling", "model")
-    ).with_recipe(variant)
+    sections = (f"stage2.{variant}.{phase}", "train", "files", "data", "sampling", "model")
+    loaded = _load(preset, variant, overrides, sections)
     if dry_run:
         _show(loaded, phase, variant, gpus, gpu_memory, gpu_tflops)
         return
@@ -129,6 +125,14 @@ def adversarial_command(
     run_adversarial(
         loaded, phase, out or RUNS / loaded.name, variant=variant, start=start, seed=seed, shards=shards
     )
+
+
+def _load(name: str, recipe: str | None, overrides: list[str] | None, sections: tuple[str, ...]):
+    """The preset as a recipe changes it, by default its first, and then the command line."""
+    from trainer.config import load_preset
+
+    loaded = load_preset(name, overrides or (), sections)
+    return loaded.with_recipe(recipe or loaded.variant, overrides or (), sections)
 
 
 def _show(preset, stage: str, variant: str | None, gpus: int | None, memory: float, tflops: float) -> None:

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from apt_core.errors import AptError
 from trainer.config import Preset
-from trainer.machines.account import Account, account, batch_of, check_split, tokens
+from trainer.machines.account import Account, account, batch_of, check_split
+from trainer.machines.flops import tokens
 from trainer.machines.machine import GIB, Machine
 from trainer.overrides import apply, known_names
 from trainer.run.progress import console
@@ -68,11 +69,13 @@ def show_account(
     table.add_row("GiB per GPU, in all", f"{needed.bytes / GIB:.2f}")
     table.add_row("FLOPs per update", f"{needed.flops:.3g}")
     table.add_row("updates", f"{needed.updates:,}")
+    if needed.warmup:
+        warmup = getattr(preset.phases(variant or preset.variant), stage).warmup
+        table.add_row("updates before, of the discriminator alone", f"{warmup:,}")
     per_hour = 3600 * machine.gpus * machine.speed / needed.flops
     table.add_row("updates per hour, at half of the peak", f"{per_hour:.3g}")
-    table.add_row(
-        "hours in all", f"{needed.updates / per_hour:.3g} ({needed.gpu_hours(machine.speed):.3g} GPU-hours)"
-    )
+    hours = needed.gpu_hours(machine.speed)
+    table.add_row("hours in all", f"{hours / machine.gpus:.3g} ({hours:.3g} GPU-hours)")
     console.print(table)
     check_fit(preset, stage, variant, machine)
     console.print(

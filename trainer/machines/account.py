@@ -1,9 +1,7 @@
 """What a run needs, counted from the preset alone: parameters, FLOPs per update, bytes per GPU by kind. No
 weight is touched.
 
-Notation: N tokens of one sample, d width, L blocks, F the FLOPs of one forward pass of one sample. A product
-of matrices takes two FLOPs per multiplication; a backward pass takes twice its forward, of which half is for
-the inputs and half for the weights (attention has no weights: both halves are for its inputs).
+Notation: N tokens of one sample, d width, L blocks. FLOPs: trainer.machines.flops.
 """
 
 import math
@@ -13,6 +11,7 @@ from apt_core.errors import AptError
 from apt_core.models.wan import PAPER_FRACTIONS, tap_blocks
 from trainer.config import Model, Preset
 from trainer.machines.counts import counts_of
+from trainer.machines.flops import adversarial_flops, distill_flops, tokens
 
 STAGES = ("distill", "image", "video")
 TAPS = len(PAPER_FRACTIONS)
@@ -26,21 +25,22 @@ within 1%.
 @dataclass(frozen=True)
 class Account:
     """parameters: by network; flops: of one update over the whole batch; memory: bytes on each GPU by kind;
-    updates: of the stage.
+    updates: of the stage; warmup: FLOPs of all updates before those, which train the discriminator alone.
     """
 
     parameters: dict[str, int]
     flops: float
     memory: dict[str, float]
     updates: int
+    warmup: float = 0.0
 
     @property
     def bytes(self) -> float:
         return sum(self.memory.values())
 
     def gpu_hours(self, flops_per_second: float) -> float:
-        """GPU-hours of the whole stage at this speed of one GPU."""
-        return self.flops * self.updates / flops_per_second / 3600
+        """GPU-hours of the whole stage, its warm-up too, at this speed of one GPU."""
+        return (self.flops * self.updates + self.warmup) / flops_per_second / 3600
 
 
 def time_parameters(model: Model) -> int:
@@ -79,18 +79,6 @@ def base_bytes(model: Model, compute: str, gpus: int) -> float:
     return (2 * (parameters(model) - time - exact) + 4 * time) / gpus + 4 * exact
 
 
-def tokens(preset: Preset, kind: str) -> int:
-    """Of one sample: latents in patches of 1 x 2 x 2."""
-    (height, width), (t, down, across) = preset.data.size(kind), preset.model.stride
-    frames = preset.data.frames if kind == "video" else 1
-    return ((frames - 1) // t + 1) * (height // (2 * down)) * (width // (2 * across))
-
-
-def forward_flops(model: Model, n: int) -> tuple[float, float]:
-    """(linear layers, attention) of one forward pass of one sample of n tokens."""
-    return counts_of(model).forward(model, n)
-
-
 def account(preset: Preset, stage: str, variant: str | None = None, gpus: int = 1) -> Account:
     """The account of a stage ("distill", "image" or "video" of stage 2) on so many GPUs.
 
@@ -118,9 +106,9 @@ def summary(preset: Preset, speed: float = 400e12) -> list[str]:
             lines.append(
                 f"  {mode}, {gpus} GPU{'s' if gpus > 1 else ' '}" + "".join(f"{size:9.1f}" for size in sizes)
             )
-    alone = preset.model_copy(update={"train": preset.train.model_copy(update={"context_parallel": 1})})
     lines.append(f"GPU-hours at {speed / 1e12:g} TFLOP/s:")
     for variant in preset.stage2:
+        alone = preset.with_recipe(variant, ("train.context_parallel=1",))
         hours = [account(alone, stage, variant).gpu_hours(speed) for stage in STAGES]
         lines.append(f"  {variant:<12}" + "".join(f"{number:9.0f}" for number in hours))
     return lines
@@ -168,24 +156,11 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
     inner = train.head_width or model.width
     taps = tap_blocks(model.layers, settings.taps)
     body, heads = parameters(model), head_parameters(model, inner, len(taps))
-    depth = taps[-1] / model.layers  # of the discriminator
     micro = _microbatch(preset, settings.batch, gpus)
     penalties = [weight > 0 for weight in (settings.r1_weight, settings.r2_weight)]
-    passes = 2 + sum(penalties) * settings.reg_fraction
     most_passes = 2 + sum(penalties) * math.ceil(settings.reg_fraction * micro) / micro
 
-    # FLOPs in units of one forward pass of the linear layers, and of attention.
-    again = 0 if train.checkpointing == "none" else 1
-    linear_back, attention_back = (1 if lora else 2), 2
-    extra = 1 if settings.discriminator_step == "two_pass" else 0
-    back_of_d = (again + linear_back, again + attention_back) if settings.train_backbone else (0, 0)
-    linear_of_d = passes * (1 + back_of_d[0] + extra) + (2 + again) + settings.relativistic
-    attention_of_d = (
-        passes * (1 + back_of_d[1] + extra) + (1 + again + attention_back) + settings.relativistic
-    )
-    linear = 1 + (1 + again + linear_back) + depth * linear_of_d
-    attention = 1 + (1 + again + attention_back) + depth * attention_of_d
-    flops = settings.batch * _sum(forward_flops(model, n), (linear, attention))
+    of_discriminator, of_generator = adversarial_flops(preset, stage, variant)
 
     averages = len({settings.ema_decay, *train.ema_decays})
     shard = 1 / gpus
@@ -231,22 +206,18 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
         "separate": most_passes * (kept + at_heads) + block,
     }
     memory["activations"] = max(at_once[settings.discriminator_step], 2 * kept + at_heads + block)
-    return Account(counted, flops, memory, settings.updates)
+    flops = settings.batch * (of_discriminator + of_generator)
+    warmup = settings.warmup * settings.batch * of_discriminator
+    return Account(counted, flops, memory, settings.updates, warmup)
 
 
 def _distill(preset: Preset, gpus: int) -> Account:
     settings, train, model = preset.distill, preset.train, preset.model
     lora, body = train.mode == "lora", parameters(model)
-    again = 0 if train.checkpointing == "none" else 1
-    teacher = 1 if settings.guidance == 1 else 2
-    flops = 0.0
-    for kind, share in (("image", 1 - settings.video_share), ("video", settings.video_share)):
-        linear, attention = teacher + 1 + 1 + again + (1 if lora else 2), teacher + 1 + 1 + again + 2
-        flops += (
-            share
-            * getattr(settings, f"batch_{kind}")
-            * _sum(forward_flops(model, tokens(preset, kind)), (linear, attention))
-        )
+    flops = sum(
+        share * getattr(settings, f"batch_{kind}") * distill_flops(preset, kind)
+        for kind, share in (("image", 1 - settings.video_share), ("video", settings.video_share))
+    )
 
     averages = len({settings.ema_decay, *train.ema_decays})
     shard, target = 1 / gpus, 1 if settings.target_decay else 0
@@ -307,7 +278,3 @@ def _gathered(preset: Preset, gpus: int, largest: int, shared: bool) -> float:
 
 def _width(compute: str) -> int:
     return 2 if compute == "bf16" else 4
-
-
-def _sum(parts: tuple[float, float], times: tuple[float, float]) -> float:
-    return parts[0] * times[0] + parts[1] * times[1]

@@ -31,7 +31,21 @@ class Counts(Protocol):
         ...
 
     def forward(self, model: Model, n: int) -> tuple[float, float]:
-        """FLOPs of (linear layers, attention) of one forward pass of one sample."""
+        """FLOPs of (linear layers, attention) of the blocks in one forward pass of one sample."""
+        ...
+
+    def outer_forward(self, model: Model, n: int) -> float:
+        """FLOPs of embedders and output head in it."""
+        ...
+
+    def adapters(self, model: Model, n: int, rank: int) -> float:
+        """FLOPs that a LoRA on all linear layers of the blocks adds to it."""
+        ...
+
+    def frozen_text(self, model: Model) -> float:
+        """FLOPs of the linear layers in it whose input is the embedded text itself: with a frozen embedder
+        nobody asks for that input's gradient.
+        """
         ...
 
 
@@ -61,6 +75,20 @@ class WanCounts:
         linear = model.layers * (n * (12.0 * d * d + 4.0 * d * model.ffn) + text * 4.0 * d * d)
         return linear, model.layers * 4.0 * d * (n * n + n * text)
 
+    def outer_forward(self, model: Model, n: int) -> float:
+        d, text = model.width, model.text_length
+        return 2.0 * (
+            text * (model.text_dim * d + d * d) + 256 * d + 7 * d * d + 2 * n * 4 * model.channels * d
+        )
+
+    def adapters(self, model: Model, n: int, rank: int) -> float:
+        of_text = 4 * model.width  # keys and values of cross-attention
+        visual = self.adapter_widths(model) - of_text
+        return model.layers * 2.0 * rank * (n * visual + model.text_length * of_text)
+
+    def frozen_text(self, model: Model) -> float:
+        return model.layers * model.text_length * 4.0 * model.width**2
+
 
 class MMDiTCounts:
     """Two streams, each q, k, v, out, an MLP of 4 d and a modulation of 6 d; text goes through as many
@@ -84,6 +112,18 @@ class MMDiTCounts:
     def forward(self, model: Model, n: int) -> tuple[float, float]:
         d, every = model.width, n + model.text_length
         return model.layers * every * 24.0 * d * d, model.layers * every**2 * 4.0 * d
+
+    def outer_forward(self, model: Model, n: int) -> float:
+        d = model.width
+        return 2.0 * (
+            model.text_length * model.text_dim * d + 256 * d + d * d + 2 * n * 4 * model.channels * d
+        )
+
+    def adapters(self, model: Model, n: int, rank: int) -> float:
+        return model.layers * 2.0 * rank * (n + model.text_length) * 18.0 * model.width
+
+    def frozen_text(self, model: Model) -> float:
+        return 0.0  # the text goes on through the blocks
 
 
 COUNTS: dict[str, Counts] = {"wan": WanCounts(), "mmdit": MMDiTCounts()}

@@ -256,7 +256,9 @@ def test_the_limit_is_seconds(monkeypatch):
             limit()
 
 
-def test_a_store_that_ends_before_its_keeper_is_found_gone_is_said_by_who_is_left(tmp_path, monkeypatch, capfd):
+def test_a_store_that_ends_before_its_keeper_is_found_gone_is_said_by_who_is_left(
+    tmp_path, monkeypatch, capfd
+):
     """Where the keeper and its store are gone, nobody is left to wait for: the next one speaks."""
     watched = Watched(2, keeper=0)
     one = watched.all[1]
