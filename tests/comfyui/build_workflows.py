@@ -15,8 +15,9 @@ import uuid
 from pathlib import Path
 
 from browser import Frontend
-from cards import card_of_videos, card_of_words
-from graphs import CARDS, GROUPS, PUBLIC, ROOM, RUNNABLE, WIDTH, WORKFLOWS, Graph
+from canvas import GROUPS, ROOM, WIDTH, Graph
+from cards import card_of_outputs, card_of_words
+from graphs import CARDS, PUBLIC, RUNNABLE, WORKFLOWS
 from interface import write_snapshot, write_words
 from server import ROOT, Server
 from stand_ins import make_stand_ins
@@ -27,6 +28,7 @@ BUILD = """async ({nodes, links}) => {
     const graph = window.app.graph, made = {}
     for (const item of nodes) {
         const node = made[item.id] = window.LiteGraph.createNode(item.type)
+        if (!node) throw new Error(`ComfyUI has no node ${item.type}`)
         graph.add(node)
         if (item.title) node.title = item.title
         if (item.mode) node.mode = item.mode
@@ -142,10 +144,14 @@ def main() -> None:
                 )
                 frontend.open(graph)
                 frontend.picture(screenshots / f"{name}.png")
+                frontend.page.set_viewport_size({"width": 1366, "height": 768})
+                frontend.open(graph)
+                frontend.page.wait_for_timeout(1500)
+                frontend.page.screenshot(path=screenshots / f"{name}-opened.png")
+                frontend.page.set_viewport_size({"width": 2200, "height": 1200})
                 if name in RUNNABLE:
-                    card_of_videos(
-                        [file for (file,) in server.run(frontend.prompt()).values()], FOLDER / f"{name}.jpg"
-                    )
+                    files = [file for made in server.run(frontend.prompt()).values() for file in made]
+                    card_of_outputs(files, FOLDER / f"{name}.jpg")
                 else:
                     card_of_words(CARDS[name], FOLDER / f"{name}.jpg")
                 print(f"{name}: {len(graph['nodes'])} nodes", flush=True)

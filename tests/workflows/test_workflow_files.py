@@ -16,8 +16,12 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "example_workflows"
 NODES = json.loads(Path(__file__).with_name("object_info.json").read_text(encoding="utf-8"))
 NAMES = [
+    "apt_draft_and_refine",
+    "apt_long_clip",
+    "apt_mini_scale_up",
     "apt_mini_text_to_video",
     "apt_noise_walk",
+    "apt_seed_contact_sheet",
     "apt_stock_nodes",
     "apt_text_to_image",
     "apt_wan21_lora_text_to_video",
