@@ -262,7 +262,8 @@ def test_a_draft_is_refined_by_noise_of_time_0_7_and_a_second_call(frontend, ser
     prompt = convert(frontend, "apt_draft_and_refine")
     draft, refined = latents(server, prompt, "Draft", "Refine")
     model, vae = load_transformer(GENERATOR), load_vae(VAE)
-    text = load_text_encoder(ASSETS / "text_encoder.safetensors").encode([caption_of(prompt)])[0][None]
+    encoder = load_text_encoder(ASSETS / "text_encoder.safetensors")
+    text = encoder.pad(encoder.encode([caption_of(prompt)]), encoder.text_length)
     z, fresh = (draw("comfyui", seed, 0, draft.shape[1:])[None] for seed in (5, 1))
     with torch.no_grad():
         first = z - predict_velocity(model, z, torch.tensor([1.0]), text)
@@ -332,3 +333,24 @@ def test_the_loader_lists_the_models_of_a_linked_run_and_not_its_latents(server)
     ]
     names = {name for name in listed[1]["options"] if name.startswith("demo")}
     assert names == {"demo/base.safetensors", "demo/distilled.safetensors", "demo/apt-mini.safetensors"}
+
+
+def test_the_blueprint_is_offered_and_makes_the_clip_of_its_prompt(frontend, server):
+    offered = server.get("/global_subgraphs")
+    ours = [key for key, entry in offered.items() if entry["info"]["node_pack"] == "custom_nodes.ComfyUI-APT"]
+    assert [offered[key]["name"] for key in ours] == ["APT text to video"]
+    graph = json.loads(server.get(f"/global_subgraphs/{ours[0]}")["data"])
+    (node,) = graph["nodes"]
+    assert frontend.open(graph) == [node["type"]] and frontend.missing() == []
+    shown = frontend.page.evaluate("() => window.app.graph.nodes[0].widgets.map(w => w.name)")
+    files = ["checkpoint", "text_encoder", "vae_name"]
+    assert shown == ["text", "seed", "steps", "size", *files]
+    frontend.page.evaluate("""() => {
+        const [node] = window.app.graph.nodes, save = window.LiteGraph.createNode("SaveVideo")
+        window.app.graph.add(save)
+        node.connect(0, save, 0)
+    }""")
+    prompt = frontend.prompt()
+    (path,) = outputs(server, prompt).values()
+    assert caption_seen(read_video(path)) == caption_of(prompt)
+    assert frontend.errors == []

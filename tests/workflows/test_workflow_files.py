@@ -217,3 +217,16 @@ def test_a_clone_of_the_repository_offers_its_templates_too():
     known = [ROOT / name for name in ("example_workflows", "example", "examples", "workflow", "workflows")]
     there = [folder for folder in known if folder.is_dir()]
     assert there[0] == FOLDER and [path for folder in there[1:] for path in folder.glob("*.json")] == []
+
+
+def test_the_blueprint_is_one_node_with_a_way_out():
+    graph = json.loads((ROOT / "subgraphs" / "APT text to video.json").read_text(encoding="utf-8"))
+    (inside,) = graph["definitions"]["subgraphs"]
+    (node,) = graph["nodes"]
+    assert node["type"] == inside["id"] and graph["links"] == []
+    assert [output["type"] for output in inside["outputs"]] == ["VIDEO"]
+    nodes = {str(one["id"]): one for one in inside["nodes"]}
+    for one in nodes.values():
+        assert one["type"] in NODES and one["properties"]["cnr_id"] in ("comfyui-apt", "comfy-core")
+    for key, widget in node["properties"]["proxyWidgets"]:
+        assert widget == CONTROL or widget in inputs_of(nodes[key])
