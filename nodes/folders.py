@@ -3,6 +3,7 @@ pack.
 """
 
 import os
+import re
 from pathlib import Path
 
 import folder_paths
@@ -11,6 +12,8 @@ from ..apt_core.errors import AptError
 
 MINI = Path(__file__).parents[1] / "apt_core" / "assets" / "mini"
 CHECKPOINTS = ("diffusion_models", "apt")
+LATENTS = re.compile(r"(^|[\\/])latents[\\/]shard-[^\\/]*$")
+"""Shards of a run of the trainer: safetensors too, but no models."""
 
 
 def register() -> None:
@@ -30,6 +33,11 @@ def register() -> None:
 def names(*kinds: str) -> list[str]:
     """Sorted names of all files of these kinds."""
     return sorted({name for kind in kinds for name in folder_paths.get_filename_list(kind)})
+
+
+def checkpoints() -> list[str]:
+    """Sorted names of whole models and LoRAs; where a folder of runs is among the places, not their latents."""
+    return [name for name in names(*CHECKPOINTS) if not LATENTS.search(name)]
 
 
 def fingerprint(file: str | None) -> str:

@@ -37,7 +37,7 @@ class APTLoadCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=folders.names(*folders.CHECKPOINTS),
+                    options=folders.checkpoints(),
                     default="apt_mini.safetensors",
                     tooltip="A whole model from models/diffusion_models or models/apt; a LoRA goes through Load LoRA. "
                     "Default apt_mini.safetensors, the miniature that comes with the pack.",

@@ -1,4 +1,4 @@
-"""Writes example_workflows/ (graphs and pictures) and the tests' snapshots of /object_info, interface and
+"""Writes example_workflows/ (graphs and pictures), subgraphs/ and the tests' snapshots of /object_info, interface and
 words: builds each graph of graphs.py in ComfyUI's own frontend and keeps what that saves; the picture is the
 graph's own output where the miniature is enough, else it says what is needed.
 
@@ -15,8 +15,9 @@ import uuid
 from pathlib import Path
 
 from browser import Frontend
-from cards import card_of_videos, card_of_words
-from graphs import CARDS, GROUPS, PUBLIC, ROOM, RUNNABLE, WIDTH, WORKFLOWS, Graph
+from canvas import GROUPS, ROOM, WIDTH, Graph
+from cards import card_of_outputs, card_of_words
+from graphs import CARDS, PUBLIC, RUNNABLE, WORKFLOWS
 from interface import write_snapshot, write_words
 from server import ROOT, Server
 from stand_ins import make_stand_ins
@@ -27,6 +28,7 @@ BUILD = """async ({nodes, links}) => {
     const graph = window.app.graph, made = {}
     for (const item of nodes) {
         const node = made[item.id] = window.LiteGraph.createNode(item.type)
+        if (!node) throw new Error(`ComfyUI has no node ${item.type}`)
         graph.add(node)
         if (item.title) node.title = item.title
         if (item.mode) node.mode = item.mode
@@ -47,6 +49,29 @@ BUILD = """async ({nodes, links}) => {
         const node = made[item.id], least = node.computeSize()
         node.setSize([item.size[0] || least[0], Math.max(item.size[1], least[1])])
     }
+    return JSON.stringify(graph.serialize())
+}"""
+
+
+BLUEPRINT = "APT text to video"
+SHOWN = [
+    ("CLIPTextEncode", "text"),
+    ("APTSampler", "seed"),
+    ("APTSampler", "control_after_generate"),
+    ("APTSampler", "steps"),
+    ("APTEmptyLatent", "size"),
+    ("APTLoadCheckpoint", "checkpoint"),
+    ("APTLoadTextEncoder", "text_encoder"),
+    ("VAELoader", "vae_name"),
+]
+"""Widgets that the blueprint's node has outside."""
+AS_SUBGRAPH = """([name, shown]) => {
+    const graph = window.app.graph
+    const {subgraph, node} = graph.convertToSubgraph(new Set(graph.nodes.filter(n => n.type !== "SaveVideo")))
+    subgraph.name = node.title = name
+    node.properties.proxyWidgets = shown.map(([type, widget]) => [String(subgraph.nodes.find(n => n.type === type).id), widget])
+    node.pos = [0, 0]
+    node.setSize([320, node.computeSize()[1] + 60])
     return JSON.stringify(graph.serialize())
 }"""
 
@@ -91,20 +116,13 @@ def finish(name: str, graph: dict, made: Graph, core_version: str) -> dict:
     """Node ids in the order of their definition, where each node and each public model file comes from, and
     no view of the canvas.
     """
-    pack = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     graph["nodes"].sort(key=lambda node: node["id"])
     for node in graph["nodes"]:
-        ours = node["type"].startswith("APT")
         if node["type"] == "MarkdownNote":
             node["properties"] = {}
             node["color"], node["bgcolor"] = "#432", "#653"
             continue
-        origin = (
-            {"cnr_id": pack["name"], "ver": pack["version"]}
-            if ours
-            else {"cnr_id": "comfy-core", "ver": core_version}
-        )
-        node["properties"] = {**origin, "Node name for S&R": node["type"]}
+        node["properties"] = origin(node, core_version)
         files = [value for value in node.get("widgets_values", []) if value in PUBLIC]
         if files:
             node["properties"]["models"] = [
@@ -114,6 +132,42 @@ def finish(name: str, graph: dict, made: Graph, core_version: str) -> dict:
     graph["extra"] = detours(graph, made)
     graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-apt/workflows/{name}"))
     return graph
+
+
+def blueprint(frontend: Frontend, core_version: str) -> dict:
+    """subgraphs/: the miniature's text to video as one node, which ComfyUI lists among its blueprints.
+
+    The node that saves is there only while it is made, for a subgraph has the outputs that lead out of it.
+    """
+    made = WORKFLOWS["apt_mini_text_to_video"]()
+    described = made.description()
+    described["nodes"].pop()  # the note
+    frontend.page.evaluate(BUILD, described)
+    graph = json.loads(frontend.page.evaluate(AS_SUBGRAPH, [BLUEPRINT, SHOWN]))
+    (node,) = graph["nodes"] = [node for node in graph["nodes"] if node["type"] != "SaveVideo"]
+    graph["links"] = []
+    for output in node["outputs"]:
+        output["links"] = []
+    (inside,) = graph["definitions"]["subgraphs"]
+    for one in inside["nodes"]:
+        one["properties"] = origin(one, core_version)
+    text, ids = json.dumps(graph), [graph["id"], inside["id"]]
+    ids += [slot["id"] for slot in inside["inputs"] + inside["outputs"]]
+    for i, made_up in enumerate(ids):  # the frontend draws them anew each time
+        text = text.replace(made_up, str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-apt/subgraphs/{i}")))
+    return json.loads(text)
+
+
+def origin(node: dict, core_version: str) -> dict:
+    """Properties that say which pack a node is from."""
+    pack = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ours = node["type"].startswith("APT")
+    name, version = (pack["name"], pack["version"]) if ours else ("comfy-core", core_version)
+    return {"cnr_id": name, "ver": version, "Node name for S&R": node["type"]}
+
+
+def write(path: Path, graph: dict) -> None:
+    path.write_text(json.dumps(graph, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -132,20 +186,23 @@ def main() -> None:
                 server.get("/object_info"),
                 {node.type for make in WORKFLOWS.values() for node in make().nodes},
             )
+            write(ROOT / "subgraphs" / f"{BLUEPRINT}.json", blueprint(frontend, version))
             for name in arguments.names:
                 made = WORKFLOWS[name]()
                 graph = finish(
                     name, json.loads(frontend.page.evaluate(BUILD, made.description())), made, version
                 )
-                (FOLDER / f"{name}.json").write_text(
-                    json.dumps(graph, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-                )
+                write(FOLDER / f"{name}.json", graph)
                 frontend.open(graph)
                 frontend.picture(screenshots / f"{name}.png")
+                frontend.page.set_viewport_size({"width": 1366, "height": 768})
+                frontend.open(graph)
+                frontend.page.wait_for_timeout(1500)
+                frontend.page.screenshot(path=screenshots / f"{name}-opened.png")
+                frontend.page.set_viewport_size({"width": 2200, "height": 1200})
                 if name in RUNNABLE:
-                    card_of_videos(
-                        [file for (file,) in server.run(frontend.prompt()).values()], FOLDER / f"{name}.jpg"
-                    )
+                    files = [file for made in server.run(frontend.prompt()).values() for file in made]
+                    card_of_outputs(files, FOLDER / f"{name}.jpg")
                 else:
                     card_of_words(CARDS[name], FOLDER / f"{name}.jpg")
                 print(f"{name}: {len(graph['nodes'])} nodes", flush=True)

@@ -17,12 +17,14 @@ def read_video(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
-def card_of_videos(videos: list[Path], out: Path) -> None:
-    """Eight frames in two rows: of one video its way through time, of two videos a row each."""
-    rows = 2 // len(videos)
-    frames = []
-    for video in videos:
-        pixels = read_video(video)
+def card_of_outputs(files: list[Path], out: Path) -> None:
+    """Eight frames in two rows: the first pictures where there are some, else of one video its way through
+    time, of two videos a row each.
+    """
+    pictures = [file for file in files if file.suffix == ".png"]
+    frames = [frame for file in pictures[: 2 * COLUMNS] for frame in read_video(file)]
+    for video in files if not pictures else []:
+        pixels, rows = read_video(video), 2 // len(files)
         frames += list(pixels[np.linspace(0, len(pixels) - 1, rows * COLUMNS).round().astype(int)])
     card = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     left = (WIDTH - COLUMNS * TILE - (COLUMNS - 1) * GAP) // 2

@@ -6,6 +6,7 @@ tensors: a prompt that names them validates, and would fail if it ran.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from apt_core.files.checkpoint_header import read_metadata
 from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.models.vae import save_vae
 from apt_core.models.wan import WanBackbone
-from trainer.mini import GENERATOR
+from trainer.mini import ASSETS, GENERATOR
 
 TINY = dict(num_attention_heads=1, attention_head_dim=128, text_dim=4096, ffn_dim=128, num_layers=1)
 WAN21 = {
@@ -47,6 +48,7 @@ def make_stand_ins(models: Path) -> None:
     save_plain(diffusion / "wan2.1_t2v_1.3B_fp16.safetensors", diffusion / "wan2.1_1.3B_apt.safetensors")
     mini = load_transformer(GENERATOR)
     save_generator(diffusion / "apt_mini_fp32.safetensors", mini, mini.config, read_metadata(GENERATOR))
+    link_run(models, mini)
     pair = {"lora_A": torch.zeros(4, 128), "lora_B": torch.zeros(128, 4)}
     lora = {f"diffusion_model.blocks.0.self_attn.q.{name}.weight": value for name, value in pair.items()}
     save_file(
@@ -57,6 +59,20 @@ def make_stand_ins(models: Path) -> None:
     save_vae(folders["vae"] / "wan_2.1_vae.safetensors", AutoencoderKLWan(base_dim=8).eval())
     save_file({}, folders["vae"] / "wan2.2_vae.safetensors")
     save_file({}, folders["text_encoders"] / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+
+
+def link_run(models: Path, mini: WanBackbone) -> None:
+    """models/apt/demo, a link to a folder as the trainer's demo leaves one, with its base: the distilled model
+    is the miniature too, so that whoever compares them finds no difference.
+    """
+    run, apt = models.parent / "runs" / "demo", read_metadata(GENERATOR)
+    (run / "latents").mkdir(parents=True, exist_ok=True)
+    shutil.copy(ASSETS / "transformer.safetensors", run / "base.safetensors")
+    shutil.copy(GENERATOR, run / "apt-mini.safetensors")
+    save_generator(run / "distilled.safetensors", mini, mini.config, apt | {"phase": "distilled"})
+    save_file({"latents": torch.zeros(1)}, run / "latents" / "shard-00000.safetensors")
+    (models / "apt").mkdir(parents=True, exist_ok=True)
+    (models / "apt" / "demo").symlink_to(run.resolve(), target_is_directory=True)
 
 
 def save_plain(path: Path, source: Path) -> None:

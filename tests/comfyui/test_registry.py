@@ -23,6 +23,7 @@ def test_the_zip_holds_what_the_nodes_need_and_no_more():
         "nodes",
         "pyproject.toml",
         "requirements.txt",
+        "subgraphs",
     }
     code = {
         path.relative_to(ROOT).as_posix()

@@ -7,10 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from canvas import MUTED
 from cards import read_video
-from graphs import MUTED, RUNNABLE, WORKFLOWS
+from graphs import RUNNABLE, WORKFLOWS
+from safetensors.torch import load_file
 from server import failure
 
+from apt_core.loading.checkpoint import load_transformer
+from apt_core.method.generator import predict_velocity
+from apt_core.method.noise import draw
+from apt_core.models.text import load_text_encoder
+from apt_core.models.vae import load_vae, normalize
+from trainer.mini import ASSETS, GENERATOR, VAE
 from trainer.mini.judge import read_clip
 
 FOLDER = Path(__file__).parents[2] / "example_workflows"
@@ -205,7 +214,7 @@ def test_a_graph_from_before_a_setting_opens_with_its_default(frontend, server):
     assert frontend.missing() == []
     prompt = frontend.prompt()
     inputs = prompt[str(sampler["id"])]["inputs"]
-    assert (inputs["seed"], inputs["steps"]) == (5, 1)
+    assert (inputs["seed"], inputs["steps"]) == (5, 2)
     assert {
         name: inputs.pop(name) for name in defaults
     } == defaults  # what is left is a prompt from before them
@@ -216,18 +225,96 @@ def by_name(node: dict) -> list[dict]:
     return sorted(node.get("inputs", []), key=lambda entry: entry["name"])
 
 
-def test_the_miniature_makes_the_clip_of_its_prompt(frontend, server):
-    prompt = convert(frontend, "apt_mini_text_to_video")
+def caption_of(prompt: dict) -> str:
+    return next(node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode")
+
+
+def caption_seen(frames: np.ndarray) -> str:
+    seen = read_clip(frames)
+    return f"a {seen.color} {seen.shape} moving {seen.direction} on a {seen.background} background"
+
+
+# One in eight seeds makes a clip that goes astray; the graphs come with ones that do not.
+@pytest.mark.parametrize("name", ["apt_mini_text_to_video", "apt_mini_scale_up"])
+def test_the_miniature_makes_the_clip_of_its_prompt(frontend, server, name):
+    prompt = convert(frontend, name)
     (path,) = outputs(server, prompt).values()
-    reading = read_clip(read_video(path))
-    caption = next(
-        node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode"
+    frames = read_video(path)
+    factor = 8 if name == "apt_mini_scale_up" else 1
+    assert frames.shape == (9, 48 * factor, 48 * factor, 3)
+    assert caption_seen(frames[:, factor // 2 :: factor, factor // 2 :: factor]) == caption_of(prompt)
+
+
+def latents(server, prompt: dict, *titles: str) -> list[torch.Tensor]:
+    """What the samplers of these titles gave, as the VAE has it."""
+    added = {}
+    for title in titles:
+        (key,) = (key for key, node in prompt.items() if node["_meta"]["title"] == title)
+        added[f"save {title}"] = {
+            "class_type": "SaveLatent",
+            "inputs": {"samples": [key, 0], "filename_prefix": f"latents/{title}"},
+        }
+    files = server.run(prompt | added)
+    return [load_file(files[name][0])["latent_tensor"] for name in added]
+
+
+def test_a_draft_is_refined_by_noise_of_time_0_7_and_a_second_call(frontend, server):
+    prompt = convert(frontend, "apt_draft_and_refine")
+    draft, refined = latents(server, prompt, "Draft", "Refine")
+    model, vae = load_transformer(GENERATOR), load_vae(VAE)
+    encoder = load_text_encoder(ASSETS / "text_encoder.safetensors")
+    text = encoder.pad(encoder.encode([caption_of(prompt)]), encoder.text_length)
+    z, fresh = (draw("comfyui", seed, 0, draft.shape[1:])[None] for seed in (5, 1))
+    with torch.no_grad():
+        first = z - predict_velocity(model, z, torch.tensor([1.0]), text)
+        noisy = 0.3 * first + 0.7 * fresh
+        second = noisy - 0.7 * predict_velocity(model, noisy, torch.tensor([0.7]), text)
+    torch.testing.assert_close(normalize(draft, vae), first, rtol=0, atol=1e-4)
+    torch.testing.assert_close(normalize(refined, vae), second, rtol=0, atol=1e-4)
+
+
+def test_a_contact_sheet_shows_first_frames_and_one_clip_is_decoded(frontend, server):
+    prompt = convert(frontend, "apt_seed_contact_sheet")
+    (chosen,) = (key for key, node in prompt.items() if node["class_type"] == "LatentFromBatch")
+    prompt[chosen]["inputs"]["batch_index"] = 3
+    by_title = {node["_meta"]["title"]: key for key, node in prompt.items()}
+    samples, vae = [chosen, 0], [by_title["Load VAE"], 0]
+    prompt["whole"] = {"class_type": "APTVAEDecode", "inputs": {"vae": vae, "samples": samples}}
+    prompt["save"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": ["whole", 0], "filename_prefix": "whole"},
+    }
+    files = server.run(prompt)
+    sheet, whole = (
+        np.concatenate([read_video(file) for file in files[key]]).astype(int)
+        for key in (by_title["Contact sheet"], "save")
     )
-    # One in eight seeds makes a clip that goes astray; the graph comes with one that does not.
-    assert (
-        caption
-        == f"a {reading.color} {reading.shape} moving {reading.direction} on a {reading.background} background"
-    ), reading
+    assert sheet.shape == (16, 48, 48, 3) and whole.shape == (9, 48, 48, 3)
+    # A batch is summed in another order than one item, which may round a level the other way.
+    same = [np.abs(picture - whole[0]).max() <= 1 for picture in sheet]
+    assert same == [i == 3 for i in range(16)]
+    assert read_video(files[by_title["Save Video"]][0]).shape == (9, 48, 48, 3)
+
+
+def test_a_choice_of_another_seed_samples_nothing_anew(frontend, server):
+    prompt = convert(frontend, "apt_seed_contact_sheet")
+    server.run(prompt)
+    (choice,) = (node for node in prompt.values() if node["class_type"] == "LatentFromBatch")
+    choice["inputs"]["batch_index"] = 7
+    entry = server.wait(server.queue(prompt))
+    (cached,) = (data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    anew = {node["class_type"] for key, node in prompt.items() if key not in cached}
+    assert anew == {"LatentFromBatch", "APTVAEDecodeToVideo", "SaveVideo"}
+
+
+def test_a_long_clip_keeps_its_scene_beyond_the_trained_length(frontend, server):
+    prompt = convert(frontend, "apt_long_clip")
+    (path,) = outputs(server, prompt).values()
+    frames = read_video(path)
+    assert frames.shape == (33, 48, 48, 3)
+    for start in range(0, 33 - 9 + 1, 8):  # windows of 3 latent frames, of 4 frames each
+        seen = read_clip(frames[start : start + 9])
+        assert (seen.color, seen.background) == ("red", "blue"), start
 
 
 def test_stock_nodes_make_the_same_clip(frontend, server):
@@ -247,3 +334,32 @@ def test_a_closed_walk_comes_back_in_small_steps(frontend, server):
     steps = np.abs(pictures - np.roll(pictures, 1, axis=0)).mean((1, 2, 3))
     apart = np.abs(pictures - np.roll(pictures, 24, axis=0)).mean()
     assert steps.max() < apart / 2, (steps, apart)
+
+
+def test_the_loader_lists_the_models_of_a_linked_run_and_not_its_latents(server):
+    listed = server.get("/object_info/APTLoadCheckpoint")["APTLoadCheckpoint"]["input"]["required"][
+        "checkpoint"
+    ]
+    names = {name for name in listed[1]["options"] if name.startswith("demo")}
+    assert names == {"demo/base.safetensors", "demo/distilled.safetensors", "demo/apt-mini.safetensors"}
+
+
+def test_the_blueprint_is_offered_and_makes_the_clip_of_its_prompt(frontend, server):
+    offered = server.get("/global_subgraphs")
+    ours = [key for key, entry in offered.items() if entry["info"]["node_pack"] == "custom_nodes.ComfyUI-APT"]
+    assert [offered[key]["name"] for key in ours] == ["APT text to video"]
+    graph = json.loads(server.get(f"/global_subgraphs/{ours[0]}")["data"])
+    (node,) = graph["nodes"]
+    assert frontend.open(graph) == [node["type"]] and frontend.missing() == []
+    shown = frontend.page.evaluate("() => window.app.graph.nodes[0].widgets.map(w => w.name)")
+    files = ["checkpoint", "text_encoder", "vae_name"]
+    assert shown == ["text", "seed", "steps", "size", *files]
+    frontend.page.evaluate("""() => {
+        const [node] = window.app.graph.nodes, save = window.LiteGraph.createNode("SaveVideo")
+        window.app.graph.add(save)
+        node.connect(0, save, 0)
+    }""")
+    prompt = frontend.prompt()
+    (path,) = outputs(server, prompt).values()
+    assert caption_seen(read_video(path)) == caption_of(prompt)
+    assert frontend.errors == []

@@ -16,8 +16,12 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "example_workflows"
 NODES = json.loads(Path(__file__).with_name("object_info.json").read_text(encoding="utf-8"))
 NAMES = [
+    "apt_draft_and_refine",
+    "apt_long_clip",
+    "apt_mini_scale_up",
     "apt_mini_text_to_video",
     "apt_noise_walk",
+    "apt_seed_contact_sheet",
     "apt_stock_nodes",
     "apt_text_to_image",
     "apt_wan21_lora_text_to_video",
@@ -213,3 +217,16 @@ def test_a_clone_of_the_repository_offers_its_templates_too():
     known = [ROOT / name for name in ("example_workflows", "example", "examples", "workflow", "workflows")]
     there = [folder for folder in known if folder.is_dir()]
     assert there[0] == FOLDER and [path for folder in there[1:] for path in folder.glob("*.json")] == []
+
+
+def test_the_blueprint_is_one_node_with_a_way_out():
+    graph = json.loads((ROOT / "subgraphs" / "APT text to video.json").read_text(encoding="utf-8"))
+    (inside,) = graph["definitions"]["subgraphs"]
+    (node,) = graph["nodes"]
+    assert node["type"] == inside["id"] and graph["links"] == []
+    assert [output["type"] for output in inside["outputs"]] == ["VIDEO"]
+    nodes = {str(one["id"]): one for one in inside["nodes"]}
+    for one in nodes.values():
+        assert one["type"] in NODES and one["properties"]["cnr_id"] in ("comfyui-apt", "comfy-core")
+    for key, widget in node["properties"]["proxyWidgets"]:
+        assert widget == CONTROL or widget in inputs_of(nodes[key])
