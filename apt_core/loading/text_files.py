@@ -56,7 +56,7 @@ def read_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> 
     if tokenizer:
         facts = replace(facts, tokenizer=_find_spiece(Path(tokenizer).expanduser()))
     if facts.tokenizer is None:
-        raise _no_tokenizer(path)
+        raise _no_tokenizer(Path(path))
     return facts
 
 
@@ -87,6 +87,8 @@ def load_text_encoder_files(path: str | Path, tokenizer: str | Path | None, text
         value = value.float() if facts.length else value.to(dtype, copy=True)
         weights[name] = torch.nn.Parameter(value, requires_grad=False)
     found.model.load_state_dict({**weights, TIED_KEY: weights["shared.weight"]}, assign=True)
+    if facts.tokenizer is None:
+        raise _no_tokenizer(Path(path))
     return TextEncoder(found.model, read_spiece(facts.tokenizer), facts.length or text_length)
 
 
@@ -133,7 +135,8 @@ def _checked(path: Path) -> _Checked:
     if TOKENIZER_KEY in shapes:
         spiece = path
     for key in (TOKENIZER_KEY, *([TIED_KEY] if "shared.weight" in shapes else [])):
-        shapes.pop(key, None), names.pop(key, None)
+        shapes.pop(key, None)
+        names.pop(key, None)
     if TIED_KEY in shapes:  # stored under its other name alone
         shapes["shared.weight"], names["shared.weight"] = shapes.pop(TIED_KEY), names.pop(TIED_KEY)
     refuse_t5(f"text_encoder {path}", shapes)
