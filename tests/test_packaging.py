@@ -21,6 +21,8 @@ BY_NAME = {
     "accelerate": "docs/cluster.md",  # a launcher: tests/trainer/distributed/test_launchers.py
     "flash-attn": "docs/train.md",  # diffusers calls it
     "pytest-xdist": "README.md",  # pytest -n
+    "pyright": "CONTRIBUTING.md",
+    "ruff": "CONTRIBUTING.md",
 }
 """What nothing imports, and the page that tells what it is for."""
 
@@ -41,7 +43,7 @@ def imported(*folders: str) -> set[str]:
     return found | {name.partition(".")[0] for name in found}
 
 
-USED_BY = {"train": ("apt_core", "trainer"), "flash": ("apt_core", "trainer"), "test": ("tests",)}
+USED_BY = {"train": ("apt_core", "trainer"), "flash": ("apt_core", "trainer"), "test": ("tests",), "dev": ()}
 
 
 def test_every_extra_is_looked_at():
