@@ -189,6 +189,8 @@ class Checkpoints:
                 problem = error
         self._writing = None
         if reasons := [reason for reason in self.world.gather(problem and _reason(problem)) if reason]:
+            if self.world.main:  # nobody writes there any more, and a full disk needs the room
+                shutil.rmtree(part, ignore_errors=True)
             last = self.newest()
             stands = f"{last.name} stands" if last else "there is no earlier one"
             raise AptError(
