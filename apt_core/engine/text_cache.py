@@ -129,7 +129,7 @@ def encoder_fingerprint(facts: TextFacts) -> str:
             for number in range(SAMPLES):
                 file.seek(number * max(size - SAMPLE, 0) // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE))
-    if facts.tokenizer not in facts.weights:
+    if facts.tokenizer is not None and facts.tokenizer not in facts.weights:
         digest.update(facts.tokenizer.read_bytes())
     return digest.hexdigest()
 
