@@ -81,6 +81,10 @@ def test_help_names_the_commands():
         (("pretrain-mini", "everything"), "there is no part 'everything' to train"),
         (("pretrain-mini", "text", "--device", "nope"), "torch cannot use the device 'nope' here"),
         (
+            ("distill", "mini", "base=nowhere.safetensors", "--dry-run"),
+            "base nowhere.safetensors does not exist: give the path of",
+        ),
+        (
             ("adversarial", "mini", "--phase", "image", "device=nope", "--dry-run"),
             "torch cannot use the device 'nope' here",
         ),

@@ -137,6 +137,7 @@ def _load(name: str, recipe: str | None, overrides: list[str] | None, sections: 
 
 def _show(preset, stage: str, variant: str | None, gpus: int | None, memory: float, tflops: float) -> None:
     from apt_core.models.attention import check_name
+    from trainer.checkpoints.starting_models import RANDOM, find_base
     from trainer.jobs.dry_run import show_account
     from trainer.machines.machine import imagined, pick_device, this_machine
     from trainer.machines.parallel import attention_of
@@ -147,4 +148,6 @@ def _show(preset, stage: str, variant: str | None, gpus: int | None, memory: flo
         return
     device = pick_device(preset.train.device)
     attention = attention_of(preset, device)
+    if preset.files.base not in ("", RANDOM):  # an account needs no base, but one that is given must be right
+        find_base(preset)
     show_account(preset, stage, variant, this_machine(device, preset.train.compute), str(attention))
