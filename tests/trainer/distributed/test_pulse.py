@@ -93,6 +93,7 @@ def run_worker(arguments: list[str], folder: Path) -> None:
 def test_the_death_of_the_process_that_keeps_the_store(tmp_path, pair):
     first, second = pair()
     wait_for(lambda: saved(tmp_path))
+    time.sleep(SECONDS / 2)  # else the second may not know yet who the first is, and names the store alone
     first.kill()
     second.join(180)
     assert second.exitcode == CODE
