@@ -75,12 +75,6 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
     )
 
 
-def variant_of(folder: Path, stem: str) -> str | None:
-    """ "fp16" of a folder whose weights are there in that variant alone; None where they need no variant."""
-    found = weight_files(folder, stem)[0].name.removeprefix(stem)
-    return next((variant[1:] for variant in _variants(folder, stem) if found.startswith(variant)), None)
-
-
 def pickle_hint(folder: Path) -> str:
     """Names the pickle that a folder holds in the place of safetensors, in brackets; "" where there is
     none.

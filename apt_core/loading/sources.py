@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import AptError
 from ..files import contract
-from ..files.checkpoint_header import read_folder_metadata, read_header
+from ..files.checkpoint_header import read_folder_metadata, read_header, read_metadata
 from ..files.contract import is_few_step, metadata_json
 from ..files.folders import half_note
 from ..files.lora_keys import is_lora
@@ -153,7 +153,7 @@ def base_metadata(path: Path) -> dict:
     """The `apt` object of a transformer's file or folder, {} else {}; a LoRA's own goes over it."""
     if path.is_dir():
         return read_folder_metadata(path)
-    return metadata_json(path, read_header(path).metadata, "apt")
+    return read_metadata(path)
 
 
 @dataclass(frozen=True)

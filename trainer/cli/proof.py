@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli.app import MAX_SEED, Out, app
+from trainer.cli.app import Out, Seed, app
 
 
 @app.command()
@@ -22,9 +22,7 @@ def demo(
             help="Of the preset: demo, proof (longer), paper (no warm-up, equal rates) or stable (what its authors changed since)."
         ),
     ] = "demo",
-    seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Every random number of the run derives from it.")
-    ] = 0,
+    seed: Seed = 0,
     samples: Annotated[int, typer.Option(min=2, help="Samples per column of the report.")] = 128,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out clips that cannot be used, and list them.")
@@ -147,9 +145,7 @@ def pretrain_mini(
         ),
     ] = "all",
     out: Out = Path("runs/pretrain-mini"),
-    seed: Annotated[
-        int, typer.Option(min=0, max=MAX_SEED, help="Every random number of the run derives from it.")
-    ] = 0,
+    seed: Seed = 0,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
     amp: Annotated[
         bool,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from apt_core.errors import AptError
-from trainer.cli.app import MAX_SEED, File, Noise, app
+from trainer.cli.app import MAX_SEED, Ema, File, Noise, app
 
 
 @app.command()
@@ -35,10 +35,7 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Of base models: the scale of CFG.")] = 1.0,
     shift: Annotated[float, typer.Option(help="Of base models: of the times.")] = 5.0,
     negative: Annotated[str, typer.Option(help="Of base models: the negative prompt.")] = "",
-    ema: Annotated[
-        float | None,
-        typer.Option(help="Of a training state: the decay of the average to take; 0 for the raw weights."),
-    ] = None,
+    ema: Ema = None,
     context_parallel: Annotated[
         int, typer.Option(min=1, help="Under torchrun: so many processes make each sample together.")
     ] = 1,
@@ -224,10 +221,7 @@ def export(
         str | None,
         typer.Option(help="Of a LoRA file: the transformer that it belongs to (mini for the miniature's)."),
     ] = None,
-    ema: Annotated[
-        float | None,
-        typer.Option(help="Of a training state: the decay of the average to take; 0 for the raw weights."),
-    ] = None,
+    ema: Ema = None,
 ) -> None:
     """A trained generator for other programs: one file that ComfyUI opens, a LoRA, or a diffusers folder."""
     from trainer.checkpoints.export import export

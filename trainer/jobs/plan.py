@@ -9,7 +9,7 @@ from apt_core.errors import AptError
 from apt_core.loading.sources import MINI
 from trainer.checkpoints.starting_models import RANDOM, find_base
 from trainer.config import Adversarial, Preset
-from trainer.jobs.dry_run import check_fit, show_account
+from trainer.jobs.dry_run import check_fit
 from trainer.machines.account import Account
 from trainer.machines.machine import Machine, pick_device, this_machine
 from trainer.machines.parallel import Parallel, parallel_of
@@ -90,10 +90,6 @@ class Plan:
         """
         return metadata(self.preset, self.stage, kind, self.recipe, self.seed)
 
-    def show(self) -> None:
-        """Print its account. Raises AptError when it does not fit."""
-        show_account(self.preset, self.stage, self.recipe, self.machine, self.attention)
-
 
 def make_plan(
     preset: Preset,
@@ -103,7 +99,6 @@ def make_plan(
     recipe: str | None = None,
     seed: int = 0,
     shards: Path | None = None,
-    machine: Machine | None = None,
 ) -> Plan:
     """The plan of a stage. preset: with its recipe applied (`Preset.with_recipe`); machine: this one, unless
     given.
@@ -114,7 +109,7 @@ def make_plan(
     device = pick_device(preset.train.device)
     parallel, attention = parallel_of(preset, device)
     base = out / "base.safetensors" if preset.files.base == RANDOM else find_base(preset)
-    machine = machine or this_machine(device, preset.train.compute)
+    machine = this_machine(device, preset.train.compute)
     recipe = recipe or preset.variant
     account = check_fit(preset, stage, recipe, machine)
     return Plan(
