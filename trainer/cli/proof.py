@@ -89,6 +89,12 @@ def ablate(
             help="Folder of a finished demo whose data and stage 1 are used for its seed; several times. For other seeds they are made.",
         ),
     ] = None,
+    table: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="An earlier ablation's ablations.json; its rows are taken over and not made again. Several times."
+        ),
+    ] = None,
     samples: Annotated[
         int, typer.Option(min=2, help="Samples that each row is judged on, for each seed.")
     ] = 1024,
@@ -116,8 +122,8 @@ def ablate(
     from trainer.proof.ablate import ablation
 
     names = [name.strip() for part in only or () for name in part.split(",")]
-    table = ablation(out, preset, recipe, phase, samples, run or (), pick_device(device))
-    table.run(seeds, names, shlex.join(["python", "-m", "trainer", *sys.argv[1:]]))
+    made = ablation(out, preset, recipe, phase, samples, run or (), pick_device(device), table or ())
+    made.run(seeds, names, shlex.join(["python", "-m", "trainer", *sys.argv[1:]]))
 
 
 @app.command()

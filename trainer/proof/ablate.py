@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
 from apt_core.errors import AptError, NotFinite
 from apt_core.files.atomic import make_folder
@@ -25,7 +26,7 @@ from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.export import export
 from trainer.checkpoints.starting_models import describe_state
-from trainer.config import Preset, load_preset
+from trainer.config import Adversarial, Preset, load_preset
 from trainer.data.batches import Batches
 from trainer.files import write_json
 from trainer.jobs.plan import metadata as stage_metadata
@@ -72,7 +73,7 @@ class Source:
 @dataclass(frozen=True)
 class Ablation:
     """phase: "image" or "video"; samples: that each row is judged on, for each seed; runs: finished demos,
-    each for its own seed.
+    each for its own seed; tables: ablations.json of earlier ablations, whose rows are not made again.
     """
 
     out: Path
@@ -82,6 +83,7 @@ class Ablation:
     samples: int = 1024
     runs: tuple[Path, ...] = ()
     device: str = "cpu"
+    tables: tuple[Path, ...] = ()
 
     def run(self, seeds: int = 3, only: Sequence[str] = (), command: str = "") -> dict:
         """Train and judge what is missing, and write the tables after each seed. Returns what ablations.json
@@ -93,32 +95,38 @@ class Ablation:
         variants = choose(all_variants(self.preset, self.recipe, self.phase), only)
         given = self._given(seeds)
         make_folder(self.out)
-        identity = json.loads(
-            json.dumps(
-                {
-                    "phase": self.phase,
-                    "recipe": self.recipe,
-                    "samples": self.samples,
-                    "preset": self.preset.model_dump(),
-                }
-            )
-        )
+        identity = {
+            "phase": self.phase,
+            "recipe": self.recipe,
+            "samples": self.samples,
+            "preset": _plain(self.preset),
+        }
         self._check(self.out / "identity.json", identity)
+        for path in self.tables:
+            self._adopt(path, identity, variants)
         net, vae = load_features(ASSETS / "features.safetensors"), load_vae(VAE).to(self.device)
         rest = (seed for seed in range(seeds) if seed not in given)
         numbers = sorted([*given, *(next(rest) for _ in range(seeds - len(given)))])
         rows: dict[str, dict[int, dict]] = {name: {} for name in variants}
         result = {}
         for seed in numbers:
-            source = self._source(seed, given.get(seed))
-            self._check(self.out / f"identity-seed-{seed}.json", {"source": source.fingerprint()})
+            source = None
             for variant in variants.values():
-                rows[variant.name][seed] = self._row(variant, source, net, vae)
+                row = self._made(variant, seed)
+                if row is None and source is None:
+                    source = self._source(seed, given.get(seed))
+                    self._check(self._source_path(seed), {"source": source.fingerprint()})
+                rows[variant.name][seed] = row or self._row(variant, source, net, vae)
             facts = {
                 "command": command,
                 "settings": identity,
                 "seeds": [n for n in numbers if n <= seed],
                 "runs": [str(run) for run in self.runs],
+                "sources": {
+                    str(n): _read(self._source_path(n))["source"]
+                    for n in numbers
+                    if n <= seed and self._source_path(n).exists()
+                },
                 "versions": versions(),
                 "machine": {"device": self.device, "system": platform.platform(), "cpus": os.cpu_count()},
             }
@@ -190,19 +198,67 @@ class Ablation:
         )
         return Source(seed, batches, names["distill"], start, prompts)
 
+    def _source_path(self, seed: int) -> Path:
+        return self.out / f"identity-seed-{seed}.json"
+
+    def _path(self, variant: Variant, seed: int) -> Path:
+        return self.out / "results" / f"{variant.name}-seed-{seed}.json"
+
+    def _made(self, variant: Variant, seed: int) -> dict | None:
+        """The row of a variant and seed where it has been made, else None."""
+        path = self._path(variant, seed)
+        if not path.exists():
+            return None
+        self._check(path, {"settings": _plain(variant.settings)})
+        return _read(path)
+
+    def _adopt(self, path: Path, identity: dict, variants: Mapping[str, Variant]) -> None:
+        """Write the rows of an earlier table as if they had been made here, where there are none yet.
+
+        Raises AptError for what is no such table, or one of another phase, recipe, preset or samples.
+        """
+        try:
+            found = _read(path)
+            settings = found["settings"] | {
+                "preset": _plain(Preset.model_validate(found["settings"]["preset"]))
+            }
+            theirs = {name: row for name, row in found["rows"].items() if name in variants}
+            if changed := sorted(key for key in identity if settings.get(key) != identity[key]):
+                raise AptError(
+                    f"{path} is a table with another {changed[0]} than this ablation has: leave it out, or give its settings."
+                )
+            for seed, source in found.get("sources", {}).items():
+                self._check(self._source_path(int(seed)), {"source": str(source)})
+            for name, row in theirs.items():
+                own = variants[name].settings
+                same = (
+                    row["settings"] is None
+                    if own is None
+                    else Adversarial.model_validate(row["settings"]) == own
+                )
+                for seed, figures in row["by_seed"].items() if same else ():
+                    file = self._path(variants[name], int(seed))
+                    if not file.exists():
+                        facts = {
+                            "variant": name,
+                            "seed": int(seed),
+                            "settings": _plain(own),
+                            "from": path.name,
+                        }
+                        write_json(file, facts | {"failed": row["failed"].get(seed), "figures": figures})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, AptError):
+                raise
+            raise AptError(f"{path} is not the ablations.json of an ablation: give one that is.") from error
+
     def _row(self, variant: Variant, source: Source, net, vae) -> dict:
-        """The figures of one variant and seed, from its file or made now."""
-        path = self.out / "results" / f"{variant.name}-seed-{source.seed}.json"
-        settings = json.loads(json.dumps(variant.settings and variant.settings.model_dump()))
-        if path.exists():
-            self._check(path, {"settings": settings})
-            return _read(path)
+        """Train and judge one variant of a seed, and keep its figures."""
         started, row = (
             time.perf_counter(),
             {
                 "variant": variant.name,
                 "seed": source.seed,
-                "settings": settings,
+                "settings": _plain(variant.settings),
                 "failed": None,
                 "figures": {},
             },
@@ -216,7 +272,9 @@ class Ablation:
             )
         else:
             row["figures"] = self._judged(variant, source, weights, net, vae) | figures
-        write_json(path, row | {"seconds": round(time.perf_counter() - started, 2)})
+        write_json(
+            self._path(variant, source.seed), row | {"seconds": round(time.perf_counter() - started, 2)}
+        )
         return row
 
     def _judged(self, variant: Variant, source: Source, weights: Path, net, vae) -> dict:
@@ -308,6 +366,10 @@ class Ablation:
         write_json(file.with_suffix(".json"), {"d_adversarial": round(sum(losses) / len(losses), 6)})
 
 
+def _plain(settings: BaseModel | None) -> dict | None:
+    return None if settings is None else settings.model_dump(mode="json")
+
+
 def _newest(folder: Path) -> Path | None:
     return newest_state(folder / "states")
 
@@ -330,6 +392,7 @@ def ablation(
     samples: int,
     runs: Sequence[Path],
     device: str,
+    tables: Sequence[Path] = (),
 ) -> Ablation:
     """With the preset of a name or a file, or by default that of the runs, and its recipe, or by default
     theirs.
@@ -345,4 +408,6 @@ def ablation(
     else:
         loaded = load_preset(preset or "mini")
         recipe = recipe or loaded.variant
-    return Ablation(out, loaded.with_recipe(recipe), recipe, phase, samples, tuple(runs), device)
+    return Ablation(
+        out, loaded.with_recipe(recipe), recipe, phase, samples, tuple(runs), device, tuple(tables)
+    )

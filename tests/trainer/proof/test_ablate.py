@@ -344,6 +344,44 @@ def test_a_finished_one_trains_and_judges_nothing_again_and_a_lost_row_is_made_a
         Ablation(out, TINY, "paper", samples=5).run(2, NAMES)
 
 
+def test_rows_of_an_earlier_table_are_taken_over(made, tmp_path, monkeypatch):
+    for name in ("Demo", "adversarial", "evaluate"):
+        monkeypatch.setattr(trainer.proof.ablate, name, None)
+    earlier = made[0] / "ablations.json"
+    result = Ablation(tmp_path / "out", TINY, "paper", samples=4, tables=(earlier,)).run(
+        2, NAMES, "the command"
+    )
+    assert {**result, "machine": None} == {**made[1], "machine": None} and result["sources"].keys() == {
+        "0",
+        "1",
+    }
+    # A row with other settings, or of another seed, is not.
+    other = json.loads(earlier.read_text())
+    other["rows"]["t0"]["settings"]["lr_generator"] *= 2
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    one = Ablation(tmp_path / "others", TINY, "paper", samples=4, tables=(tmp_path / "other.json",))
+    with pytest.raises(TypeError, match="NoneType"):
+        one.run(2, NAMES)
+    assert not list((tmp_path / "others" / "results").glob("t0*"))
+    assert len(list((tmp_path / "others" / "results").glob("*"))) == 8
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "table.json is damaged"),
+        ("{}", "table.json is not the ablations.json of an ablation: give one that is."),
+        ('{"settings": {"preset": 3}, "rows": {}}', "is not the ablations.json of an ablation"),
+        (None, "table.json is a table with another samples than this ablation has: leave it out"),
+    ],
+)
+def test_a_table_that_does_not_belong_here_is_one_sentence(made, tmp_path, text, message):
+    (tmp_path / "table.json").write_text(text or (made[0] / "ablations.json").read_text())
+    with pytest.raises(AptError, match=message) as error:
+        Ablation(tmp_path / "out", TINY, "paper", samples=5, tables=(tmp_path / "table.json",)).run(2, NAMES)
+    assert "\n" not in str(error.value)
+
+
 def finished(made, tmp_path):
     """What a finished demo of the same preset and seed 1 would have left, as far as anybody here reads it."""
     run = tmp_path / "demo"
