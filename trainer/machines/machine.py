@@ -108,17 +108,27 @@ def imagined(gpus: int, memory_gib: float, tflops: float) -> Machine:
 
 
 def matrix_peak(device: str, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of square matrix products, the best of a few."""
+    """FLOP/s of square matrix products, the best of a few. On a CPU it is that of one thread, by the time
+    which it has spent on a core, times the threads: what else runs there does not count.
+    """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
+    if device.startswith("cuda"):
+        threads, clock, wait = 1, time.perf_counter, partial(torch.cuda.synchronize, device)
+    else:
+        threads, clock, wait = torch.get_num_threads(), time.thread_time, lambda: None
+        torch.set_num_threads(1)
     best = float("inf")
-    for _ in range(5):
-        wait()
-        started = time.perf_counter()
-        a @ b
-        wait()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    try:
+        for _ in range(5):
+            wait()
+            started = clock()
+            a @ b
+            wait()
+            best = min(best, clock() - started)
+    finally:
+        if not device.startswith("cuda"):
+            torch.set_num_threads(threads)
+    return threads * 2 * size**3 / best
 
 
 def versions() -> dict[str, str]:
