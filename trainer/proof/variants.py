@@ -211,6 +211,17 @@ def all_variants(preset: Preset, recipe: str, phase: str) -> dict[str, Variant]:
             course="long",
             points=UPDATES[: number + 1],
         )
+    row(
+        "no_ar1_long",
+        f"no penalty, after {UPDATES[-1]} updates",
+        "without aR1 the discriminator's loss goes to 0 and the generator makes coloured plates",
+        "5.1, fig. 5",
+        *(
+            Comparison(figure, sign, f"updates_{UPDATES[-1]}")
+            for figure, sign in (("d_adversarial", LESS), ("fd", MORE), ("diversity", LESS))
+        ),
+        change={"r1_weight": 0.0, "r2_weight": 0.0, "updates": UPDATES[-1]},
+    )
     for count in STEPS:
         claim, section, tests = {
             2: (

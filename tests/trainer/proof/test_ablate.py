@@ -142,6 +142,7 @@ def changes(name, preset=MINI, phase="image"):
         ("sigma_0.02", {"r1_sigma": 0.02}),
         ("sigma_0.06", {"r1_sigma": 0.06}),
         ("sigma_0.6", {"r1_sigma": 0.6}),
+        ("no_ar1_long", {"r1_weight": 0.0, "updates": 350}),
         ("updates_50", {"updates": 50}),
         ("updates_350", {"updates": 350}),
         ("steps_4", {}),
