@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .loading.checkpoint import load_transformer, save_generator
     from .method.consistency import ConsistencySettings, consistency_backward
     from .method.discriminator import Discriminator
+    from .method.dmd import DmdSettings, dmd_backward, fake_backward
     from .method.ema import Ema
     from .method.flow import interpolate, shift
     from .method.generator import euler_cfg, few_step, one_step
@@ -33,6 +34,7 @@ _MODULES = {
     ".loading.backbones": ("load_backbone",),
     ".method.consistency": ("ConsistencySettings", "consistency_backward"),
     ".method.discriminator": ("Discriminator",),
+    ".method.dmd": ("DmdSettings", "dmd_backward", "fake_backward"),
     ".method.ema": ("Ema",),
     ".method.flow": ("interpolate", "shift"),
     ".method.generator": ("euler_cfg", "few_step", "one_step"),
@@ -49,6 +51,7 @@ __all__ = [
     "AptError",
     "ConsistencySettings",
     "Discriminator",
+    "DmdSettings",
     "Ema",
     "MMDiTBackbone",
     "NotFinite",
@@ -60,7 +63,9 @@ __all__ = [
     "add_adapters",
     "consistency_backward",
     "discriminator_backward",
+    "dmd_backward",
     "euler_cfg",
+    "fake_backward",
     "few_step",
     "generator_backward",
     "interpolate",
