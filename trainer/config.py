@@ -236,8 +236,8 @@ class Train(Settings):
     sync_every_microbatch, checkpointing, compile, context_parallel: see trainer.machines.parallel.Parallel.
     attention: diffusers' name of a backend for all networks, "auto" for the fastest installed one that has a
     backward pass. device: "auto" takes the GPU where there is one. ema_decays: more averages to keep beside
-    the phase's own. save_every, sample_every, watch_every (looks at the discriminator on held-out samples),
-    in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many of the
+    the phase's own. save_every, sample_every, watch_every (looks at the discriminator and the motion of
+    clips on held-out samples), in updates, 0: never; keep_last: how many of the newest checkpoints to keep; keep_best: how many of the
     best besides, by trainer.run.judge on judge_samples samples (0: none are judged). wandb: a Weights &
     Biases project to report to, where that is installed.
     """

@@ -6,13 +6,15 @@ files. The demo's is such a folder too.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder
@@ -37,16 +39,18 @@ from trainer.jobs.plan import LATENTS, Plan, find_start, make_plan
 from trainer.jobs.tell import monitor, progress, say, tell_precomputed, tell_result
 from trainer.machines.distributed import World, connect
 from trainer.machines.machine import pick_device
-from trainer.mini.clips import SIZE
+from trainer.mini.clips import SIZE, is_drawn
 from trainer.mini.drawn_files import draw_files
+from trainer.mini.judge import travel
 from trainer.run.folders import DISTILLED
-from trainer.run.judge import LatentJudge
+from trainer.run.judge import LatentJudge, motion
 from trainer.run.lock import held
 from trainer.run.progress import stage_bar
 from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
 from trainer.stages.distill import distill
 from trainer.stages.samples import Samples
+from trainer.stages.watch import Measure
 
 
 def run_precompute(
@@ -155,7 +159,11 @@ def run_adversarial(
             say(
                 f"{DISTILLED} is not there: the generator starts from the base itself, which is worse; run distill first."
             )
-        options |= {"watch_every": preset.train.watch_every, "head_width": preset.train.head_width}
+        options |= {
+            "watch_every": preset.train.watch_every,
+            "head_width": preset.train.head_width,
+            "measures": _measures(plan, batches, world),
+        }
         with progress(f"Stage 2: {phase}s", world) as bar, monitor(plan, world, bar) as report:
             return adversarial(
                 phase,
@@ -238,18 +246,38 @@ def _embedder(preset: Preset, folder: Path):
     )
 
 
+def _measures(plan: Plan, batches: Batches, world: World) -> dict[str, Measure]:
+    """What is watched of clips: how much they move, and where the miniature trains on clips that it has drawn,
+    how far their objects really travel, which takes decoding.
+    """
+    if plan.kind != "video":
+        return {}
+    measures = {"motion": Measure(motion)}
+    drawn = all(is_drawn(sample.caption) for sample in batches.datasets["video"].samples)
+    if plan.preset.files.vae == MINI and drawn:
+        to_video = _to_video(plan.preset, world)
+        measures["travel"] = Measure(lambda x: travel(to_video(x)), samples=16, every=3)
+    return measures
+
+
+def _to_video(preset: Preset, world: World) -> Callable[[Tensor], np.ndarray]:
+    """Latents `[n, C, F, h, w]` to uint8 `[n, F, H, W, 3]`, by the preset's VAE."""
+    vae = open_vae(preset.files).to(world.device)
+
+    @torch.no_grad()
+    def to_video(latents: Tensor) -> np.ndarray:
+        pixels = decode(vae, latents.to(world.device))
+        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+
+    return to_video
+
+
 def _samples(plan: Plan, kind: str, batches: Batches, world: World) -> Samples:
     preset = plan.preset
     prompts = list(preset.sampling.prompts) or [
         sample.caption for sample in batches.datasets[kind].samples[:4]
     ]
-    vae = open_vae(preset.files).to(world.device) if world.main else None
-
-    @torch.no_grad()
-    def to_video(latents):
-        pixels = decode(vae, latents.to(world.device))
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
-
+    to_video = _to_video(preset, world) if world.main else None
     buckets = batches.datasets[kind].buckets
     shape = max(buckets, key=lambda bucket: len(buckets[bucket]))
     folder, every = plan.out / "samples" / plan.stage, preset.train.sample_every

@@ -7,6 +7,7 @@ measured.
 Every scene is a function of (seed, index) alone.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +83,16 @@ def scene(seed: int, index: int, moving: bool) -> Scene:
         stripe_period=rng.uniform(7.0, 12.0),
         stripe_phase=rng.uniform(0.0, 1.0),
     )
+
+
+def is_drawn(caption: str) -> bool:
+    """Whether this is the caption of a drawn clip or image."""
+    return _CAPTION.fullmatch(caption) is not None
+
+
+_CAPTION = re.compile(
+    rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})( moving ({'|'.join(DIRECTIONS)}))? on a ({'|'.join(COLORS)}) background"
+)
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | float) -> np.ndarray:

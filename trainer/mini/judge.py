@@ -8,6 +8,7 @@ that is not background, and its shape is the one of equal area that overlaps it 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy import ndimage
 
 from .clips import COLOR_NAMES, COLORS, DIRECTIONS, SHAPES, Scene, shape_distance
@@ -129,6 +130,11 @@ def read_clip(pixels: np.ndarray) -> Reading:
         structure=bool(structure),
         travel=float(np.linalg.norm(centers[-1] - centers[0])),
     )
+
+
+def travel(pixels: np.ndarray) -> torch.Tensor:
+    """How many pixels the object of each clip `uint8 [n, F, H, W, 3]` travels, `[n]`; see Reading."""
+    return torch.tensor([read_clip(clip).travel for clip in pixels])
 
 
 def _direction(way: np.ndarray) -> str | None:

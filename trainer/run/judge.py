@@ -2,7 +2,7 @@
 states to keep.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,19 @@ from trainer.data.batches import Batches
 from trainer.data.sampling import EpochSampler
 from trainer.machines.distributed import World
 
+LEAST_MOTION = (
+    0.01  # of the real samples': what stands still is a hundred times as far away, and still a number
+)
+
 
 class LatentJudge:
     """Distance between real latents and one-step samples of their captions from fixed noise, in statistics of
-    each sample.
+    each sample, made larger where the samples move less than the real ones; see `guarded`.
 
     count: samples of `kind` to compare, or all where there are fewer; which ones, and their noise, follow
     from the seed. It is called by all processes alike, which share the samples, and gives all of them the
-    same number, the lower the better; see `distance`. It costs a forward pass a sample, and ranks the states
+    same numbers: `judged`, the lower the better, and for clips `judged_motion`, their motion as a share of
+    the real ones'. It costs a forward pass a sample, and ranks the states
     of one run: between models or data sets it means nothing.
     """
 
@@ -31,23 +36,27 @@ class LatentJudge:
         self.numbers = world.share(count)
         self.samples = [order[number % count] for number in self.numbers]
         self.data, self.count, self.seed, self.world = data, count, seed, world
-        self.real = self._gather([statistics(self.data.get(i)[0]) for i in self.samples])
+        self.real, self.real_motion = self._measure(self.data.get(i)[0] for i in self.samples)
 
     @torch.no_grad()
-    def __call__(self, generator: nn.Module) -> float:
-        made = []
+    def __call__(self, generator: nn.Module) -> dict[str, float]:
+        made, moving = self._measure(self._made(generator))
+        if not self.real_motion > 0:
+            return {"judged": distance(made, self.real)}
+        share = moving / self.real_motion
+        return {"judged": guarded(distance(made, self.real), share), "judged_motion": share}
+
+    def _made(self, generator: nn.Module) -> Iterator[Tensor]:
         for number, i in zip(self.numbers, self.samples):
             x, text, _ = self.data.batch([i])
             z = sample_noise([number], x.shape[1:], self.seed, "judge/z")
-            made.append(
-                statistics(
-                    one_step(generator, z.to(self.world.device), text.to(self.world.device))[0].float().cpu()
-                )
-            )
-        return distance(self._gather(made), self.real)
+            yield one_step(generator, z.to(self.world.device), text.to(self.world.device))[0].float().cpu()
 
-    def _gather(self, mine: Sequence[Tensor]) -> Tensor:
-        return self.world.gather_rows(torch.stack(list(mine)), self.count)
+    def _measure(self, mine: Iterable[Tensor]) -> tuple[Tensor, float]:
+        """Of everybody's latents the statistics `[count, features]`, and the mean motion."""
+        rows = [torch.cat([statistics(x), motion(x[None])]) for x in mine]
+        found = self.world.gather_rows(torch.stack(rows), self.count)
+        return found[:, :-1], float(found[:, -1].mean())
 
 
 def statistics(x: Tensor) -> Tensor:
@@ -71,3 +80,25 @@ def distance(made: Tensor, real: Tensor) -> float:
     unit = real.std(0).clamp(min=1e-6) if len(real) > 1 else torch.ones_like(real[0])
     spread = (made.std(0) - real.std(0)).square() if len(real) > 1 else 0.0
     return float((((made.mean(0) - real.mean(0)).square() + spread) / unit.square()).mean())
+
+
+def motion(x: Tensor) -> Tensor:
+    """Dynamic degree of latents `[B, C, F, h, w]` without optical flow, `[B]`: the standard deviation of each
+    latent over time (root of the mean variance), over that of all latents of its channel. 0 for images.
+
+    The twin of `trainer.evaluate.metrics.motion`, free of contrast as that is. The first latent frame counts
+    only where there are two: it holds one frame and not four, so that it differs from the others in a clip
+    that stands still, too. Even so a still clip has more than 0, by what the VAE makes of it.
+    """
+    if x.shape[2] < 2:
+        return torch.zeros(len(x))
+    x = (x[:, :, 1:] if x.shape[2] > 2 else x).float()
+    over_time = x.var(dim=2, correction=0).flatten(1).mean(1)
+    return (over_time / x.flatten(2).var(dim=2, correction=0).mean(1).clamp(min=1e-12)).sqrt().cpu()
+
+
+def guarded(distance: float, share: float) -> float:
+    """A distance, times as much larger as the samples move less than the real ones. share: of their mean
+    motion; above 1 it earns nothing.
+    """
+    return distance / min(1.0, max(LEAST_MOTION, share))

@@ -1,5 +1,5 @@
 """What a run says while it trains: CSV, TensorBoard, Weights & Biases, speed, memory, and warnings when the
-discriminator has won or tells nothing.
+discriminator has won or tells nothing, or the clips no longer move.
 """
 
 import csv
@@ -28,6 +28,7 @@ WON = 0.1  # of the loss that cannot tell real from fake
 EQUAL = {False: 2 * math.log(2), True: math.log(2)}  # d_adversarial of equal logits, by relativistic
 CHANCE = 0.55  # of pairs told apart: below it the discriminator is as good as guessing
 PATIENCE = 50  # updates at chance before it is said
+STILL = 0.7  # of the motion of real clips, or of the start's: below it is said
 FLOOR = 0.1  # of the penalty: more than this from rounding alone is said
 
 
@@ -64,7 +65,12 @@ class Monitor(AbstractContextManager):
         forward: Callable[[int, int, dict], None] = lambda done, total, row: None,
     ) -> None:
         self.path, self.work, self.device, self.forward = folder / "history.csv", work, device, forward
-        self.warnings = (CollapseWarning(EQUAL[relativistic]), ChanceWarning(), FloorWarning())
+        self.warnings = (
+            CollapseWarning(EQUAL[relativistic]),
+            ChanceWarning(),
+            FloorWarning(),
+            MotionWarning(),
+        )
         self._csv, self._tensorboard, self._online = (
             Aside(f"the log {self.path}"),
             Aside("TensorBoard's log"),
@@ -205,6 +211,37 @@ class FloorWarning:
             f"update {done}: {row['r1_floor'] / row['r1']:.0%} of the penalty is rounding, not the discriminator's slope (r1 {row['r1']:.2g}, "
             f"at a hundredth of sigma {row['r1_floor']:.2g}): raise r1_sigma, or give compute=fp32."
         )
+
+
+class MotionWarning:
+    """Watches how much clips of one step move, as a share of real ones and of those of the weights that the
+    run started from (see trainer.stages.watch; in stage 1 the judge has the first share). They lose motion in
+    distillation, or slowly afterwards, while each single frame looks good. It warns once, and again after
+    they have moved well.
+    """
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def see(self, done: int, row: dict[str, float]) -> str | None:
+        """The warning, if this row calls for it."""
+        share, of_start = row.get("motion_of_real", row.get("judged_motion")), row.get("motion_of_start", 1.0)
+        if share is None:
+            return None
+        low = min(share, of_start)
+        if low > (1 + STILL) / 2:
+            self._warned = False
+        if self._warned or low >= STILL:
+            return None
+        self._warned = True
+        found = f"update {done}: clips of one step have {share:.0%} of the motion of real ones"
+        if of_start < STILL:
+            return (
+                f"{found}, and {of_start:.0%} of what they had before this phase: keep the best state, in which motion counts, "
+                "or train again with a lower lr_generator or more clips that move."
+            )
+        start = f", and had {share / of_start:.0%} before this phase" if "motion_of_start" in row else ""
+        return f"{found}{start}: start the video phase from weights that move more (--start-from), or train on more clips that move."
 
 
 def _read(path: Path) -> list[dict]:

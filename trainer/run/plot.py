@@ -1,5 +1,5 @@
-"""Training curves of a run as pictures: what the discriminator knows, what it costs, and what reaches the
-generator.
+"""Training curves of a run as pictures: what the discriminator knows, what it costs, what reaches the
+generator, and how much its clips move.
 """
 
 import csv
@@ -12,6 +12,7 @@ from apt_core.files.atomic import replacing
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; each also has a line style of its own.
 BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"
+FEW = 20  # points, which show as points: a single one has no line
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Panel:
     log: bool = False
 
 
+JUDGED = Panel("judged, the lower the better", (Line("judged", "average, at each state", RED),))
 ADVERSARIAL = (
     Panel(
         "right side of the discriminator (0.5 is chance)",
@@ -61,6 +63,18 @@ ADVERSARIAL = (
         (2 * math.log(2), "2 ln 2: equal logits"),
     ),
     Panel("gradient at the generated sample", (Line("g_grad_norm", "norm", BLUE),), log=True),
+    Panel(
+        "motion of one-step clips",
+        (
+            Line("motion_of_real", "latents, of real clips'", BLUE),
+            Line("motion_of_start", "latents, of the start's", ORANGE, "--"),
+            Line("travel_of_real", "travel, of real clips'", BLACK, "-."),
+            Line("travel_of_start", "travel, of the start's", GREEN, ":"),
+            Line("judged_motion", "latents of the average, of real clips'", RED, ":"),
+        ),
+        (1.0, "as much"),
+    ),
+    JUDGED,
 )
 DISTILL = (
     Panel(
@@ -73,6 +87,12 @@ DISTILL = (
         (Line("cd_loss_final_image", "images", BLUE), Line("cd_loss_final_video", "videos", ORANGE, "--")),
         log=True,
     ),
+    Panel(
+        "motion of one-step clips",
+        (Line("judged_motion", "latents of the average, of real clips'", RED),),
+        (1.0, "as much"),
+    ),
+    JUDGED,
 )
 PANELS = {"distill": DISTILL, "image": ADVERSARIAL, "video": ADVERSARIAL}
 TITLES = {"distill": "Stage 1: distillation", "image": "Stage 2: images", "video": "Stage 2: video"}
@@ -129,6 +149,7 @@ def plot(history: dict[str, tuple[list[int], list[float]]], stage: str, path: Pa
                     linestyle=line.style,
                     label=line.label,
                     linewidth=1.6,
+                    marker="." if len(history[line.column][0]) <= FEW else "",
                 )
         if panel.level:
             axes.axhline(panel.level[0], color="0.6", linewidth=1, zorder=0, label=panel.level[1] or None)
@@ -136,6 +157,7 @@ def plot(history: dict[str, tuple[list[int], list[float]]], stage: str, path: Pa
             axes.set_yscale("log")
         axes.set_title(panel.title, fontsize=11)
         axes.set_xlabel("update")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=9)
     return save_figure(figure, path)

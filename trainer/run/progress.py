@@ -56,6 +56,8 @@ SHOWN = {
     "logit_fake": "fake",
     "right_pairs": "right",
     "held_right_pairs": "right (held out)",
+    "motion_of_real": "motion",
+    "travel_of_real": "travel",
     "r1_loss": "\u03bbr1",
     "r1": "r1",
     "r2": "r2",

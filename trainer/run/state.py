@@ -40,8 +40,8 @@ class Keep:
     """Where training states go and which of them stay.
 
     every: updates between two; last: how many of the newest stay; best: how many of the best by `judge` stay
-    besides, which is called by all processes when a state is due, with the averaged network, and returns a
-    number, the lower the better. describe: writes what belongs beside the states; called by the main process
+    besides, which is called by all processes when a state is due, with the averaged network, and returns what
+    goes into the row, `judged` among it, the lower the better. describe: writes what belongs beside the states; called by the main process
     once the folder is this run's own.
     """
 
@@ -49,7 +49,7 @@ class Keep:
     every: int = 50
     last: int = 2
     best: int = 1
-    judge: Callable[[nn.Module], float] | None = None
+    judge: Callable[[nn.Module], Mapping[str, float]] | None = None
     describe: Callable[[], None] | None = None
 
 
@@ -375,8 +375,8 @@ class Run:
         self._saved, score = name, None
         if judged and self.keep.judge:
             with self.parts["averages"].applied() as network:
-                score = self.keep.judge(network)
-            self.rows[-1]["judged"] = score
+                self.rows[-1] |= self.keep.judge(network)
+            score = self.rows[-1]["judged"]
         facts = {
             "update": self.update,
             "score": score,

@@ -1,6 +1,6 @@
 """Stage 2 (3.3 to 3.5): adversarial post-training of the one-step generator, one phase at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from trainer.stages.averages import Averages
 from trainer.stages.networks import Load, Lora, adversarial_networks
 from trainer.stages.samples import Samples
 from trainer.stages.update import Learner, Report
-from trainer.stages.watch import Watch
+from trainer.stages.watch import Measure, Watch
 
 
 def adversarial(
@@ -45,6 +45,7 @@ def adversarial(
     resume: bool = True,
     samples: Samples | None = None,
     watch_every: int = 0,
+    measures: Mapping[str, Measure] | None = None,
     load: Load = load_transformer,
     report: Report,
 ) -> list[dict]:
@@ -58,7 +59,7 @@ def adversarial(
     `adversarial_networks`. ema_decays: of further averages, each written beside `out`.
     keep: where training states go; `resume` goes on from the newest. samples: pictures while it
     trains. watch_every: updates between two looks at the discriminator on the samples that `batches` holds
-    out (trainer.stages.watch), 0: none. load(path, device=...): reads a network, or with device "meta" builds
+    out (trainer.stages.watch), 0: none; measures: of the fakes that it then makes. load(path, device=...): reads a network, or with device "meta" builds
     it without weights.
 
     Returns the history, one row an update. Raises AptError when a checkpoint is damaged, a batch does not
@@ -119,7 +120,9 @@ def adversarial(
             settings.shift,
             world,
             settings.discriminator_time,
+            measures,
         )
+        watch.begin(generator)  # before a state is loaded
     run = Run(keep, world, identity, {"generator": g, "discriminator": d, "averages": averages}, resume)
 
     def take(role: str, update: int):

@@ -1,9 +1,12 @@
-"""How well the discriminator tells real samples from made ones, on samples that no update sees."""
+"""Samples that no update sees: how well the discriminator tells them from made ones, and how much the made
+ones move.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import one_step
@@ -13,15 +16,27 @@ from trainer.data.shards import ShardDataset
 from trainer.machines.distributed import World
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A figure of samples that is watched: latents `[B, C, F, h, w]` to `[B]`, on the CPU. samples: of so many
+    at most; every: at every so many looks.
+    """
+
+    of: Callable[[Tensor], Tensor]
+    samples: int | None = None
+    every: int = 1
+
+
 class Watch:
-    """The discriminator's verdict on held-out real samples and on fresh fakes of their texts.
+    """The discriminator's verdict on held-out real samples and on fresh fakes of their texts, and what the
+    fakes measure beside the real ones.
 
     A discriminator that is right in training and at chance here has learned its real samples by heart.
 
     data, held: the real samples, by position, all of one shape (see Batches.held). every: updates between two
     looks; at_once: samples that a process takes through a network at once. shift, time: as of training, see
-    trainer.config.Adversarial (discriminator_time). All processes call alike, share the samples, and get the
-    same numbers.
+    trainer.config.Adversarial (discriminator_time). measures: by the name that their columns begin with. All
+    processes call alike, share the samples, and get the same numbers.
     """
 
     def __init__(
@@ -34,34 +49,76 @@ class Watch:
         shift: float,
         world: World,
         time: float | None = None,
+        measures: Mapping[str, Measure] | None = None,
     ) -> None:
         count, mine = len(held), world.share(len(held))
         self.parts = [mine[first : first + at_once] for first in range(0, len(mine), at_once)]
         self.data, self.held, self.count, self.every = data, held, count, every
         self.seed, self.shift, self.time, self.world = seed, shift, time, world
+        self.measures = dict(measures or {})
+        self.real: dict[str, float] = {}
+        self.start: dict[str, float] = {}
 
     def due(self, update: int) -> bool:
         """Whether to look after this many updates."""
         return bool(self.held) and update % self.every == 0
 
     @torch.no_grad()
+    def begin(self, generator: nn.Module) -> None:
+        """Measure the real samples, and what the generator makes before its first update."""
+        real, made = [], []
+        for part, _, x, _, fake in self._fakes(generator, 0):
+            real.append(self._measured(x, part, self.measures))
+            made.append(self._measured(fake, part, self.measures))
+        self.real, self.start = self._means(real), self._means(made)
+
+    @torch.no_grad()
     def __call__(self, update: int, generator: nn.Module, discriminator: nn.Module) -> dict[str, float]:
         """The row's part: held_right_real, held_right_fake, held_right_pairs (see objectives.verdict; 0.5 is
-        chance) and held_gap, the mean logit of real samples minus that of fakes. Noise and t are drawn anew
-        at each look.
+        chance) and held_gap, the mean logit of real samples minus that of fakes. Of each measure M that is
+        due, M_of_real and M_of_start: its mean over the fakes, as a share of that over the real samples and
+        of that over the fakes before the first update (`begin`). Noise and t are drawn anew at each look.
         """
-        logits = []
+        due = [name for name, measure in self.measures.items() if update // self.every % measure.every == 0]
+        logits, made = [], []
+        for part, fresh, x, text, fake in self._fakes(generator, update):
+            t = discriminator_times(fresh, self.seed, "watch/t", self.shift, self.time).to(self.world.device)
+            x = x.to(self.world.device)
+            logits.append(torch.stack([discriminator(x, t, text), discriminator(fake, t, text)], dim=1))
+            made.append(self._measured(fake, part, due))
+        real, fake = self.world.gather_rows(torch.cat(logits), self.count).unbind(1)
+        found = verdict(real, fake) | {"gap": real.mean() - fake.mean()}
+        row = {f"held_{name}": float(value) for name, value in found.items()}
+        for name, mean in self._means(made).items():
+            for other, means in (("real", self.real), ("start", self.start)):
+                if means.get(name, 0.0) > 0:
+                    row[f"{name}_of_{other}"] = mean / means[name]
+        return row
+
+    def _fakes(self, generator: nn.Module, update: int) -> Iterator[tuple]:
+        """This process's (numbers within the held-out samples, sample numbers of the run, real latents, text,
+        fake latents), part by part.
+        """
         for part in self.parts:
             x, text, _ = self.data.batch([self.held[number % self.count] for number in part])
             fresh = [update * self.count + number for number in part]
             z = sample_noise(fresh, x.shape[1:], self.seed, "watch/z").to(self.world.device)
-            t = discriminator_times(fresh, self.seed, "watch/t", self.shift, self.time).to(self.world.device)
-            x, text = x.to(self.world.device), text.to(self.world.device)
-            logits.append(
-                torch.stack(
-                    [discriminator(x, t, text), discriminator(one_step(generator, z, text), t, text)], dim=1
-                )
-            )
-        real, fake = self.world.gather_rows(torch.cat(logits), self.count).unbind(1)
-        found = verdict(real, fake) | {"gap": real.mean() - fake.mean()}
-        return {f"held_{name}": float(value) for name, value in found.items()}
+            text = text.to(self.world.device)
+            yield part, fresh, x, text, one_step(generator, z, text)
+
+    def _measured(self, x: Tensor, part: Sequence[int], names: Iterable[str]) -> dict[str, Tensor]:
+        """By name `[b]`, NaN for samples that a measure leaves out."""
+        found = {}
+        for name in names:
+            measure = self.measures[name]
+            within = sum(number < (measure.samples or self.count) for number in part)  # the numbers rise
+            found[name] = torch.full((len(part),), torch.nan)
+            if within:
+                found[name][:within] = measure.of(x[:within].float().cpu())
+        return found
+
+    def _means(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """By name, over the samples of all processes."""
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        gathered = {name: self.world.gather_rows(mine, self.count) for name, mine in columns.items()}
+        return {name: float(values.nanmean()) for name, values in gathered.items()}

@@ -241,7 +241,7 @@ def test_the_last_and_the_best_states_stay(files, tmp_path):
 
     def judge(network):
         seen.append(network.state_dict()["proj_out.weight"].clone())
-        return next(scores)
+        return {"judged": next(scores), "judged_motion": 0.5}
 
     options = {"keep": Keep(tmp_path / "states", every=1, last=1, best=2, judge=judge)}
     train_adversarial(files, Layout(settings={"updates": 5}), tmp_path, options)
@@ -252,12 +252,13 @@ def test_the_last_and_the_best_states_stay(files, tmp_path):
     ]
     assert best_state(tmp_path / "states") == (tmp_path / "states" / "step-000002", 1.0)
     assert [row["judged"] for row in torch.load(tmp_path / "rows.pt")] == [3.0, 1.0, 2.0, 5.0, 4.0]
+    assert {row["judged_motion"] for row in torch.load(tmp_path / "rows.pt")} == {0.5}
     for update in (2, 3, 5):  # what was judged is the average
         assert torch.equal(seen[update - 1], state_of(tmp_path, update)["averages/0.9/proj_out.weight"])
 
 
 def test_the_end_of_a_run_is_judged_too(files, tmp_path):
-    options = {"keep": Keep(tmp_path / "states", every=2, judge=lambda network: 1.0)}
+    options = {"keep": Keep(tmp_path / "states", every=2, judge=lambda network: {"judged": 1.0})}
     train_adversarial(files, Layout(settings={"updates": 3}), tmp_path, options)
     assert [row.get("judged") for row in torch.load(tmp_path / "rows.pt")] == [None, 1.0, 1.0]
 

@@ -7,8 +7,8 @@ from layouts import SHAPE, Text, write_shards
 from apt_core.method.flow import sample_noise
 from trainer.data.batches import Batches
 from trainer.machines.distributed import World
-from trainer.run.monitor import ChanceWarning, FloorWarning
-from trainer.stages.watch import Watch
+from trainer.run.monitor import ChanceWarning, FloorWarning, MotionWarning
+from trainer.stages.watch import Measure, Watch
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,74 @@ def test_the_verdict_on_held_out_and_fresh_samples(shards):
         "held_gap": pytest.approx((real.mean() - fake.mean()).item(), abs=1e-6),
     }
     assert found["held_right_fake"] == 0 and watch(10, generator, by_mean)["held_gap"] != found["held_gap"]
+
+
+def brightest(x):
+    """A figure that each sample has by itself."""
+    return x.flatten(1).amax(1)
+
+
+class Scaled:
+    """A generator whose samples are its noise times a number."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, hidden_states, **_):
+        return [(1 - self.scale) * hidden_states]
+
+
+def test_fakes_are_measured_beside_real_samples_and_the_start(shards):
+    data = Batches(shards, Text(), seed=0, held_out=4)
+    held, calls = data.held["video"], []
+
+    def few(x):
+        calls.append(len(x))
+        return brightest(x)
+
+    none = Measure(lambda x: torch.zeros(len(x)))  # as motion is of images
+    measures = {"all": Measure(brightest), "few": Measure(few, samples=1, every=2), "none": none}
+    watch = Watch(
+        data.datasets["video"], held, every=5, at_once=3, seed=7, shift=1.0, world=World(), measures=measures
+    )
+    watch.begin(Scaled(2.0))
+    real = torch.stack([brightest(data.datasets["video"].batch([i])[0])[0] for i in held])
+    z = {
+        update: sample_noise(range(update * 4, update * 4 + 4), SHAPE, 7, "watch/z") for update in (0, 5, 10)
+    }
+    found, later = watch(5, Scaled(0.5), by_mean), watch(10, Scaled(0.5), by_mean)
+    assert "few_of_real" not in found and not any(name.startswith("none") for name in found | later)
+    assert found["all_of_real"] == pytest.approx(float(0.5 * brightest(z[5]).mean() / real.mean()))
+    assert found["all_of_start"] == pytest.approx(
+        float(0.25 * brightest(z[5]).mean() / brightest(z[0]).mean())
+    )
+    assert later["few_of_real"] == pytest.approx(float(0.5 * brightest(z[10])[0] / real[0]))
+    assert calls == [1, 1, 1]  # real, start, and one look of two
+
+
+def test_clips_that_stop_moving_are_named_with_what_took_it():
+    warning, rows = (
+        MotionWarning(),
+        [(1.0, 1.0), (0.72, 0.9), (0.6, 0.65), (0.5, 0.5), (0.9, 0.95), (0.6, 0.66)],
+    )
+    said = [warning.see(10 * n, {"motion_of_real": a, "motion_of_start": b}) for n, (a, b) in enumerate(rows)]
+    assert [message is not None for message in said] == [False, False, True, False, False, True]
+    assert said[2].startswith(
+        "update 20: clips of one step have 60% of the motion of real ones, and 65% of what they had before this "
+        "phase: keep the best state"
+    )
+    assert MotionWarning().see(10, {"motion_of_real": 0.8, "motion_of_start": 0.6})
+    start = MotionWarning().see(10, {"motion_of_real": 0.5, "motion_of_start": 1.0})
+    assert (
+        "50% of the motion of real ones, and had 50% before this phase: start the video phase from weights"
+        in start
+    )
+    assert (
+        MotionWarning()
+        .see(50, {"judged_motion": 0.4})
+        .startswith("update 50: clips of one step have 40% of the motion of real ones: start")
+    )
+    assert MotionWarning().see(10, {"d_loss": 1.0}) is None
 
 
 ROW = {"logit_real": 0.02, "logit_fake": 0.01, "right_pairs": 0.5, "r1_gamma": 9.0}
