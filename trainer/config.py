@@ -173,7 +173,9 @@ class Adversarial(Settings):
     updates train the discriminator alone; `lr_heads` is the rate of its heads, which start from nothing
     (none: `lr_discriminator`, as in the paper); `ema_warmup` lets a young average forget the start sooner,
     see apt_core.method.ema.Ema (0: the plain decay, as in the paper); `discriminator_step` is how its passes
-    are run (the mode of apt_core.method.objectives).
+    are run (the mode of apt_core.method.objectives); `r1_sigma_time` and `r2_sigma_time` are sigmas of their
+    own for what differs between frames, r1_sigma then being for what frames share (none: one sigma, as in the
+    paper; see apt_core.method.objectives.perturbation).
 
     What the paper tried on the discriminator and decided against (3.3, 5.2), its choice as default: `taps`,
     the depths of its heads as fractions of the base's blocks (the last of them is its own depth);
@@ -194,8 +196,10 @@ class Adversarial(Settings):
     relativistic: bool = False
     r1_weight: float = Field(ge=0)
     r1_sigma: float = Field(gt=0)
+    r1_sigma_time: float | None = Field(None, gt=0)
     r2_weight: float = Field(0.0, ge=0)
     r2_sigma: float = Field(0.01, gt=0)
+    r2_sigma_time: float | None = Field(None, gt=0)
     reg_fraction: float = Field(1.0, gt=0, le=1)
     centering: float = Field(0.0, ge=0)
     discriminator_step: Literal["batched", "separate", "two_pass"] = "batched"
@@ -213,6 +217,8 @@ class Adversarial(Settings):
             self.r2_sigma,
             self.reg_fraction,
             self.centering,
+            self.r1_sigma_time,
+            self.r2_sigma_time,
         )
 
 

@@ -29,6 +29,8 @@ class Objective:
     reg_fraction: the penalties see the first `ceil(reg_fraction * B)` samples and are averaged over those.
     centering: weight of `(real + fake)^2`, which holds the level of the logits that a relativistic loss
     leaves free.
+    r1_sigma_time, r2_sigma_time: another sigma for what differs between frames, see `perturbation`; None, as
+    in the paper: one sigma for all.
     Raises AptError for negative weights, a penalty without a positive sigma, or a fraction outside (0, 1].
     """
 
@@ -39,16 +41,18 @@ class Objective:
     r2_sigma: float = 0.01
     reg_fraction: float = 1.0
     centering: float = 0.0
+    r1_sigma_time: float | None = None
+    r2_sigma_time: float | None = None
 
     def __post_init__(self):
         for name in ("r1_weight", "r2_weight", "centering"):
             if not getattr(self, name) >= 0:
                 raise AptError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("r1", "r2"):
-            if getattr(self, f"{name}_weight") and not getattr(self, f"{name}_sigma") > 0:
-                raise AptError(
-                    f"{name}_sigma must be above 0 where {name}_weight is, got {getattr(self, f'{name}_sigma')}."
-                )
+            for sigma in (f"{name}_sigma", f"{name}_sigma_time"):
+                value = getattr(self, sigma)
+                if getattr(self, f"{name}_weight") and value is not None and not value > 0:
+                    raise AptError(f"{sigma} must be above 0 where {name}_weight is, got {value}.")
         if not 0 < self.reg_fraction <= 1:
             raise AptError(f"reg_fraction must be in (0, 1], got {self.reg_fraction}.")
 
@@ -71,6 +75,18 @@ class Objective:
         sigma = _sigma(phase)
         weight = {"image": 2500.0, "video": 25.0}[phase]
         return cls(True, weight, sigma, weight, sigma, reg_fraction=0.25, centering=0.01)
+
+    def gammas(self) -> dict[str, float]:
+        """lambda sigma^2 of the penalties in use, the strength that compares across sigmas: r1_gamma, and
+        r1_gamma_time where time has a sigma of its own; the same for r2.
+        """
+        found = {}
+        for name in ("r1", "r2"):
+            if weight := getattr(self, f"{name}_weight"):
+                found[f"{name}_gamma"] = weight * getattr(self, f"{name}_sigma") ** 2
+                if (time := getattr(self, f"{name}_sigma_time")) is not None:
+                    found[f"{name}_gamma_time"] = weight * time**2
+        return found
 
     def regularized(self, batch: int) -> int:
         """How many of `batch` samples the penalties see."""
@@ -105,6 +121,24 @@ def approximate_penalty(logit: Tensor, perturbed: Tensor) -> Tensor:
     return (logit - perturbed).square().mean()
 
 
+def perturbation(noise: Tensor, sigma: float, sigma_time: float | None = None) -> Tensor:
+    """What an approximated penalty adds to its samples, from standard noise `[B, C, F, H, W]`: `sigma noise`
+    (eq. 9), or with `sigma_time` its two parts apart, each with its own sigma.
+
+    The part in space is the noise's mean over frames, the same in all of them: variance `sigma^2 / F` an
+    element. The part in time is the rest, what differs between frames: variance `sigma_time^2 (1 - 1 / F)`,
+    sum over frames 0. They are orthogonal, so for small sigmas the penalty is `sigma^2` times the squared
+    norm of D's gradient along clips in which all frames change alike, plus `sigma_time^2` times that along
+    changes between frames; equal sigmas are one sigma, and an image has no part in time. V-PAE gives its
+    finite-difference R1 0.01 in space and 0.1 in time; how it divides the noise we have not seen, and this is
+    our reading.
+    """
+    if sigma_time is None:
+        return sigma * noise
+    shared = noise.mean(dim=2, keepdim=True)
+    return sigma * shared + sigma_time * (noise - shared)
+
+
 def verdict(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
     """How well logits [B] tell real from fake; 0.5 in all three is chance.
 
@@ -124,16 +158,18 @@ def penalty_floor(
     text: Tensor,
     noise: Tensor,
     sigma: float,
+    sigma_time: float | None = None,
 ) -> Tensor:
-    """What rounding alone adds to an approximated penalty (eq. 9) of this `sigma`: the penalty at a hundredth
-    of it.
+    """What rounding alone adds to an approximated penalty (eq. 9) of this `sigma` (and `sigma_time`, see
+    `perturbation`): the penalty at a hundredth of it.
 
     A smooth discriminator leaves a ten-thousandth of the penalty there. In bf16 a perturbation that small is
     lost in the rounding of latents and activations, and what is left is the rounding itself. At sigma = 0 the
     same computation runs twice, which gives an exact and useless 0. Arguments as in discriminator_backward.
     Returns a scalar, without lambda.
     """
-    return approximate_penalty(discriminator(x, t, text), discriminator(x + 0.01 * sigma * noise, t, text))
+    small = perturbation(noise, 0.01 * sigma, None if sigma_time is None else 0.01 * sigma_time)
+    return approximate_penalty(discriminator(x, t, text), discriminator(x + small, t, text))
 
 
 class _Pass(NamedTuple):
@@ -153,9 +189,9 @@ def _passes(objective: Objective, real, fake, text, t, real_noise, fake_noise) -
     fake = fake.detach()
     passes = {"real": _Pass(real, t, text), "fake": _Pass(fake, t, text)}
     n = objective.regularized(real.shape[0])
-    for name, x, noise, weight, sigma in (
-        ("real", real, real_noise, objective.r1_weight, objective.r1_sigma),
-        ("fake", fake, fake_noise, objective.r2_weight, objective.r2_sigma),
+    for name, x, noise, weight, sigmas in (
+        ("real", real, real_noise, objective.r1_weight, (objective.r1_sigma, objective.r1_sigma_time)),
+        ("fake", fake, fake_noise, objective.r2_weight, (objective.r2_sigma, objective.r2_sigma_time)),
     ):
         if weight == 0:
             continue
@@ -163,7 +199,7 @@ def _passes(objective: Objective, real, fake, text, t, real_noise, fake_noise) -
             raise AptError(
                 f"the penalty on {name} samples needs standard noise for the first {n} of them ({name}_noise)."
             )
-        passes[f"{name}_perturbed"] = _Pass(x[:n] + sigma * noise[:n], t[:n], text[:n])
+        passes[f"{name}_perturbed"] = _Pass(x[:n] + perturbation(noise[:n], *sigmas), t[:n], text[:n])
     return passes
 
 
@@ -208,8 +244,8 @@ def discriminator_backward(
 
     Returns detached scalars: d_loss, d_adversarial, logit_real and logit_fake (means), those of `verdict`
     (whether it tells the two apart), and for each penalty in use r1 or r2 (mean squared difference, without
-    lambda), r1_loss or r2_loss (lambda times it, as it stands beside d_adversarial) and r1_gamma or r2_gamma
-    (lambda sigma^2). Raises AptError for inputs that do not fit or an unknown mode.
+    lambda), r1_loss or r2_loss (lambda times it, as it stands beside d_adversarial) and what
+    `Objective.gammas` gives (lambda sigma^2). Raises AptError for inputs that do not fit or an unknown mode.
     """
     if mode not in MODES:
         raise AptError(f"discriminator mode must be one of {MODES}, got {mode!r}.")
@@ -234,14 +270,12 @@ def discriminator_backward(
     for name in ("real", "fake"):
         metrics[f"logit_{name}"] = logits[name].detach().mean()
     metrics |= verdict(logits["real"].detach(), logits["fake"].detach())
-    for name, weight, sigma in (
-        ("r1", objective.r1_weight, objective.r1_sigma),
-        ("r2", objective.r2_weight, objective.r2_sigma),
-    ):
+    for name, weight in (("r1", objective.r1_weight), ("r2", objective.r2_weight)):
         if name in metrics:
             metrics[f"{name}_loss"] = weight * metrics[name]
-            metrics[f"{name}_gamma"] = metrics[name].new_full((), weight * sigma**2)
-    return metrics
+    return metrics | {
+        name: metrics["d_loss"].new_full((), gamma) for name, gamma in objective.gammas().items()
+    }
 
 
 def generator_backward(

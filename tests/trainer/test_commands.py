@@ -720,6 +720,9 @@ def test_dry_run_touches_no_weight():
         "adversarial", "wan2.2-5b", "--phase", "video", "--dry-run", "--gpus", 1, "--out", "nowhere"
     )
     assert not Path("nowhere").exists()
+    split = ("--phase", "video", "--dry-run", "r1_sigma=0.01", "r1_sigma_time=0.1")
+    penalties = [line.split() for line in done("adversarial", TINY, *split).splitlines() if "sigma^2" in line]
+    assert penalties == ["lambda sigma^2 of aR1 0.01".split(), "lambda sigma^2 of aR1, time 1".split()]
     here = command("distill", TINY, "attention=_native_math", "--dry-run").output
     assert ["attention", "_native_math"] in [line.split() for line in here.splitlines()]
 

@@ -62,6 +62,12 @@ def show_account(
     for kind in kinds:
         table.add_row(f"tokens of one {kind}", f"{tokens(preset, kind):,}")
         table.add_row(f"batch of {kind}s", f"{batch_of(preset, stage, kind, variant):,}")
+    if stage != "distill":
+        for name, gamma in (
+            getattr(preset.phases(variant or preset.variant), stage).objective().gammas().items()
+        ):
+            penalty, _, time = name.partition("_gamma")
+            table.add_row(f"lambda sigma^2 of a{penalty.upper()}{time.replace('_', ', ')}", f"{gamma:.3g}")
     for name, count in needed.parameters.items():
         table.add_row(f"parameters, {name}", f"{count:,}")
     for kind, size in needed.memory.items():

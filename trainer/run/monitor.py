@@ -188,8 +188,9 @@ class ChanceWarning:
         if done - self._since < PATIENCE:
             return None
         since, self._since = self._since, done
+        in_time = f" and in time {row['r1_gamma_time']:.3g}" if "r1_gamma_time" in row else ""
         strength = (
-            f"lambda sigma^2 is {row['r1_gamma']:.3g}, the paper's is 0.01 for images and 1 for videos"
+            f"lambda sigma^2 is {row['r1_gamma']:.3g}{in_time}, the paper's is 0.01 for images and 1 for videos"
             if "r1_gamma" in row
             else "it has no penalty"
         )

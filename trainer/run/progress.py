@@ -62,6 +62,7 @@ SHOWN = {
     "r1": "r1",
     "r2": "r2",
     "r1_gamma": "\u03bb\u03c3\u00b2",
+    "r1_gamma_time": "\u03bb\u03c3\u00b2 in time",
     "g_grad_norm": "grad at sample",
     "judged": "judged",
     "samples_per_second": "samples/s",

@@ -138,7 +138,7 @@ def adversarial(
         )
         return (part.to(world.device) for part in (micro.x, micro.text, z, t))
 
-    total = settings.warmup + settings.updates
+    total, strengths = settings.warmup + settings.updates, objective.gammas()
     with run:
         for update in range(run.update, total):
             if d.steps == update:  # a run may have been stopped between the two
@@ -155,7 +155,13 @@ def adversarial(
                     if update == 0 and part.r1_weight:
                         n = len(noises[0])
                         floor["r1_floor"] = penalty_floor(
-                            discriminator, x[:n], t[:n], text[:n], noises[0], objective.r1_sigma
+                            discriminator,
+                            x[:n],
+                            t[:n],
+                            text[:n],
+                            noises[0],
+                            objective.r1_sigma,
+                            objective.r1_sigma_time,
                         )
                     metrics = discriminator_backward(
                         discriminator,
@@ -175,10 +181,10 @@ def adversarial(
                         {
                             name: value * shares.get(name, micro.share)
                             for name, value in (metrics | floor).items()
-                            if not name.endswith("gamma")
+                            if name not in strengths
                         }
                     )
-                run.rows.append(d.step() | gammas(objective))
+                run.rows.append(d.step() | strengths)
 
             if update >= settings.warmup:
                 for micro in g.microbatches(take("g", update), run.stop):
@@ -262,9 +268,3 @@ def draw_noises(objective: Objective, micro: Micro, seed: int, phase: str) -> li
         sample_noise(numbers, micro.x.shape[1:], seed, f"{phase}/d/{name}") if weight else None
         for name, weight in weights.items()
     ]
-
-
-def gammas(objective: Objective) -> dict[str, float]:
-    """lambda sigma^2 of the penalties in use, the strength that compares across sigmas."""
-    pairs = {"r1": (objective.r1_weight, objective.r1_sigma), "r2": (objective.r2_weight, objective.r2_sigma)}
-    return {f"{name}_gamma": weight * sigma**2 for name, (weight, sigma) in pairs.items() if weight}

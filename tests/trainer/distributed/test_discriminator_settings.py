@@ -196,3 +196,21 @@ def test_a_state_from_before_the_settings_can_still_be_opened(files, tmp_path):
     path.write_text(json.dumps(facts), encoding="utf-8")
     assert open_discriminator(tmp_path / "states")[0].taps == (2, 3, 4)
     assert open_generator(tmp_path / "states").metadata["ema_warmup"] == 10
+
+
+def test_sigma_in_time_reaches_the_penalty_and_the_log(files, tmp_path):
+    """Clips of two frames: half of the noise is in time. Off, the run is the one without the setting."""
+    rows = {}
+    for name, settings in (("off", {}), ("same", {"r1_sigma_time": 0.1}), ("time", {"r1_sigma_time": 1e-3})):
+        out = tmp_path / name
+        out.mkdir()
+        layout = Layout(settings={"updates": 1, **settings})
+        train_adversarial(files, layout, out, {"keep": None})
+        rows[name] = torch.load(out / "rows.pt")[0]
+    assert "r1_gamma_time" not in rows["off"] and rows["off"]["r1_gamma"] == pytest.approx(1.0)
+    assert rows["time"]["r1_gamma_time"] == pytest.approx(1e-4) and rows["time"]["r1_gamma"] == pytest.approx(
+        1.0
+    )
+    assert rows["same"]["r1"] == pytest.approx(rows["off"]["r1"], rel=1e-3)
+    assert rows["time"]["r1"] < 0.9 * rows["off"]["r1"]
+    assert rows["time"]["r1_floor"] > 0

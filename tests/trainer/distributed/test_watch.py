@@ -147,6 +147,8 @@ def test_a_discriminator_at_chance_is_named_after_fifty_updates():
         in message
         and "r1_sigma" in message
     )
+    both = ChanceWarning().see(50, ROW | {"r1_gamma_time": 0.25})
+    assert "lambda sigma^2 is 9 and in time 0.25, the paper's" in both
     assert ChanceWarning().see(50, {"cd_loss_image": 1.0}) is None
 
 
