@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from apt_core.errors import AptError
 from apt_core.loading.backbones import kinds
 from apt_core.method.consistency import ConsistencySettings
+from apt_core.method.dmd import DmdSettings, Weighting
 from apt_core.method.objectives import Objective
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.overrides import apply, known_names, nearest
@@ -134,12 +135,24 @@ class Sampling(Settings):
 
 
 class Distill(Settings):
-    """Stage 1. `video_share` of the updates see clips; `target_decay` is the EMA of the target network (0:
-    the student itself); `target_warmup` and `ema_warmup` let young averages forget the start sooner
-    (apt_core.method.ema.Ema; 0: the plain decay); the rate rises over `lr_warmup` updates and falls in a line
-    from `lr` to `lr_end` (none: it stays). Muon is for models as small as the miniature.
+    """Stage 1. method: "consistency", the paper's, or "dmd", distribution matching (apt_core.method.dmd).
+    `video_share` of the updates see clips; `guidance` is the teacher's (of dmd, the real score's); `ema_warmup`
+    lets a young average forget the start sooner (apt_core.method.ema.Ema; 0: the plain decay); the rate rises
+    over `lr_warmup` updates and falls in a line from `lr` to `lr_end` (none: it stays). Muon is for models as
+    small as the miniature.
+
+    Of consistency alone: `steps`, `fraction_at_final`, `target_decay`, the EMA of the target network (0: the
+    student itself), and `target_warmup`.
+
+    Of dmd alone: `fake_updates` of the fake score, a LoRA of `train.lora_rank`, to each one of the generator
+    (DMD2: 5), at `lr_fake` (none: `lr`; it rises and falls as that does); samples are noised to times in
+    [`t_min`, `t_max`], shifted by `t_shift` (none: as the base samples); `weighting`, see
+    apt_core.method.dmd.DmdSettings; `regression` is the weight of the distance to the base's own sample in
+    `regression_steps` guided Euler steps (none: `sampling.steps`) from the same noise, which costs that many
+    more calls of the base (0: none are made).
     """
 
+    method: Literal["consistency", "dmd"] = "consistency"
     updates: int = Field(ge=1)
     batch_image: int = Field(ge=1)
     batch_video: int = Field(ge=1)
@@ -156,6 +169,21 @@ class Distill(Settings):
     target_warmup: float = Field(0.0, ge=0)
     ema_decay: float = Field(ge=0, lt=1)
     ema_warmup: float = Field(0.0, ge=0)
+    fake_updates: int = Field(5, ge=1)
+    lr_fake: float | None = Field(None, gt=0)
+    t_min: float = Field(0.02, gt=0, le=1)
+    t_max: float = Field(0.98, gt=0, le=1)
+    t_shift: float | None = Field(None, gt=0)
+    weighting: Weighting = "dmd"
+    regression: float = Field(0.0, ge=0)
+    regression_steps: int | None = Field(None, ge=1)
+
+    @field_validator("t_max")
+    @classmethod
+    def _is_above_t_min(cls, t_max: float, info: ValidationInfo) -> float:
+        if t_max < info.data.get("t_min", 0):
+            raise ValueError(f"it must not be below t_min, {info.data['t_min']}")
+        return t_max
 
     def rate(self, update: int) -> float:
         """The learning rate of update number `update`, counted from 0."""
@@ -164,8 +192,17 @@ class Distill(Settings):
             1.0, (update + 1) / max(1, self.lr_warmup)
         )
 
+    def rate_of_fake(self, update: int) -> float:
+        """Of the fake score's updates before the generator's update of this number."""
+        return self.rate(update) * (self.lr_fake or self.lr) / self.lr
+
     def consistency(self, shift: float) -> ConsistencySettings:
         return ConsistencySettings(self.steps, shift, self.guidance, self.fraction_at_final)
+
+    def matching(self, shift: float) -> DmdSettings:
+        """shift: of the base's own sampling."""
+        times = self.t_min, self.t_max, self.t_shift or shift
+        return DmdSettings(*times, self.guidance, self.weighting, self.regression)
 
 
 class Adversarial(Settings):

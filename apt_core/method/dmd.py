@@ -59,7 +59,7 @@ class DmdSettings:
 
 def noise_times(u: Tensor, settings: DmdSettings) -> Tensor:
     """Uniform numbers `u` [B] in [0, 1) to times [B]: `shift(U(0, 1), s)` (eq. 7) given that it lies in
-    [t_min, t_max].
+    [t_min, t_max]. Call it where `u` lives on the CPU, as `shift`.
     """
     low, high = (shift_times(t, 1 / settings.shift) for t in (settings.t_min, settings.t_max))
     return shift_times(low + (high - low) * u, settings.shift).clamp(settings.t_min, settings.t_max)
@@ -92,25 +92,23 @@ def matching_gradient(
 def fake_backward(
     fake,
     generator,
-    settings: DmdSettings,
     z: Tensor,
     text: Tensor,
     noise: Tensor,
-    u: Tensor,
+    t: Tensor,
     loss_scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """One step of the fake score up to its gradients: flow matching on the generator's samples of this moment
     (DMD, 3.2).
 
     fake, generator: velocity networks called like WanBackbone; only the fake score gets gradients. z, noise:
-    noise [B, C, F, H, W], of the sample and of its noising; text: [B, L, d]; u: uniform numbers [B] that
-    choose the times; loss_scale: this microbatch's share of the batch, on gradients only.
+    noise [B, C, F, H, W], of the sample and of its noising; text: [B, L, d]; t: times [B] of `noise_times`;
+    loss_scale: this microbatch's share of the batch, on gradients only.
 
     Returns detached scalars: fake_loss.
     """
     with torch.no_grad():
         x = one_step(generator, z, text)
-    t = noise_times(u.cpu(), settings).to(x.device)
     predicted = predict_velocity(fake, interpolate(x, noise.float(), t), t, text)
     loss = (predicted - velocity(x, noise.float())).square().mean()
     (loss * loss_scale).backward()
@@ -126,7 +124,7 @@ def dmd_backward(
     text: Tensor,
     negative: Tensor | None,
     noise: Tensor,
-    u: Tensor,
+    t: Tensor,
     wanted: Tensor | None = None,
     loss_scale: float = 1.0,
 ) -> dict[str, Tensor]:
@@ -134,11 +132,11 @@ def dmd_backward(
     plus the regression.
 
     generator, real, fake: velocity networks called like WanBackbone; only the generator gets gradients, and
-    the scores' activations are never kept. z, text, noise, u, loss_scale: as in `fake_backward`; negative: the
+    the scores' activations are never kept. z, text, noise, t, loss_scale: as in `fake_backward`; negative: the
     one fixed negative prompt's embedding [1 or B, L, d], None only with guidance 1; wanted: the teacher's own
     samples from `z`, needed where `regression` is not 0.
 
-    Returns detached scalars: dmd_gap, the mean absolute difference of the two clean predictions;
+    Returns detached scalars: gap, the mean absolute difference of the two clean predictions;
     real_distance, that between the sample and the real one; grad_norm, the mean over samples of |dL_i / dx_i|
     with L_i the sample's own loss; and regression_loss (without its weight) where there is one.
     Raises AptError when guidance needs a negative, or the regression samples, and gets none.
@@ -148,13 +146,12 @@ def dmd_backward(
     x_hat = one_step(generator, z, text)
     with torch.no_grad():
         x = x_hat.detach()
-        t = noise_times(u.cpu(), settings).to(x.device)
         x_t = interpolate(x, noise.float(), t)
         v_real = guided_velocity(real, x_t, t, text, negative, settings.guidance)
         v_fake = predict_velocity(fake, x_t, t, text)
         gradient = matching_gradient(x, x_t, v_real, v_fake, t, settings.weighting) / x[0].numel()
         metrics = {
-            "dmd_gap": (per_sample(t, x) * (v_real - v_fake)).abs().mean(),
+            "gap": (per_sample(t, x) * (v_real - v_fake)).abs().mean(),
             "real_distance": (x - clean_from_velocity(x_t, v_real, t)).abs().mean(),
         }
         if settings.regression and wanted is not None:

@@ -162,6 +162,37 @@ def test_stage_1_is_seven_forward_passes():
     assert account(one, "distill").flops == pytest.approx(32 * (7 * 128.6e12 + again), rel=0.003)
 
 
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_dmd_has_one_frozen_base_and_a_small_fake_score(mode):
+    """In bytes a parameter: 12 of weights and Adam's state of what is trained, 4 of each of three averages,
+    4 of the larger gradient; no second whole network beside a whole generator.
+    """
+    one = preset("wan2.1-1.3b-480p", "distill.method=dmd", f"train.mode={mode}")
+    found, base = account(one, "distill"), parameters(one.model)
+    adapter = found.parameters["fake score's LoRA"]
+    trained = found.parameters["generator's LoRA" if mode == "lora" else "generator"]
+    assert found.parameters["base"] == base and trained == (adapter if mode == "lora" else base)
+    states = sum(found.memory[kind] for kind in ("weights (fp32)", "optimizer", "averages", "gradients"))
+    assert states == 12 * (trained + adapter) + 3 * 4 * trained + 4 * trained
+    assert 2 * base < found.memory["frozen base"] < 2.1 * base  # bf16, but for what stays fp32
+    consistency = account(preset("wan2.1-1.3b-480p", f"train.mode={mode}"), "distill").bytes
+    assert (found.bytes < consistency) == (
+        mode == "full"
+    )  # a LoRA's fake score has an optimizer, a target none
+
+
+def test_an_update_of_dmd_is_31_forward_passes():
+    """Of five fake updates, each a sample, a pass, its recomputation and the way back to its input; then as
+    much of the generator's, and three looks at its sample. Adapters, and attention's scores once more, come on
+    top.
+    """
+    one = preset("wan2.1-1.3b-480p", "distill.method=dmd", "train.mode=lora", "video_share=1.0")
+    forward = sum(forward_flops(one.model, tokens(one, "video")))
+    passes = account(one, "distill").flops / one.distill.batch_video / forward
+    alone = 5 * (1 + 3) + 3 + 3
+    assert alone < passes < 1.25 * alone
+
+
 def test_hours_have_the_warm_up():
     """20 updates of the discriminator alone before 200 of both."""
     short, long = (

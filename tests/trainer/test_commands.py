@@ -609,6 +609,10 @@ def test_prompts_are_encoded_with_the_shards(run):
         ),
         (("distill", "wan2.1-1.3b-480p", "base=/nowhere"), "base /nowhere does not exist"),
         (
+            ("distill", "wan2.1-1.3b-480p", "method=dmd"),
+            "base is not given: add base=PATH of the transformer: a diffusers folder or a .safetensors file.",
+        ),
+        (
             ("distill", "wan2.1-1.3b-480p", f"base={ASSETS / 'transformer.safetensors'}"),
             "is not the model of preset wan2.1-1.3b-480p (blocks 6 instead of 30, heads 4 instead of 12",
         ),
@@ -725,6 +729,22 @@ def test_dry_run_touches_no_weight():
     assert penalties == ["lambda sigma^2 of aR1 0.01".split(), "lambda sigma^2 of aR1, time 1".split()]
     here = command("distill", TINY, "attention=_native_math", "--dry-run").output
     assert ["attention", "_native_math"] in [line.split() for line in here.splitlines()]
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_stage_1_by_distribution_matching_and_stage_2_from_it(run, tmp_path, mode):
+    given = (TINY, f"mode={mode}", "lora_rank=3", "--shards", run / "latents", "--out", tmp_path)
+    dmd = ("method=dmd", "updates=2", "fake_updates=1")
+    shown = done("distill", *given, *dmd, "--dry-run")
+    assert "tiny, distill (dmd)" in shown and "parameters, fake score's LoRA" in shown
+    assert not (tmp_path / "states").exists()
+    done("distill", *given, *dmd)
+    history = (tmp_path / "log" / "distill" / "history.csv").read_text().splitlines()
+    assert len(history) == 3 and "fake_loss_" in history[0] and "cd_loss" not in history[0]
+    left = inspect(tmp_path / "distilled.safetensors")
+    assert ("LoRA" in left["what"]) == (mode == "lora") and left["phase"] == "distilled"
+    done("adversarial", *given, "--phase", "image", "updates=1")
+    assert (tmp_path / "apt-image.safetensors").is_file()
 
 
 def test_attention_is_told_and_no_part_of_a_runs_identity(run, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 
 from apt_core.errors import AptError
+from apt_core.method.dmd import DmdSettings
 from apt_core.method.objectives import Objective
 from trainer.config import PRESETS, load_preset
 
@@ -160,6 +161,31 @@ def test_the_rate_of_stage_1_rises_and_falls():
     assert settings.model_copy(update=dict(lr_end=None, lr_warmup=0)).rate(77) == 0.01
 
 
+def test_the_fake_scores_rate_rises_and_falls_with_the_generators():
+    settings = load_preset("mini").distill.model_copy(
+        update=dict(updates=100, lr=0.01, lr_end=0.002, lr_warmup=20, lr_fake=0.03)
+    )
+    assert settings.rate_of_fake(50) == pytest.approx(0.018)
+    assert settings.rate_of_fake(9) == pytest.approx(3 * settings.rate(9))
+    assert settings.model_copy(update=dict(lr_fake=None)).rate_of_fake(9) == settings.rate(9)
+
+
+def test_the_settings_of_dmd_reach_the_method():
+    own = load_preset("mini", ["distill.guidance=4.0", "distill.t_min=0.3"]).distill
+    assert own.method == "consistency"  # the paper's
+    assert own.matching(1.5) == DmdSettings(0.3, 0.98, 1.5, 4.0, "dmd", 0.0)
+    changes = ["t_max=0.7", "t_shift=5.0", "weighting=kl", "regression=0.25"]
+    changed = load_preset("mini", [f"distill.{change}" for change in changes]).distill
+    assert changed.matching(1.5) == DmdSettings(0.02, 0.7, 5.0, own.guidance / 2, "kl", 0.25)
+    with pytest.raises(AptError) as error:
+        load_preset("mini", ["distill.t_min=0.5", "distill.t_max=0.4"])
+    assert str(error.value) == (
+        "preset mini.toml: distill.t_max is 0.4: value error, it must not be below t_min, 0.5."
+    )
+    with pytest.raises(AptError, match="distill.method is 'vsd': input should be 'consistency' or 'dmd'"):
+        load_preset("mini", ["distill.method=vsd"])
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -167,6 +193,9 @@ def test_the_rate_of_stage_1_rises_and_falls():
         "sampling.guidance",
         "distill.lr",
         "distill.guidance",
+        "distill.lr_fake",
+        "distill.t_min",
+        "distill.regression",
         "sampling.shift_video",
         "stage2.demo.image.lr_generator",
         "stage2.demo.image.r1_sigma",

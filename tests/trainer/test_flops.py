@@ -13,7 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from apt_core.method.consistency import consistency_backward
-from apt_core.method.generator import one_step
+from apt_core.method.dmd import dmd_backward, fake_backward
+from apt_core.method.generator import euler_cfg, one_step
 from apt_core.method.objectives import discriminator_backward, generator_backward
 from apt_core.models.lora import add_adapters, role
 from trainer.bench.shapes import build_backbone
@@ -209,5 +210,40 @@ def test_an_update_of_stage_1(name, mode):
         )
 
     assert account(preset, "distill").flops / preset.distill.batch_image == pytest.approx(
+        at_depth(preset, 1, update(1), update(2)), rel=0.03
+    )
+
+
+@pytest.mark.parametrize(
+    "name, mode, overrides",
+    [
+        ("wan2.1-1.3b-480p", "full", ()),
+        ("wan2.2-5b", "lora", ("regression=0.25", "regression_steps=3")),
+        ("seaweed-8b", "full", ("guidance=1.0", "fake_updates=2")),
+    ],
+)
+def test_an_update_of_stage_1_by_dmd(name, mode, overrides):
+    preset = read(name, "distill.method=dmd", f"train.mode={mode}", "video_share=0.0", *overrides)
+    settings, (_, z, text, t) = preset.distill, samples(preset, "image")
+    negative, matching = torch.empty(1, *text.shape[1:], device=META), settings.matching(2.0)
+
+    def update(layers):
+        in_lora_mode = preset.model_copy(update={"train": preset.train.model_copy(update={"mode": "lora"})})
+        generator, real, fake = networks(in_lora_mode, layers, "generator", None, "fake")
+        if mode == "full":
+            [generator] = networks(preset, layers, "generator")
+
+        def run():
+            for _ in range(settings.fake_updates):
+                fake_backward(fake, generator, z, text, z, t)
+            wanted = None
+            if settings.regression:
+                steps = settings.regression_steps
+                wanted = euler_cfg(real, z, text, negative, steps, settings.guidance, 2.0)
+            dmd_backward(generator, real, fake, matching, z, text, negative, z, t, wanted)
+
+        return counted(run)
+
+    assert account(preset, "distill").flops / settings.batch_image == pytest.approx(
         at_depth(preset, 1, update(1), update(2)), rel=0.03
     )

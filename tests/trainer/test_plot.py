@@ -41,6 +41,20 @@ def test_a_picture_for_each_stage_that_was_trained(tmp_path):
     } <= colors  # the lines of pairs and of real logits are there
 
 
+def test_stage_1_shows_what_its_method_logs(tmp_path):
+    """Two panels of consistency, or those of dmd: as many as have a line."""
+    sizes = []
+    for method, row in (
+        ("consistency", {"cd_loss_image": 0.1, "cd_loss_final_image": 0.2}),
+        ("dmd", {"fake_loss_image": 0.1, "dmd_gap_image": 0.2, "dmd_real_distance_image": 0.3}),
+    ):
+        write(tmp_path / method / "log" / "distill", [row, row])
+        [made] = plot_run(tmp_path / method)
+        with Image.open(made) as picture:
+            sizes.append(picture.size[1])
+    assert sizes[1] == 2 * sizes[0]  # two rows of panels, not one
+
+
 def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(AptError, match="holds no log of a training"):
         plot_run(tmp_path)

@@ -76,7 +76,9 @@ def distill_command(
     gpu_memory: Memory = 80,
     gpu_tflops: Tflops = 800,
 ) -> None:
-    """Stage 1: consistency distillation of the base into one step."""
+    """Stage 1: distillation of the base into one step, by consistency or by distribution matching
+    (method=dmd).
+    """
     loaded = _load(preset, recipe, overrides, ("distill", "train", "files", "data", "sampling", "model"))
     if dry_run:
         _show(loaded, "distill", None, gpus, gpu_memory, gpu_tflops)

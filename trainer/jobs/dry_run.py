@@ -49,9 +49,9 @@ def show_account(
     """
     needed = account(preset, stage, variant, machine.gpus)
     kinds = ("image", "video") if stage == "distill" else (stage,)
-    recipe = "" if stage == "distill" else f" ({variant or preset.variant})"
+    recipe = preset.distill.method if stage == "distill" else variant or preset.variant
     table = Table(
-        title=f"{preset.name}, {stage}{recipe}, {preset.train.mode}", title_justify="left", box=None
+        title=f"{preset.name}, {stage} ({recipe}), {preset.train.mode}", title_justify="left", box=None
     )
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", overflow="fold")

@@ -49,6 +49,7 @@ from trainer.run.progress import stage_bar
 from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
 from trainer.stages.distill import distill
+from trainer.stages.dmd import match_distributions
 from trainer.stages.samples import Samples
 from trainer.stages.watch import Measure
 
@@ -126,11 +127,14 @@ def _precompute(
 
 
 def run_distill(preset: Preset, out: Path, *, seed: int = 0, shards: Path | None = None) -> list[dict]:
-    """Stage 1 on a run's shards; returns the history. Raises AptError as `make_plan` and `distill`."""
+    """Stage 1 on a run's shards, by the preset's method; returns the history. Raises AptError as `make_plan`
+    and `distill`.
+    """
     plan = make_plan(preset, "distill", out, seed=seed, shards=shards)
+    train = {"consistency": distill, "dmd": match_distributions}[preset.distill.method]
     with _ready(plan) as (world, batches, options):
         with progress("Stage 1: distill", world) as bar, monitor(plan, world, bar) as report:
-            return distill(
+            return train(
                 plan.base, batches, preset, plan.result, seed=seed, world=world, report=report, **options
             )
 

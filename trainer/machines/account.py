@@ -5,6 +5,7 @@ Notation: N tokens of one sample, d width, L blocks. FLOPs: trainer.machines.flo
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apt_core.errors import AptError
@@ -193,7 +194,7 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
             preset,
             gpus,
             max(counts_of(model).block(model), heads // len(taps) * 4 // _width(train.compute)),
-            lora,
+            [train.generator_zero] if lora else [train.generator_zero, train.discriminator_zero],
         ),
     }
     kept, block = _activations(preset, n, micro)
@@ -219,13 +220,21 @@ def _distill(preset: Preset, gpus: int) -> Account:
         for kind, share in (("image", 1 - settings.video_share), ("video", settings.video_share))
     )
 
-    averages = len({settings.ema_decay, *train.ema_decays})
-    shard, target = 1 / gpus, 1 if settings.target_decay else 0
-    trained = adapter_parameters(model, train.lora_rank) if lora else body
+    averages, shard = len({settings.ema_decay, *train.ema_decays}), 1 / gpus
+    adapter = adapter_parameters(model, train.lora_rank)
+    trained = adapter if lora else body
+    if settings.method == "dmd":
+        target, fake, zeros = 0, adapter, [train.generator_zero] * (1 if lora else 2)
+        counted = {"base": body, "generator's LoRA" if lora else "generator": trained}
+        counted |= {"fake score's LoRA": fake}
+    else:
+        target, fake = (trained if settings.target_decay else 0), 0
+        zeros = [train.generator_zero] if lora else [train.generator_zero, train.discriminator_zero]
+        counted = {"base": body, "student's LoRA": trained} if lora else {"student": body, "teacher": body}
+    shared = lora or settings.method == "dmd"
     memory = (
-        {"frozen base": base_bytes(model, train.compute, gpus)} if lora else {"teacher": 4 * body * shard}
+        {"frozen base": base_bytes(model, train.compute, gpus)} if shared else {"teacher": 4 * body * shard}
     )
-    counted = {"base": body, "student's LoRA": trained} if lora else {"student": body, "teacher": body}
     worst = max(
         ("image", "video"),
         key=lambda kind: tokens(preset, kind) * _microbatch(preset, getattr(settings, f"batch_{kind}"), gpus),
@@ -237,11 +246,11 @@ def _distill(preset: Preset, gpus: int) -> Account:
     )
     kept, block = _activations(preset, tokens(preset, worst), micro)
     memory |= {
-        "weights (fp32)": 4 * (1 + target) * trained * shard,
-        "optimizer": 8 * trained * shard,
-        "averages": 4 * (averages + target) * trained * shard,
-        "gradients": 4 * trained * (1 if whole_gradients else shard),
-        "gathered weights": _gathered(preset, gpus, counts_of(model).block(model), lora),
+        "weights (fp32)": 4 * (trained + target + fake) * shard,
+        "optimizer": 8 * (trained + fake) * shard,
+        "averages": 4 * (averages * trained + target) * shard,
+        "gradients": 4 * max(trained, fake) * (1 if whole_gradients else shard),
+        "gathered weights": _gathered(preset, gpus, counts_of(model).block(model), zeros),
         "activations": kept + block,
     }
     return Account(counted, flops, memory, settings.updates)
@@ -263,14 +272,13 @@ def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float]:
     return (2 if train.checkpointing == "offload" else model.layers) * share * 2 * model.width, block
 
 
-def _gathered(preset: Preset, gpus: int, largest: int, shared: bool) -> float:
+def _gathered(preset: Preset, gpus: int, largest: int, zeros: Sequence[int]) -> float:
     """Weights in the dtype of the compute, whole: two blocks in flight and what lies outside of the blocks,
-    or with ZeRO-2 all of a network.
+    or with ZeRO-2 all of a network; zeros: of each network that is not adapters.
     """
     train, model = preset.train, preset.model
     if gpus == 1 and train.compute == "fp32":
         return 0.0
-    zeros = (train.generator_zero,) if shared else (train.generator_zero, train.discriminator_zero)
     sizes = [parameters(model) if zero == 2 else outer_parameters(model) for zero in zeros]
     exact = (4 - _width(train.compute)) * time_parameters(model) * len(zeros)
     return _width(train.compute) * (sum(sizes) + 2 * largest) + exact

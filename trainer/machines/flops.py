@@ -52,7 +52,7 @@ def forward_flops(model: Model, n: int) -> tuple[float, float]:
 def cost(
     preset: Preset, n: int, adapted: bool, depth: float = 1.0, heads: float = 0.0, backbone: bool = True
 ) -> Cost:
-    """Of a network over n tokens. adapted: with adapters, which alone are trained; depth: share of the
+    """Of a network over n tokens. adapted: with adapters, which then alone are trained; depth: share of the
     blocks; heads: FLOPs of the discriminator's heads in a forward pass; backbone: whether it is trained, not
     only the heads.
     """
@@ -64,7 +64,7 @@ def cost(
     to_input = depth * (linear - text + ATTENTION_BACK * attention + adapters)
     if not backbone:
         back = heads  # for the heads' weights, and for nothing before them
-    elif train.mode == "lora":
+    elif adapted:
         back = to_input + depth * adapters + 2 * heads
     else:
         back = depth * (2 * linear + ATTENTION_BACK * attention) + outer + 2 * heads
@@ -90,8 +90,16 @@ def adversarial_flops(preset: Preset, stage: str, variant: str) -> tuple[float, 
 
 
 def distill_flops(preset: Preset, kind: str) -> float:
-    """Of one sample of stage 1: teacher, target and student."""
+    """Of one sample of stage 1. By consistency: teacher, target and student. By dmd: the fake score's updates,
+    each with a sample of the generator; then the generator, both scores of its sample, and the base's own
+    sample where there is a regression to it.
+    """
     n, lora, settings = tokens(preset, kind), preset.train.mode == "lora", preset.distill
     student = cost(preset, n, lora)
     teacher = cost(preset, n, False).forward * (1 if settings.guidance == 1 else 2)
-    return teacher + student.forward + student.trained
+    if settings.method == "consistency":
+        return teacher + student.forward + student.trained
+    fake = cost(preset, n, True)
+    sample = (settings.regression_steps or preset.sampling.steps) * teacher if settings.regression else 0.0
+    of_generator = student.trained + teacher + fake.forward + sample
+    return settings.fake_updates * (student.forward + fake.trained) + of_generator

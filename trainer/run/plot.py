@@ -88,6 +88,31 @@ DISTILL = (
         log=True,
     ),
     Panel(
+        "loss of the fake score",
+        (Line("fake_loss_image", "images", BLUE), Line("fake_loss_video", "videos", ORANGE, "--")),
+        log=True,
+    ),
+    Panel(
+        "between the clean predictions of real and fake score",
+        (Line("dmd_gap_image", "images", BLUE), Line("dmd_gap_video", "videos", ORANGE, "--")),
+        log=True,
+    ),
+    Panel(
+        "from the sample to the real score's prediction",
+        (
+            Line("dmd_real_distance_image", "images", BLUE),
+            Line("dmd_real_distance_video", "videos", ORANGE, "--"),
+        ),
+    ),
+    Panel(
+        "distance to the base's own samples",
+        (
+            Line("dmd_regression_loss_image", "images", BLUE),
+            Line("dmd_regression_loss_video", "videos", ORANGE, "--"),
+        ),
+        log=True,
+    ),
+    Panel(
         "motion of one-step clips",
         (Line("judged_motion", "latents of the average, of real clips'", RED),),
         (1.0, "as much"),

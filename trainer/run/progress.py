@@ -50,6 +50,10 @@ console = Console(file=_Screen())
 SHOWN = {
     "cd_loss_image": "cd_loss_image",
     "cd_loss_video": "cd_loss_video",
+    "fake_loss_image": "fake_loss_image",
+    "fake_loss_video": "fake_loss_video",
+    "dmd_gap_image": "gap_image",
+    "dmd_gap_video": "gap_video",
     "d_loss": "d_loss",
     "g_loss": "g_loss",
     "logit_real": "real",

@@ -294,8 +294,9 @@ class Run:
 
     Use it in a `with` statement around the training loop. keep None: nothing is stored, signals do what they
     always do.
-    parts: what a state consists of, by name; `averages` among them are what keep.judge is shown. resume
-    False: refuse a folder that holds a state. Raises AptError for a folder with another run.
+    parts: what a state consists of, by name; `averages` among them are what keep.judge is shown. pace: how
+    many steps a part takes in an update, 1 unless given. resume False: refuse a folder that holds a state.
+    Raises AptError for a folder with another run.
     """
 
     def __init__(
@@ -305,8 +306,9 @@ class Run:
         identity: Mapping,
         parts: Mapping[str, Part],
         resume: bool = True,
+        pace: Mapping[str, int] | None = None,
     ):
-        self.keep, self.world, self.parts = keep, world, parts
+        self.keep, self.world, self.parts, self.pace = keep, world, parts, pace or {}
         self.update, self.rows = 0, []
         self._signalled, self._handlers, self._saved = False, {}, "step-000000"
         self._vote = Vote(world)
@@ -369,7 +371,8 @@ class Run:
 
     def _save(self, judged: bool) -> None:
         steps = {name: part.steps for name, part in self.parts.items()}
-        name = f"step-{self.update:06d}" + ("-half" if max(steps.values()) > self.update else "")
+        ahead = any(count > self.update * self.pace.get(name, 1) for name, count in steps.items())
+        name = f"step-{self.update:06d}" + ("-half" if ahead else "")
         if name == self._saved:
             return
         self._saved, score = name, None

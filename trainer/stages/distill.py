@@ -2,15 +2,16 @@
 stage 2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.consistency import consistency_backward
 from apt_core.method.flow import sample_noise, sample_uniform
-from trainer.config import Preset
+from trainer.config import Distill, Preset
 from trainer.data.batches import Batches
 from trainer.data.sampling import split
 from trainer.machines.distributed import World
@@ -52,12 +53,7 @@ def distill(
     networks = distillation_networks(base, load, world, parallel, lora, target=settings.target_decay > 0)
     student, teacher, target = networks.generator, networks.teacher, networks.target
     negative = batches.embed([preset.sampling.negative_prompt]).to(world.device)
-    if settings.optimizer == "muon":
-        optimizer = Muon(student.parameters(), weight_decay=settings.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(
-            student.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay
-        )
+    optimizer = make_optimizer(settings, student.parameters())
     learner = Learner(
         "student",
         student,
@@ -72,30 +68,12 @@ def distill(
     following = Averages(
         networks, (settings.target_decay,) if target is not None else (), settings.target_warmup
     )
-    identity = {
-        "phase": "distilled",
-        "seed": seed,
-        "data": batches.fingerprint,
-        "lora": str(lora),
-        "ema_decays": list(ema_decays),
-    }
-    identity |= {
-        "sampling": preset.sampling.model_dump(exclude={"prompts"}),
-        **settings.model_dump(exclude={"updates"} if settings.lr_end is None else set()),
-    }
+    identity = identity_of(preset, batches, seed, lora, ema_decays)
     run = Run(keep, world, identity, {"student": learner, "averages": averages, "target": following}, resume)
     if target is not None:
         following.copy_to(target)
 
-    def kind_and_size(update: int) -> tuple[str, int]:
-        kind = (
-            "video"
-            if float(sample_uniform([update], seed, "distill/kind")) < settings.video_share
-            else "image"
-        )
-        kind = batches.available(kind)
-        return kind, settings.batch_video if kind == "video" else settings.batch_image
-
+    kind_and_size = kinds_and_sizes(settings, batches, seed)
     with run:
         for update in range(run.update, settings.updates):
             kind, size = kind_and_size(update)
@@ -144,3 +122,37 @@ def distill(
         out, metadata | {"kind": "generator", "phase": "distilled", "updates": settings.updates}, world
     )
     return run.rows
+
+
+def make_optimizer(settings: Distill, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Of the settings' kind; its rate is set before each step."""
+    if settings.optimizer == "muon":
+        return Muon(parameters, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+
+
+def identity_of(
+    preset: Preset, batches: Batches, seed: int, lora: Lora | None, ema_decays: Sequence[float]
+) -> dict:
+    """What makes two runs of stage 1 the same run."""
+    settings = preset.distill
+    return {
+        "phase": "distilled",
+        "seed": seed,
+        "data": batches.fingerprint,
+        "lora": str(lora),
+        "ema_decays": list(ema_decays),
+        "sampling": preset.sampling.model_dump(exclude={"prompts"}),
+        **settings.model_dump(exclude={"updates"} if settings.lr_end is None else set()),
+    }
+
+
+def kinds_and_sizes(settings: Distill, batches: Batches, seed: int) -> Callable[[int], tuple[str, int]]:
+    """By the number of an update: whether it sees images or clips, drawn with their share, and how many."""
+
+    def kind_and_size(update: int) -> tuple[str, int]:
+        of_video = float(sample_uniform([update], seed, "distill/kind")) < settings.video_share
+        kind = batches.available("video" if of_video else "image")
+        return kind, settings.batch_video if kind == "video" else settings.batch_image
+
+    return kind_and_size

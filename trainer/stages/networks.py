@@ -12,7 +12,7 @@ from apt_core.files.tensorfile import write_tensors
 from apt_core.loading.backbones import kind_of
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.ema import Ema
-from apt_core.models.lora import add_adapters, load_lora, lora_state, role
+from apt_core.models.lora import Role, add_adapters, load_lora, lora_state, role
 from apt_core.models.lora_files import read_lora_for
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.machines.distributed import World
@@ -35,13 +35,15 @@ class Lora:
 class Networks:
     """generator: what is trained to sample in one step (stage 1's student); partner: what it learns from,
     stage 2's discriminator or stage 1's teacher; target: stage 1's target network, where it is not the
-    student; base: the one frozen network under all of them, in LoRA mode.
+    student; base: the one frozen network under all that are adapters; fake: the fake score of distribution
+    matching.
     """
 
     generator: nn.Module
     partner: nn.Module
     target: nn.Module | None = None
     base: nn.Module | None = None
+    fake: nn.Module | None = None
 
     @property
     def discriminator(self) -> nn.Module:
@@ -68,7 +70,7 @@ class Networks:
         a LoRA file.
         """
         metadata = {**metadata, "ema": average.decay, "ema_warmup": average.warmup}
-        if self.base is None:
+        if not isinstance(self.generator, Role):
             state = whole_state(average.shadow, world)
             if world.main:
                 kind_of(self.generator).save(path, state, self.generator.config, metadata, torch.float32)
@@ -150,6 +152,22 @@ def distillation_networks(
     shared = _shared_base(base, starts, load, world, parallel, lora, ("target",) if target else ())
     still = role(shared, "target") if target else None
     return Networks(role(shared, "generator"), role(shared, None), still, shared)
+
+
+def matching_networks(
+    base: Path, load: Load, world: World, parallel: Parallel, lora: Lora | None, fake: Lora
+) -> Networks:
+    """The generator of distribution matching, whole or with `lora` as adapters; its real score, the frozen
+    base as it is; and its fake score, adapters on that base of the generator's rank, or of `fake`'s where the
+    generator is whole. All from `base`.
+    """
+    roles = ("fake",) if lora is None else ("generator", "fake")
+    shared = _shared_base(base, dict.fromkeys(roles, base), load, world, parallel, lora or fake, ())
+    if lora is None:
+        generator = place(lambda device: load(base, device=device), world, parallel, parallel.generator_zero)
+    else:
+        generator = role(shared, "generator")
+    return Networks(generator, role(shared, None), base=shared, fake=role(shared, "fake"))
 
 
 def _shared_base(

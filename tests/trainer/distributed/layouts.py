@@ -21,7 +21,7 @@ from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.loading.mmdit_files import load_mmdit, save_mmdit
 from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import WanBackbone
-from trainer.config import Adversarial, Distill, Sampling
+from trainer.config import Adversarial, Distill, Sampling, Train
 from trainer.data.batches import Batches
 from trainer.data.shards import Sample, ShardWriter
 from trainer.machines.distributed import connect
@@ -30,6 +30,7 @@ from trainer.run.judge import LatentJudge
 from trainer.run.state import Keep
 from trainer.stages.adversarial import adversarial
 from trainer.stages.distill import distill
+from trainer.stages.dmd import match_distributions
 
 SHAPE, TEXT_LENGTH, TEXT_DIM = (4, 2, 4, 6), 5, 10
 SAMPLES = 11
@@ -52,6 +53,7 @@ SETTINGS = {
     "r1_sigma": 0.1,
     "discriminator_step": "batched",
 }
+DMD = {"method": "dmd", "fake_updates": 2, "lr_fake": 1e-5, "updates": 5}
 STABLE = {
     "relativistic": True,
     "r2_weight": 50.0,
@@ -235,7 +237,7 @@ def train_adversarial(files: Files, layout: Layout, out: Path, options: dict | N
 
 
 def train_distill(files: Files, layout: Layout, out: Path, options: dict | None = None) -> None:
-    """Stage 1 with a layout; as train_adversarial."""
+    """Stage 1 with a layout and the method of its settings; as train_adversarial."""
     settings = {
         "updates": 5,
         "batch_image": 2,
@@ -252,14 +254,15 @@ def train_distill(files: Files, layout: Layout, out: Path, options: dict | None 
     sampling = Sampling(
         guidance=3.0, shift_image=1.0, shift_video=3.0, negative_prompt="bad", second_time=0.7
     )
-    preset = SimpleNamespace(distill=Distill(**settings), sampling=sampling)
+    train = Train(lora_rank=4, lora_alpha=8.0)  # of a fake score under a whole generator
+    preset = SimpleNamespace(distill=Distill(**settings), sampling=sampling, train=train)
     with connect(
         "cpu", context_parallel=layout.parallel.context_parallel, sharded=layout.parallel.sharded
     ) as world:
         batches = Batches(files.shards, Text(), seed=0)
         judge = LatentJudge(batches, "video", 3, 0, world)
         options = {"keep": Keep(out / "states", every=settings["updates"], judge=judge), **(options or {})}
-        rows = distill(
+        rows = (match_distributions if preset.distill.method == "dmd" else distill)(
             options.pop("base", files.base),
             batches,
             preset,
@@ -271,8 +274,10 @@ def train_distill(files: Files, layout: Layout, out: Path, options: dict | None 
             report=lambda *args: None,
             **options,
         )
+        base_after = watched_base() if options.get("load") is load_and_watch else {}
         if world.main:
             torch.save(rows, out / "rows.pt")
+            torch.save(base_after, out / "base.pt")
 
 
 def run_layouts(files: Files, processes: int, jobs: list[tuple], double: bool = True) -> None:
@@ -329,14 +334,15 @@ def train_all(files: Files, jobs: list[tuple], ports: list[int]) -> None:
 
 
 def load_and_watch(path: Path, **options):
-    """load_backbone; the last one loaded is the one that is trained."""
-    WATCHED[:] = [load_backbone(path, **options)]
-    return WATCHED[0]
+    """load_backbone; the last one loaded that gets adapters is the one that is watched."""
+    WATCHED.append(load_backbone(path, **options))
+    return WATCHED[-1]
 
 
 def watched_base() -> dict[str, torch.Tensor]:
     """The weights below the adapters. All processes must call."""
-    weights = {name: p.detach() for name, p in WATCHED[0].named_parameters() if ".adapters." not in name}
+    base = [model for model in WATCHED if any(".adapters." in name for name in model.state_dict())][-1]
+    weights = {name: p.detach() for name, p in base.named_parameters() if ".adapters." not in name}
     return {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in weights.items()}
 
 

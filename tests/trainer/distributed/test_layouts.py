@@ -3,6 +3,7 @@
 import pytest
 import torch
 from layouts import (
+    DMD,
     STABLE,
     Layout,
     assert_close,
@@ -32,6 +33,8 @@ KINDS = {
     "stage1_lora": (train_distill, {}),
     "stage1_muon": (train_distill, MUON),
     "stage1_mmdit": (train_distill, {}),
+    "dmd": (train_distill, DMD | {"regression": 0.25, "regression_steps": 2}),
+    "dmd_lora": (train_distill, DMD),
 }
 """What is trained: in which stage, with which settings. Of each there is one run in one process, that all
 others must equal.
@@ -42,6 +45,7 @@ ALONE = {
     "two_pass_in_four": ("paper", Layout(parallel=Parallel(microbatch=1), settings=TWO_PASS)),
     "stable_in_four": ("stable", Layout(parallel=Parallel(microbatch=1))),
     "compiled": ("paper", Layout(parallel=Parallel(compile="aot_eager"))),
+    "dmd_in_two_parts": ("dmd", Layout(parallel=Parallel(microbatch=1, checkpointing="blocks"))),
 }
 PAIRS = {
     "two_processes": ("paper", Layout(2)),
@@ -67,6 +71,9 @@ PAIRS = {
     "stage1_lora_in_two": ("stage1_lora", Layout(2, Parallel(1, generator_zero=2, checkpointing="blocks"))),
     "stage1_muon_in_two": ("stage1_muon", Layout(2, Parallel(1))),
     "stage1_mmdit_context_parallel": ("stage1_mmdit", Layout(2, Parallel(context_parallel=2))),
+    "dmd_in_two": ("dmd", Layout(2, Parallel(1, generator_zero=2, checkpointing="blocks"))),
+    "dmd_lora_in_two": ("dmd_lora", Layout(2, Parallel(1, checkpointing="blocks"))),
+    "dmd_lora_context_parallel": ("dmd_lora", Layout(2, Parallel(context_parallel=2))),
 }
 
 
@@ -78,6 +85,8 @@ def runs(files, tmp_path_factory):
         "lora": {"base": files.base, "start": files.base, "lora": LORA, "load": load_and_watch},
         "mmdit": {"base": mmdit(files.base), "start": mmdit(files.start), "load": load_backbone},
         "stage1_lora": {"lora": LORA},
+        "dmd": {"load": load_and_watch},
+        "dmd_lora": {"lora": LORA, "load": load_and_watch},
         "stage1_mmdit": {"base": mmdit(files.base), "load": load_backbone},
     }
     one = {kind: (kind, Layout()) for kind in KINDS}
@@ -103,9 +112,10 @@ def test_every_layout_gives_the_losses_and_weights_of_one_process(name, runs):
     assert_close(runs / name, runs / kind, 5, 1e-9)
 
 
-@pytest.mark.parametrize("kind", ["paper", "stable", "stage1", "stage1_muon"])
+@pytest.mark.parametrize("kind", ["paper", "stable", "stage1", "stage1_muon", "dmd"])
 def test_what_is_compared_is_far_above_the_tolerance(kind, runs, files):
-    network, start = ("student", files.base) if kind.startswith("stage1") else ("generator", files.start)
+    stage1 = kind.startswith(("stage1", "dmd"))
+    network, start = ("student", files.base) if stage1 else ("generator", files.start)
     moved = (
         state_of(runs / kind, 5)[f"{network}/weights/blocks.0.attn1.to_q.weight"]
         - load_transformer(start).blocks[0].attn1.to_q.weight
@@ -114,12 +124,25 @@ def test_what_is_compared_is_far_above_the_tolerance(kind, runs, files):
     assert torch.load(runs / kind / "rows.pt")[-1]["judged"] > 0.01
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_sharded", "lora_context_parallel"])
-def test_the_base_under_adapters_stays_as_it_was_to_the_last_bit(name, runs, files):
-    after, before = torch.load(runs / name / "base.pt"), load_transformer(files.base).state_dict()
+def assert_base_is_as_it_was(run, files):
+    after, before = torch.load(run / "base.pt"), load_transformer(files.base).state_dict()
     assert after.keys() == before.keys() and all(
         torch.equal(value, before[key].double()) for key, value in after.items()
     )
+
+
+@pytest.mark.parametrize("name", ["dmd", "dmd_in_two", "dmd_lora", "dmd_lora_in_two"])
+def test_the_base_under_generator_and_fake_score_stays_as_it_was_to_the_last_bit(name, runs, files):
+    assert_base_is_as_it_was(runs / name, files)
+    state = state_of(runs / name, 5)
+    moved = [value for key, value in state.items() if key.startswith("fake/weights") and "lora_B" in key]
+    # Ten steps of 1e-5, five of them in one direction at least: B started from zero.
+    assert moved and all(value.abs().max() > 4e-5 for value in moved)
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_sharded", "lora_context_parallel"])
+def test_the_base_under_adapters_stays_as_it_was_to_the_last_bit(name, runs, files):
+    assert_base_is_as_it_was(runs / name, files)
     (tensors, header), (wanted, _) = (
         read_tensors(runs / run / "generator.safetensors") for run in (name, "lora")
     )

@@ -12,6 +12,7 @@ import layouts
 import pytest
 import torch
 from layouts import (
+    DMD,
     STABLE,
     Layout,
     assert_close,
@@ -78,16 +79,16 @@ def test_a_run_moves_to_another_number_of_processes(before, after, files, tmp_pa
     assert_close(tmp_path, tmp_path / "whole", 5, 1e-9)
 
 
-@pytest.mark.parametrize("kind", ["muon", "lora", "mmdit"])
+@pytest.mark.parametrize("kind", ["muon", "lora", "mmdit", "dmd_lora"])
 def test_every_kind_of_run_goes_on_bit_for_bit(kind, files, tmp_path):
     options = {
         "muon": {},
         "lora": {"start": files.base, "lora": Lora(4, 8.0)},
         "mmdit": {"start": mmdit(files.start), "base": mmdit(files.base), "load": load_backbone},
+        "dmd_lora": {"lora": Lora(4, 8.0)},
     }[kind]
-    train, settings = (
-        (train_distill, {"optimizer": "muon", "lr": 1e-2}) if kind == "muon" else (train_adversarial, {})
-    )
+    stage1 = {"muon": {"optimizer": "muon", "lr": 1e-2}, "dmd_lora": DMD}
+    train, settings = (train_distill if kind in stage1 else train_adversarial), stage1.get(kind, {})
     for out, all_updates in ((tmp_path / "whole", [5]), (tmp_path / "halted", [3, 5])):
         out.mkdir()
         for updates in all_updates:

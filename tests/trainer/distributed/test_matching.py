@@ -1,0 +1,134 @@
+"""Stage 1 by distribution matching as a run: two time scales, what each setting changes, what it leaves."""
+
+import json
+import os
+import signal
+from functools import partial
+
+import pytest
+import torch
+from layouts import DMD, Layout, assert_close, state_of, train_distill
+
+import trainer.stages.dmd
+from apt_core.files.tensorfile import read_tensors
+from apt_core.loading.checkpoint import load_transformer
+from trainer.checkpoints.starting_models import describe_state
+from trainer.checkpoints.trained_models import open_generator
+from trainer.machines.parallel import Parallel
+from trainer.run.state import Keep, Preempted
+from trainer.stages.networks import Lora
+
+ORIGINAL = trainer.stages.dmd.fake_backward
+
+
+def train(files, out, options=None, **settings):
+    """History and last state of two updates."""
+    out.mkdir(parents=True)
+    train_distill(files, Layout(settings={**DMD, "updates": 2, "video_share": 1.0, **settings}), out, options)
+    return torch.load(out / "rows.pt"), state_of(out, 2)
+
+
+@pytest.fixture(scope="module")
+def plain(files, tmp_path_factory):
+    return train(files, tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"t_min": 0.9},
+        {"t_max": 0.1},
+        {"t_shift": 12.0},
+        {"guidance": 1.0},
+        {"weighting": "kl"},
+        {"regression": 0.25, "regression_steps": 2},
+        {"fake_updates": 1},
+        {"lr_fake": 1e-3},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_each_setting_moves_the_generator_elsewhere(settings, plain, files, tmp_path):
+    """Nothing else differs, down to the last bit: so the setting does."""
+    rows, state = train(files, tmp_path / "run", **settings)
+    name = "student/weights/blocks.0.attn1.to_q.weight"
+    assert not torch.equal(state[name], plain[1][name])
+    assert ("dmd_regression_loss_video" in rows[0]) == ("regression" in settings)
+
+
+def test_the_fake_score_has_its_own_pace_and_rate(plain, files, tmp_path):
+    rows, state = train(files, tmp_path / "run", fake_updates=3, lr_fake=1e-4)
+    for found, count, rate in ((plain[1], 2, 1e-5), (state, 3, 1e-4)):
+        steps = {float(value) for key, value in found.items() if key.startswith("fake/step/")}
+        assert steps == {2 * count}  # in two updates
+        moved = max(
+            float(value.abs().max())
+            for key, value in found.items()
+            if key.startswith("fake/weights") and key.endswith("lora_B.weight")
+        )
+        # B starts from zero, and no step of Adam is much longer than its rate.
+        assert 0.9 * rate < moved < 1.5 * 2 * count * rate
+        assert {float(v) for key, v in found.items() if key.startswith("student/step/")} == {2.0}
+    figures = {"fake_loss_video", "dmd_gap_video", "dmd_real_distance_video", "dmd_grad_norm_video"}
+    assert all(figures | {"fake_gradient", "student_gradient"} <= row.keys() for row in rows)
+    assert all(value > 0 for row in rows for value in row.values())
+
+
+def test_the_two_scores_are_one_until_the_fake_one_has_learned(files, tmp_path):
+    """With a fake score that may hardly move, and no guidance, there is nothing to match."""
+    rows, _ = train(files, tmp_path / "run", guidance=1.0, lr_fake=1e-12)
+    moving, _ = train(files, tmp_path / "moving", guidance=1.0, lr_fake=1e-2)
+    assert rows[0]["dmd_gap_video"] < 1e-5 < 1e-2 < moving[0]["dmd_gap_video"]
+
+
+@pytest.mark.parametrize("lora", [None, Lora(3, 6.0)])
+def test_what_it_leaves_is_a_generator_whole_or_as_a_lora(lora, files, tmp_path):
+    rows, state = train(files, tmp_path / "run", {"lora": lora} if lora else None)
+    tensors, header = read_tensors(tmp_path / "run" / "generator.safetensors")
+    about = json.loads(header.metadata["apt"])
+    assert about["phase"] == "distilled" and about["kind"] == ("lora" if lora else "generator")
+    assert all(("lora_" in name) == bool(lora) for name in tensors)
+    assert not any("adapters" in name or "fake" in name for name in tensors)
+    states = tmp_path / "run" / "states"
+    describe_state(states, files.base, {"kind": "generator"}, lora and (lora.rank, lora.alpha))
+    opened = open_generator(states / "step-000002", ema=0.0).model.state_dict()
+    assert opened and all(
+        torch.equal(value, state[f"student/weights/{key}"]) for key, value in opened.items()
+    )
+    if not lora:
+        base = load_transformer(files.base).state_dict()
+        assert opened.keys() == base.keys()
+        assert any(not torch.equal(value, base[key]) for key, value in opened.items())
+
+
+def stop_at(call: int, calls: list, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == call:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return ORIGINAL(*args, **kwargs)
+
+
+STOPPED = Layout(1, Parallel(microbatch=2), DMD | {"updates": 3, "video_share": 1.0})
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    train_distill(files, STOPPED, out, {"keep": Keep(out / "states", every=3)})
+    return out
+
+
+@pytest.mark.parametrize("call, saved", [(5, "step-000001"), (7, "step-000001-half")])
+def test_a_run_that_is_stopped_among_fake_updates_goes_on_bit_for_bit(
+    call, saved, whole, files, tmp_path, monkeypatch
+):
+    """Two microbatches a step and two fake steps an update: call 5 is in the first of the second update, call
+    7 in the second.
+    """
+    options = {"keep": Keep(tmp_path / "states", every=3)}
+    monkeypatch.setattr(trainer.stages.dmd, "fake_backward", partial(stop_at, call, []))
+    with pytest.raises(Preempted, match="stopped by a signal in update 2; all is saved"):
+        train_distill(files, STOPPED, tmp_path, dict(options))
+    assert [path.name for path in (tmp_path / "states").iterdir()] == [saved]
+    monkeypatch.undo()
+    train_distill(files, STOPPED, tmp_path, dict(options))
+    assert_close(tmp_path, whole, 3, 0)
