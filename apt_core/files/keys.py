@@ -11,7 +11,7 @@ from functools import cache
 
 from ..errors import AptError
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.")
 """What other programs put before an official transformer key; stripped on reading, never written."""
 
 # official: diffusers

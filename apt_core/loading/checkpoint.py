@@ -26,6 +26,7 @@ from ..files.contract import claims_lora, metadata_json, metadata_strings, read_
 from ..files.folders import pickle_hint, refuse_shard, transformer_folder, weight_files
 from ..files.jsonfile import read_object
 from ..files.lora_keys import is_lora
+from ..files.origins import convolution_shapes, sparse_attention
 from ..files.quantised import plain_header, restore
 from ..files.tensorfile import (
     check_count,
@@ -234,7 +235,8 @@ def load_transformer(
         # A copy: what safetensors hands out is a window on the file, which someone may write over while we
         # train.
         wanted = {key: weight_dtype(model, key, dtype)}
-        state |= cast_tensors(path, {key: restore(tensors, name)}, wanted, device, copy=True)
+        value = restore(tensors, name).reshape(expected[name])  # a patch embedding may be linear
+        state |= cast_tensors(path, {key: value}, wanted, device, copy=True)
         del tensors[name]
     model.load_state_dict(state, assign=True)
     # Its tables are the one thing that no file holds.
@@ -298,7 +300,12 @@ def _parts(path: Path) -> _Parts:
         strings = header.metadata if strings is None else strings
         header = plain_header(file, header)
         check_floats(file, header)
-        shapes |= header.shapes
+        if found := sparse_attention(header.shapes):
+            raise AptError(
+                f"{file} was trained with {found[1]}, whose weights ({found[0]}) Wan's full attention has no place for: "
+                "give a model or a LoRA that was trained with full attention."
+            )
+        shapes |= convolution_shapes(header.shapes)
     return _Parts(files, shapes, config or transformer_config_from(shapes, strings or {}, path))
 
 

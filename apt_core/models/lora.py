@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from ..errors import AptError
 from ..files.checkpoint_header import read_header
 from ..files.contract import metadata_json, metadata_strings
-from ..files.lora_keys import is_lora
-from ..files.tensorfile import check_shapes, write_tensors
+from ..files.lora_keys import is_lora, weight_of
+from ..files.tensorfile import write_tensors
 from .backbone import as_backbone
-from .lora_files import own_names, read_lora
+from .lora_files import Delta, LoraFile, read_lora_for
 
 BASE = "base"
 LORA_PREFIX = "diffusion_model."
@@ -323,28 +323,59 @@ def save_lora(
 def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
     """Reads a LoRA file, of any form of `lora_files`, into the role: exactly, up to the scale's rounding.
 
-    Raises AptError for a damaged file, one that is not a LoRA, and other layers or ranks than the role has;
-    it then changes nothing.
+    Of a lower rank than the role's, it takes the first directions of each adapter, and the others keep what
+    they add at zero (B is zero, A stays as it is, so that they learn); so do layers that it leaves alone.
+    Raises AptError for a damaged file, one that is not a LoRA, and one that the role cannot hold, see
+    `check_lora`; it then changes nothing.
+    """
+    lora = check_lora(path, model, name)
+    deltas, official_name = lora.load(), as_backbone(model).official_name
+    for layer, adapter in role(model, name).adapters().items():
+        delta = deltas.get(f"{official_name(layer)}.weight", Delta())
+        adapter.lora_B.weight.zero_()
+        if delta.up is not None and delta.down is not None:
+            rank = len(delta.down)
+            adapter.lora_A.weight[:rank] = delta.down.to(adapter.lora_A.weight.dtype)
+            adapter.lora_B.weight[:, :rank] = (
+                delta.up.to(adapter.lora_B.weight.dtype) * delta.scale / adapter.scale
+            )
+
+
+def check_lora(path: str | Path, model: nn.Module, name: str, base: object = "the base") -> LoraFile:
+    """The LoRA file, if the role's adapters can hold it exactly; from headers, "meta" will do. base: what to
+    call the model.
+
+    Raises AptError, with what would do, for a whole model, for the LoRA of another model, for a higher rank
+    than the role's, and for changes of other weights than the role adapts (norms, biases, whole differences).
     """
     header = read_header(path)
     kind = metadata_json(path, header.metadata, "apt").get("kind", "lora")
     if kind != "lora" or not is_lora(header.shapes):
         raise AptError(f"{path} is a whole transformer, not a LoRA: load it as the base.")
-    found_by_layer = role(model, name).adapters()
+    lora = read_lora_for(path, model, base)
     official_name = as_backbone(model).official_name
-    adapters = {official_name(layer): adapter for layer, adapter in found_by_layer.items()}
-    lora = read_lora(path, own_names(model))
-    parts = {f"{layer}.{part}": key for layer, keys in lora.parts.items() for part, key in keys.items()}
-    found = {part: header.shapes[key] for part, key in parts.items() if not part.endswith(".alpha")}
-    expected = {f"{layer}.down": adapter.lora_A.weight.shape for layer, adapter in adapters.items()}
-    expected |= {f"{layer}.up": adapter.lora_B.weight.shape for layer, adapter in adapters.items()}
-    check_shapes(path, found, expected, "LoRA of this rank and these layers")
-    deltas = lora.load()
-    for layer, adapter in adapters.items():
-        delta = deltas[f"{layer}.weight"]
-        up, down = cast("tuple[Tensor, Tensor]", (delta.up, delta.down))  # check_shapes has seen both
-        adapter.lora_A.weight.copy_(down)
-        adapter.lora_B.weight.copy_(up.to(adapter.lora_B.weight.dtype) * delta.scale / adapter.scale)
+    ranks = {
+        official_name(layer): len(adapter.lora_A.weight)
+        for layer, adapter in role(model, name).adapters().items()
+    }
+    beyond = [
+        change
+        for change, _ in lora.changes
+        if change.removesuffix(".weight") not in ranks or change.removesuffix(".weight") not in lora.ranks
+    ] + [weight_of(layer, lora.own) for layer, parts in lora.parts.items() if "diff" in parts]
+    if beyond := list(dict.fromkeys(beyond)):
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        raise AptError(
+            f"{path} changes {beyond[0]}{more}, which adapters of {len(ranks)} linear layers cannot hold: "
+            "give a LoRA of such layers alone, or merge it into its base (`export --form file`) and take the sum as the base."
+        )
+    if high := {layer: rank for layer, rank in lora.ranks.items() if rank > ranks[layer]}:
+        layer, rank = max(high.items(), key=lambda pair: pair[1])
+        raise AptError(
+            f"{path} has rank {rank} at {layer}, and the adapters have {ranks[layer]}: take rank {rank} "
+            f"(lora_rank={rank}) or more, or a LoRA of lower rank."
+        )
+    return lora
 
 
 def _whole(value: Tensor) -> Tensor:

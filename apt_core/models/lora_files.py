@@ -193,16 +193,20 @@ def read_lora(path: str | Path, own: Sequence[str] = ()) -> LoraFile:
 
 
 def official_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a backbone's weights by their official names; "meta" will do."""
+    """Shapes of a backbone's weights by their official names, without adapters; "meta" will do."""
     official_name = as_backbone(model).official_name
-    return {official_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    return {
+        official_name(name): tuple(p.shape)
+        for name, p in model.named_parameters()
+        if ".adapters." not in name
+    }
 
 
 def own_names(model: nn.Module) -> tuple[str, ...]:
     """What `read_lora` takes as `own` for a backbone: nothing for a Wan."""
     if as_backbone(model).official_name is transformer_to_official:
         return ()
-    return tuple(name for name, _ in model.named_parameters())
+    return tuple(name for name, _ in model.named_parameters() if ".adapters." not in name)
 
 
 def read_lora_for(path: str | Path, model: nn.Module, base: object) -> LoraFile:

@@ -360,9 +360,11 @@ def test_file_round_trip(double, shared, batch, tmp_path):
     load_lora(path, fresh, "generator")
     close(one_step(role(fresh, "generator"), x, text), one_step(role(model, "generator"), x, text))
     assert torch.equal(one_step(role(fresh, "discriminator"), x, text), one_step(role(fresh, None), x, text))
-    with pytest.raises(AptError, match="shape"):
+    with pytest.raises(
+        AptError, match=r"has rank 3 at .*, and the adapters have 2: take rank 3 \(lora_rank=3\)"
+    ):
         load_lora(path, shared(rank=2), "generator")
-    with pytest.raises(AptError, match="not known"):
+    with pytest.raises(AptError, match=r"which adapters of \d+ linear layers cannot hold"):
         load_lora(path, shared(targets=["to_q"]), "generator")
     save_generator(path, merged_state(model, "generator"), model.config, {})
     assert torch.equal(
@@ -371,6 +373,23 @@ def test_file_round_trip(double, shared, batch, tmp_path):
     )
     with pytest.raises(AptError, match="not a LoRA"):
         load_lora(path, model, "generator")
+
+
+def test_a_lora_of_lower_rank_is_where_a_role_begins(double, shared, batch, tmp_path):
+    """The sum is the same to the last digits, the further directions add nothing and can learn."""
+    x, _, text, *_ = doubles(batch())
+    model, path = shared(rank=2, targets=["to_q", "ffn.net.2"]).double(), tmp_path / "lora.safetensors"
+    save_lora(path, model, "generator", {}, dtype=torch.float64)
+    larger = shared(rank=5, alpha=1.5).double()  # full of numbers
+    load_lora(path, larger, "generator")
+    close(one_step(role(larger, "generator"), x, text), one_step(role(model, "generator"), x, text))
+    one_step(role(larger, "generator"), x, text).square().sum().backward()
+    adapters = role(larger, "generator").adapters()
+    for layer, adapter in adapters.items():
+        began = layer.endswith(("to_q", "ffn.net.2"))
+        assert adapter.lora_B.weight[:, :2].any() == began and not adapter.lora_B.weight[:, 2:].any()
+        assert adapter.lora_A.weight[2:].any() and adapter.lora_B.weight.grad[:, 2:].any()
+    assert len(adapters) > 2 * 2
 
 
 def test_bad_requests(wan, shared):

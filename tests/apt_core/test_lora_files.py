@@ -328,10 +328,17 @@ def test_the_trainers_adapters_are_filled_from_any_form(wan, tmp_path):
         model.float()
     before = {name: value.clone() for name, value in role(model, "generator").state_dict().items()}
     for extra, says in [
-        ({"blocks.0.ffn.0.diff_b": torch.ones(32)}, "blocks.0.ffn.0.diff_b not known"),
-        ({}, "missing"),
+        ({"blocks.0.ffn.0.diff_b": torch.ones(32)}, r"changes blocks\.0\.ffn\.0\.bias, which adapters of"),
+        (
+            {"blocks.0.ffn.0.diff": torch.ones(32, 24)},
+            r"changes blocks\.0\.ffn\.0\.weight, which adapters of",
+        ),
+        (
+            {"blocks.0.norm3.diff_b": torch.ones(24), "blocks.1.norm3.diff_b": torch.ones(24)},
+            "norm3.bias and 1 more",
+        ),
     ]:
-        save_file((KOHYA(change) if extra else PAIR) | extra, tmp_path / "lora.safetensors")
+        save_file(KOHYA(change) | extra, tmp_path / "lora.safetensors")
         with pytest.raises(AptError, match=says):
             load_lora(tmp_path / "lora.safetensors", model, "generator")
     assert all(

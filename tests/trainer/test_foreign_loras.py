@@ -4,15 +4,15 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from apt_core.errors import AptError
 from apt_core.files.keys import transformer_to_official
 from apt_core.loading.backbones import load_backbone
-from apt_core.loading.checkpoint import load_transformer
+from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.loading.sources import SHIPPED
-from apt_core.models.lora import add_adapters, role, save_lora
+from apt_core.models.lora import add_adapters, merged_state, role, save_lora
 from trainer.__main__ import app
 from trainer.checkpoints.export import export
 from trainer.checkpoints.generate import find_source
@@ -161,3 +161,83 @@ def test_training_compares_the_lora_that_it_starts_from_with_the_headers(tmp_pat
         AptError, match=r"start\.safetensors changes blocks\.0\.ffn\.0\.weight by \(9, 5120\), but in "
     ):
         adversarial_networks(path, SHIPPED["base"], load, World(), Parallel(), Lora(2, None))
+
+
+def test_a_whole_generator_begins_with_the_merged_lora(base, kohya):
+    """In full mode any LoRA is a start, biases and all; the discriminator is the base."""
+    path, state = kohya
+    networks = adversarial_networks(path, SHIPPED["base"], load_backbone, World(), Parallel())
+    found = networks.generator.state_dict()
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=name)
+    backbone = networks.discriminator.backbone.state_dict()
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in backbone.items())
+    start = adversarial_networks(
+        path, SHIPPED["base"], load_backbone, World(), Parallel(), discriminator_start="start"
+    )
+    key = "blocks.0.attn1.to_q.weight"
+    assert torch.equal(start.discriminator.backbone.state_dict()[key], found[key])
+
+
+def test_adapters_begin_with_a_lora_of_lower_rank(base, kohya, tmp_path):
+    path, state = kohya
+    plain = {key: value for key, value in load_file(path).items() if "head" not in key}
+    save_file(plain, tmp_path / "plain.safetensors")
+    networks = adversarial_networks(
+        tmp_path / "plain.safetensors", SHIPPED["base"], load_backbone, World(), Parallel(), Lora(8, 3.0)
+    )
+    found = merged_state(networks.base, "generator")
+    for name, value in state.items():
+        expected = base.state_dict()[name] if name == "proj_out.bias" else value
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-6, msg=name)
+    untouched = merged_state(networks.base, "discriminator")
+    assert all(torch.equal(value, untouched[name]) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "start, lora, says",
+    [
+        (
+            "style",
+            Lora(8, None),
+            r"style\.safetensors changes head\.head\.bias, which adapters of \d+ linear "
+            r"layers cannot hold: give a LoRA of such layers alone, or merge it into its base",
+        ),
+        (
+            "plain",
+            Lora(3, None),
+            r"plain\.safetensors has rank 4 at blocks\.0\.cross_attn\.q, and the adapters "
+            r"have 3: take rank 4 \(lora_rank=4\) or more, or a LoRA of lower rank\.$",
+        ),
+        (
+            "whole",
+            Lora(8, None),
+            r"whole\.safetensors is a whole model, and adapters over .* cannot hold what it "
+            r"has become: train with mode=full, or give base=.*whole\.safetensors too",
+        ),
+        (
+            "other",
+            Lora(8, None),
+            r"other\.safetensors changes blocks\.0\.self_attn\.q\.weight by \(5120, 5120\), "
+            r"but in .* it is \(128, 128\): give as the base the model .*of width 5120 \(that of the 14B models\)",
+        ),
+        ("other", None, r"other\.safetensors changes blocks\.0\.self_attn\.q\.weight by \(5120, 5120\)"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused_from_the_headers(base, kohya, tmp_path, start, lora, says):
+    path, _ = kohya
+    save_file({k: v for k, v in load_file(path).items() if "head" not in k}, tmp_path / "plain.safetensors")
+    layer = "lora_unet_blocks_0_self_attn_q"
+    wide = {f"{layer}.lora_down.weight": torch.ones(2, 5120), f"{layer}.lora_up.weight": torch.ones(5120, 2)}
+    save_file(wide, tmp_path / "other.safetensors")
+    save_generator(tmp_path / "whole.safetensors", base, base.config, {})
+
+    def load(place, dtype=torch.float32, device="cpu"):
+        assert torch.device(device).type == "meta", "a weight was read"
+        return load_backbone(place, dtype, device)
+
+    with pytest.raises(AptError, match=says):
+        adversarial_networks(
+            tmp_path / f"{start}.safetensors", SHIPPED["base"], load, World(), Parallel(), lora
+        )

@@ -16,6 +16,7 @@ from apt_core.files.folders import half_note, refuse_shard, transformer_folder
 from apt_core.files.jsonfile import read_object
 from apt_core.files.keys import detect_layout, detect_vae_layout
 from apt_core.files.lora_keys import is_lora
+from apt_core.files.origins import origin
 from apt_core.files.quantised import BESIDE, form_of, plain_header
 from apt_core.files.tensorfile import Header, check_finite, read_header, read_tensors
 from apt_core.files.text_keys import is_t5, is_text_encoder
@@ -38,6 +39,9 @@ from trainer.data.shards import INDEX, ShardDataset
 from trainer.run.folders import is_state, resolve
 from trainer.run.state import score_of
 
+ADAPTED = re.compile(r"blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
+"""What adapters lie on in a Wan: the linear layers of its blocks."""
+
 
 def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str, str]:
     """Facts about `path` by name, in the order to print them; "loads" is "yes" and for what, with which parts,
@@ -58,8 +62,10 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
         return _folder(path, deep)
     header = read_header(path)
     apt = metadata_json(path, header.metadata, "apt")
+    made_by = origin(header.shapes)
     facts = {
         "what": _what(path, header),
+        **({"of": f"{made_by}, by its names"} if made_by else {}),
         "parameters": f"{sum(math.prod(shape) for shape in header.shapes.values()):,} in {len(header.shapes)} tensors",
         "dtypes": ", ".join(sorted(set(header.dtypes.values()))),
         "size": f"{path.stat().st_size / 2**30:.3f} GiB",
@@ -154,7 +160,19 @@ def _lora_facts(lora: LoraFile) -> dict[str, str]:
         "rank": ", ".join(map(str, sorted(set(lora.ranks.values())))) or "none: whole differences",
         "alpha": lora.alpha,
         "changes": f"{inside} weights in {len(blocks)} blocks, {outside} outside: {', '.join(layers)}",
+        **({} if lora.own else {"as a start": _as_start(lora)}),
     }
+
+
+def _as_start(lora: LoraFile) -> str:
+    """What `--start-from` of stage 2 makes of it; see apt_core.models.lora.check_lora."""
+    beyond = [name for name, _ in lora.changes if not ADAPTED.fullmatch(name)]
+    beyond += [f"{layer} (a whole difference)" for layer, parts in lora.parts.items() if "diff" in parts]
+    times = "stage 2 calls it once, at timestep 1000, whatever times it was trained for"
+    if not beyond:
+        return f"with mode=lora and lora_rank={max(lora.ranks.values())} or more, or mode=full; {times}"
+    more = f" and {len(set(beyond)) - 1} more" if len(set(beyond)) > 1 else ""
+    return f"with mode=full: adapters cannot hold {beyond[0]}{more}; {times}"
 
 
 def _note(path: Path) -> dict[str, str]:

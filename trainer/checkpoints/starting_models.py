@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from apt_core.errors import AptError
+from apt_core.files.checkpoint_header import read_folder_metadata, read_metadata
 from apt_core.files.contract import metadata_json
 from apt_core.files.jsonfile import read_object
 from apt_core.files.quantised import form_of
@@ -92,6 +93,28 @@ def check_base(path: Path, model: Model, name: str) -> None:
         raise AptError(
             f"base {path} is not the model of preset {name} ({', '.join(wrong)}): give that model, or the preset of this one."
         )
+
+
+def times_note(start: Path) -> str | None:
+    """What is to be known of the times of few-step weights that a phase starts from, in one sentence; None
+    for this trainer's own files, which are for timestep 1000.
+
+    Raises AptError for a file that says that it is for another timestep.
+    """
+    if not start.exists():
+        raise AptError(f"--start-from {start} does not exist: give a model or a LoRA over the base.")
+    apt = read_folder_metadata(start) if start.is_dir() else read_metadata(start)
+    if "timestep" not in apt:
+        return (
+            f"{start} does not say which times it was trained for: stage 2 calls it once, at timestep 1000, where a list like 1000, 750, "
+            "500, 250 begins under any shift; if its own begins lower, it has not learned that call: distil from it first (`distill`)."
+        )
+    if apt["timestep"] != 1000:
+        raise AptError(
+            f"{start} is for timestep {apt['timestep']}, and one step from noise is a call at 1000: give weights that were trained there, "
+            "or distil them first (`distill`, with them as the base)."
+        )
+    return None
 
 
 def write_random_base(path: Path, preset: Preset) -> None:

@@ -27,6 +27,7 @@ from trainer.checkpoints.starting_models import (
     describe_state,
     open_text_encoder,
     open_vae,
+    times_note,
     write_random_base,
 )
 from trainer.config import Preset
@@ -163,6 +164,8 @@ def run_adversarial(
             say(
                 f"{DISTILLED} is not there: the generator starts from the base itself, which is worse; run distill first."
             )
+        if start and world.main and (note := times_note(begin)):
+            say(note)
         options |= {
             "watch_every": preset.train.watch_every,
             "head_width": preset.train.head_width,

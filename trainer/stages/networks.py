@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from apt_core.errors import AptError
 from apt_core.files.contract import metadata_strings
-from apt_core.files.tensorfile import write_tensors
+from apt_core.files.lora_keys import is_lora
+from apt_core.files.tensorfile import read_header, write_tensors
 from apt_core.loading.backbones import kind_of
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.ema import Ema
-from apt_core.models.lora import Role, add_adapters, load_lora, lora_state, role
-from apt_core.models.lora_files import read_lora_for
+from apt_core.models.lora import Role, add_adapters, check_lora, load_lora, lora_state, role
+from apt_core.models.lora_files import merge, read_lora_for
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel, place, reshard, shard_heads, whole_state
@@ -104,7 +106,9 @@ def adversarial_networks(
     random state.
 
     head_width: of the heads' attention, in whole attention heads of the base; the base's own width unless
-    given. With `lora`, `start` is a LoRA file over `base`, or `base` itself. taps, discriminator_start,
+    given. `start` is a whole model, or a LoRA file over `base`, which is merged into it; with `lora`, it is
+    `base` itself or a LoRA over it that the adapters can hold (apt_core.models.lora.check_lora), which they
+    then go on from. taps, discriminator_start,
     train_backbone: see trainer.config.Adversarial; with a LoRA the discriminator's backbone is its adapters,
     which then start from those in `start`, or stay as they are. Raises AptError for files that do not fit,
     and for taps that the base is too shallow for.
@@ -112,13 +116,15 @@ def adversarial_networks(
     first = start if discriminator_start == "start" else base
 
     def load_discriminator(device: torch.device) -> Discriminator:
-        backbone = load(first, device=device)
+        backbone = _load_start(first, base, load, device)
         if not train_backbone:
             backbone.requires_grad_(False)
         return make_discriminator(backbone, taps, head_width).to(device)
 
     if lora is None:
-        generator = place(lambda device: load(start, device=device), world, parallel, parallel.generator_zero)
+        generator = place(
+            lambda device: _load_start(start, base, load, device), world, parallel, parallel.generator_zero
+        )
         discriminator = place(load_discriminator, world, parallel, parallel.discriminator_zero)
         return Networks(generator, discriminator)
     starts = {"generator": start, "discriminator": first}
@@ -170,6 +176,31 @@ def matching_networks(
     return Networks(generator, role(shared, None), base=shared, fake=role(shared, "fake"))
 
 
+def _is_lora_file(path: Path) -> bool:
+    return path.is_file() and is_lora(read_header(path).shapes)
+
+
+def _load_start(start: Path, base: Path, load: Load, device: torch.device) -> nn.Module:
+    """A whole model to train on from: the one at `start`, or what the LoRA there makes of the base, summed in
+    fp32. Raises AptError for one that was not trained on it.
+    """
+    if start == base or not _is_lora_file(start):
+        return load(start, device=device)
+    lora = read_lora_for(start, load(base, device=torch.device("meta")), base)
+    model = load(base, device=device)
+    return model if device.type == "meta" else merge(model, lora.load())
+
+
+def _check_start(start: Path, base: Path, empty: nn.Module, name: str) -> None:
+    """Raises AptError for what adapters cannot go on from."""
+    if not _is_lora_file(start):
+        raise AptError(
+            f"{start} is a whole model, and adapters over {base} cannot hold what it has become: train with mode=full, "
+            f"or give base={start} too, and the LoRA is one over that model."
+        )
+    check_lora(start, empty, name, base)
+
+
 def _shared_base(
     base: Path,
     starts: Mapping[str, Path],
@@ -185,8 +216,10 @@ def _shared_base(
     starts: of each role a LoRA file over the base, or the base itself; still: roles that are not trained.
     """
     dtype = torch.bfloat16 if parallel.compute == "bf16" else torch.float32
-    for start in set(starts.values()) - {base}:  # from headers, before a large base is read
-        read_lora_for(start, load(base, device=torch.device("meta")), base)
+    if others := set(starts.values()) - {base}:  # from headers, before a large base is read
+        empty = add_adapters(load(base, device=torch.device("meta")), tuple(starts), lora.rank, lora.alpha)
+        for start in others:
+            _check_start(start, base, empty, next(iter(starts)))
 
     def make(device: torch.device) -> nn.Module:
         model = load(base, device=device, dtype=dtype)
