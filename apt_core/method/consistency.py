@@ -1,4 +1,6 @@
-"""Stage 1: discrete-time consistency distillation of the guided base model into one step (3.2, eq. 3 and 4)."""
+"""Stage 1: discrete-time consistency distillation of the guided base model into one step (3.2, eq. 3 and
+4).
+"""
 
 from dataclasses import dataclass
 
@@ -14,17 +16,19 @@ from .generator import guided_velocity
 
 @dataclass(frozen=True)
 class ConsistencySettings:
-    """What the paper leaves open about stage 1, and its one published number.
+    """The settings of stage 1. The paper publishes one of them, the guidance, and leaves the others open.
 
-    steps: N, the number of intervals between 0 and 1 (open in the paper; its own base model samples in 25, a
-    follower used 32).
-    shift: eq. 7's s on the N + 1 times (open; 1 is uniform, videos want more weight near the noise).
-    guidance: the teacher's constant classifier-free guidance (3.2: 7.5; small models over-saturate sooner).
-    fraction_at_final: share of samples whose interval is the last one, [t_{N-1}, 1] (open; 1 / N would be
-    even). The generator is only ever asked at t = 1, but what it learns there is bootstrapped from all lower
-    times.
-    The loss is the plain mean squared error between clean predictions, all times weighted alike (weighting
-    open in the paper).
+    steps: N, the number of intervals between 0 and 1. Open in the paper; its base model
+    samples in 25 steps, and a later work distilled with 32.
+    shift: s of eq. 7, applied to the N + 1 times. Open; 1 spaces them evenly, videos need more of them near
+    the noise.
+    guidance: the teacher's constant classifier-free guidance. 3.2 uses 7.5; small models oversaturate at
+    lower values than that.
+    fraction_at_final: the share of samples that train on the last interval, [t_{N-1}, 1]. Open; 1 / N would
+    be an even share. The finished generator is only called at t = 1, but what it learns there builds on what
+    it has learned at all lower times.
+    The loss is the plain mean squared error between clean predictions, with equal weight at all times (the
+    paper leaves the weighting open).
     Raises AptError for values out of range.
     """
 
@@ -51,11 +55,11 @@ def discrete_times(steps: int, shift: float) -> Tensor:
 
 
 def choose_intervals(u: Tensor, steps: int, fraction_at_final: float) -> Tensor:
-    """Uniform numbers `u` [B] in [0, 1) to interval numbers n in 0 .. N-1 [B], int64; interval n lies between
-    t_n and t_{n+1}.
+    """Turn uniform numbers `u` [B] in [0, 1) into interval numbers n in 0 .. N-1, int64 [B]. Interval n lies
+    between t_n and t_{n+1}.
 
-    A share `fraction_at_final` takes the last interval, the rest is even over the others. One number per
-    sample decides, so that per-sample randomness (flow.sample_uniform) stays per sample.
+    The last interval gets the share `fraction_at_final`, the others divide the rest evenly. Each sample uses
+    one number, so its interval does not depend on the rest of the batch (see flow.sample_uniform).
     """
     final = steps - 1
     if final == 0 or fraction_at_final >= 1:
@@ -76,23 +80,24 @@ def consistency_backward(
     target=None,
     loss_scale: float = 1.0,
 ) -> dict[str, Tensor]:
-    """One distillation step up to the student's gradients.
+    """The gradients of one distillation step for the student.
 
-    For each sample and its interval (t_n, t_{n+1}): `x_{t_{n+1}}` from data and noise, one Euler step of the
-    guided teacher to `x_{t_n}`, then the student's clean prediction at the former is drawn to the target's
-    clean prediction at the latter. At t_n = 0 that prediction is `x_{t_n} - 0 v`, the teacher's own point,
-    whatever the target network says: the boundary condition.
+    For each sample and its interval (t_n, t_{n+1}): mix data and noise to get `x_{t_{n+1}}`, take one Euler
+    step of the guided teacher to `x_{t_n}`, and pull the student's clean prediction at the first point
+    towards the target's clean prediction at the second. Where t_n = 0 the target's prediction is
+    `x_{t_n} - 0 v`, which is the teacher's point itself. This is the boundary condition.
 
-    student, teacher, target: velocity networks called like WanBackbone; only the student gets gradients.
-    target: a copy holding the student's EMA, or None for the student itself with gradients stopped (which of
-    the two is open in the paper).
-    x: clean latents [B, C, F, H, W]; z: noise alike; text: [B, L, d]; negative: the one fixed negative
-    prompt's embedding, [1 or B, L, d], None only with guidance 1; u: uniform numbers [B] that choose the
-    intervals; loss_scale: this microbatch's share of the batch, on gradients only.
+    student, teacher, target: velocity networks that are called like WanBackbone; only the student gets
+    gradients. target: a copy of the student with its EMA weights, or None for the student itself without
+    gradients (the paper leaves this choice open).
+    x: clean latents [B, C, F, H, W]; z: noise of the same shape; text: [B, L, d]; negative: the embedding of
+    the one fixed negative prompt, [1 or B, L, d], which may be None only with guidance 1; u: uniform numbers
+    [B] that choose the intervals; loss_scale: this microbatch's share of the batch; it scales the gradients
+    only.
 
-    Returns detached scalars: cd_loss, cd_loss_final (over samples at t = 1, 0 if there are none),
+    Returns detached scalars: cd_loss, cd_loss_final (the loss of samples at t = 1, or 0 without any) and
     final_share.
-    Raises AptError when guidance needs a negative and gets none.
+    Raises AptError when guidance needs a negative prompt and none is given.
     """
     times = discrete_times(settings.steps, settings.shift).to(x.device)
     n = choose_intervals(u.to(x.device), settings.steps, settings.fraction_at_final)

@@ -1,5 +1,5 @@
-"""The discriminator (3.3, fig. 1): the base transformer, read at several depths by cross-attention heads, one
-logit.
+"""The discriminator (3.3, fig. 1): the base transformer, with cross-attention heads that read its tokens at
+several depths, and one logit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,21 +16,21 @@ from ..models.wan import PAPER_FRACTIONS, tap_blocks
 
 
 class CrossAttentionHead(nn.Module):
-    """One learnable token asks all visual tokens of one depth, and comes out as their summary (fig. 1).
+    """One learnable token that attends to all visual tokens of one depth and summarises them (fig. 1).
 
     token + attention(query = RMSNorm(token), keys and values = RMSNorm(tokens)), with RMSNorm on Q and K;
     then + MLP(RMSNorm(.)).
-    Left open by the paper, chosen here: the QK norm is per attention head (as in MMDiT), linear layers have
-    biases (as in Wan's own attention), the MLP is four times as wide as the attention, the token starts at
+    The paper leaves these open, and we chose: QK norm per attention head (as in MMDiT), linear layers with
+    biases (as in Wan's attention), an MLP four times as wide as the attention, and a token that starts at
     std 0.02.
 
-    dim: width of the backbone and of the token; num_heads: attention heads; inner_dim: width of the
-    attention, `dim` unless given (at 14B three heads of full width are 0.9 billion parameters; 1024 makes
-    them slim). Raises AptError when heads do not divide it.
+    dim: width of the backbone and of the token; num_heads: number of attention heads; inner_dim: width of the
+    attention, by default `dim` (at 14B three heads of full width have 0.9 billion parameters; 1024 keeps them
+    small). Raises AptError when num_heads does not divide the attention's width.
     """
 
     split: TokenSplit | None = None
-    """Where context_parallel.enable has put the tokens: in pieces on a group of processes."""
+    """How context_parallel.enable has split the tokens; None while every process has all of them."""
 
     def __init__(
         self, dim: int, num_heads: int, inner_dim: int | None = None, mlp_ratio: int = 4, eps: float = 1e-6
@@ -57,8 +57,8 @@ class CrossAttentionHead(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: visual tokens [B, S, dim] of one depth; with a split, this process's share of them. Returns
-        one token per sample, [B, dim].
+        """tokens: visual tokens [B, S, dim] of one depth, or this process's share of them under context
+        parallelism. Returns one token per sample, [B, dim].
         """
         token, q, k, v = self._ask(tokens)
         answer = F.scaled_dot_product_attention(q, k, v) if self.split is None else self.split.merge(q, k, v)
@@ -68,10 +68,10 @@ class CrossAttentionHead(nn.Module):
 
     @torch.no_grad()
     def weights(self, tokens: Tensor) -> Tensor:
-        """Where the token looks: softmax weights over the visual tokens [B, S, dim], [B, heads, S] in fp32,
+        """Where the token looks: softmax weights over the visual tokens [B, S, dim], as fp32 [B, heads, S],
         which sum to 1 over S.
 
-        Raises AptError where a split holds the tokens in pieces, over which no one process can sum.
+        Raises AptError under context parallelism, where no process holds all tokens.
         """
         if self.split is not None:
             raise AptError(
@@ -92,13 +92,13 @@ class CrossAttentionHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """`D_hat(x, t, c)` of eq. 6: raw latents, real or generated, never noised, to one logit.
+    """`D_hat(x, t, c)` of eq. 6: turns raw latents, real or generated and never noised, into one logit.
 
     backbone: a WanBackbone, an MMDiTBackbone or a role of one (lora.py), with the ORIGINAL base weights
-    (3.3). It is taken over: its output head and the blocks after the last tap are removed, so that every
-    parameter of the discriminator gets a gradient.
-    fractions: depths of the taps; num_heads, inner_dim: of the heads, the backbone's own unless given.
-    Raises AptError for backbones too shallow for the taps or made for image conditions.
+    (3.3). The discriminator takes it over: it removes the output head and the blocks after the last tap, so
+    that every parameter gets a gradient.
+    fractions: the depths of the taps; num_heads, inner_dim: of the heads, by default those of the backbone.
+    Raises AptError for a backbone that is too shallow for the taps or is made for image conditions.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class Discriminator(nn.Module):
         """x: clean latents [B, C, F, H, W], real or generated; t: [B] in [0, 1]; text: [B, L, text_dim].
         Returns logits [B], fp32.
 
-        The mean over t in eq. 6 is one t per sample, `shift(U(0, 1), s)`, drawn by the caller: real, fake and
-        perturbed samples must share it. t = 0 collapses (3.3).
+        Eq. 6 takes the mean over t. Here the caller draws one t per sample, `shift(U(0, 1), s)`, and uses the
+        same one for the real, fake and perturbed sample. With t = 0 training collapses (3.3).
         """
         features = self.backbone(x, 1000.0 * t.float(), text, taps=self.taps)
         summary = torch.cat([head(f) for head, f in zip(self.heads, features)], dim=1)
@@ -146,10 +146,10 @@ class Discriminator(nn.Module):
 
     @torch.no_grad()
     def weights(self, x: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
-        """Where each head looks, `CrossAttentionHead.weights` by depth: [B, heads, S] each, S in the order
-        (frame, row, column) of the patches.
+        """Where each head looks: the `CrossAttentionHead.weights` of each depth, [B, heads, S], with S in the
+        order (frame, row, column) of the patches.
 
-        x, t, text: as for the forward. Raises AptError as the heads do.
+        x, t, text: as in `forward`. Raises AptError as the heads do.
         """
         features = self.backbone(x, 1000.0 * t.float(), text, taps=self.taps)
         return [head.weights(f) for head, f in zip(cast(Iterable[CrossAttentionHead], self.heads), features)]

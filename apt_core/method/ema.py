@@ -1,5 +1,5 @@
-"""Exponential moving average of a model's weights, in fp32 (3.5: decay 0.995, the checkpoint that the paper
-takes).
+"""The exponential moving average of a model's weights, in fp32. The paper takes its checkpoint from it, with
+a decay of 0.995 (3.5).
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,17 +14,17 @@ _foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsag
 
 
 class Ema:
-    """An fp32 shadow of every floating entry of `model.state_dict()`, by name.
+    """An fp32 average of every floating-point entry of `model.state_dict()`, by name.
 
-    Call `update(model)` once per GENERATOR update, never in discriminator steps, or the decay is not the
-    decay that was asked for.
-    Several decays are several objects. Buffers that the model does not save (Wan's rotary tables) are
-    constants and have no shadow, so the shadow's names are exactly a checkpoint's. Works on sharded models
-    (DTensor): each rank averages its own shard.
+    Call `update(model)` once per GENERATOR update and never in discriminator steps; otherwise the average
+    decays faster than asked for.
+    For several decays use several objects. Buffers that the model does not save (Wan's rotary tables) are
+    constants and are not averaged, so the names are exactly those of a checkpoint. On a sharded model
+    (DTensor) each rank averages its own shard.
 
-    decay: in [0, 1); warmup: updates until a fresh average trusts itself: update n uses `min(decay, n / (n +
-    warmup))`, so 0 (the paper says nothing) is the plain decay. Raises AptError for a decay out of range and
-    for weights that are not fp32: a bf16 average at 0.995 does not move.
+    decay: in [0, 1). warmup: in updates; a young average forgets faster: update n uses the decay `min(decay,
+    n / (n + warmup))`. 0 is the plain decay (the paper mentions no warm-up). Raises AptError for a decay out
+    of range, and for weights that are not fp32: a bf16 average with decay 0.995 does not move.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: float = 0):
@@ -57,7 +57,7 @@ class Ema:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Writes the average into `model`'s weights, cast to their dtype. Raises AptError for keys or shapes
+        """Copy the average into `model`'s weights, cast to their dtype. Raises AptError for keys or shapes
         that differ.
         """
         live = _floating(model)
@@ -68,8 +68,8 @@ class Ema:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The model with the average as its weights, for as long as the block lasts; its own weights come
-        back, also after an error.
+        """Use the average as the model's weights inside a `with` block. The model's own weights come back at
+        the end, also after an error.
         """
         own = {name: value.clone() for name, value in _floating(model).items()}
         try:
@@ -82,15 +82,15 @@ class Ema:
                     live[name].copy_(value)
 
     def state_dict(self) -> dict:
-        """`{"updates": int, "shadow": {name: tensor}}`; the tensors are the live ones, not copies. Decay and
-        warm-up are settings, not state.
+        """`{"updates": int, "shadow": {name: tensor}}`. The tensors are the live ones, not copies. The decay
+        and the warm-up are settings and not part of the state.
         """
         return {"updates": self.updates, "shadow": dict(self.shadow)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping) -> None:
-        """Takes over what `state_dict` gave. Raises AptError naming missing or unknown keys and wrong shapes,
-        and then changes nothing.
+        """Load what `state_dict` returned. For missing or unknown keys and wrong shapes it raises AptError,
+        which names them, and changes nothing.
         """
         _check_names(state, {"updates": 0, "shadow": 0})
         _check_names(state["shadow"], self.shadow)
@@ -101,7 +101,7 @@ class Ema:
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:
-    """Name to tensor, sharing the model's memory."""
+    """Tensors by name; they share the model's memory."""
     return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
 
 

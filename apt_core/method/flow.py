@@ -14,8 +14,7 @@ Times = TypeVar("Times", Tensor, float)
 
 
 def per_sample(t: Tensor | float, like: Tensor) -> Tensor | float:
-    """`t` of shape [B] with trailing ones, so that it multiplies `like` of shape [B, ...]; floats pass
-    through.
+    """Reshape `t` [B] so that it multiplies `like` [B, ...]. A float is returned as it is.
 
     Raises AptError when `t` is neither a number nor one value per sample.
     """
@@ -40,8 +39,8 @@ def velocity(x: Tensor, z: Tensor) -> Tensor:
 
 
 def clean_from_velocity(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """`x = x_t - t v`: the clean sample that velocity `v` [B, ...] at `x_t` [B, ...] and time `t` ([B] or
-    number) implies.
+    """`x = x_t - t v`: the clean sample that follows from velocity `v` [B, ...] at `x_t` [B, ...] and time
+    `t` ([B] or a number).
 
     At t = 1 this is `z - v` (eq. 4 and 5), at t = 0 it is `x_t` itself.
     """
@@ -49,25 +48,26 @@ def clean_from_velocity(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
 
 
 def shift(t: Times, s: float) -> Times:
-    """`s t / (1 + (s - 1) t)` (eq. 7): moves times towards the noise for s > 1. Same shape as `t`, exact at 0
-    and 1.
+    """`s t / (1 + (s - 1) t)` (eq. 7): with s > 1 it moves times towards the noise. Same shape as `t`, exact
+    at 0 and 1.
 
-    The paper uses s = 1 for images and 12 for videos. Call it where `t` lives on the CPU: the range check
-    waits for the device.
-    Raises AptError when any `t` is outside [0, 1] (a timestep of 0 to 1000, say) or `s` is not above 0.
+    The paper uses s = 1 for images and 12 for videos. Keep `t` on the CPU: the range check of a tensor on a
+    GPU waits for that GPU.
+    Raises AptError when any `t` is outside [0, 1] (for example a timestep of 0 to 1000) or `s` is not above
+    0.
     """
     if not s > 0:
         raise AptError(f"shift must be above 0, got {s}.")
     inside = bool(((t >= 0) & (t <= 1)).all()) if isinstance(t, Tensor) else 0 <= t <= 1
     if not inside:
         raise AptError("shift works on times in [0, 1]; divide timesteps of 0 to 1000 by 1000 first.")
-    # The denominator 1 + (s - 1) t, written so that t = 1 gives exactly 1 for every s.
+    # 1 + (s - 1) t, written so that t = 1 gives exactly 1 for every s.
     return s * t / (s * t + (1 - t))
 
 
 def _generator(seed: int, stream: str, index: int) -> np.random.Generator:
-    # torch's CPU generator keeps 32 bits of a seed, so a few million samples would share noise; Philox takes
-    # 128.
+    # torch's CPU generator uses only 32 bits of a seed, so that a few million samples would share noise.
+    # Philox uses 128.
     digest = hashlib.blake2b(f"{int(seed)}/{stream}/{int(index)}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8").astype(np.uint64)))
 
@@ -75,9 +75,9 @@ def _generator(seed: int, stream: str, index: int) -> np.random.Generator:
 def sample_noise(indices: Iterable[int] | Tensor, shape: Sequence[int], seed: int, stream: str) -> Tensor:
     """Standard normal noise [len(indices), *shape], fp32 on the CPU.
 
-    Item i depends on nothing but (`seed`, `stream`, `indices[i]`, `shape`), so one process, many processes
-    and a resumed run draw the same numbers. `indices` are global sample numbers (samples seen so far);
-    `stream` names the use ("z", "r1").
+    Item i depends only on (`seed`, `stream`, `indices[i]`, `shape`), so one process, many processes and a
+    resumed run draw the same numbers. `indices` are global sample numbers (samples seen so far); `stream`
+    names the purpose ("z", "r1").
     """
     indices = _as_list(indices)
     out = torch.empty(len(indices), *shape)
@@ -89,8 +89,8 @@ def sample_noise(indices: Iterable[int] | Tensor, shape: Sequence[int], seed: in
 
 
 def sample_uniform(indices: Iterable[int] | Tensor, seed: int, stream: str) -> Tensor:
-    """Uniform numbers in [0, 1), [len(indices)], fp32 on the CPU, each a function of (`seed`, `stream`, its
-    index) alone.
+    """Uniform numbers in [0, 1), [len(indices)], fp32 on the CPU. Each depends only on (`seed`, `stream`, its
+    index).
     """
     return torch.tensor(
         [_generator(seed, stream, i).random(dtype=np.float32) for i in _as_list(indices)], dtype=torch.float32

@@ -12,11 +12,11 @@ from .flow import shift as shift_times
 
 
 def one_step(model, z: Tensor, text: Tensor) -> Tensor:
-    """`G(z, c) = z - v(z, c, T)` (eq. 5), fp32. `z`: noise [B, C, F, H, W]; `text`: [B, L, text_dim].
-    Differentiable.
+    """`G(z, c) = z - v(z, c, T)` in fp32: eq. 5, and eq. 3 and 4 with the distilled weights. `z`: noise
+    [B, C, F, H, W]; `text`: [B, L, text_dim]. Differentiable.
 
-    Equals, bit for bit, diffusers' WanPipeline with FlowMatchEulerDiscreteScheduler at one step and guidance
-    1.
+    Equal, bit for bit, to diffusers' WanPipeline with FlowMatchEulerDiscreteScheduler at one step and
+    guidance 1.
     """
     t = torch.ones(z.shape[0], device=z.device)
     return z.float() - predict_velocity(model, z, t, text)
@@ -26,12 +26,12 @@ def one_step(model, z: Tensor, text: Tensor) -> Tensor:
 def few_step(
     model, z: Tensor, text: Tensor, times: Sequence[float], noise_fn: Callable[[int], Tensor]
 ) -> Tensor:
-    """Several steps of a one-step generator (3.5, zero-shot): predict clean, add fresh noise up to the next
-    time, predict again.
+    """Sample in several steps with a one-step generator (3.5, zero-shot): predict the clean sample, add fresh
+    noise up to the next time, predict again.
 
     At each time t: `x = x_t - t v(x_t, c, t)`, then for the next time t' `x_t' = (1 - t') x + t' noise`. The
-    paper does not print its two times: they are `times`, the first 1.0, strictly decreasing, above 0.
-    `noise_fn(i)` gives fresh noise of z's shape before step i = 1, 2, ... (step 0 starts from `z`). Returns
+    paper does not state its two times. `times` starts at 1.0, strictly decreases and stays above 0.
+    `noise_fn(i)` returns fresh noise of z's shape before step i = 1, 2, ... (step 0 starts from `z`). Returns
     fp32 [B, C, F, H, W]; `times=(1.0,)` is `one_step`.
     Raises AptError for other times.
     """
@@ -50,11 +50,11 @@ def few_step(
 def guided_velocity(
     model, x_t: Tensor, t: Tensor, text: Tensor, negative: Tensor | None, scale: float
 ) -> Tensor:
-    """Classifier-free guidance: `v(negative) + scale (v(text) - v(negative))`, fp32, shape of `x_t`.
+    """Classifier-free guidance: `v(negative) + scale (v(text) - v(negative))`, fp32, with the shape of `x_t`.
 
-    negative: [B or 1, L, text_dim], one fixed prompt for the whole batch or one per sample. Two calls, so
-    that the memory of one suffices; `scale == 1` makes a single call and needs no negative. Raises AptError
-    when one is needed and missing.
+    negative: [B or 1, L, text_dim], one fixed prompt for the whole batch or one per sample. The network is
+    called twice in turn, so that the memory of one call is enough; with `scale == 1` it is called once and
+    needs no negative prompt. Raises AptError when a negative prompt is needed and missing.
     """
     v = predict_velocity(model, x_t, t, text)
     if scale == 1:
@@ -71,12 +71,12 @@ def guided_velocity(
 def euler_cfg(
     model, z: Tensor, text: Tensor, negative: Tensor | None, steps: int, scale: float, shift: float
 ) -> Tensor:
-    """The base model's sampler: Euler steps from t = 1 to exactly 0, with guidance. Returns fp32 [B, C, F, H,
-    W].
+    """The base model's sampler: Euler steps from t = 1 to exactly 0, with guidance. Returns fp32
+    [B, C, F, H, W].
 
-    The times are `shift(1 - i / steps, s)` (eq. 7), i = 0 .. steps; the network is called at all of them but
-    the last, twice each unless `scale == 1`. The paper's reference uses 25 steps and scale 7.5. Raises
-    AptError when `steps` < 1.
+    The times are `shift(1 - i / steps, s)` (eq. 7), i = 0 .. steps. The network is called at each of them
+    except the last: twice, or once when `scale == 1`. The paper's reference uses 25 steps and scale 7.5.
+    Raises AptError when `steps` < 1.
     """
     if steps < 1:
         raise AptError(f"the sampler needs at least 1 step, got {steps}.")

@@ -1,4 +1,4 @@
-"""A linear probe (5.5): what of a result can already be read off inner tokens by one linear layer."""
+"""A linear probe (5.5): how much of a result one linear layer can already read from inner tokens."""
 
 import math
 
@@ -9,10 +9,11 @@ from ..errors import AptError
 
 
 class Ridge:
-    """Ridge regression of k targets on d inputs with a bias, from sums over rows: exact, no learning rate,
-    rows may come in any portions.
+    """Exact ridge regression of k targets on d inputs, with a bias. It only keeps sums over rows, so there is
+    no learning rate and the rows may come in portions of any size.
 
-    The sums are fp64, centred near the mean of the first portion: tokens far from zero would cost digits.
+    The sums are fp64 and centred near the mean of the first portion, because tokens far from zero would lose
+    digits.
     """
 
     def __init__(self) -> None:
@@ -34,11 +35,10 @@ class Ridge:
         self._xy += x.T @ y
 
     def solve(self, penalty: float = 1e-6) -> tuple[Tensor, Tensor]:
-        """Weight [d, k] and bias [k], fp64, that minimise `sum |x W + b - y|^2 + p |W|^2`, p being `penalty`
-        times the inputs' mean sum of squares.
+        """The weight [d, k] and bias [k], fp64, that minimise `sum |x W + b - y|^2 + p |W|^2`, where p is
+        `penalty` times the inputs' mean sum of squares.
 
-        The bias is not penalised. Raises AptError when nothing was added, and for a penalty that is not above
-        0.
+        The bias is not penalised. Raises AptError when no rows were added or the penalty is not above 0.
         """
         if self._near is None or not self.rows or not penalty > 0:
             raise AptError(
@@ -56,8 +56,8 @@ class Ridge:
 def band_energies(x: Tensor, cut: float = 1 / 3) -> tuple[float, float]:
     """The sum of squares of x [..., H, W] in its low and in its high spatial frequencies.
 
-    By an orthonormal cosine transform (DCT-II) of rows and columns, so that the two add up to the whole. Low
-    is what lies below `cut` of the highest frequency that a row can hold, in any direction.
+    Uses an orthonormal cosine transform (DCT-II) of rows and columns, so the two add up to the sum of squares
+    of x. Low means below `cut` of the highest frequency that a row can hold, in any direction.
     """
     height, width = x.shape[-2:]
     rows, columns = _cosines(height).to(x.device), _cosines(width).to(x.device)
@@ -70,7 +70,7 @@ def band_energies(x: Tensor, cut: float = 1 / 3) -> tuple[float, float]:
 
 
 def _cosines(n: int) -> Tensor:
-    """The orthonormal DCT-II of n values as a matrix, [frequency, place]."""
+    """The orthonormal DCT-II of n values as a matrix, [frequency, position]."""
     k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)[None]
     table = (math.pi / n * (i + 0.5) * k).cos() * math.sqrt(2 / n)
     table[0] /= math.sqrt(2)

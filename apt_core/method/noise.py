@@ -1,10 +1,10 @@
-"""The noise of a sample, by either of two rules, and walks through it: the same calls for the pipeline and
-for the ComfyUI nodes.
+"""The noise of a sample, by one of two rules, and walks through noise. The pipeline and the ComfyUI nodes
+both call this module.
 
-`apt`: a stream of its own for each (seed, number), so that no two samples share noise whatever the batch and
-the number of processes. The default of pipeline and `generate`. `comfyui`: what stock ComfyUI makes of a
-seed, for sample `number` of seed + number; sample 1 of seed 0 is sample 0 of seed 1. The default of the node,
-which then equals stock KSampler.
+`apt`: each (seed, number) has its own random stream, so that no two samples share noise, whatever the batch
+and the number of processes. This is the default of the pipeline and of `generate`. `comfyui`: what stock
+ComfyUI draws for a seed; sample `number` uses seed + number, so sample 1 of seed 0 is sample 0 of seed 1.
+This is the default of the node, which then gives the same result as stock KSampler.
 """
 
 import math
@@ -23,10 +23,10 @@ NOISES = (APT, COMFYUI)
 def draw(rule: str, seed: int, number: int, shape: Sequence[int], step: int = 0) -> Tensor:
     """Standard normal noise of `shape`, fp32 on the CPU, for sample `number` of a request with this seed.
 
-    Step 0 is what the sample starts from, steps 1, 2, ... what re-noising adds. By `comfyui` step 0 equals
-    comfy.sample.prepare_noise for one item: torch's CPU generator with the seed, one randn of the whole
-    shape; each further step draws on from there.
-    Raises AptError for a rule that is not one of NOISES.
+    Step 0 is the noise that the sample starts from; steps 1, 2, ... are the noise that re-noising adds. With
+    `comfyui`, step 0 equals comfy.sample.prepare_noise for one item: torch's CPU generator with the seed and
+    one randn of the whole shape; the further steps continue the same generator.
+    Raises AptError for a rule that is not in NOISES.
     """
     check_noise(rule)
     if rule == APT:
@@ -38,11 +38,11 @@ def draw(rule: str, seed: int, number: int, shape: Sequence[int], step: int = 0)
 
 
 def walk(stations: Sequence[Tensor], item: int, items: int, closed: bool = False) -> Tensor:
-    """Place `item` of `items` on the way through the stations, noises of one shape, in equal steps (5.7). A
-    station itself comes out as it is.
+    """Item `item` of `items` on the path through the stations, which are noises of one shape. The steps are
+    equal (5.7), and a station itself is returned as it is.
 
-    An open walk begins at the first station and ends at the last; a closed one comes back to the first, which
-    then is not repeated.
+    An open walk goes from the first station to the last. A closed one returns to the first station, but does
+    not repeat it.
     """
     legs, steps = (len(stations), items) if closed else (len(stations) - 1, items - 1)
     station, rest = divmod(legs * item, max(steps, 1))
@@ -52,11 +52,11 @@ def walk(stations: Sequence[Tensor], item: int, items: int, closed: bool = False
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """The point `share` (0 to 1) of the way from a to b, of any one shape: equal shares are equal angles, and
-    the norm goes evenly from |a| to |b|.
+    """The point at `share` (0 to 1) of the path from a to b, tensors of the same shape. Equal shares are
+    equal angles, and the norm changes linearly from |a| to |b|.
 
-    A straight way would leave the sphere on which normal noise lies: halfway its variance is a half. Where a
-    and b point the same way, or opposite ways, there is no arc between them, and the way is straight.
+    A straight path would leave the sphere on which normal noise lies: halfway its variance is one half. Where
+    a and b point in the same or in opposite directions there is no unique arc, and the path is straight.
     """
     x, y = a.double(), b.double()
     norm_a, norm_b = x.norm(), y.norm()
@@ -70,6 +70,6 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 
 def check_noise(rule: str) -> None:
-    """Raises AptError for a rule that is not one of NOISES."""
+    """Raise AptError for a rule that is not in NOISES."""
     if rule not in NOISES:
         raise AptError(f"noise {rule!r} is not known: use {' or '.join(NOISES)}.")

@@ -1,5 +1,5 @@
-"""Losses of adversarial post-training (eq. 1, 2, 9, 10 and their successors) and the two training steps that
-use them.
+"""The losses of adversarial post-training (eq. 1, 2, 9, 10 and their successors), and the two training steps
+that use them.
 """
 
 import math
@@ -20,15 +20,15 @@ SIGMAS = {"image": 0.01, "video": 0.1}
 
 @dataclass(frozen=True)
 class Objective:
-    """What the two networks minimise. All means are over samples.
+    """The losses of both networks. All means are over samples.
 
-    relativistic: False is the paper's non-saturating loss, True compares each real with the fake of the same
-    text.
+    relativistic: False is the paper's non-saturating loss; True compares each real sample with the fake of
+    the same text.
     r1_weight, r1_sigma: lambda and sigma of the approximated R1 penalty on real samples (eq. 9); r2_*: the
-    same on fakes.
-    reg_fraction: the penalties see the first `ceil(reg_fraction * B)` samples and are averaged over those.
-    centering: weight of `(real + fake)^2`, which holds the level of the logits that a relativistic loss
-    leaves free.
+    same for fakes.
+    reg_fraction: the penalties use the first `ceil(reg_fraction * B)` samples and average over those.
+    centering: the weight of `(real + fake)^2`, which keeps the level of the logits near 0; a relativistic
+    loss alone leaves it free.
     r1_sigma_time, r2_sigma_time: another sigma for what differs between frames, see `perturbation`; None, as
     in the paper: one sigma for all.
     Raises AptError for negative weights, a penalty without a positive sigma, or a fraction outside (0, 1].
@@ -66,19 +66,20 @@ class Objective:
 
     @classmethod
     def stable(cls, phase: str) -> "Objective":
-        """What the authors moved on to: relativistic, aR1 and aR2 on a quarter of the batch, centring 0.01.
+        """What the authors use in later work: relativistic, aR1 and aR2 on a quarter of the batch, centring
+        0.01.
 
-        gamma = lambda sigma^2 is the strength that compares across sigmas; published values run from 0.01 to
-        10. Here it is 0.25 for both penalties and both phases, that of the one published run which also
-        regularises a quarter and centres by 0.01.
+        gamma = lambda sigma^2 is the strength to compare across sigmas; published values run from 0.01 to 10.
+        Here it is 0.25 for both penalties and both phases, as in the one published run that also regularises
+        a quarter of the batch and centres by 0.01.
         """
         sigma = _sigma(phase)
         weight = {"image": 2500.0, "video": 25.0}[phase]
         return cls(True, weight, sigma, weight, sigma, reg_fraction=0.25, centering=0.01)
 
     def gammas(self) -> dict[str, float]:
-        """lambda sigma^2 of the penalties in use, the strength that compares across sigmas: r1_gamma, and
-        r1_gamma_time where time has a sigma of its own; the same for r2.
+        """lambda sigma^2 of the penalties in use, which is the strength to compare across sigmas: r1_gamma,
+        and r1_gamma_time if time has its own sigma; the same for r2.
         """
         found = {}
         for name in ("r1", "r2"):
@@ -89,7 +90,7 @@ class Objective:
         return found
 
     def regularized(self, batch: int) -> int:
-        """How many of `batch` samples the penalties see."""
+        """How many of `batch` samples the penalties use."""
         return math.ceil(self.reg_fraction * batch - 1e-9)  # 0.55 * 20 is a little above 11 in floating point
 
 
@@ -102,8 +103,8 @@ def _sigma(phase: str) -> float:
 def discriminator_loss(
     real: Tensor, fake: Tensor, relativistic: bool = False, centering: float = 0.0
 ) -> Tensor:
-    """Logits [B] to a scalar: `softplus(-r) + softplus(f)` (eq. 1 as a loss) or `softplus(f - r)`, plus
-    `centering (r + f)^2`.
+    """Turn logits [B] into a scalar: `softplus(-r) + softplus(f)` (eq. 1 as a loss) or `softplus(f - r)`,
+    plus `centering (r + f)^2`.
     """
     adversarial = F.softplus(fake - real) if relativistic else F.softplus(-real) + F.softplus(fake)
     return (adversarial + centering * (real + fake).square()).mean()
@@ -115,23 +116,24 @@ def generator_loss(fake: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 def approximate_penalty(logit: Tensor, perturbed: Tensor) -> Tensor:
-    """`(D(x, c) - D(x + sigma noise, c))^2` (eq. 9) without lambda, mean over samples [B]; near `sigma^2
-    |grad D|^2` for small sigma.
+    """`(D(x, c) - D(x + sigma noise, c))^2` (eq. 9) without lambda, averaged over samples [B].
+
+    It stands for the R1 penalty `|grad_x D|^2` (eq. 8) and is close to `sigma^2` times that for small sigma.
     """
     return (logit - perturbed).square().mean()
 
 
 def perturbation(noise: Tensor, sigma: float, sigma_time: float | None = None) -> Tensor:
     """What an approximated penalty adds to its samples, from standard noise `[B, C, F, H, W]`: `sigma noise`
-    (eq. 9), or with `sigma_time` its two parts apart, each with its own sigma.
+    (eq. 9), or with `sigma_time` the two parts of the noise, each times its own sigma.
 
-    The part in space is the noise's mean over frames, the same in all of them: variance `sigma^2 / F` an
-    element. The part in time is the rest, what differs between frames: variance `sigma_time^2 (1 - 1 / F)`,
-    sum over frames 0. They are orthogonal, so for small sigmas the penalty is `sigma^2` times the squared
-    norm of D's gradient along clips in which all frames change alike, plus `sigma_time^2` times that along
-    changes between frames; equal sigmas are one sigma, and an image has no part in time. V-PAE gives its
-    finite-difference R1 0.01 in space and 0.1 in time; how it divides the noise we have not seen, and this is
-    our reading.
+    The part in space is the noise's mean over frames, which is the same in every frame; its elements have the
+    variance `sigma^2 / F`. The part in time is the rest, which differs between frames and sums to 0 over
+    them; its elements have the variance `sigma_time^2 (1 - 1 / F)`. The parts are orthogonal. So for small
+    sigmas the penalty is `sigma^2` times the squared norm of D's gradient along changes that all frames
+    share, plus `sigma_time^2` times that along changes between frames. Equal sigmas give the same as one
+    sigma, and an image has no part in time. V-PAE gives its finite-difference R1 0.01 in space and 0.1 in
+    time; we have not seen how it divides the noise, so this is our reading.
     """
     if sigma_time is None:
         return sigma * noise
@@ -140,11 +142,11 @@ def perturbation(noise: Tensor, sigma: float, sigma_time: float | None = None) -
 
 
 def verdict(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-    """How well logits [B] tell real from fake; 0.5 in all three is chance.
+    """How well logits [B] tell real from fake; 0.5 is chance for all three shares.
 
-    right_real, right_fake: shares of samples on their side of 0, which is where a non-saturating loss divides
-    them; right_pairs: share of texts whose real sample has the higher logit, whatever the level of both. A
-    tie is half right.
+    right_real, right_fake: the shares of samples on the correct side of 0, where a non-saturating loss
+    separates them. right_pairs: the share of texts whose real sample has the higher logit, whatever the level
+    of both. A tie counts as half right.
     """
     share = lambda above: ((above > 0).float() + 0.5 * (above == 0).float()).mean()
     return {"right_real": share(real), "right_fake": share(-fake), "right_pairs": share(real - fake)}
@@ -161,12 +163,12 @@ def penalty_floor(
     sigma_time: float | None = None,
 ) -> Tensor:
     """What rounding alone adds to an approximated penalty (eq. 9) of this `sigma` (and `sigma_time`, see
-    `perturbation`): the penalty at a hundredth of it.
+    `perturbation`): the penalty at a hundredth of the sigmas.
 
-    A smooth discriminator leaves a ten-thousandth of the penalty there. In bf16 a perturbation that small is
-    lost in the rounding of latents and activations, and what is left is the rounding itself. At sigma = 0 the
-    same computation runs twice, which gives an exact and useless 0. Arguments as in discriminator_backward.
-    Returns a scalar, without lambda.
+    For a smooth discriminator the penalty there is ten thousand times smaller. In bf16 so small a
+    perturbation is lost in the rounding of latents and activations, and what remains is the rounding itself.
+    With sigma = 0 the same computation would run twice and give exactly 0, which says nothing. Arguments as
+    in discriminator_backward. Returns a scalar, without lambda.
     """
     small = perturbation(noise, 0.01 * sigma, None if sigma_time is None else 0.01 * sigma_time)
     return approximate_penalty(discriminator(x, t, text), discriminator(x + small, t, text))
@@ -179,8 +181,8 @@ class _Pass(NamedTuple):
 
 
 def _passes(objective: Objective, real, fake, text, t, real_noise, fake_noise) -> dict[str, _Pass]:
-    """The discriminator's inputs of one step. A perturbed input differs from its original in the noise, and
-    in nothing else.
+    """The discriminator's inputs of one step. A perturbed input differs from its original only by the
+    noise.
     """
     if real.shape != fake.shape or t.shape != real.shape[:1] or text.shape[0] != real.shape[0]:
         raise AptError(
@@ -227,25 +229,26 @@ def discriminator_backward(
     mode: str = "separate",
     loss_scale: float = 1.0,
 ) -> dict[str, Tensor]:
-    """One discriminator step up to the gradients, which are added to the parameters' `.grad`.
+    """One discriminator step: compute the gradients and add them to the parameters' `.grad`.
 
     discriminator: `(x, t, text) -> logits [B]`, deterministic; real, fake: clean latents [B, C, F, H, W]
-    (fake is detached); text: [B, L, d]; t: [B] in [0, 1], shared by all passes of a sample; real_noise,
-    fake_noise: standard noise of real's shape (the first `objective.regularized(B)` suffice), scaled by sigma
-    here, needed where the penalty's weight is not 0.
-    loss_scale: this microbatch's share of the whole batch under gradient accumulation. It scales gradients,
-    not metrics.
+    (fake is detached); text: [B, L, d]; t: [B] in [0, 1], the same for all passes of a sample; real_noise,
+    fake_noise: standard noise of real's shape (the first `objective.regularized(B)` samples are enough),
+    which is scaled by sigma here and needed where the penalty's weight is not 0.
+    loss_scale: this microbatch's share of the whole batch under gradient accumulation. It scales the
+    gradients and not the metrics.
 
-    mode: three ways to the same gradients. "batched": one forward of all inputs concatenated, fastest while
-    tokens are few.
-    "separate": one forward per input, one backward. "two_pass": logits of all inputs without gradients first,
-    then the loss's derivative by each logit, then forward and backward of one input at a time: the
-    activations of one input, one more forward each.
+    mode: three ways to the same gradients. "batched": one forward pass of all inputs concatenated, the
+    fastest as long as there are few tokens.
+    "separate": one forward pass per input and one backward pass. "two_pass": first all logits without
+    gradients, then the derivative of the loss by each logit, then forward and backward for one input at a
+    time. It holds the activations of only one input and costs one more forward pass for each.
 
-    Returns detached scalars: d_loss, d_adversarial, logit_real and logit_fake (means), those of `verdict`
-    (whether it tells the two apart), and for each penalty in use r1 or r2 (mean squared difference, without
-    lambda), r1_loss or r2_loss (lambda times it, as it stands beside d_adversarial) and what
-    `Objective.gammas` gives (lambda sigma^2). Raises AptError for inputs that do not fit or an unknown mode.
+    Returns detached scalars: d_loss, d_adversarial, logit_real and logit_fake (means), the shares of
+    `verdict` (does it tell the two apart?), and for each penalty in use r1 or r2 (mean squared difference,
+    without lambda), r1_loss or r2_loss (lambda times r1 or r2, comparable with d_adversarial) and the values
+    of `Objective.gammas` (lambda sigma^2). Raises AptError for inputs that do not fit together or an unknown
+    mode.
     """
     if mode not in MODES:
         raise AptError(f"discriminator mode must be one of {MODES}, got {mode!r}.")
@@ -288,18 +291,18 @@ def generator_backward(
     real: Tensor | None = None,
     loss_scale: float = 1.0,
 ) -> dict[str, Tensor]:
-    """One generator step up to the gradients: `x_hat = G(z, c)` in one step (eq. 5), judged by the frozen
-    discriminator (eq. 2).
+    """One generator step: sample `x_hat = G(z, c)` in one step (eq. 5), judge it with the frozen
+    discriminator (eq. 2), and compute the gradients.
 
-    generator: a velocity network called like WanBackbone; z: noise [B, C, F, H, W]; text: [B, L, d]; t: [B]
-    in [0, 1], freshly drawn; real: clean latents of the same texts, needed by a relativistic objective only;
-    loss_scale: as in discriminator_backward.
-    The discriminator's parameters do not require gradients while this runs, keep whatever `.grad` they had,
+    generator: a velocity network that is called like WanBackbone; z: noise [B, C, F, H, W]; text: [B, L, d];
+    t: [B] in [0, 1], freshly drawn; real: clean latents of the same texts, needed only by a relativistic
+    objective; loss_scale: as in discriminator_backward.
+    The discriminator's parameters do not require gradients during the call, keep the `.grad` that they had,
     and get their `requires_grad` back at the end, also after an error.
 
     Returns detached scalars: g_loss, logit_fake (mean), logit_real (relativistic only), and grad_norm, the
-    mean over samples of |dL_i / dx_hat_i| with L_i the sample's own loss, whatever the batch and loss_scale:
-    it shows a collapse before the pictures do.
+    mean over samples of |dL_i / dx_hat_i|, where L_i is the loss of one sample. grad_norm does not depend on
+    the batch size or loss_scale, and it shows a collapse before the pictures do.
     Raises AptError when a relativistic objective gets no real samples.
     """
     if objective.relativistic and real is None:
@@ -315,13 +318,13 @@ def generator_backward(
             with torch.no_grad():
                 real_logit = discriminator(real, t, text)
         x_hat = one_step(generator, z, text)
-        # Cut at the sample: its gradient is wanted, and the discriminator's activations are gone before the
-        # generator's backward.
+        # Stop at the sample: we want its gradient, and this frees the discriminator's activations before the
+        # generator's backward pass.
         sample = x_hat.detach().requires_grad_()
         fake_logit = discriminator(sample, t, text)
         loss = generator_loss(fake_logit, real_logit)
         loss.backward()
-        gradient = cast(Tensor, sample.grad)  # a leaf's, after backward
+        gradient = cast(Tensor, sample.grad)  # a leaf has one after backward
         x_hat.backward(gradient * loss_scale)
     finally:
         for p in frozen:

@@ -1,4 +1,6 @@
-"""RMSProp as the paper uses it (3.5): alpha 0.9, no weight decay, with Adam's bias correction as an option."""
+"""RMSProp as the paper uses it (3.5): alpha 0.9, no weight decay, with Adam's bias correction as an
+option.
+"""
 
 import math
 from collections.abc import Iterable
@@ -10,14 +12,13 @@ from ..errors import AptError
 
 
 class RMSProp(torch.optim.RMSprop):
-    """torch's RMSprop whose first steps can be bias-corrected, so that it is Adam(beta1=0, beta2=alpha) to
-    the last digit.
+    """torch's RMSprop with an optional bias correction of the first steps, which makes it equal to
+    Adam(beta1=0, beta2=alpha) to the last digit.
 
-    The paper claims that equivalence. Without the correction step n is 1 / sqrt(1 - alpha^n) times larger:
-    3.16 times at the first, some nine learning rates of extra travel in all, again after every restart. With
-    it, lr and eps both carry sqrt(1 - alpha^n).
-    All parameters of a group must be stepped together. `group["lr"]` may be changed from outside between
-    steps (warm-up).
+    The paper claims that the two are equivalent. Without the correction, step n is 1 / sqrt(1 - alpha^n)
+    times as large: 3.16 times at the first step and some nine learning rates of extra travel in all, again
+    after every restart. With it, lr and eps are both multiplied by sqrt(1 - alpha^n).
+    All parameters of a group must be updated together. `group["lr"]` may be changed between steps (warm-up).
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class RMSProp(torch.optim.RMSprop):
     def _correction(self, group: dict) -> float:
         if not self.bias_correction:
             return 1.0
-        # torch's own per-parameter step counter, on the CPU and part of state_dict: a resumed run goes on
-        # counting.
+        # torch's own step counter of each parameter. It lies on the CPU and in the state_dict, so a resumed
+        # run continues to count.
         done = next(
             (float(self.state[p]["step"]) for p in group["params"] if p.grad is not None and self.state[p]),
             0.0,
@@ -70,11 +71,11 @@ def make_rmsprop(
     eps: float = 1e-8,
     bias_correction: bool = True,
 ) -> RMSProp:
-    """RMSProp with foreach kernels over parameters or parameter groups; defaults as in the paper (3.5), which
-    names no eps.
+    """RMSProp with foreach kernels over parameters or parameter groups. The defaults are the paper's (3.5);
+    it does not state eps.
 
-    Raises AptError for weights below fp32: at the paper's 5e-6 an update is smaller than the spacing of bf16
-    and nothing moves.
+    Raises AptError for weights below fp32: at the paper's learning rate of 5e-6 an update is smaller than the
+    spacing of bf16 numbers, and nothing would move.
     """
     optimizer = RMSProp(params, lr, alpha, eps, bias_correction)
     for group in optimizer.param_groups:
