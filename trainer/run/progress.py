@@ -69,6 +69,7 @@ SHOWN = {
     "r1_gamma_time": "\u03bb\u03c3\u00b2 in time",
     "g_grad_norm": "grad at sample",
     "judged": "judged",
+    "judged_motion": "its motion",
     "samples_per_second": "samples/s",
     "mfu": "MFU",
     "memory_gib": "GiB",

@@ -27,8 +27,9 @@ class Muon(torch.optim.Optimizer):
         taken = set(map(id, self.kernels))
         self.others = [p for p in everything if id(p) not in taken]
         self.views = [_matrix(p).requires_grad_() for p in self.kernels]
-        self._muon = torch.optim.Muon(self.views, momentum=0.9, weight_decay=weight_decay)
-        self._adam = torch.optim.AdamW(self.others, betas=(0.9, 0.99))
+        # Of groups, for either may be empty: adapters are all kernels, those of rank 3 and below are none.
+        self._muon = torch.optim.Muon([{"params": self.views}], momentum=0.9, weight_decay=weight_decay)
+        self._adam = torch.optim.AdamW([{"params": self.others}], betas=(0.9, 0.99))
         self._share_state()
 
     @torch.no_grad()

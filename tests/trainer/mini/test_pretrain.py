@@ -178,6 +178,19 @@ def test_muon_moves_every_parameter_and_resumes():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("shapes", [[(16, 8), (8, 16)], [(3, 8), (8, 3)]])
+def test_muon_takes_adapters_which_have_no_gains_and_of_rank_3_no_kernels(shapes):
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer, before = Muon(parameters), [p.detach().clone() for p in parameters]
+    sum(p.square().sum() for p in parameters).backward()
+    optimizer.step()
+    assert all((a - p).abs().max() > 1e-4 for a, p in zip(before, parameters))
+    assert len(optimizer.kernels) + len(optimizer.others) == 2 and 2 in (
+        len(optimizer.kernels),
+        len(optimizer.others),
+    )
+
+
 def test_an_unknown_part_is_refused(tmp_path):
     with pytest.raises(
         AptError, match="no part 'nope' to train; use all, vae, sharpen, text, features, teacher, base"
