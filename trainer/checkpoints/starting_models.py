@@ -56,18 +56,18 @@ def find_base(preset: Preset) -> Path:
     return path
 
 
-def check_base(path: Path, model: Model, name: str) -> None:
+def check_base(path: Path, model: Model, name: str, what: str = "base") -> None:
     """Raises AptError when the transformer at `path` has not the shape of `model`, which preset `name` is
-    for.
+    for. what: the option or setting that named it.
     """
     kind = kind_of_file(path)
     if kind.name != model.kind:
         raise AptError(
-            f"base {path} is {kind.words}, which preset {name} is not for: give a base of its kind."
+            f"{what} {path} is {kind.words}, which preset {name} is not for: give a model of its kind."
         )
     if path.is_file() and (form := form_of(read_header(path))):
         raise AptError(
-            f"base {path} is in {form}, too coarse to train from: give the model in fp32, bf16 or fp16."
+            f"{what} {path} is in {form}, too coarse to train from: give the model in fp32, bf16 or fp16."
         )
     config = kind.config(path)
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
@@ -91,7 +91,7 @@ def check_base(path: Path, model: Model, name: str) -> None:
         f"{key} {found[key]} instead of {wanted[key]}" for key in wanted if found[key] != wanted[key]
     ]:
         raise AptError(
-            f"base {path} is not the model of preset {name} ({', '.join(wrong)}): give that model, or the preset of this one."
+            f"{what} {path} is not the model of preset {name} ({', '.join(wrong)}): give that model, or the preset of this one."
         )
 
 

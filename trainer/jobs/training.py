@@ -24,6 +24,7 @@ from apt_core.loading.sources import MINI
 from apt_core.models.vae import decode
 from trainer.checkpoints.starting_models import (
     RANDOM,
+    check_base,
     describe_state,
     open_text_encoder,
     open_vae,
@@ -51,6 +52,7 @@ from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
 from trainer.stages.distill import distill
 from trainer.stages.dmd import match_distributions
+from trainer.stages.networks import check_start, is_lora_file
 from trainer.stages.samples import Samples
 from trainer.stages.watch import Measure
 
@@ -156,6 +158,7 @@ def run_adversarial(
     Returns the history. Raises AptError as `make_plan`, `find_start` and `adversarial`.
     """
     plan = make_plan(preset, phase, out, recipe=variant, seed=seed, shards=shards)
+    note = _check_start(plan, start) if start else None
     with _ready(plan) as (world, batches, options):
         if phase not in batches.datasets:
             raise AptError(f"the shards hold no {phase}s: run precompute on some, or train the other phase.")
@@ -164,7 +167,7 @@ def run_adversarial(
             say(
                 f"{DISTILLED} is not there: the generator starts from the base itself, which is worse; run distill first."
             )
-        if start and world.main and (note := times_note(begin)):
+        if note and world.main:
             say(note)
         options |= {
             "watch_every": preset.train.watch_every,
@@ -184,6 +187,18 @@ def run_adversarial(
                 report=report,
                 **options,
             )
+
+
+def _check_start(plan: Plan, start: Path) -> str | None:
+    """What is to be known of the times of a start that was given; see `times_note`. Raises AptError for one
+    that the phase cannot begin with, before anything is encoded or read.
+    """
+    note = times_note(start)
+    if start.is_dir() or not is_lora_file(start):
+        check_base(start, plan.preset.model, plan.preset.name, "--start-from")
+    if plan.base.exists():  # a random one may not be written yet
+        check_start(start, plan.base, load_backbone, plan.lora)
+    return note
 
 
 @contextmanager

@@ -176,7 +176,8 @@ def matching_networks(
     return Networks(generator, role(shared, None), base=shared, fake=role(shared, "fake"))
 
 
-def _is_lora_file(path: Path) -> bool:
+def is_lora_file(path: Path) -> bool:
+    """Whether this is a file of a LoRA, of any program, by its header."""
     return path.is_file() and is_lora(read_header(path).shapes)
 
 
@@ -184,21 +185,29 @@ def _load_start(start: Path, base: Path, load: Load, device: torch.device) -> nn
     """A whole model to train on from: the one at `start`, or what the LoRA there makes of the base, summed in
     fp32. Raises AptError for one that was not trained on it.
     """
-    if start == base or not _is_lora_file(start):
+    if start == base or not is_lora_file(start):
         return load(start, device=device)
     lora = read_lora_for(start, load(base, device=torch.device("meta")), base)
     model = load(base, device=device)
     return model if device.type == "meta" else merge(model, lora.load())
 
 
-def _check_start(start: Path, base: Path, empty: nn.Module, name: str) -> None:
-    """Raises AptError for what adapters cannot go on from."""
-    if not _is_lora_file(start):
+def check_start(start: Path, base: Path, load: Load, lora: Lora | None) -> None:
+    """Whether a phase can begin with `start`, from headers: in full mode a LoRA must fit the base, with `lora`
+    adapters must be able to hold it. Raises AptError with what would do.
+    """
+    if start == base or (lora is None and not is_lora_file(start)):
+        return
+    empty = load(base, device=torch.device("meta"))
+    if lora is None:
+        read_lora_for(start, empty, base)
+        return
+    if not is_lora_file(start):
         raise AptError(
             f"{start} is a whole model, and adapters over {base} cannot hold what it has become: train with mode=full, "
             f"or give base={start} too, and the LoRA is one over that model."
         )
-    check_lora(start, empty, name, base)
+    check_lora(start, add_adapters(empty, ("generator",), lora.rank, lora.alpha), "generator", base)
 
 
 def _shared_base(
@@ -216,10 +225,8 @@ def _shared_base(
     starts: of each role a LoRA file over the base, or the base itself; still: roles that are not trained.
     """
     dtype = torch.bfloat16 if parallel.compute == "bf16" else torch.float32
-    if others := set(starts.values()) - {base}:  # from headers, before a large base is read
-        empty = add_adapters(load(base, device=torch.device("meta")), tuple(starts), lora.rank, lora.alpha)
-        for start in others:
-            _check_start(start, base, empty, next(iter(starts)))
+    for start in set(starts.values()) - {base}:  # before a large base is read
+        check_start(start, base, load, lora)
 
     def make(device: torch.device) -> nn.Module:
         model = load(base, device=device, dtype=dtype)
