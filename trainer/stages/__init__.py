@@ -1,1 +1,1 @@
-"""The two stages of training and what they are made of."""
+"""The two training stages and the parts they share."""

@@ -1,4 +1,4 @@
-"""Stage 2 (3.3 to 3.5): adversarial post-training of the one-step generator, one phase at a time."""
+"""Stage 2 (sections 3.3 to 3.5): adversarial post-training of the one-step generator, one phase per call."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -51,23 +51,28 @@ def adversarial(
 ) -> list[dict]:
     """Train one phase ("image" or "video") and write the generator's EMA to `out`.
 
-    start: the generator's first weights (the distilled model, or the image phase's EMA); base: the original
-    weights, which the discriminator starts from in both phases (but for `settings.discriminator_start`).
-    Discriminator and generator draw different real batches and their own t.
-    world, parallel: on which processes, and how; all of them call alike. lora: train adapters and the
-    discriminator's heads over one frozen base instead of whole networks. head_width: see
-    `adversarial_networks`. ema_decays: of further averages, each written beside `out`.
-    keep: where training states go; `resume` goes on from the newest. samples: pictures while it
-    trains. watch_every: updates between two looks at the discriminator on the samples that `batches` holds
-    out (trainer.stages.watch), 0: none; measures: of the fakes that it then makes. load(path, device=...): reads a network, or with device "meta" builds
-    it without weights.
+    The discriminator and the generator draw different real batches, and each draws its own t.
 
-    Returns the history, one row an update. Raises AptError when a checkpoint is damaged, a batch does not
-    divide, or a loss or gradient is not finite, and Preempted after SIGTERM when all is saved.
+    start: file of the generator's first weights (the distilled model, or the image phase's EMA).
+    base: file of the original model. The discriminator starts from it in both phases, unless
+        `settings.discriminator_start` says otherwise.
+    world, parallel: the processes of the run and how they share the work. Every process makes the same call.
+    lora: train adapters and the discriminator's heads over one frozen base, instead of whole networks.
+    head_width: see `adversarial_networks`.
+    ema_decays: decays of additional averages; each is written to its own file beside `out`.
+    keep: where training states are saved. With `resume`, training continues from the newest one.
+    samples: writes pictures during training.
+    watch_every: updates between two measurements of the discriminator on the samples that `batches` holds
+        out (see trainer.stages.watch); 0 turns them off. measures: what to measure on the fakes then.
+    load(path, device=...): reads a network; with device "meta" it builds the network without weights.
+
+    Returns the history, one row per update. Raises AptError when a checkpoint is damaged, when a batch does
+    not divide over processes and microbatches, or when a loss or gradient is not finite. Raises Preempted
+    after SIGTERM, once the state is saved.
     """
     objective = settings.objective()
     check_batch(objective, settings.batch, world, parallel)
-    torch.manual_seed(seed)  # the heads' first weights
+    torch.manual_seed(seed)  # the discriminator's heads draw their first weights from it
     networks = adversarial_networks(
         start,
         base,
@@ -106,7 +111,7 @@ def adversarial(
         "head_width": head_width,
         "ema_decays": list(ema_decays),
     }
-    # the updates so far are the same for all values of these
+    # These two may change when a run goes on: what it has computed so far does not depend on them.
     identity |= settings.model_dump(exclude={"updates", "discriminator_step"})
     watch = None
     if watch_every and batches.held[phase]:
@@ -129,8 +134,8 @@ def adversarial(
         return batches.take(phase, f"{phase}/{role}", update, settings.batch, world, parallel.microbatch)
 
     def draw(role: str, micro: Micro):
-        """Real samples, text, noise and t of a microbatch, the last two functions of (seed, role, sample
-        number).
+        """Real samples, text, noise and t of a microbatch. Noise and t depend only on the seed, the role and
+        the sample's number.
         """
         z = sample_noise(micro.numbers, micro.x.shape[1:], seed, f"{phase}/{role}/z")
         t = discriminator_times(
@@ -141,7 +146,7 @@ def adversarial(
     total, strengths = settings.warmup + settings.updates, objective.gammas()
     with run:
         for update in range(run.update, total):
-            if d.steps == update:  # a run may have been stopped between the two
+            if d.steps == update:  # a run may have stopped after the discriminator's step of this update
                 for micro in d.microbatches(take("d", update), run.stop):
                     x, text, z, t = draw("d", micro)
                     with torch.no_grad():
@@ -175,7 +180,7 @@ def adversarial(
                         loss_scale=micro.share,
                     )
                     shares = {name: penalties for name in ("r1", "r2", "r1_floor")}
-                    # `part` has the share in its weights
+                    # The penalties' losses already carry `penalties`: it is in the weights of `part`.
                     shares |= {f"{name}_loss": micro.share for name in ("r1", "r2")}
                     d.add(
                         {
@@ -214,8 +219,8 @@ def adversarial(
 
 
 def discriminator_groups(discriminator: nn.Module, settings: Adversarial) -> list[dict]:
-    """Parameter groups of what is trained of the discriminator: the backbone at `lr_discriminator`, what is
-    new at `lr_heads`, where that is another rate.
+    """Optimizer groups of the discriminator's trainable parameters. With `lr_heads` set, the backbone learns
+    at `lr_discriminator` and the rest (heads, norm, logit) at `lr_heads`; without it there is one group.
     """
     named = [(name, p) for name, p in discriminator.named_parameters() if p.requires_grad]
     if settings.lr_heads is None:
@@ -226,23 +231,26 @@ def discriminator_groups(discriminator: nn.Module, settings: Adversarial) -> lis
 
 
 def check_batch(objective: Objective, batch: int, world: World, parallel: Parallel) -> None:
-    """Raises AptError when a batch does not divide over the processes and microbatches, or the samples that
-    penalties see do not reach all processes.
+    """Raises AptError when a batch does not divide over processes and microbatches, or when `reg_fraction`
+    leaves some processes without a sample for the penalties (aR1, aR2) in a microbatch.
     """
     step = len(split(batch, world.dp, world.dp_rank, parallel.microbatch)[0]) * world.dp
     penalised = objective.regularized(batch)
     if 0 < penalised % step < world.dp:
         raise AptError(
-            f"reg_fraction {objective.reg_fraction} of a batch of {batch} is {penalised} samples, which leaves some of {world.dp} processes "
-            f"without one in a microbatch: choose it so that the samples are a multiple of {world.dp}."
+            f"reg_fraction={objective.reg_fraction} of a batch of {batch} is {penalised} samples for the "
+            f"penalties, which leaves some of {world.dp} processes without one in a microbatch: choose it so "
+            f"that the number of samples is a multiple of {world.dp}."
         )
 
 
 def share_of_penalties(
     objective: Objective, micro: Micro, batch: int, world: World
 ) -> tuple[Objective, float]:
-    """The objective for one microbatch, so that the whole batch's penalties see the batch's first samples
-    however it is divided, and this microbatch's share of their mean.
+    """The objective for one microbatch, and the microbatch's share of the penalties' mean.
+
+    The penalties see the first `reg_fraction` of the whole batch, however the batch is divided. So each
+    microbatch gets its own `reg_fraction`, and penalty weights scaled by its share.
     """
     penalised = objective.regularized(batch)
     here = sum(place < penalised for place in micro.places)
@@ -259,8 +267,8 @@ def share_of_penalties(
 
 
 def draw_noises(objective: Objective, micro: Micro, seed: int, phase: str) -> list[Tensor | None]:
-    """Standard noise for the penalties on real and on fake samples of a microbatch, of those that the
-    objective penalises alone; None for none.
+    """Standard normal noise for aR1 (real samples) and aR2 (fake samples) of a microbatch, for the samples
+    that the objective penalises. None for a penalty whose weight is 0.
     """
     numbers = micro.numbers[: objective.regularized(len(micro.numbers))]
     weights = {"r1": objective.r1_weight, "r2": objective.r2_weight}

@@ -1,4 +1,4 @@
-"""Several EMAs of one network side by side: the best moment of a run is only known afterwards (5.3)."""
+"""Several EMAs of one network at once, because the best decay is only known after the run (section 5.3)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from trainer.stages.networks import Networks
 
 
 class Averages:
-    """fp32 averages of the generator (or student), sharded as it is. The first decay is the one that samples
-    and becomes the result.
+    """fp32 averages of the generator (or student), sharded like it. The average with the first decay is the
+    main one: it makes the samples and becomes the result.
 
-    warmup: of each average, see apt_core.method.ema.Ema; 0 is the plain decay, which the paper names.
+    warmup: the same for all averages, see apt_core.method.ema.Ema; 0 is the paper's plain decay.
     """
 
     def __init__(self, networks: Networks, decays: Sequence[float], warmup: float) -> None:
@@ -27,27 +27,27 @@ class Averages:
         return next(iter(self.emas.values()))
 
     def update(self) -> None:
-        """Once per update of the network."""
+        """Call once after each update of the network."""
         self.networks.reshard()
         self.steps += 1
         for ema in self.emas.values():
             ema.update(self.network)
 
     def copy_to(self, network: nn.Module) -> None:
-        """Write the main average into another network of the same shape."""
+        """Copy the main average into another network of the same shape."""
         self.networks.reshard()
         self.main.copy_to(network)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """The network with the main average as its weights."""
+        """Inside the block, the network has the main average as its weights."""
         self.networks.reshard()
         with self.main.applied(self.network):
             yield self.network
             self.networks.reshard()
 
     def save(self, out: Path, metadata: Mapping, world: World) -> None:
-        """The main average to `out`, the others beside it with their decays in the name."""
+        """Write the main average to `out`, and the others beside it with the decay in the file's name."""
         self.networks.save(out, self.main, metadata, world)
         for decay, ema in list(self.emas.items())[1:]:
             self.networks.save(out.with_name(f"{out.stem}-ema{decay:g}{out.suffix}"), ema, metadata, world)

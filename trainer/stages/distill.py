@@ -1,5 +1,5 @@
-"""Stage 1 (3.2): consistency distillation of the guided base into one step. Its EMA starts the generator of
-stage 2.
+"""Stage 1 (section 3.2): consistency distillation of the base model, with guidance, into one step. Its EMA
+is the generator that stage 2 starts from.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -44,8 +44,8 @@ def distill(
 ) -> list[dict]:
     """Distil `base` (a checkpoint file) on `batches` and write the student's EMA to `out`.
 
-    Each update sees images or clips, drawn with the preset's share. The other arguments, what is returned and
-    what is raised are those of `trainer.stages.adversarial.adversarial`.
+    Each update trains on images or on clips, chosen at random with the preset's `video_share`. The other
+    arguments, the result and the errors are those of `trainer.stages.adversarial.adversarial`.
     """
     settings = preset.distill
     for size in (settings.batch_image, settings.batch_video):
@@ -97,7 +97,7 @@ def distill(
                     target=target,
                     loss_scale=micro.share,
                 )
-                # a mean over few of the samples: summed here, divided below
+                # A mean over only some samples, so microbatches add their sums; divided after the step.
                 metrics["cd_loss_final"] *= metrics["final_share"]
                 learner.add({name: value * micro.share for name, value in metrics.items()})
             optimizer.param_groups[0]["lr"] = settings.rate(update)

@@ -1,4 +1,4 @@
-"""The networks of each stage, whole or as adapters over one shared base, placed on the processes of a run."""
+"""The networks of each stage, whole or as LoRA adapters over one shared base, placed on a run's processes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +25,7 @@ Load = Callable[..., nn.Module]
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters of this rank on the linear layers of the base's blocks; alpha scales them by alpha / rank
-    (None: by 1).
-    """
+    """Adapters on the linear layers of the base's blocks, scaled by alpha / rank (by 1 if alpha is None)."""
 
     rank: int = 64
     alpha: float | None = None
@@ -35,10 +33,13 @@ class Lora:
 
 @dataclass(frozen=True)
 class Networks:
-    """generator: what is trained to sample in one step (stage 1's student); partner: what it learns from,
-    stage 2's discriminator or stage 1's teacher; target: stage 1's target network, where it is not the
-    student; base: the one frozen network under all that are adapters; fake: the fake score of distribution
-    matching.
+    """The networks of one stage.
+
+    generator: the network that learns to sample in one step (in stage 1 it is called the student).
+    partner: the network it learns from: stage 1's teacher or stage 2's discriminator.
+    target: stage 1's target network, if it is another one than the student.
+    base: the frozen network under all networks that are adapters.
+    fake: the fake score of distribution matching.
     """
 
     generator: nn.Module
@@ -58,7 +59,7 @@ class Networks:
         return self.partner
 
     def reshard(self) -> None:
-        """See `trainer.machines.parallel.reshard`; for all networks."""
+        """`trainer.machines.parallel.reshard` for all of these networks."""
         reshard(
             *(
                 network
@@ -68,8 +69,8 @@ class Networks:
         )
 
     def save(self, path: Path, average: Ema, metadata: Mapping, world: World) -> None:
-        """Write the generator with its averaged weights to one file, from the main process: a whole model, or
-        a LoRA file.
+        """Write the generator with its averaged weights to one file: a whole model, or a LoRA file in LoRA
+        mode. The main process writes; all processes must call this together.
         """
         metadata = {**metadata, "ema": average.decay, "ema_warmup": average.warmup}
         if not isinstance(self.generator, Role):
@@ -102,16 +103,17 @@ def adversarial_networks(
     discriminator_start: str = "base",
     train_backbone: bool = True,
 ) -> Networks:
-    """The generator from `start` and the discriminator from `base`, its heads' first weights from torch's
-    random state.
+    """The generator with the weights in `start`, and the discriminator over the weights in `base`. The
+    discriminator's heads draw their first weights from torch's random state.
 
-    head_width: of the heads' attention, in whole attention heads of the base; the base's own width unless
-    given. `start` is a whole model, or a LoRA file over `base`, which is merged into it; with `lora`, it is
-    `base` itself or a LoRA over it that the adapters can hold (apt_core.models.lora.check_lora), which they
-    then go on from. taps, discriminator_start,
-    train_backbone: see trainer.config.Adversarial; with a LoRA the discriminator's backbone is its adapters,
-    which then start from those in `start`, or stay as they are. Raises AptError for files that do not fit,
-    and for taps that the base is too shallow for.
+    start: a whole model, or a LoRA file over `base`, which is merged into it. With `lora`: `base` itself, or a
+        LoRA over it that the adapters can hold (apt_core.models.lora.check_lora); they continue from it.
+    head_width: width of the heads' attention, a multiple of the base's attention head; by default the base's
+        own width.
+    taps, discriminator_start, train_backbone: see trainer.config.Adversarial. With `lora` the last two are
+        about the discriminator's adapters: whether they start from those in `start`, and whether they train.
+
+    Raises AptError for files that do not fit each other, and when the base has too few blocks for the taps.
     """
     first = start if discriminator_start == "start" else base
 
@@ -137,7 +139,7 @@ def adversarial_networks(
 
 
 def make_discriminator(backbone: nn.Module, taps: Sequence[float], head_width: int | None) -> Discriminator:
-    """The discriminator of a run's settings over a backbone; see `adversarial_networks`."""
+    """A discriminator over this backbone. For the arguments see `adversarial_networks`."""
     heads = head_width and head_width // backbone.config.attention_head_dim
     return Discriminator(backbone, taps, num_heads=heads, inner_dim=head_width)
 
@@ -145,7 +147,7 @@ def make_discriminator(backbone: nn.Module, taps: Sequence[float], head_width: i
 def distillation_networks(
     base: Path, load: Load, world: World, parallel: Parallel, lora: Lora | None, target: bool
 ) -> Networks:
-    """The student, its frozen teacher, and where one is wanted the target, all from `base`."""
+    """The student, its frozen teacher and, if `target`, the target network; all start as `base`."""
     if lora is None:
         frozen = [
             place(lambda device: load(base, device=device).requires_grad_(False), world, parallel)
@@ -219,13 +221,14 @@ def _shared_base(
     lora: Lora,
     still: Sequence[str],
 ) -> nn.Module:
-    """The frozen base in the dtype that it computes in, with adapters and what `precision.stays_fp32` names
-    in fp32.
+    """The frozen base in the dtype it computes in, with one set of adapters per role. The adapters, and the
+    weights that `precision.stays_fp32` names, are fp32.
 
-    starts: of each role a LoRA file over the base, or the base itself; still: roles that are not trained.
+    starts: for each role a LoRA file to start from, or the base for fresh adapters. still: roles that are
+    not trained.
     """
     dtype = torch.bfloat16 if parallel.compute == "bf16" else torch.float32
-    for start in set(starts.values()) - {base}:  # before a large base is read
+    for start in set(starts.values()) - {base}:  # checked by its header, before a large base is read
         check_start(start, base, load, lora)
 
     def make(device: torch.device) -> nn.Module:
@@ -234,11 +237,11 @@ def _shared_base(
         for name, start in starts.items():
             if start != base and device.type != "meta":
                 load_lora(start, model, name)
-        for name in still:  # before sharding: gathered copies would keep what they were made with
+        for name in still:  # before sharding: gathered copies keep the requires_grad they were made with
             role(model, name).requires_grad_(False)
         return model
 
-    # Only the main process draws the adapters: the heads, which all draw, must find the same random state
-    # everywhere.
+    # Only the main process draws the adapters, but every process draws the heads next, and from the same
+    # random state: so drawing the adapters must leave no trace in it.
     with torch.random.fork_rng(devices=[]):
         return place(make, world, parallel, parallel.generator_zero)

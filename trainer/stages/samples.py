@@ -1,4 +1,4 @@
-"""Pictures while a network trains: fixed noise and prompts, the weights of the moment beside their average."""
+"""Pictures during training, from fixed noise and prompts: the current weights beside their average."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +18,12 @@ from trainer.stages.averages import Averages
 
 @dataclass(frozen=True)
 class Samples:
-    """Every `every` updates, one file a prompt in `folder`: raw weights left, the average right.
+    """Every `every` updates, writes one file per prompt to `folder`: left the sample of the current weights,
+    right that of their average.
 
-    text: padded embeddings `[n, L, d]`; shape: of one latent, `(C, F, h, w)`; to_video: latents `[1, C, F, h,
-    w]` to uint8 `[1, F, H, W, 3]`, called in the main process alone.
+    text: padded embeddings `[n, L, d]`, one per prompt.
+    shape: of one latent, `(C, F, h, w)`.
+    to_video: decodes latents `[1, C, F, h, w]` to uint8 `[1, F, H, W, 3]`; only the main process calls it.
     """
 
     folder: Path
@@ -34,7 +36,7 @@ class Samples:
     aside: Aside = field(default_factory=lambda: Aside("the samples"))
 
     def show(self, update: int, generator: nn.Module, averages: Averages, world: World) -> None:
-        """Make the files of this update, if it is one of them. All processes must call."""
+        """Write the files if they are due after this update. All processes must call this together."""
         if update % self.every:
             return
         raw = self._latents(generator, world)

@@ -1,5 +1,5 @@
-"""One update of one network: gradients from many microbatches on many processes, looked at, then one step of
-the optimizer.
+"""One update of one network: sum the gradients of all microbatches and processes, check them, then take one
+optimizer step.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,15 +17,17 @@ from trainer.machines.parallel import Parallel
 from trainer.stages.networks import Networks
 
 Report = Callable[[int, int, dict[str, float]], None]
-"""Told after each update: its number, how many there are, its figures."""
+"""Called after each update with its number, the number of all updates, and its metrics."""
 
 
 class Learner:
-    """A network under training with its optimizer.
+    """A network that is being trained, with its optimizer. `steps` counts its updates.
 
-    name: what its metrics and files are called by; networks: those of the stage, whose gathered weights an
-    update must not find stale; zero: see Parallel; notes: folder for the names of a batch that breaks the
-    run. `steps` counts updates.
+    name: used in the names of its metrics and files.
+    networks: all networks of the stage. They drop their gathered weights before an update, which would
+        otherwise compute with outdated ones.
+    zero: the ZeRO stage, 2 or 3, see Parallel.
+    notes: a folder; if the run breaks on a batch, the names of its samples are written there.
     """
 
     def __init__(
@@ -48,14 +50,14 @@ class Learner:
         self._allocate()
 
     def microbatches(self, batch: Microbatches, stop: Callable[[], None]) -> Iterator[Micro]:
-        """The microbatches of one update; the backward pass of the last one brings all processes' gradients
-        together.
+        """The microbatches of one update. Gradients are reduced over all processes in the backward pass of
+        the last one.
 
-        stop: called before each of them, by all processes alike; it may raise.
+        stop: every process calls it before each microbatch; it may raise to end the run.
         """
         self._names, self._metrics = [], []
         self.networks.reshard()
-        # Frozen while another network learns: gathered once, if it is to stay so.
+        # While this network learns, the other one is frozen: with ZeRO-2 it is gathered once and kept.
         if isinstance(self.networks.partner, FSDPModule):
             self.networks.partner.set_reshard_after_backward(self.parallel.discriminator_zero == 3)
         for number, micro in enumerate(batch, start=1):
@@ -65,17 +67,17 @@ class Learner:
             yield micro
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Metrics (scalars on the device) of the microbatch that was yielded last, in terms that add up to
-        the whole batch's mean.
+        """Add the metrics (scalars on the device) of the last microbatch. Scale them by the microbatch's
+        share, so that they add up to the mean over the whole batch.
         """
         self._metrics.append(metrics)
 
     def step(self) -> dict[str, float]:
-        """Look at losses and gradients, then move the weights. Returns the metrics of the whole batch and the
-        gradient's norm.
+        """Check the losses and gradients, then update the weights. Returns the metrics of the whole batch
+        and the norm of the gradient.
 
-        Raises NotFinite when one of them is not finite, on all processes, before any weight has moved; what
-        was in the batch is written down.
+        Raises NotFinite when one of them is not finite: on all processes, and before any weight has changed.
+        The names of the batch's samples are then written to `notes`.
         """
         names = sorted({name for metrics in self._metrics for name in metrics})
         zero = torch.zeros((), device=self.world.device)
@@ -94,7 +96,7 @@ class Learner:
         return row
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and optimizer state by name, the live ones, sharded as they are."""
+        """Weights and optimizer state by name: the live tensors, not copies, and sharded if they are."""
         self.networks.reshard()
         out = {f"weights/{name}": value for name, value in self.network.state_dict().items()}
         for name, parameter in self.network.named_parameters():
@@ -105,7 +107,7 @@ class Learner:
         self.steps = steps
 
     def _allocate(self) -> None:
-        """Optimizer state before the first step, so that there is something to save and to load into."""
+        """Create the optimizer's state before the first step, so that it can be saved and loaded."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
@@ -125,7 +127,7 @@ class Learner:
             module.set_reshard_after_backward(last or self.zero == 3)
 
     def _squared_gradient(self) -> Tensor:
-        """This process's part of the squared norm of the gradient."""
+        """The squared norm of the part of the gradient that this process holds."""
         grads = [
             p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None
         ]
@@ -152,10 +154,10 @@ class Learner:
                         "samples": samples,
                     },
                 )
-            where = f", all in {path}"
+            where = f" (all of them are in {path})"
         more = f" and {len(samples) - 3} more" if len(samples) > 3 else ""
         self.optimizer.zero_grad(set_to_none=True)
         raise NotFinite(
             f"{wrong} of the {self.name} became {row[wrong]} on {', '.join(samples[:3])}{more}{where}; "
-            "no weight has moved: lower the learning rate or look for broken samples."
+            "no weight has changed: lower the learning rate or look for broken samples."
         )

@@ -1,5 +1,5 @@
-"""Samples that no update sees: how well the discriminator tells them from made ones, and how much the made
-ones move.
+"""Held-out samples, which no update sees: how well the discriminator tells them from generated ones, and how
+much the generated ones move.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ from trainer.machines.distributed import World
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of samples that is watched: latents `[B, C, F, h, w]` to `[B]`, on the CPU. samples: of so many
-    at most; every: at every so many looks.
+    """A figure to watch. of: latents `[B, C, F, h, w]` to one number each `[B]`, on the CPU. samples: use at
+    most this many samples. every: take it at every n-th measurement.
     """
 
     of: Callable[[Tensor], Tensor]
@@ -28,15 +28,19 @@ class Measure:
 
 
 class Watch:
-    """The discriminator's verdict on held-out real samples and on fresh fakes of their texts, and what the
-    fakes measure beside the real ones.
+    """Measures the discriminator on held-out real samples and on new fakes made from their captions, and
+    compares the fakes with the real samples by other measures.
 
-    A discriminator that is right in training and at chance here has learned its real samples by heart.
+    A discriminator that is right in training but only at chance here has memorised its real samples.
 
-    data, held: the real samples, by position, all of one shape (see Batches.held). every: updates between two
-    looks; at_once: samples that a process takes through a network at once. shift, time: as of training, see
-    trainer.config.Adversarial (discriminator_time). measures: by the name that their columns begin with. All
-    processes call alike, share the samples, and get the same numbers.
+    data, held: the real samples, by their positions in `data`; all have one shape (see Batches.held).
+    every: updates between two measurements.
+    at_once: samples that a process passes through a network together.
+    shift, time: `shift` and `discriminator_time` of training, see trainer.config.Adversarial.
+    measures: by the name that their columns begin with.
+
+    The samples are divided over the processes. All of them must call this together, and all get the same
+    numbers.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class Watch:
         self.start: dict[str, float] = {}
 
     def due(self, update: int) -> bool:
-        """Whether to look after this many updates."""
+        """Whether to measure after this many updates."""
         return bool(self.held) and update % self.every == 0
 
     @torch.no_grad()
@@ -74,10 +78,11 @@ class Watch:
 
     @torch.no_grad()
     def __call__(self, update: int, generator: nn.Module, discriminator: nn.Module) -> dict[str, float]:
-        """The row's part: held_right_real, held_right_fake, held_right_pairs (see objectives.verdict; 0.5 is
-        chance) and held_gap, the mean logit of real samples minus that of fakes. Of each measure M that is
-        due, M_of_real and M_of_start: its mean over the fakes, as a share of that over the real samples and
-        of that over the fakes before the first update (`begin`). Noise and t are drawn anew at each look.
+        """Metrics for the history's row: held_right_real, held_right_fake and held_right_pairs (see
+        objectives.verdict; chance is 0.5), and held_gap, the mean logit of the real samples minus that of
+        the fakes. For each measure M that is due, M_of_real and M_of_start: its mean over the fakes, divided
+        by that over the real samples and by that over the fakes before the first update (`begin`). Noise and
+        t are drawn anew each time.
         """
         due = [name for name, measure in self.measures.items() if update // self.every % measure.every == 0]
         logits, made = [], []
@@ -96,8 +101,8 @@ class Watch:
         return row
 
     def _fakes(self, generator: nn.Module, update: int) -> Iterator[tuple]:
-        """This process's (numbers within the held-out samples, sample numbers of the run, real latents, text,
-        fake latents), part by part.
+        """The samples of this process, part by part: (positions within the held-out samples, sample numbers of
+        the run, real latents, text, fake latents).
         """
         for part in self.parts:
             x, text, _ = self.data.batch([self.held[number % self.count] for number in part])

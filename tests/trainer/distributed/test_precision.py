@@ -157,7 +157,10 @@ def test_a_broken_sample_stops_the_run_and_is_written_down(files, tmp_path):
     write_shards(tmp_path / "shards", broken=4)
     broken = type(files)(files.base, files.start, tmp_path / "shards")
     layout = Layout(1, Parallel(microbatch=1), {"updates": 3})
-    said = r"of the discriminator became nan on video-4.mp4, all in .*not-finite-discriminator.json; no weight has moved"
+    said = (
+        r"of the discriminator became nan on video-4.mp4 \(all of them are in .*not-finite-discriminator.json\); "
+        "no weight has changed"
+    )
     with pytest.raises(NotFinite, match=said) as error:
         train_adversarial(broken, layout, tmp_path)
     assert "\n" not in str(error.value)
@@ -189,7 +192,8 @@ def test_an_infinite_gradient_stops_before_the_step(tmp_path):
         learner.add({"g_loss": torch.tensor(1.0)})
     with pytest.raises(
         AptError,
-        match=r"generator_gradient of the generator became inf on a.mp4, b.mp4, all in .*; no weight has moved",
+        match=r"generator_gradient of the generator became inf on a.mp4, b.mp4 \(all of them are in .*\); "
+        "no weight has changed",
     ):
         learner.step()
     assert torch.equal(network.weight, before) and learner.steps == 0 and network.weight.grad is None
@@ -201,7 +205,8 @@ def test_penalised_samples_must_reach_every_process():
     check_batch(objective, 8, two, Parallel())  # 3 samples: two and one
     with pytest.raises(
         AptError,
-        match="reg_fraction 0.3 of a batch of 8 is 3 samples, which leaves some of 2 processes without one in a microbatch",
+        match="reg_fraction=0.3 of a batch of 8 is 3 samples for the penalties, which leaves some of 2 processes "
+        "without one in a microbatch",
     ):
         check_batch(objective, 8, two, Parallel(microbatch=1))
 
