@@ -1,1 +1,3 @@
-"""Several models at the same prompts and seeds, measured against real clips and shown side by side."""
+"""Compare models: the same prompts and seeds, metrics against real clips, and a page that shows them side by
+side.
+"""

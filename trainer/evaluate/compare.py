@@ -1,5 +1,5 @@
-"""`evaluate`: several models at the same prompts and seeds, measured against real clips where given, written
-as JSON, CSV and a page.
+"""`evaluate`: sample several models at the same prompts and seeds, measure them (against real clips if there
+are any), and write the results as JSON, CSV and a page.
 """
 
 import csv
@@ -31,14 +31,19 @@ from .real import Real, find_real
 
 PACKAGES = ("comfyui-apt", "torch", "diffusers", "transformers", "numpy", "scipy", "av")
 REALS = 16
-"""Real clips that are taken where their captions are the prompts."""
+"""How many real clips are used when their captions are the prompts."""
 RESULT, TABLE, CLIPS, PAGE = "evaluation.json", "models.csv", "clips.csv", "evaluation.html"
 
 
 @dataclass
 class Measured:
-    """One set of clips. rows: the metrics of each clip; features: parts by the distance's name; groups: the
-    thumbnails of each prompt; files: of the clips, below the result's folder.
+    """What was measured on one set of clips (one model's, or the real ones).
+
+    rows: for each clip its metrics by name.
+    features: feature arrays `[n, d]` of each clip, by the name of the distance they are for.
+    groups: thumbnails of the clips of each prompt, by the prompt's number.
+    files: paths of the clips, relative to the result's folder.
+    seconds: how long each clip took to make.
     """
 
     rows: list[dict[str, float | None]] = field(default_factory=list)
@@ -56,13 +61,16 @@ class Measured:
             self.groups.setdefault(prompt, []).append(thumbnail(clip))
 
     def mean(self, name: str) -> float | None:
-        """Over the clips that have a figure."""
+        """The mean over the clips for which the metric is defined; None if there are none."""
         values = [row[name] for row in self.rows if row[name] is not None]
         return float(np.mean(values)) if values else None
 
 
 def chosen(names: str | None, features: Path | None) -> list[str]:
-    """The metrics of a list with commas, by default all that can be had. Raises AptError for others."""
+    """The metrics in a comma-separated list. Without a list, all metrics, `fd` only if `features` is given.
+
+    Raises AptError for a name that is no metric, and if only one of `fd` and `features` is given.
+    """
     if names is None:
         return [name for name in NAMES if name != FD or features is not None]
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
@@ -70,9 +78,9 @@ def chosen(names: str | None, features: Path | None) -> list[str]:
         raise AptError(f"there is no metric {unknown[0]!r}: use some of {', '.join(NAMES)}.")
     if (FD in wanted) != (features is not None):
         raise AptError(
-            "fd needs --features FILE.toml, which names a network's weights: add it, or leave fd out."
+            "fd needs --features FILE.toml, which says what network to use: add it, or leave fd out."
             if FD in wanted
-            else f"--features {features} is for fd: add fd to --metrics, or leave it out."
+            else f"--features {features} is only used by fd: add fd to --metrics, or leave it out."
         )
     return wanted
 
@@ -91,22 +99,28 @@ def evaluate(
     files: Files = Files(),
     device: torch.device = torch.device("cpu"),
 ) -> dict:
-    """Sample every model at the same prompts and seeds, measure, and write the folder `out`: evaluation.json,
-    models.csv, clips.csv, evaluation.html and the samples. Returns what evaluation.json holds.
+    """Sample every model at the same prompts and seeds, measure the samples, and write the folder `out`:
+    evaluation.json, models.csv, clips.csv, evaluation.html and the samples. Returns what evaluation.json
+    holds.
 
-    prompts: a text file, one a line; by default the captions of `data`, real clips in a folder or shards, of
-    which the first `reals` are taken, by default as many as there are samples of one model. features: a TOML
-    file, see `features.Network`. emas: decays to take of training states.
-    Raises AptError, before a weight is read, for no prompt, files that do not fit, models of different sizes,
-    a folder that holds files, and too few clips for a Frechet distance.
+    prompts: a text file with one prompt per line; by default the captions of `data`.
+    data: real clips, in a folder or in shards. The first `reals` of them are used, by default as many as
+        there are samples of one model.
+    features: a TOML file, see `features.Network`.
+    emas: of each training state, the averages with these decays.
+
+    Raises AptError, before any weight is read, if there is no prompt, files do not fit each other, models
+    make different sizes, `out` already holds files, or there are too few clips for a Frechet distance.
     """
     names = chosen(metrics, features)
     if FD in names and data is None:
         raise AptError("fd compares with real clips: add --data FOLDER, or leave fd out.")
     if reals is not None and data is None:
-        raise AptError(f"--reals {reals} is for real clips: add --data FOLDER, or leave it out.")
+        raise AptError(
+            f"--reals {reals} is a number of real clips, but there are none: add --data FOLDER, or leave it out."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AptError(f"{out} is there already and not empty: give another --out, or remove it.")
+        raise AptError(f"{out} already exists and is not empty: give another --out, or remove it.")
     if prompts is None and data is None:
         raise AptError("there is no prompt: give --prompts FILE, or --data with captions.")
     texts = read_prompts(prompts) if prompts else []
@@ -151,7 +165,7 @@ def _measure(
     folder: Path,
     device: torch.device,
 ) -> dict[str | None, Measured]:
-    """By the model's label, and under None the real clips."""
+    """The measurements of each model by its label; those of the real clips have the key None."""
     columns: dict[str | None, Measured] = {}
     total = len(models) * models[0].request.samples + (len(real.names) if real else 0)
     done = 0
@@ -258,7 +272,7 @@ def _result(
 
 
 def _write_csv(folder: Path, result: dict) -> None:
-    """A line for each model, and a line for each clip."""
+    """Two tables: models.csv with a line per model, clips.csv with a line per clip."""
     names = list(dict.fromkeys(name for model in result["models"] for name in model["metrics"]))
     sets = [*result["models"], *([{"label": "real"} | result["real"]] if result["real"] else [])]
     head = ["model", *(c for name in names for c in (name, f"{name}_of_real")), "seconds_each"]

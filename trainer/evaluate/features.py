@@ -1,7 +1,7 @@
-"""Frechet distances in the features of a network that the user has, from a TorchScript file.
+"""Frechet distances in the features of a network that the user supplies as a TorchScript file.
 
-A distance is called by its file's name: `fd_NAME`, and `fd_patch_NAME` of centre crops without resizing (the
-paper's appendix A). It is FID only in the features of one file of weights, so nothing else is called that.
+Each distance is named after that file: `fd_NAME` on whole frames, and `fd_patch_NAME` on centre crops without
+resizing (the paper's appendix A). The name FID is kept for the one published file of weights that defines it.
 """
 
 import tomllib
@@ -22,17 +22,20 @@ from trainer.files import file_digest
 from trainer.mini.metrics import frechet
 
 KNOWN: dict[str, str] = {}
-"""SHA-256 of published weights -> what a distance in their features is called. Empty: a file has its own
-name until its hash is known for sure."""
+"""SHA-256 of published weights -> the name of the distance in their features. It is empty as long as no hash
+is known for certain; until then a distance has the name of its file."""
 
 
 class Network(Settings):
-    """One table of the file that `--features` names.
+    """One `[[features]]` table in the file given as `--features`.
 
-    path: TorchScript, relative to that file. input: what it takes, "frames" `[n, 3, H, W]` or "clips"
-    `[n, 3, F, H, W]`; it gives features `[n, d]`. size: pixels that frames are resized to, square (bilinear,
-    antialiased); 0 for as they are. mean, std: of pixels in [0, 1], by channel. patch: side of the centre
-    crops of the second distance, 0 for none. batch: frames or clips in one call.
+    path: the TorchScript file, relative to the TOML file. The network returns features `[n, d]`.
+    sha256: of that file, 64 hexadecimal digits.
+    input: what the network takes: "frames" `[n, 3, H, W]` or "clips" `[n, 3, F, H, W]`.
+    size: frames are resized to size x size pixels (bilinear, antialiased); 0 leaves them as they are.
+    mean, std: normalisation of each channel, for pixels in [0, 1].
+    patch: side in pixels of the centre crops for the second distance; 0 leaves that distance out.
+    batch: frames or clips per call.
     """
 
     path: Path
@@ -62,8 +65,8 @@ class Network(Settings):
 
 
 def read_networks(path: Path) -> list[Network]:
-    """The `[[features]]` tables of a TOML file. Raises AptError for a file that is not there or none of that,
-    for weights that are not there, and for ones with another SHA-256.
+    """The `[[features]]` tables of a TOML file. Raises AptError if the file is missing or has something else
+    in it, and if a file of weights is missing or has another SHA-256 than its table says.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -73,7 +76,7 @@ def read_networks(path: Path) -> list[Network]:
             "table."
         ) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise AptError(f"--features {path} is not TOML ({error}): mend it.") from None
+        raise AptError(f"--features {path} is not valid TOML ({error}): correct it.") from None
     tables = values.get("features")
     if not isinstance(tables, list) or not tables or values.keys() != {"features"}:
         raise AptError(
@@ -89,7 +92,7 @@ def read_networks(path: Path) -> list[Network]:
                 error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
             )
             where = ".".join(map(str, first["loc"])) or "a table"
-            raise AptError(f"--features {path}: {where} cannot be ({first['msg']}): mend it.") from None
+            raise AptError(f"--features {path}: {where} is not valid ({first['msg']}): correct it.") from None
         networks.append(network.model_copy(update={"path": path.parent / network.path}))
     _check_files(path, networks)
     return networks
@@ -102,25 +105,25 @@ def _check_files(path: Path, networks: Sequence[Network]) -> None:
     for network in networks:
         if not network.path.is_file():
             raise AptError(
-                f"{network.path}, the weights of {network.name}, is not there: put the TorchScript file "
-                "with SHA-256 "
-                f"{network.sha256} there, or leave its table out of {path}."
+                f"{network.path}, the weights of {network.name}, does not exist: put the TorchScript file "
+                f"with SHA-256 {network.sha256} there, or remove its table from {path}."
             )
         if (found := file_digest(network.path)) != network.sha256:
             raise AptError(
                 f"{network.path} has SHA-256 {found}, but {path} says {network.sha256}: get the right "
-                "file, or mend the line."
+                "file, or correct that line."
             )
 
 
 class Features:
-    """A network with its weights. Raises AptError for a file that is no TorchScript."""
+    """The network of one table, with its weights. Raises AptError if the file is not TorchScript."""
 
     def __init__(self, network: Network, device: torch.device) -> None:
         self.network, self.device = network, device
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch would have its users export anew what others publish
+                # torch asks for a newer export format, but the published file is what it is
+                warnings.simplefilter("ignore")
                 self.module: nn.Module = torch.jit.load(str(network.path), map_location=device).eval()
         except RuntimeError as error:
             raise AptError(
@@ -130,8 +133,10 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, clip: np.ndarray) -> dict[str, np.ndarray]:
-        """Features of a clip `[F, H, W, 3]` uint8, fp64 `[n, d]` by the distance's name: of frames n is F, of
-        clips 1. Raises AptError for a clip smaller than the patch, and for a network that cannot take it.
+        """Features of a clip uint8 `[F, H, W, 3]`: fp64 `[n, d]` by the name of the distance, where n is F
+        for a network over frames and 1 for one over clips.
+
+        Raises AptError if the clip is smaller than the patch, or the network cannot process it.
         """
         network, patch = self.network, self.network.patch
         x = torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2)
@@ -140,9 +145,9 @@ class Features:
             height, width = x.shape[-2:]
             if min(height, width) < patch:
                 raise AptError(
-                    f"frames of {width}x{height} have no patch of {patch} pixels: set patch of "
-                    f"{network.path.name} to "
-                    f"{min(height, width)} or less, or to 0 for no {network.patch_name}."
+                    f"frames of {width}x{height} are smaller than a patch of {patch} pixels: set patch of "
+                    f"{network.path.name} to {min(height, width)} or less, or to 0 to leave out "
+                    f"{network.patch_name}."
                 )
             top, left = (height - patch) // 2, (width - patch) // 2
             found[network.patch_name] = self._run(x[..., top : top + patch, left : left + patch], 0)
@@ -157,15 +162,14 @@ class Features:
         except (RuntimeError, AttributeError, TypeError) as error:
             said = str(error).strip().splitlines()[-1]
             raise AptError(
-                f"{self.network.path.name} cannot take {self.network.input} of shape "
-                f"{list(parts[0].shape)} ({said}): "
-                "mend input, size or patch in its table."
+                f"{self.network.path.name} failed on {self.network.input} of shape {list(parts[0].shape)} "
+                f"({said}): correct input, size or patch in its table."
             ) from None
         count = 1 if self.network.input == "clips" else len(frames)
         if out.ndim != 2 or len(out) != count:
             raise AptError(
-                f"{self.network.path.name} gives {list(out.shape)} where [{count}, d] is needed: end it "
-                "with pooled features."
+                f"{self.network.path.name} returns shape {list(out.shape)} instead of [{count}, d]: make it "
+                "end with pooled features."
             )
         return out.numpy()
 
@@ -178,18 +182,20 @@ class Features:
 
 
 def check_count(name: str, width: int, counts: dict[str, int]) -> None:
-    """Raises AptError where a side (its words -> feature vectors) has too few for a covariance of full rank,
-    which takes one more than the features have channels.
+    """Raises AptError if there are too few feature vectors for a covariance of full rank, which needs one
+    more than the features have channels.
+
+    width: channels of the features; counts: the number of feature vectors of each set, by its name.
     """
     for side, count in counts.items():
         if count <= width:
             raise AptError(
-                f"{name} needs {width + 1} feature vectors of {side}, one more than it has channels, and "
-                "there would be "
-                f"{count}: give more prompts, a higher --count or more real clips, or leave fd out."
+                f"{name} needs {width + 1} feature vectors of {side}, one more than it has channels, but "
+                f"there would be {count}: give more prompts, a higher --count or more real clips, or leave "
+                "fd out."
             )
 
 
 def distance(real: Sequence[np.ndarray], made: Sequence[np.ndarray]) -> float:
-    """Frechet distance between Gaussians fitted to two sets of features, each given in parts `[n, d]`."""
+    """Frechet distance between Gaussians fitted to two sets of features, each a list of arrays `[n, d]`."""
     return frechet(np.concatenate(real), np.concatenate(made))

@@ -1,7 +1,8 @@
-"""Figures of a clip that need no network: uint8 RGB `[F, H, W, 3]` to a number, or None where there is none.
+"""Metrics of a clip that need no network. Each takes uint8 RGB `[F, H, W, 3]` and returns a number, or None
+where it is not defined.
 
-Brightness is BT.709's luma of the pixels as they are stored (gamma-coded), in levels of 0 to 255. A clip is
-measured alone, so nothing depends on batches; a model's figure is the mean over its clips.
+Brightness means BT.709 luma of the stored (gamma-coded) pixels, in levels 0 to 255. Each clip is measured on
+its own, so no result depends on how clips are batched. A model's figure is the mean over its clips.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +15,17 @@ from trainer.mini.metrics import edge_energy
 
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 GRID = 8
-"""Cells along each side of the coarse picture of flicker, first_frame and diversity."""
+"""Cells along each side of the coarse grid that flicker, first_frame and diversity use."""
 
 
 def luma(clip: np.ndarray) -> np.ndarray:
-    """Brightness `[F, H, W]`, fp32 in 0 to 255."""
+    """Brightness of a clip: fp32 `[F, H, W]`, 0 to 255."""
     return np.stack([frame.astype(np.float32) @ LUMA for frame in clip])
 
 
 def coarse(frames: np.ndarray, cells: int = GRID) -> np.ndarray:
-    """Means over cells x cells areas of each frame, `[F, H, W, ...]` -> `[F, cells, cells, ...]`; of frames
-    with fewer pixels than cells, each pixel is a cell.
+    """The mean of each cell of a cells x cells grid: `[F, H, W, ...]` -> `[F, cells, cells, ...]`. A side
+    with fewer pixels than cells gets one cell per pixel.
     """
     for axis in (1, 2):
         length = frames.shape[axis]
@@ -37,13 +38,14 @@ def coarse(frames: np.ndarray, cells: int = GRID) -> np.ndarray:
 
 
 def sharpness(clip: np.ndarray) -> float:
-    """Edge energy: mean squared Laplacian of the brightness. A blur takes it away first; noise adds to it."""
+    """Edge energy: mean squared Laplacian of the brightness. Blur lowers it first of all; noise raises it."""
     return edge_energy(luma(clip)[None, ..., None])
 
 
 def flicker(clip: np.ndarray) -> float | None:
-    """How far a frame is from the mean of the two beside it: mean over time and the cells of an 8 x 8 grid
-    of |b[t] - (b[t-1] + b[t+1]) / 2|, in levels of brightness. 0 for what is still or changes evenly.
+    """How much a frame differs from the mean of its two neighbours: |b[t] - (b[t-1] + b[t+1]) / 2|, with b
+    the brightness on an 8 x 8 grid, averaged over time and cells; in levels of brightness. It is 0 for a clip
+    that is still or changes at a constant rate, and None for fewer than three frames.
     """
     if len(clip) < 3:
         return None
@@ -52,10 +54,12 @@ def flicker(clip: np.ndarray) -> float | None:
 
 
 def motion(clip: np.ndarray) -> float | None:
-    """Dynamic degree without optical flow: the standard deviation of each pixel's brightness over time (root
-    of the mean variance), over that of all the clip's pixels. 0 for a still, 1 where all contrast is in time.
+    """Dynamic degree without optical flow: the standard deviation of a pixel's brightness over time (root of
+    the variance's mean over pixels), divided by the standard deviation over the whole clip. It is 0 for a
+    still and 1 if all contrast is over time; None for a single frame.
 
-    Free of contrast and of the order of frames; it cannot tell things that move from light that changes.
+    It does not depend on contrast or on the order of the frames. It cannot tell moving things from changing
+    light.
     """
     if len(clip) < 2:
         return None
@@ -65,8 +69,8 @@ def motion(clip: np.ndarray) -> float | None:
 
 
 def first_frame(clip: np.ndarray) -> float | None:
-    """First-frame consistency: correlation of each later frame's brightness with the first one's, on an 8 x
-    8 grid, mean over frames. 1 for a still; None where the first frame is flat.
+    """First-frame consistency: the correlation of each later frame with the first one, in brightness on an
+    8 x 8 grid, averaged over frames. It is 1 for a still; None for a single frame or if the first is uniform.
     """
     if len(clip) < 2:
         return None
@@ -79,23 +83,28 @@ def first_frame(clip: np.ndarray) -> float | None:
 
 
 def saturation(clip: np.ndarray) -> float:
-    """Mean chroma: the largest of red, green and blue less the smallest, over 255. 0 is grey."""
+    """Mean chroma: for each pixel the largest of red, green and blue minus the smallest, divided by 255. Grey
+    has 0.
+    """
     return float(np.mean([(frame.max(-1) - frame.min(-1)).mean() for frame in clip]) / 255)
 
 
 def contrast(clip: np.ndarray) -> float:
-    """RMS contrast: the standard deviation of a frame's brightness in levels, mean over frames."""
+    """RMS contrast: the standard deviation of brightness within a frame, in levels, averaged over frames."""
     return float(np.mean([frame.std(dtype=np.float64) for frame in luma(clip)]))
 
 
 def thumbnail(clip: np.ndarray) -> np.ndarray:
-    """What diversity compares: RGB on an 8 x 8 grid, `[F, 8, 8, 3]` fp32."""
+    """RGB on an 8 x 8 grid, fp32 `[F, 8, 8, 3]`: what `diversity` compares."""
     return coarse(clip).astype(np.float32)
 
 
 def diversity(thumbnails: Sequence[Sequence[np.ndarray]]) -> float | None:
-    """Of each prompt's samples (`thumbnail` of each): RMS distance of two of them in levels, mean over all
-    pairs of one prompt, then over prompts. 0 where the seed changes nothing; None for one sample a prompt.
+    """How much samples of one prompt differ: the RMS distance between two of them, in levels, averaged over
+    all pairs of a prompt and then over prompts. It is 0 if the seed changes nothing, and None with only one
+    sample per prompt.
+
+    thumbnails: for each prompt the `thumbnail` of each of its samples.
     """
     prompts = []
     for group in thumbnails:
@@ -107,7 +116,7 @@ def diversity(thumbnails: Sequence[Sequence[np.ndarray]]) -> float | None:
 
 @dataclass(frozen=True)
 class Metric:
-    """of: the function of a clip; title and words: what the page says of it."""
+    """title, words: how the page names and explains it; of: the function of a clip that computes it."""
 
     title: str
     words: str
@@ -116,17 +125,17 @@ class Metric:
 
 CLIP: Mapping[str, Metric] = {
     "sharpness": Metric("Sharpness", "edge energy: mean squared Laplacian of the brightness", sharpness),
-    "flicker": Metric("Flicker", "levels by which a frame is off the mean of its neighbours", flicker),
-    "motion": Metric("Motion", "brightness's spread over time, as a share of all of it", motion),
+    "flicker": Metric("Flicker", "how far a frame is from the mean of its neighbours, in levels", flicker),
+    "motion": Metric("Motion", "how much brightness varies over time, relative to the whole clip", motion),
     "first_frame": Metric("First frame", "correlation of later frames with the first", first_frame),
     "saturation": Metric("Saturation", "mean chroma, 0 to 1", saturation),
-    "contrast": Metric("Contrast", "spread of a frame's brightness, in levels", contrast),
+    "contrast": Metric("Contrast", "how much brightness varies within a frame, in levels", contrast),
 }
-"""By name, those of a single clip."""
+"""The metrics of a single clip, by name."""
 DIVERSITY = "diversity"
 FD = "fd"
 WORDS: Mapping[str, Metric] = {
     **CLIP,
-    DIVERSITY: Metric("Seed diversity", "RMS distance of two samples of one prompt, in levels"),
+    DIVERSITY: Metric("Seed diversity", "RMS distance between two samples of one prompt, in levels"),
 }
 NAMES = (*WORDS, FD)

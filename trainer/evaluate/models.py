@@ -1,4 +1,4 @@
-"""The models of a comparison: checkpoints, states and decays of their averages, all asked for the same."""
+"""The models of a comparison: checkpoints and training states, all sampled with the same request."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,11 @@ from trainer.run.folders import is_state, resolve
 
 @dataclass(frozen=True)
 class Wishes:
-    """What all models are asked for. steps is for APT and distilled models; base_steps, guidance, shift and
-    negative are for base models, which are sampled by Euler steps. Sizes: by default the checkpoints' own.
+    """What all models are asked to make.
+
+    steps: sampling steps of APT and distilled models.
+    base_steps, guidance, shift, negative: for base models, which are sampled with Euler steps.
+    height, width, frames, fps: by default each checkpoint's own.
     """
 
     count: int = 1
@@ -56,8 +59,12 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Model:
-    """One column. label: what the tables call it; ema: of a state, the average's decay, 0 for raw weights;
-    base: the transformer that a LoRA or a state stands on; sources: headers and configs alone, no weight.
+    """One column of the tables.
+
+    label: its name there.
+    ema: for a training state, the decay of the average that is used; 0 for the raw weights.
+    base: the transformer that a LoRA or a training state needs.
+    sources: headers and configs of its files, without weights.
     """
 
     label: str
@@ -69,12 +76,12 @@ class Model:
     request: Request
 
     def open(self, device: torch.device) -> OneStepPipeline:
-        """A pipeline for it, which reads weights when it samples."""
+        """A pipeline for this model; it reads the weights when it samples."""
         return OneStepPipeline(self.sources, device=device)
 
     def facts(self, digests: dict[Path, str]) -> dict:
-        """Which weights, by their SHA-256, and how they are sampled, in JSON's terms. digests: what is known
-        already by path, filled up here.
+        """The SHA-256 of its files and its sampling settings, as JSON values. digests: SHA-256 by path, as
+        far as known; new ones are added.
         """
         request, weights = self.request, {}
         places = {
@@ -101,13 +108,13 @@ def open_models(
     files: Files,
     wishes: Wishes,
 ) -> list[Model]:
-    """A model for each checkpoint, and for each training state and decay one. No weight is read.
+    """One model per checkpoint; for training states one per decay in `emas`. No weights are read.
 
-    Raises AptError for files that do not fit one another, for sizes that a model cannot make, for the same
-    model twice, and for models of different sizes.
+    Raises AptError if files do not fit each other, a model cannot make its size, a model is given twice, or
+    models make different sizes.
     """
     if not checkpoints:
-        raise AptError("no checkpoint is given: give one or more.")
+        raise AptError("there is no checkpoint to evaluate: give one or more.")
     models, given = [], ("base", "vae", "text_encoder", "tokenizer")
     for checkpoint in checkpoints:
         path = resolve(checkpoint)
@@ -125,15 +132,15 @@ def open_models(
             models.append(Model(label, path, taken, below, tokenizer, sources, request))
     if emas and not any(is_state(model.path) for model in models):
         raise AptError(
-            f"--ema {emas[0]:g} is for training states, and none is given: give states/PHASE/step-..., or "
-            "leave it out."
+            f"--ema {emas[0]:g} selects an average of a training state, but none is given: give "
+            "states/PHASE/step-..., or leave it out."
         )
     _check_one_size(models)
     return _with_labels(models)
 
 
 def with_prompts(models: Sequence[Model], prompts: Sequence[str]) -> list[Model]:
-    """The models with the prompts that they shall make. Raises AptError for ones that cannot be read."""
+    """The same models, asked for these prompts. Raises AptError for a prompt that a model cannot take."""
     return [
         replace(model, request=replace(model.request, prompts=list(prompts)).fitted(model.sources))
         for model in models
@@ -141,15 +148,15 @@ def with_prompts(models: Sequence[Model], prompts: Sequence[str]) -> list[Model]
 
 
 def sample(pipe: OneStepPipeline, request: Request) -> Iterator[np.ndarray]:
-    """Every sample's frames in turn, uint8 `[F, H, W, 3]`, as they leave the decoder."""
+    """The frames of one sample after another, uint8 `[F, H, W, 3]`, as the decoder returns them."""
     text = pipe.embed(request)
     for number in range(request.samples):
         yield np.concatenate(list(pipe.frames(pipe.latents(request, number, text))))
 
 
 def digest(path: Path) -> str:
-    """SHA-256 in hex of a file; of a folder, of the lines "SHA-256  name" of its files, as sha256sum prints
-    them in the order of their names.
+    """SHA-256 of a file, in hex. For a folder, the SHA-256 of what sha256sum prints for its files in the
+    order of their names (lines "SHA-256  name").
     """
     if path.is_file():
         return file_digest(path)
@@ -168,19 +175,18 @@ def _check_one_size(models: Sequence[Model]) -> None:
         if words(other) != words(first):
             raise AptError(
                 f"{first.path} makes {words(first)} and {other.path} {words(other)}, which cannot be "
-                "compared: give "
-                "--height, --width, --frames and --fps for all."
+                "compared: give --height, --width, --frames and --fps for all."
             )
 
 
 def _name(path: Path, folders: int = 0) -> str:
-    """Of a file or folder, with so many of the folders that it lies in."""
+    """The name of a file or folder, preceded by this many of its parent folders."""
     parts = path.absolute().parts
     return "/".join(parts[-1 - min(folders, len(parts) - 2) :]).removesuffix(".safetensors")
 
 
 def _with_labels(models: Sequence[Model]) -> list[Model]:
-    """Where several have one name, as many of their folders are named as tell them apart."""
+    """Models with unique labels: equal labels get as many parent folders as it takes to tell them apart."""
     first = [(model.path.absolute(), model.ema) for model in models]
     if double := next((model for n, model in enumerate(models) if first[n] in first[:n]), None):
         raise AptError(f"{double.path} ({double.label}) is given twice: give each model once.")

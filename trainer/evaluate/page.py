@@ -1,4 +1,4 @@
-"""The page of an evaluation: one HTML file with the table and, prompt by prompt, every model's clips."""
+"""The page of an evaluation: one HTML file with the table and, for each prompt, every model's clips."""
 
 import base64
 from collections.abc import Sequence
@@ -11,13 +11,15 @@ from apt_core.files.atomic import replacing
 from .metrics import WORDS
 
 LIMIT = 200 * 2**20
-"""Bytes of clips that the page holds; of more, it plays the files beside it."""
+"""If the clips have more bytes than this together, the page links to the files instead of containing them."""
 SMALL = 128
-"""Sides in pixels below which a clip is shown with its pixels' edges."""
+"""A clip whose sides have at most this many pixels is scaled without smoothing."""
 
 
 def write_page(path: Path, result: dict, limit: int = LIMIT) -> None:
-    """result: what `compare.evaluate` returns; its clips lie below the folder of `path`."""
+    """Write the page to `path`. result: what `compare.evaluate` returns; the paths of its clips are relative
+    to the page's folder. limit: see LIMIT.
+    """
     template = files(__package__) / "template"
     total = sum((path.parent / c["file"]).stat().st_size for m in result["models"] for c in m["clips"])
     if result["real"]:
@@ -33,7 +35,7 @@ def write_page(path: Path, result: dict, limit: int = LIMIT) -> None:
     }
     page = _read(template, "page.html")
     with replacing(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
-        # Cut at the marks, not replaced: a prompt may hold what looks like one.
+        # The template is split at its marks, not searched and replaced: a prompt may contain such a mark.
         for number, piece in enumerate(page.split("@@")):
             file.write(parts[piece] if number % 2 else piece)
 
@@ -76,17 +78,17 @@ def _table(result: dict) -> str:
 
 def _hint(result: dict, linked: bool) -> str:
     hint = (
-        "In brackets: how many times the figure of the real clips. Near 1 is like them; more sharpness, "
+        "In brackets: the figure divided by that of the real clips. Near 1 is close to them; more sharpness, "
         "saturation or contrast is not better. "
         if result["real"]
-        else "There are no real clips to compare with: the figures say how the models differ, not which "
+        else "There are no real clips to compare with: the figures show how the models differ, not which "
         "is better. "
     )
-    return hint + ("The clips lie in the folder clips beside this page. " if linked else "")
+    return hint + ("The clips are in the folder clips beside this page. " if linked else "")
 
 
 def _beside(result: dict) -> dict[str, dict]:
-    """The real clip of each prompt that is one's caption."""
+    """For each prompt that is the caption of a real clip, the first such clip."""
     found: dict[str, dict] = {}
     for clip in result["real"]["clips"] if result["real"] else []:
         if clip["caption"] in result["prompts"]:
@@ -144,7 +146,7 @@ def _facts(result: dict) -> str:
 
 
 def cell(figure: dict | None) -> str:
-    """A figure as tables show it: its value, and how many times the real clips' it is."""
+    """A figure as the tables show it: its value, and in brackets its ratio to that of the real clips."""
     if figure is None or figure["value"] is None:
         return "-"
     ratio = "" if figure["of_real"] is None else f" ({figure['of_real']:.2f}x)"

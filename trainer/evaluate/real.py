@@ -1,4 +1,4 @@
-"""Real clips to measure against: a folder of media, or the shards that precompute made."""
+"""The real clips to compare with: a folder of media, or shards written by precompute."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,10 @@ from trainer.data.shards import INDEX, ShardDataset
 
 @dataclass(frozen=True)
 class Real:
-    """names, captions: of each clip, None for a clip without a caption; what: for the page."""
+    """names, captions: of each clip (None for a clip without a caption).
+    what: what the page calls the clips.
+    shards, rows: if the clips come from shards, the shards and the clips' positions in them.
+    """
 
     folder: Path
     what: str
@@ -26,12 +29,12 @@ class Real:
     rows: tuple[int, ...] = ()
 
     def prompts(self) -> list[str]:
-        """The captions, each once."""
+        """The captions, without duplicates."""
         return list(dict.fromkeys(caption for caption in self.captions if caption))
 
     def clips(self, request: Request, pipe: OneStepPipeline) -> Iterator[np.ndarray]:
-        """uint8 `[F, H, W, 3]` in the samples' size. pipe: its VAE decodes shards. Raises AptError for a file
-        that cannot be read or is too short.
+        """The clips one after another, uint8 `[F, H, W, 3]`, in the samples' size. pipe: its VAE decodes
+        clips from shards. Raises AptError for a file that cannot be read or is too short.
         """
         for number, name in enumerate(self.names):
             if self.shards is not None:
@@ -46,17 +49,20 @@ class Real:
 
 
 def find_real(data: Path, request: Request, latents: tuple[int, ...], limit: int) -> Real:
-    """The first `limit` clips (for one frame, pictures) at `data`, in the order of their names or of the
-    index. latents: a sample's `[C, F, h, w]`, which shards must have.
+    """The first `limit` clips in `data` (pictures, if a sample has one frame), in the order of their names
+    or, for shards, of the index.
 
-    Raises AptError for a folder that is missing or holds none, and for shards of another size or frame rate.
+    latents: shape of one sample `[C, F, h, w]`; only clips of this shape are taken from shards.
+
+    Raises AptError if the folder is missing or has no such clip, and for shards of another size or frame
+    rate.
     """
     kind, word = ("image", "picture") if request.frames == 1 else ("video", "video")
     folder = next((f for f in (data, data / "latents") if (f / INDEX).is_file()), None)
     if folder is not None:
         return _from_shards(folder, kind, request, latents, limit)
     if not data.is_dir():
-        raise AptError(f"--data {data} is not a folder: give one of {word}s, or the shards of precompute.")
+        raise AptError(f"--data {data} is not a folder: give a folder of {word}s, or of precompute's shards.")
     files = sorted(
         path
         for path in data.rglob("*")
@@ -65,7 +71,9 @@ def find_real(data: Path, request: Request, latents: tuple[int, ...], limit: int
         and not any(part.startswith(".") for part in path.relative_to(data).parts)
     )[:limit]
     if not files:
-        raise AptError(f"--data {data} holds no {word}: give a folder of {word}s, or shards of precompute.")
+        raise AptError(
+            f"--data {data} has no {word} in it: give a folder of {word}s, or of precompute's shards."
+        )
     captioned = any((data / name).is_file() for name in METADATA) or any(
         file.with_suffix(".txt").is_file() for file in files
     )
@@ -80,8 +88,8 @@ def _from_shards(folder: Path, kind: str, request: Request, latents: tuple[int, 
     if not rows:
         there = ", ".join(str(list(shape)) for shape in sorted(shards.buckets)) or f"no {kind}"
         raise AptError(
-            f"--data {folder} holds {there}, but the samples' latents are {list(latents)}: give shards of "
-            "that size."
+            f"--data {folder} has latents of {there}, but the samples' latents are {list(latents)}: give "
+            "shards of that size."
         )
     if kind == "video" and float(shards.fps) != request.fps:
         raise AptError(

@@ -152,7 +152,7 @@ def test_a_page_of_too_much_plays_the_files_beside_it(made, tmp_path):
     (out / "linked.html").unlink()
     sources = re.findall(r'<video src="([^"]+)"', page)
     assert len(sources) == 4 and all((out / source).is_file() for source in sources)
-    assert "The clips lie in the folder clips" in page
+    assert "The clips are in the folder clips" in page
 
 
 def test_captions_are_the_prompts_where_none_are_given_and_several_models_are_columns(folder, tmp_path):
@@ -189,14 +189,14 @@ def test_mistakes_are_one_sentence(folder, tmp_path):
     assert "has no captions: give --prompts FILE." in refused("mini", "--data", tmp_path / "bare", *out)
     (tmp_path / "empty").mkdir()
     given = ("mini", "--prompts", prompts)
-    assert "holds no video: give a folder of videos" in refused(*given, "--data", tmp_path / "empty", *out)
-    assert "is not a folder: give one of videos" in refused(*given, "--data", tmp_path / "none", *out)
+    assert "has no video in it: give a folder of videos" in refused(*given, "--data", tmp_path / "empty", *out)
+    assert "is not a folder: give a folder of videos" in refused(*given, "--data", tmp_path / "none", *out)
     assert "there is no metric 'fid': use some of sharpness, " in refused(*given, "--metrics", "fid", *out)
     assert "fd needs --features FILE.toml" in refused(*given, "--metrics", "fd", *out)
     assert "fd compares with real clips: add --data" in refused(*given, "--features", features, *out)
-    assert "--reals 3 is for real clips" in refused(*given, "--reals", 3, *out)
-    assert "is there already and not empty" in refused(*given, "--out", folder)
-    assert "--ema 0.5 is for training states" in refused(*given, "--ema", 0.5, *out)
+    assert "--reals 3 is a number of real clips, but there are none" in refused(*given, "--reals", 3, *out)
+    assert "already exists and is not empty" in refused(*given, "--out", folder)
+    assert "--ema 0.5 selects an average of a training state" in refused(*given, "--ema", 0.5, *out)
     assert "(apt_mini) is given twice: give each model once." in refused(
         "mini", "mini", "--prompts", prompts, *out
     )
@@ -209,7 +209,7 @@ def test_mistakes_are_one_sentence(folder, tmp_path):
     # one frame a sample, four features: five vectors are needed
     still = ("--frames", 1, "--data", real, "--features", table(tmp_path))
     said = refused("mini", "--prompts", prompts, *still, *out)
-    assert "fd_means needs 5 feature vectors of the real clips" in said and "there would be 1:" in said
+    assert "fd_means needs 5 feature vectors of the real clips" in said and "but there would be 1:" in said
     assert not (tmp_path / "x").exists()
 
 

@@ -74,14 +74,14 @@ def test_missing_and_other_weights_are_named_with_their_hash(tmp_path):
     digest = file_digest(tmp_path / "means.pt")
     (tmp_path / "means.pt").rename(tmp_path / "away.pt")
     said = refused(path)
-    assert f"{tmp_path / 'means.pt'}, the weights of fd_means, is not there" in said
+    assert f"{tmp_path / 'means.pt'}, the weights of fd_means, does not exist" in said
     assert f"put the TorchScript file with SHA-256 {digest} there" in said
     (tmp_path / "means.pt").write_bytes(b"other")
     assert f"has SHA-256 {file_digest(tmp_path / 'means.pt')}, but {path} says {digest}" in refused(path)
 
 
 def test_a_table_that_is_none_is_refused(tmp_path):
-    assert "sha256 cannot be (Value error, it must be 64 hexadecimal digits)" in refused(
+    assert "sha256 is not valid (Value error, it must be 64 hexadecimal digits)" in refused(
         table(tmp_path, sha256="12")
     )
     assert "input cannot be" in refused(table(tmp_path, input="sound"))
@@ -92,17 +92,17 @@ def test_a_table_that_is_none_is_refused(tmp_path):
     path.write_text("[[network]]\n")
     assert "holds network: write one [[features]] table" in refused(path)
     path.write_text("features")
-    assert "is not TOML" in refused(path)
+    assert "is not valid TOML" in refused(path)
     assert "cannot be read" in refused(tmp_path / "none.toml")
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     clip = np.zeros((2, 8, 8, 3), np.uint8)
     with pytest.raises(
-        AptError, match="frames of 8x8 have no patch of 299 pixels: set patch of means.pt to 8 or"
+        AptError, match="frames of 8x8 are smaller than a patch of 299 pixels: set patch of means.pt to 8 or"
     ):
         network(tmp_path, patch=299)(clip)
-    with pytest.raises(AptError, match=r"means.pt cannot take clips of shape \[1, 3, 2, 8, 8\]|gives"):
+    with pytest.raises(AptError, match=r"means.pt failed on clips of shape \[1, 3, 2, 8, 8\]|returns"):
         network(tmp_path, input="clips")(clip)
     (tmp_path / "means.pt").write_bytes(b"not a network")
     path = tmp_path / "features.toml"
@@ -113,5 +113,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 
 def test_too_few_samples_say_how_many_are_needed():
     check_count("fd_x", 4, {"the real clips": 5, "each model": 5})
-    with pytest.raises(AptError, match="fd_x needs 5 feature vectors of each model, .* there would be 4:"):
+    with pytest.raises(
+        AptError, match="fd_x needs 5 feature vectors of each model, .* but there would be 4:"
+    ):
         check_count("fd_x", 4, {"the real clips": 5, "each model": 4})
