@@ -149,7 +149,9 @@ def test_an_unknown_kind_is_one_sentence(registry, preset_of, tmp_path):
     with pytest.raises(AptError, match="^there is no backbone named 'unet': use one of wan, mmdit.$"):
         kind_named("unet")
     register(own_kind("uncounted", "an uncounted one", MMDiTBackbone, build_mmdit))
-    with pytest.raises(AptError, match="^nobody has counted what a uncounted needs: add it to"):
+    with pytest.raises(
+        AptError, match="^there are no parameter and FLOP counts for a uncounted: add them to"
+    ):
         parameters(load_preset(str(preset_of("uncounted"))).model)
 
 

@@ -306,14 +306,14 @@ def test_what_does_not_fit_names_the_nearest_that_does(name, overrides, gpus, gi
         (
             ["context_parallel=8"],
             8,
-            "context_parallel=8 does not divide the 12 attention heads of wan2.1-1.3b-480p: 6 would.",
+            "context_parallel=8 does not divide the 12 attention heads of wan2.1-1.3b-480p: use 6.",
         ),
         (
             ["context_parallel=4"],
             6,
             "context_parallel=4 does not divide 6 processes: use a multiple of 4, or context_parallel=2.",
         ),
-        ([], 8, "batch=9062 does not divide over 8 groups of processes: 9056 or 9064 would."),
+        ([], 8, "batch=9062 does not divide over 8 groups of processes: use 9056 or 9064."),
     ],
 )
 def test_what_does_not_divide(overrides, gpus, sentence):

@@ -90,9 +90,9 @@ def test_help_names_the_commands():
         ),
         (
             ("adversarial", "mini", "--phase", "image", "compile=foo", "--dry-run"),
-            "compile=foo is no compiler of torch's: use ",
+            "compile=foo is not a backend of torch.compile: use one of ",
         ),
-        (("distill", "mini", "compile=foo"), "compile=foo is no compiler of torch's: use "),
+        (("distill", "mini", "compile=foo"), "compile=foo is not a backend of torch.compile: use one of "),
         (("bench", "inference", "--device", "nope"), "torch cannot use the device 'nope' here"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_machine_of_no_numbers_is_refused(option, value, tmp_path):
     result = command(
         "distill", "mini", "--dry-run", *(word for pair in given.items() for word in pair), cwd=tmp_path
     )
-    assert result.returncode == 2 and "all three must be numbers above 0" in result.stderr
+    assert result.returncode == 2 and "are not a machine: give three numbers above 0" in result.stderr
 
 
 @pytest.mark.parametrize(

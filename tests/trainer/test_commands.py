@@ -601,7 +601,7 @@ def test_prompts_are_encoded_with_the_shards(run):
         ),
         (
             ("adversarial", TINY, "--phase", "image", "batch=5", "microbatch=2"),
-            "batch=5 does not divide over 1 groups of processes of 2 samples at once: 4 or 6 would.",
+            "batch=5 does not divide over 1 groups of processes of 2 samples at once: use 4 or 6.",
         ),
         (
             ("distill", "wan2.1-1.3b-480p"),
@@ -622,7 +622,7 @@ def test_prompts_are_encoded_with_the_shards(run):
         ),
         (
             ("adversarial", TINY, "--phase", "image", "context_parallel=3"),
-            "context_parallel=3 does not divide the 4 attention heads of tiny: 2 would.",
+            "context_parallel=3 does not divide the 4 attention heads of tiny: use 2.",
         ),
         (
             ("adversarial", TINY, "--phase", "image", "attention=flush"),

@@ -1,1 +1,3 @@
-"""Processes, devices, and where weights and activations lie."""
+"""Processes and devices, where weights and activations are stored, and what a run costs in memory and
+time.
+"""

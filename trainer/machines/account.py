@@ -1,7 +1,7 @@
-"""What a run needs, counted from the preset alone: parameters, FLOPs per update, bytes per GPU by kind. No
-weight is touched.
+"""What a run needs, computed from the preset alone, without touching a weight: parameters, FLOPs per update,
+and bytes per GPU by kind.
 
-Notation: N tokens of one sample, d width, L blocks. FLOPs: trainer.machines.flops.
+Notation: N tokens of one sample, d width, L blocks. The FLOPs come from trainer.machines.flops.
 """
 
 import math
@@ -17,16 +17,21 @@ from trainer.machines.flops import adversarial_flops, distill_flops, tokens
 STAGES = ("distill", "image", "video")
 TAPS = len(PAPER_FRACTIONS)
 LINEARS_BYTES, FFN_BYTES = 68.0, 4.15
-"""What one block keeps for its backward pass in bf16, bytes per token: LINEARS_BYTES d + FFN_BYTES ffn.
-Fitted to measurements of the three Wan models (92 d, 87 d and 79 d for 1.3B, 5B and 14B), which it meets
-within 1%.
+"""One block keeps LINEARS_BYTES d + FFN_BYTES ffn bytes per token for its backward pass in bf16. The two
+numbers are fitted to measurements of the three Wan models (92 d, 87 d and 79 d for 1.3B, 5B and 14B) and
+reproduce them within 1%.
 """
 
 
 @dataclass(frozen=True)
 class Account:
-    """parameters: by network; flops: of one update over the whole batch; memory: bytes on each GPU by kind;
-    updates: of the stage; warmup: FLOPs of all updates before those, which train the discriminator alone.
+    """What one stage needs.
+
+    parameters: the number of parameters, by network.
+    flops: FLOPs of one update over the whole batch.
+    memory: bytes on each GPU, by kind.
+    updates: how many updates the stage has.
+    warmup: FLOPs of all warm-up updates together; they come first and train only the discriminator.
     """
 
     parameters: dict[str, int]
@@ -40,40 +45,44 @@ class Account:
         return sum(self.memory.values())
 
     def gpu_hours(self, flops_per_second: float) -> float:
-        """GPU-hours of the whole stage, its warm-up too, at this speed of one GPU."""
+        """GPU-hours of the whole stage, including warm-up, if one GPU computes this many FLOP/s."""
         return (self.flops * self.updates + self.warmup) / flops_per_second / 3600
 
 
 def time_parameters(model: Model) -> int:
-    """Of the time embedder, which is in fp32 whatever the rest is."""
+    """Parameters of the time embedder. It is fp32, whatever the dtype of the rest."""
     d = model.width
     return 256 * d + d + d * d + d
 
 
 def outer_parameters(model: Model) -> int:
-    """All but the blocks: embedders and the output head."""
+    """Parameters outside the blocks: the embedders and the output head."""
     return time_parameters(model) + counts_of(model).outer(model)
 
 
 def parameters(model: Model) -> int:
-    """Of the transformer."""
+    """Parameters of the transformer."""
     return model.layers * counts_of(model).block(model) + outer_parameters(model)
 
 
 def head_parameters(model: Model, inner: int, taps: int = TAPS) -> int:
-    """Of the discriminator's heads, their norm and the logit."""
+    """Parameters of the discriminator's heads, the last norm and the logit. inner: width of their attention;
+    taps: how many heads there are.
+    """
     d = model.width
     head = 4 * d + 4 * d * inner + 3 * inner + d + 2 * model.head_dim + 8 * d * inner + 4 * inner + d
     return taps * head + 3 * taps * d + 1
 
 
 def adapter_parameters(model: Model, rank: int) -> int:
-    """Of one LoRA on all linear layers of the blocks."""
+    """Parameters of one LoRA of this rank on all linear layers of the blocks."""
     return model.layers * rank * counts_of(model).adapter_widths(model)
 
 
 def base_bytes(model: Model, compute: str, gpus: int) -> float:
-    """Of the frozen base of LoRA mode on each GPU: in the dtype of the compute, but for what stays in fp32."""
+    """Bytes on each GPU of the frozen base in LoRA mode. It is stored in the compute dtype, except for the
+    weights that stay fp32.
+    """
     if compute == "fp32":
         return 4 * parameters(model) / gpus
     time, exact = time_parameters(model), counts_of(model).exact(model)
@@ -81,10 +90,9 @@ def base_bytes(model: Model, compute: str, gpus: int) -> float:
 
 
 def account(preset: Preset, stage: str, variant: str | None = None, gpus: int = 1) -> Account:
-    """The account of a stage ("distill", "image" or "video" of stage 2) on so many GPUs.
+    """The account of a stage on this many GPUs. stage: "distill", or "image" or "video" of stage 2.
 
-    Raises AptError for context parallelism that the model or the GPUs cannot be split by, and for a batch
-    that does not divide.
+    Raises AptError as `check_split` does.
     """
     check_split(preset, stage, variant, gpus)
     if stage == "distill":
@@ -93,8 +101,8 @@ def account(preset: Preset, stage: str, variant: str | None = None, gpus: int = 
 
 
 def summary(preset: Preset, speed: float = 400e12) -> list[str]:
-    """What stands beside a preset: GiB on each GPU by mode and number of GPUs, and GPU-hours at this speed
-    (FLOP/s of one GPU).
+    """The table at the top of a preset's file: GiB per GPU by mode and number of GPUs, and GPU-hours at this
+    speed (FLOP/s of one GPU).
     """
     lines = [f"GiB on each GPU ({preset.variant}):  stage 1  images  videos"]
     for mode in ("full", "lora"):
@@ -116,8 +124,8 @@ def summary(preset: Preset, speed: float = 400e12) -> list[str]:
 
 
 def check_split(preset: Preset, stage: str, variant: str | None, gpus: int) -> None:
-    """Raises AptError when context parallelism does not split the heads, or a batch does not divide over GPUs
-    and microbatches.
+    """Raises AptError if `context_parallel` does not divide the attention heads or the GPUs, or if a batch
+    does not divide over GPUs and microbatches.
     """
     cp, model = preset.train.context_parallel, preset.model
     kinds = ("image", "video") if stage == "distill" else (stage,)
@@ -125,11 +133,13 @@ def check_split(preset: Preset, stage: str, variant: str | None, gpus: int) -> N
         fitting = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
         near = min(fitting, key=lambda n: abs(n - cp))
         raise AptError(
-            f"context_parallel={cp} does not divide the {model.heads} attention heads of {preset.name}: {near} would."
+            f"context_parallel={cp} does not divide the {model.heads} attention heads of {preset.name}: use "
+            f"{near}."
         )
     if gpus % cp:
         raise AptError(
-            f"context_parallel={cp} does not divide {gpus} processes: use a multiple of {cp}, or context_parallel={math.gcd(cp, gpus)}."
+            f"context_parallel={cp} does not divide {gpus} processes: use a multiple of {cp}, or "
+            f"context_parallel={math.gcd(cp, gpus)}."
         )
     for kind in kinds:
         batch, step = batch_of(preset, stage, kind, variant), gpus // cp * (preset.train.microbatch or 1)
@@ -141,7 +151,7 @@ def check_split(preset: Preset, stage: str, variant: str | None, gpus: int) -> N
                 f" of {preset.train.microbatch} samples at once" if (preset.train.microbatch or 1) > 1 else ""
             )
             raise AptError(
-                f"{name}={batch} does not divide over {gpus // cp} groups of processes{each}: {near} would."
+                f"{name}={batch} does not divide over {gpus // cp} groups of processes{each}: use {near}."
             )
 
 
@@ -198,7 +208,7 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
         ),
     }
     kept, block = _activations(preset, n, micro)
-    # in fp32, see trainer.machines.parallel.shard
+    # the heads compute in fp32, see trainer.machines.parallel.shard
     at_heads = len(taps) * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)
     one_pass = kept + at_heads + block
     at_once = {
@@ -261,8 +271,8 @@ def _microbatch(preset: Preset, batch: int, gpus: int) -> int:
 
 
 def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float]:
-    """Bytes that one pass keeps per network until its backward pass, and that one block needs while it is run
-    again.
+    """Activation bytes: (what one pass through a network keeps until its backward pass, what one block needs
+    in addition while it is recomputed).
     """
     model, train = preset.model, preset.train
     share = n / train.context_parallel * micro * _width(train.compute) / 2
@@ -273,8 +283,11 @@ def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float]:
 
 
 def _gathered(preset: Preset, gpus: int, largest: int, zeros: Sequence[int]) -> float:
-    """Weights in the dtype of the compute, whole: two blocks in flight and what lies outside of the blocks,
-    or with ZeRO-2 all of a network; zeros: of each network that is not adapters.
+    """Bytes of gathered (unsharded) weights in the compute dtype: with ZeRO-3 two blocks at a time and the
+    weights outside the blocks, with ZeRO-2 the whole network.
+
+    largest: parameters of the largest block or head. zeros: the ZeRO stage of each network that is not made
+    of adapters.
     """
     train, model = preset.train, preset.model
     if gpus == 1 and train.compute == "fp32":

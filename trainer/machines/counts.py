@@ -1,8 +1,8 @@
-"""Parameters and FLOPs of each kind of backbone, counted from a preset's `model`. A new kind adds a class and
-an entry in COUNTS.
+"""Parameters and FLOPs of each kind of backbone, computed from a preset's `model` section. A new kind adds a
+class and an entry in COUNTS.
 
-Notation: d width, L blocks, n visual tokens of one sample. A product of matrices takes two FLOPs per
-multiplication.
+Notation: d width, L blocks, n visual tokens of one sample. One multiplication in a matrix product counts as
+two FLOPs, because an addition comes with it.
 """
 
 from typing import Protocol
@@ -12,45 +12,49 @@ from trainer.config import Model
 
 
 class Counts(Protocol):
-    """Of one kind of backbone."""
+    """What has to be known of a kind of backbone."""
 
     def block(self, model: Model) -> int:
-        """Parameters of a block."""
+        """Parameters of one block."""
         ...
 
     def outer(self, model: Model) -> int:
-        """Parameters of embedders and output head, without the time embedder."""
+        """Parameters of the embedders and the output head, without the time embedder."""
         ...
 
     def exact(self, model: Model) -> int:
-        """Parameters beside the time embedder that are fp32 in a base of 16 bits, and whole on every GPU."""
+        """Parameters, other than the time embedder's, that stay fp32 in a 16-bit base. They are not sharded:
+        every GPU holds them all.
+        """
         ...
 
     def adapter_widths(self, model: Model) -> int:
-        """Inputs and outputs of all linear layers of a block: what one rank of a LoRA on them has."""
+        """The widths of inputs and outputs of all linear layers of a block, added up: the parameters of a
+        LoRA of rank 1 on them.
+        """
         ...
 
     def forward(self, model: Model, n: int) -> tuple[float, float]:
-        """FLOPs of (linear layers, attention) of the blocks in one forward pass of one sample."""
+        """FLOPs of the blocks in a forward pass of one sample: (linear layers, attention)."""
         ...
 
     def outer_forward(self, model: Model, n: int) -> float:
-        """FLOPs of embedders and output head in it."""
+        """FLOPs of the embedders and the output head in that pass."""
         ...
 
     def adapters(self, model: Model, n: int, rank: int) -> float:
-        """FLOPs that a LoRA on all linear layers of the blocks adds to it."""
+        """FLOPs that a LoRA of this rank on all linear layers of the blocks adds to that pass."""
         ...
 
     def frozen_text(self, model: Model) -> float:
-        """FLOPs of the linear layers in it whose input is the embedded text itself: with a frozen embedder
-        nobody asks for that input's gradient.
+        """FLOPs of those linear layers whose input is the embedded text itself. With a frozen text embedder,
+        the gradient of that input is not computed.
         """
         ...
 
 
 class WanCounts:
-    """Self-attention, cross-attention, FFN and a modulation table."""
+    """Counts of Wan: a block has self-attention, cross-attention, an FFN and a modulation table."""
 
     def block(self, model: Model) -> int:
         d = model.width
@@ -91,8 +95,8 @@ class WanCounts:
 
 
 class MMDiTCounts:
-    """Two streams, each q, k, v, out, an MLP of 4 d and a modulation of 6 d; text goes through as many
-    layers, and all attend to all.
+    """Counts of the MMDiT: a block has two streams, visual and text. Each has q, k, v, out, an MLP of width
+    4 d and a modulation of 6 d, and every token attends to all tokens of both.
     """
 
     def block(self, model: Model) -> int:
@@ -130,9 +134,10 @@ COUNTS: dict[str, Counts] = {"wan": WanCounts(), "mmdit": MMDiTCounts()}
 
 
 def counts_of(model: Model) -> Counts:
-    """Raises AptError for a kind that nobody counted."""
+    """The counts of this model's kind of backbone. Raises AptError for a kind that has none."""
     if model.kind not in COUNTS:
         raise AptError(
-            f"nobody has counted what a {model.kind} needs: add it to trainer.machines.counts.COUNTS."
+            f"there are no parameter and FLOP counts for a {model.kind}: add them to "
+            "trainer.machines.counts.COUNTS."
         )
     return COUNTS[model.kind]

@@ -1,5 +1,5 @@
-"""Where a process stands among all of a run: its device, its share of the samples, its partners in context
-parallelism.
+"""The processes of a run, as one of them sees it: its device, its share of the samples, and the processes
+that share its samples in context parallelism.
 """
 
 import os
@@ -21,13 +21,14 @@ from trainer.machines.pulse import Pulse, limit, open_pulse
 
 @dataclass(frozen=True)
 class World:
-    """All processes of a run, in a grid of `dp` x `cp`: data-parallel rows see different samples, the `cp`
-    processes of one row share theirs and split its tokens.
+    """All processes of a run, in a grid of `dp` x `cp`. Each row of the grid sees different samples (data
+    parallelism); the `cp` processes of one row see the same samples and divide their tokens (context
+    parallelism).
 
-    `mesh` has the dimensions (dp, cp); `everyone` has the same processes in one dimension, which weights are
-    sharded over; both are None in a process that stands alone without sharding. `control` is a group that
-    talks over the CPU, for words about the run itself.
-    `pulse` watches the other processes, where there are any.
+    mesh: the grid, with dimensions (dp, cp). everyone: the same processes in one dimension; weights are
+    sharded over it. Both are None for a single process without sharding.
+    control: a process group on the CPU, for messages about the run itself.
+    pulse: watches whether the other processes still answer; None if there are none.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -46,7 +47,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes files and talks to the user."""
+        """Whether this is the process that writes files and prints messages."""
         return self.rank == 0
 
     @property
@@ -70,14 +71,16 @@ class World:
         return self.mesh["cp"].get_group()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all processes (context-parallel partners count each)."""
+        """The sum of a tensor over all processes, including each process of a context-parallel group. All
+        processes must call this together.
+        """
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.everyone.get_group())
         return values
 
     def largest(self, *values: float) -> list[float]:
-        """Of each value the largest of all processes. All processes must ask."""
+        """For each value, the largest one that any process gave. All processes must call this together."""
         if self.size == 1:
             return list(values)
         votes = torch.tensor(values, dtype=torch.float64)
@@ -85,7 +88,9 @@ class World:
         return votes.tolist()
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process gives, in the order of ranks, in all of them. For small things."""
+        """The values of all processes, in the order of their ranks. For small values only; all processes must
+        call this together.
+        """
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -93,21 +98,21 @@ class World:
         return values
 
     def share(self, count: int) -> range:
-        """Numbers 0, 1, ... of samples that this process takes of `count`. All take equally many, so that a
-        sharded network is gone through equally often: the last ones may be `count` and above, which stand for
-        those from 0 on.
+        """The numbers of the samples, out of `count`, that this process works on. Every process gets equally
+        many, because all must call a sharded network equally often. To fill up, the last numbers may be
+        `count` or more; they stand for the samples from 0 on.
         """
         return range(self.dp_rank, -(-count // self.dp) * self.dp, self.dp)
 
     def gather_rows(self, mine: Tensor, count: int) -> Tensor:
-        """Everybody's rows `[n, ...]` of `share(count)` in the order of their numbers, `[count, ...]`, in all
-        processes.
+        """Collect the rows of all samples: `mine` `[n, ...]` has one row per number in `share(count)`, and
+        every process gets `[count, ...]` in the order of the numbers.
         """
-        by_row = self.gather(mine.cpu())[:: self.cp]  # partners in context parallelism have the same
+        by_row = self.gather(mine.cpu())[:: self.cp]  # processes of one context-parallel group have the same
         return torch.stack(by_row, dim=1).flatten(0, 1)[:count]
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
@@ -120,23 +125,25 @@ def connect(
     sharded: bool = False,
     patience: timedelta = timedelta(minutes=30),
 ) -> Iterator[World]:
-    """Join the run that torchrun (or SLURM through it) started, or be alone where there is none; leaves it at
-    the end.
+    """Join the processes that torchrun (or SLURM through it) started, and leave them at the end of the block.
+    Without torchrun the run has this one process.
 
-    device: "cpu", "cuda" (each process takes the card of its local rank) or one card, "cuda:1".
-    context_parallel: how many processes share one sample's tokens. sharded: also when alone, keep the weights
-    as FSDP2 does (fp32 masters, bf16 compute).
-    patience: how long processes wait for one another; one that no longer answers ends all of them before, see
-    trainer.machines.pulse.
-    Raises AptError for a device that torch cannot use, for a number of processes that context parallelism
-    does not divide, and for options of `accelerate launch` that would not do what they say.
+    device: "cpu", "cuda" (each process uses the GPU of its local rank) or one GPU, such as "cuda:1".
+    context_parallel: how many processes divide the tokens of one sample.
+    sharded: use FSDP2 (fp32 masters, bf16 compute) even for a single process.
+    patience: how long processes wait for each other. A process that no longer answers ends the run sooner,
+        see trainer.machines.pulse.
+
+    Raises AptError for a device that torch cannot use, for a number of processes that is no multiple of
+    `context_parallel`, and for options of `accelerate launch` that would have no effect here.
     """
     check_launcher()
     started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     size = int(os.environ["WORLD_SIZE"]) if started else 1
     if size % context_parallel:
         raise AptError(
-            f"{size} processes cannot form groups of {context_parallel} for context parallelism: use a multiple of {context_parallel}."
+            f"{size} processes cannot form groups of {context_parallel} for context parallelism: use a "
+            f"multiple of {context_parallel}."
         )
     watched = limit()
     place = _device(device, int(os.environ.get("LOCAL_RANK", 0)))

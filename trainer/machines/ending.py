@@ -1,4 +1,4 @@
-"""SIGTERM as an end like Ctrl-C: what is half-written goes, what is finished stays."""
+"""SIGTERM ends a command as Ctrl-C does: half-written files are removed, finished ones stay."""
 
 import os
 import signal
@@ -10,15 +10,15 @@ from contextlib import contextmanager, suppress
 from apt_core.files.atomic import remove_own
 
 CODE = 128 + signal.SIGTERM
-PATIENCE = 5.0  # seconds that the main thread gets: a call into C++ that never returns hears of no signal
+PATIENCE = 5.0  # seconds for the main thread to react: inside a long call into C++ Python handles no signal
 
 
 class Terminated(BaseException):
-    """SIGTERM has come."""
+    """The process has received SIGTERM."""
 
 
 def say_stopped() -> None:
-    """What a stopped command says, once for all processes of a run."""
+    """Print what a stopped command says. Of several processes only the one of rank 0 prints."""
     if int(os.environ.get("RANK", 0)) == 0:
         with suppress(OSError, ValueError):
             print(
@@ -30,9 +30,11 @@ def say_stopped() -> None:
 
 @contextmanager
 def ended_by_sigterm(patience: float = PATIENCE) -> Iterator[None]:
-    """SIGTERM raises Terminated in the block; where that does not leave it within `patience` seconds, the
-    process ends with CODE, its unfinished files removed. A handler that is set meanwhile (as
-    trainer.run.state.Run does, to save) is left to its work. Does nothing outside the main thread."""
+    """Inside the block, SIGTERM raises Terminated. If the block is not left within `patience` seconds after
+    that, the unfinished files are removed and the process exits with CODE. A handler that is installed inside
+    the block takes precedence (trainer.run.state.Run installs one, to save). Outside the main thread this
+    does nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -40,7 +42,7 @@ def ended_by_sigterm(patience: float = PATIENCE) -> Iterator[None]:
 
     def handle(*_) -> None:
         nonlocal told
-        if not told:  # a second one would break off the tidying
+        if not told:  # a second signal would interrupt the clean-up
             told = True
             raise Terminated
 
@@ -53,7 +55,7 @@ def ended_by_sigterm(patience: float = PATIENCE) -> Iterator[None]:
                     say_stopped()
                     os._exit(CODE)
 
-    def forked() -> None:  # the child's signals are not ours
+    def forked() -> None:  # a forked child must not handle signals as its parent does
         if not over.is_set() and signal.getsignal(signal.SIGTERM) is handle:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -63,7 +65,7 @@ def ended_by_sigterm(patience: float = PATIENCE) -> Iterator[None]:
         os.set_blocking(writer, False)
     try:
         before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    except (ValueError, OSError):  # Windows may want a socket; the main thread hears of it all the same
+    except (ValueError, OSError):  # Windows may need a socket here; the main thread still gets the signal
         before = None
     if before is not None:
         threading.Thread(target=watch, args=(reader,), daemon=True, name="sigterm").start()
@@ -77,6 +79,6 @@ def ended_by_sigterm(patience: float = PATIENCE) -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
         if before is not None:
             signal.set_wakeup_fd(before)
-        os.close(writer)  # the thread reads its end
+        os.close(writer)  # the thread reads end of file and ends
         if before is None:
             os.close(reader)

@@ -1,9 +1,10 @@
-"""FLOPs of an update, counted from the preset alone; tests/trainer/test_flops.py holds them against the real
-functions.
+"""FLOPs of an update, computed from the preset alone. tests/trainer/test_flops.py compares them with what the
+training functions really execute.
 
-A product of matrices takes two FLOPs per multiplication, its backward pass as many for the inputs and as many
-for the weights. Attention keeps no scores: its backward pass computes them again (flash-attn, cuDNN and
-torch's fused kernels alike), which makes five products of the forward's two.
+One multiplication in a matrix product counts as two FLOPs. The backward pass of a product takes the same
+again for the gradient of its input, and the same for that of the weights. Attention does not store its
+scores; the backward pass recomputes them (in flash-attn, cuDNN and torch's fused kernels), so it has five
+products where the forward pass has two.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ ATTENTION_BACK = 2.5
 
 @dataclass(frozen=True)
 class Cost:
-    """One network and one sample, in FLOPs. forward: a pass; again: its recomputation from checkpoints; back:
-    the backward pass for the weights that are trained; through: the one for the input alone.
+    """FLOPs of one network for one sample.
+
+    forward: the forward pass.
+    again: its recomputation from activation checkpoints.
+    back: the backward pass to the weights that are trained.
+    through: the backward pass to the input only.
     """
 
     forward: float
@@ -28,33 +33,36 @@ class Cost:
 
     @property
     def trained(self) -> float:
-        """Forward, recomputation, and backward pass for the weights."""
+        """The forward pass, the recomputation, and the backward pass to the weights."""
         return self.forward + self.again + self.back
 
     @property
     def judged(self) -> float:
-        """Forward, recomputation, and backward pass for the input."""
+        """The forward pass, the recomputation, and the backward pass to the input."""
         return self.forward + self.again + self.through
 
 
 def tokens(preset: Preset, kind: str) -> int:
-    """Of one sample: latents in patches of 1 x 2 x 2."""
+    """Visual tokens of one sample: its latents in patches of 1 x 2 x 2. kind: "image", or "video"."""
     (height, width), (t, down, across) = preset.data.size(kind), preset.model.stride
     frames = preset.data.frames if kind == "video" else 1
     return ((frames - 1) // t + 1) * (height // (2 * down)) * (width // (2 * across))
 
 
 def forward_flops(model: Model, n: int) -> tuple[float, float]:
-    """(linear layers, attention) of one forward pass of one sample of n tokens."""
+    """FLOPs of the blocks in a forward pass of one sample of n tokens: (linear layers, attention)."""
     return counts_of(model).forward(model, n)
 
 
 def cost(
     preset: Preset, n: int, adapted: bool, depth: float = 1.0, heads: float = 0.0, backbone: bool = True
 ) -> Cost:
-    """Of a network over n tokens. adapted: with adapters, which then alone are trained; depth: share of the
-    blocks; heads: FLOPs of the discriminator's heads in a forward pass; backbone: whether it is trained, not
-    only the heads.
+    """The cost of one network over n tokens.
+
+    adapted: the network has LoRA adapters, and only those are trained.
+    depth: the share of the blocks that is used.
+    heads: FLOPs of the discriminator's heads in a forward pass.
+    backbone: whether the backbone is trained, or only the heads.
     """
     model, counts, train = preset.model, counts_of(preset.model), preset.train
     linear, attention = forward_flops(model, n)
@@ -63,7 +71,7 @@ def cost(
     blocks = depth * (linear + attention + adapters)
     to_input = depth * (linear - text + ATTENTION_BACK * attention + adapters)
     if not backbone:
-        back = heads  # for the heads' weights, and for nothing before them
+        back = heads  # to the weights of the heads; nothing before them is trained
     elif adapted:
         back = to_input + depth * adapters + 2 * heads
     else:
@@ -73,7 +81,7 @@ def cost(
 
 
 def adversarial_flops(preset: Preset, stage: str, variant: str) -> tuple[float, float]:
-    """Of one sample in (the discriminator's step, the generator's step) of a phase of stage 2."""
+    """FLOPs of one sample in a phase of stage 2: (the discriminator's step, the generator's step)."""
     settings, model = getattr(preset.phases(variant), stage), preset.model
     n, lora = tokens(preset, stage), preset.train.mode == "lora"
     taps = tap_blocks(model.layers, settings.taps)
@@ -90,9 +98,11 @@ def adversarial_flops(preset: Preset, stage: str, variant: str) -> tuple[float, 
 
 
 def distill_flops(preset: Preset, kind: str) -> float:
-    """Of one sample of stage 1. By consistency: teacher, target and student. By dmd: the fake score's updates,
-    each with a sample of the generator; then the generator, both scores of its sample, and the base's own
-    sample where there is a regression to it.
+    """FLOPs of one sample of stage 1.
+
+    Consistency: teacher, target and student. dmd: the updates of the fake score, each with a sample of the
+    generator; then the generator, both scores of its sample, and the base's own sample if there is a
+    regression to it.
     """
     n, lora, settings = tokens(preset, kind), preset.train.mode == "lora", preset.distill
     student = cost(preset, n, lora)

@@ -1,4 +1,4 @@
-"""The machine that a run is on: how many GPUs, what each of them holds, and how fast its matrix products are."""
+"""The machine a run is on: the number of GPUs, their memory, and the speed of their matrix products."""
 
 import math
 import os
@@ -14,14 +14,14 @@ from apt_core.engine.fast import check_device
 from apt_core.errors import AptError
 
 GIB = 2**30
-SPARE = 0.94  # of a device's memory: the rest goes to the CUDA context and to fragments
+SPARE = 0.94  # usable share of a device's memory: the rest goes to the CUDA context and fragmentation
 LIBRARIES = ("comfyui-apt", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
-MODEL_SHARE = 0.5  # of the matrix peak that a training run reaches
+MODEL_SHARE = 0.5  # the share of the peak speed of matrix products that a training run is expected to reach
 
 
 @dataclass(frozen=True)
 class Machine:
-    """gpus: of the whole run; memory: bytes of each; peak: FLOP/s of its matrix products."""
+    """gpus: how many the whole run has. memory: bytes of each. peak: FLOP/s of matrix products on each."""
 
     name: str
     gpus: int
@@ -34,13 +34,13 @@ class Machine:
 
     @property
     def speed(self) -> float:
-        """FLOP/s that a run may hope for on each GPU."""
+        """FLOP/s on each GPU that a run is expected to reach."""
         return self.peak * MODEL_SHARE
 
 
 def pick_device(name: str) -> str:
-    """ "auto" becomes "cuda" where there is a GPU, else "cpu"; other names stay. Raises AptError for one that
-    torch cannot use here.
+    """The device of this name; "auto" is "cuda" if there is a GPU, else "cpu". Raises AptError for a device
+    that torch cannot use here.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,26 +49,27 @@ def pick_device(name: str) -> str:
 
 
 def check_launcher() -> None:
-    """Raises AptError for options of `accelerate launch` that would not do what they say: it starts what
-    torchrun starts with --multi_gpu, and without it one process, whatever number was given.
+    """Raises AptError for options of `accelerate launch` that would have no effect here. With --multi_gpu it
+    starts processes like torchrun; without it, it starts one process, whatever number it was given.
     """
     for name in ("fsdp", "deepspeed", "megatron_lm"):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true"):
             raise AptError(
-                f"accelerate launch was told --use_{name}, but this trainer shards by itself: "
-                "leave it out, and give --multi_gpu --num_processes N."
+                f"accelerate launch got --use_{name}, but this trainer does its own sharding: leave it out, "
+                "and give --multi_gpu --num_processes N."
             )
     of_several = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if of_several and "RANK" not in os.environ:
         raise AptError(
-            "accelerate launch was told to start several processes and started one, as it does on a CPU: "
-            "give --multi_gpu --num_processes N in the place of --cpu (processes without a card use the CPU)."
+            "accelerate launch was told to start several processes but started one, as it does with --cpu: "
+            "give --multi_gpu --num_processes N instead (processes without a GPU use the CPU)."
         )
 
 
 def this_machine(device: str, compute: str) -> Machine:
-    """What `device` is here; its peak is measured, within a second. Under torchrun all its processes count,
-    without it all GPUs of the machine. Raises AptError as `check_launcher`.
+    """The machine as `device` describes it, with the peak measured in under a second. Under torchrun it has
+    as many GPUs as there are processes, otherwise all GPUs that are here. compute: "bf16" or "fp32", the
+    dtype of the peak. Raises AptError as `check_launcher` does.
     """
     check_launcher()
     processes = int(os.environ.get("WORLD_SIZE", 0))
@@ -84,13 +85,13 @@ def this_machine(device: str, compute: str) -> Machine:
         )
     properties = torch.cuda.get_device_properties(device)
     gpus = processes or (1 if ":" in device else torch.cuda.device_count())
-    # not all processes on the first
+    # each process measures its own GPU
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     return Machine(properties.name, gpus, properties.total_memory, matrix_peak(device, dtype, 8192))
 
 
 def memory_of_machine() -> int:
-    """Bytes."""
+    """The machine's main memory in bytes."""
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     import psutil  # Windows
@@ -99,17 +100,20 @@ def memory_of_machine() -> int:
 
 
 def imagined(gpus: int, memory_gib: float, tflops: float) -> Machine:
-    """A machine that is not here. Raises AptError for numbers that are not above 0."""
+    """A machine described by numbers instead of measured. Raises AptError for numbers that are not above
+    0.
+    """
     if not all(math.isfinite(value) and value > 0 for value in (gpus, memory_gib, tflops)):
         raise AptError(
-            f"{gpus} GPUs of {memory_gib:g} GiB and {tflops:g} TFLOP/s cannot be: all three must be numbers above 0."
+            f"{gpus} GPUs of {memory_gib:g} GiB and {tflops:g} TFLOP/s are not a machine: give three numbers "
+            "above 0."
         )
     return Machine("GPU as given", gpus, memory_gib * GIB, tflops * 1e12)
 
 
 def matrix_peak(device: str, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of square matrix products, the best of a few. On a CPU it is that of one thread, by the time
-    which it has spent on a core, times the threads: what else runs there does not count.
+    """FLOP/s of size x size matrix products, the best of five. On a CPU it measures one thread, by its CPU
+    time, and multiplies by the number of threads, so that other programs do not lower the result.
     """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     if device.startswith("cuda"):
@@ -132,7 +136,7 @@ def matrix_peak(device: str, dtype: torch.dtype, size: int) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Python, machine and the libraries that matter."""
+    """The versions of Python and the libraries that matter, the processor and the number of threads."""
     found = {
         "python": platform.python_version(),
         "machine": platform.machine(),

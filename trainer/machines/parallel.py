@@ -1,4 +1,4 @@
-"""How one network lies on the processes of a run: FSDP2 over its blocks, fp32 masters under bf16 compute,
+"""How a network is spread over the processes of a run: FSDP2 over its blocks, fp32 masters with bf16 compute,
 activation checkpointing.
 """
 
@@ -24,28 +24,27 @@ from trainer.config import Preset
 from trainer.machines.checkpointing import offloaded
 from trainer.machines.distributed import World
 
-# Said of every output that is a view; nobody here changes one in place.
+# FSDP2 warns of every output that is a view; nothing here changes one in place.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a run uses its processes; none of it changes what is learned beyond rounding.
+    """How a run uses its processes. Nothing here changes the training, apart from rounding.
 
-    microbatch: samples that one process takes at once; the rest of a batch is accumulated. None: its whole
-    share.
-    compute: what matrix products run in; weights, gradients, optimizer state and averages are fp32 either
-    way.
-    generator_zero, discriminator_zero: 3 gathers each block when it is needed (least memory); 2 keeps the
-    gathered weights for the whole update, 2 bytes a parameter, and gathers once.
-    sync_every_microbatch: reduce gradients after each microbatch, where one unsharded fp32 gradient of a
-    network does not fit; else once an update.
-    checkpointing: recompute each block in the backward pass; "offload" also keeps what it starts from in the
-    CPU's memory.
+    microbatch: samples that a process computes at once; gradients are accumulated over the rest of its share
+        of the batch. None: the whole share at once.
+    compute: dtype of the matrix products. Weights, gradients, optimizer state and averages are always fp32.
+    generator_zero, discriminator_zero: the ZeRO stage. 3 gathers each block when it is needed and takes the
+        least memory; 2 gathers once per update and keeps the gathered weights, 2 bytes per parameter.
+    sync_every_microbatch: reduce gradients after each microbatch, for a network whose unsharded fp32 gradient
+        does not fit in memory; otherwise they are reduced once per update.
+    checkpointing: "blocks" recomputes each block in the backward pass; "offload" does too, and keeps the
+        blocks' inputs in the CPU's memory.
     compile: torch.compile the blocks with this backend ("inductor").
-    context_parallel: how many processes share one sample's tokens.
-    attention: diffusers' name of the attention backend, of the discriminator's backbone as of all others;
-    None: the one set for the process.
+    context_parallel: how many processes divide the tokens of one sample.
+    attention: the attention backend of all networks, by its name in diffusers. None: the one that is set for
+        the process.
     """
 
     microbatch: int | None = None
@@ -60,13 +59,13 @@ class Parallel:
 
     @property
     def sharded(self) -> bool:
-        """Whether even a single process needs FSDP2's bookkeeping."""
+        """Whether even a single process needs FSDP2."""
         return self.compute != "fp32"
 
 
 def parallel_of(preset: Preset, device: str) -> tuple[Parallel, Backend]:
-    """What a preset says of it, and the attention backend that it is on `device`. Raises AptError as
-    `choose_backend` does.
+    """The preset's parallel settings, and the attention backend that they mean on `device`. Raises AptError
+    as `attention_of` does.
     """
     backend = attention_of(preset, device)
     settings = {field.name: getattr(preset.train, field.name) for field in fields(Parallel)}
@@ -74,13 +73,14 @@ def parallel_of(preset: Preset, device: str) -> tuple[Parallel, Backend]:
 
 
 def attention_of(preset: Preset, device: str) -> Backend:
-    """The attention backend of a training on `device`. Raises AptError as `choose_backend` does, and for a
-    compiler that cannot be used.
+    """The attention backend that training uses on `device`. Raises AptError as `choose_backend` does, and for
+    a torch.compile backend that cannot be used.
     """
     if preset.train.compile:
         if preset.train.compile not in (known := torch._dynamo.list_backends()):
             raise AptError(
-                f"compile={preset.train.compile} is no compiler of torch's: use {', '.join(known)}."
+                f"compile={preset.train.compile} is not a backend of torch.compile: use one of "
+                f"{', '.join(known)}."
             )
         check_compile(torch.device(device))
     dtype = torch.bfloat16 if preset.train.compute == "bf16" else torch.float32
@@ -90,10 +90,11 @@ def attention_of(preset: Preset, device: str) -> Backend:
 def place(
     make: Callable[[torch.device], nn.Module], world: World, parallel: Parallel, zero: int = 3
 ) -> nn.Module:
-    """A network on its device, sharded over the world where there is one.
+    """A network on this process's device, sharded over all processes if the run is sharded.
 
-    make(device) builds it with its weights, or on "meta" without any. With sharding only the main process
-    builds it whole, on the CPU, and sends each other one its part; nobody else reads weights.
+    make(device): builds the network with its weights, or without weights on device "meta". In a sharded run
+    only the main process reads weights: it builds the whole network on the CPU and sends every other process
+    its part. zero: the ZeRO stage, see Parallel.
     """
     if world.everyone is None:
         return _prepare(make(world.device), world, parallel)
@@ -106,7 +107,7 @@ def place(
     set_model_state_dict(
         model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     )
-    # Tables like RoPE's are in no state dict.
+    # Buffers such as RoPE's tables are not in the state dict.
     tables = dict(whole.named_buffers()) if world.main else {}
     for name, buffer in model.named_buffers():
         if world.main:
@@ -116,13 +117,15 @@ def place(
 
 
 def shard(model: nn.Module, world: World, parallel: Parallel, zero: int) -> None:
-    """FSDP2 in place: each block and each head on its own, then the rest.
+    """Apply FSDP2 in place: to each block and each head separately, then to the rest.
 
-    Inputs are not cast here (`cast_forward_inputs` would turn timestep 701 into 700): the networks cast
-    latents and text themselves. The time embedder and the discriminator's heads, last norm and logit compute
-    in fp32 (at sigma 0.01 rounding is half of aR1 with heads in bf16, and three tenths with them in fp32: the
-    miniature's base after 40 updates, objectives.penalty_floor); so do the modulation tables and norms of a
-    frozen base in 16 bits, which each process has whole. Gradients are averaged over all processes in fp32.
+    FSDP2 does not cast inputs here: `cast_forward_inputs` would turn timestep 701 into 700, so the networks
+    cast latents and text themselves. The time embedder and the discriminator's heads, last norm and logit
+    compute in fp32. So do the modulation tables and norms of a frozen 16-bit base, which are not sharded.
+    Gradients are averaged over all processes in fp32.
+
+    Why the heads are fp32: at sigma 0.01 rounding makes up half of aR1 with the heads in bf16 and three
+    tenths with them in fp32 (the miniature's base after 40 updates, measured with objectives.penalty_floor).
     """
     mixed, exact, options = _policies(world, parallel, zero)
     options["ignored_params"] = _kept_whole(model)
@@ -141,8 +144,8 @@ def shard(model: nn.Module, world: World, parallel: Parallel, zero: int) -> None
 
 
 def shard_heads(model: Discriminator, world: World, parallel: Parallel) -> None:
-    """FSDP2 for what a discriminator adds to a role of a shared base, which is sharded already. Its weights
-    are the same everywhere.
+    """Apply FSDP2 to what a discriminator adds to a shared base: the heads, the norm and the logit. The base
+    is sharded already, and the new weights must be the same on all processes.
     """
     if world.everyone is None:
         return
@@ -155,8 +158,8 @@ def shard_heads(model: Discriminator, world: World, parallel: Parallel) -> None:
 
 
 def _kept_whole(model: nn.Module) -> set[nn.Parameter]:
-    """Frozen weights in fp32 among 16-bit ones, other than the time embedder's: their block's group would
-    round them to its own dtype.
+    """The frozen fp32 weights of a 16-bit base, except the time embedder's. They are not sharded, because
+    FSDP2 would round them to the dtype of their block.
     """
     backbone = model.backbone if isinstance(model, Discriminator) else model
     if backbone.patch_embedding.weight.dtype == torch.float32:
@@ -183,8 +186,8 @@ def blocks(model: nn.Module) -> Iterable[nn.Module]:
 
 
 def reshard(*models: nn.Module) -> None:
-    """Forget gathered weights. Needed wherever weights or `requires_grad` change outside of a backward pass:
-    gathered copies would go stale.
+    """Drop gathered copies of sharded weights. Call it whenever weights or `requires_grad` change outside a
+    backward pass, because the copies would be outdated.
     """
     for model in models:
         for part in model.modules():
@@ -193,8 +196,8 @@ def reshard(*models: nn.Module) -> None:
 
 
 def whole_state(state: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """A sharded state dict as plain tensors on the CPU of the main process; {} elsewhere. All processes must
-    call.
+    """A sharded state dict, gathered as plain CPU tensors in the main process; {} in all others. All
+    processes must call this together.
     """
     out = {}
     for name, value in state.items():

@@ -1,9 +1,10 @@
-"""Whether the other processes of a run still answer; where one does not, the end of them all, in one
-sentence.
+"""Watches whether all processes of a run still answer. If one does not, all end, with one sentence that says
+which one was lost.
 
-Each process counts up in the store that torch.distributed began with, and watches the others' counts, from
-threads of its own: a long step, a collective or a compilation changes nothing. A count that stands still by
-the watcher's own clock is a process that hangs, was stopped, or whose machine is gone.
+Every process increments a counter in torch.distributed's store and watches the counters of the others, in
+threads of its own, so that a long step, a collective or a compilation does not stop it. A counter that no
+longer moves, by the watching process's own clock, belongs to a process that hangs, was stopped, or lost its
+machine.
 """
 
 import json
@@ -26,20 +27,20 @@ from apt_core.files.processes import host, is_alive, own
 from trainer.aside import warn
 from trainer.machines.ending import Terminated
 
-CODE = 75  # what sysexits.h calls a failure that may pass: try again
+CODE = 75  # EX_TEMPFAIL of sysexits.h: a temporary failure, try again
 LIMIT, VARIABLE = 40.0, "APT_PEER_SECONDS"
 KEPT = "what is finished is kept, and the same command goes on from there"
 DONE, FAILED, STOPPED = "done", "ended with an error", "was stopped by a signal"
 BROKEN = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|timed? ?out|remote process", re.IGNORECASE
 )
-_opened = 0  # how many runs this process has joined: each counts under a name of its own
+_opened = 0  # how many runs this process has joined; each run has its own prefix in the store
 
 
 def limit() -> float:
-    """Seconds without an answer after which a process counts as lost; 0: nobody is watched.
+    """Seconds without an answer after which a process counts as lost; 0 turns watching off.
 
-    Raises AptError when $APT_PEER_SECONDS is not that.
+    Raises AptError if $APT_PEER_SECONDS is not such a number.
     """
     given = os.environ.get(VARIABLE, "")
     try:
@@ -47,14 +48,17 @@ def limit() -> float:
         if not 0 <= seconds < float("inf"):
             raise ValueError
     except ValueError:
-        raise AptError(f"{VARIABLE} is {given!r}: give seconds, or 0 to watch nobody.") from None
+        raise AptError(f"{VARIABLE} is {given!r}: give a number of seconds, or 0 to watch nobody.") from None
     return seconds
 
 
 @dataclass
 class Peer:
-    """Another process, as far as it is known. moved: when its count last did, by this process's clock; at: by
-    the day's."""
+    """What this process knows about another one.
+
+    moved: when its counter last moved, by this process's monotonic clock; at: the same by the time of day.
+    count, left: its last counter, and how it said it was leaving ("" while it runs).
+    """
 
     rank: int
     moved: float
@@ -65,8 +69,8 @@ class Peer:
     start: int = 0
     count: int = -1
     left: str = ""
-    gone: int | None = None  # the round in which its process was no longer there
-    work: float | None = None  # seconds of processor when its count was last found standing
+    gone: int | None = None  # the round in which its process no longer existed
+    work: float | None = None  # its CPU seconds when its counter was last found not to have moved
 
     def read(self, record: bytes, now: float) -> None:
         facts = json.loads(record)
@@ -80,9 +84,15 @@ class Peer:
 
 
 class Pulse:
-    """This process's count and its watch on the others. `kept()` says what is saved, for the sentence; set it
-    when there is something better to say. store: of its own, as its calls block; keeper: the process that it
-    ends with, None for torchrun's. end: what ends the process."""
+    """This process's counter, and its watch over the others.
+
+    store: a client used only here, because its calls block.
+    seconds: see `limit`.
+    keeper: rank of the process that the store ends with; None if torchrun keeps it.
+    end: ends this process with an exit code.
+
+    Set the attribute `kept` to a function that says what has been saved; the last sentence includes it.
+    """
 
     def __init__(
         self,
@@ -108,12 +118,14 @@ class Pulse:
             threading.Thread(target=work, daemon=True, name=f"pulse{work.__name__}").start()
 
     def leave(self, error: BaseException | None) -> None:
-        """The others need not wait for this process any more, as `error` or None ends it."""
+        """Tell the other processes that this one is leaving, because of `error` or (None) because it is
+        done.
+        """
         self._left = DONE if error is None or isinstance(error, SystemExit) else FAILED
         if isinstance(error, (KeyboardInterrupt, Terminated)):
             self._left = STOPPED
-        self._wait_for_rounds(2)  # one may have begun before
-        # The store ends with its keeper: the others have to hear of this before.
+        self._wait_for_rounds(2)  # a round that had already begun does not report it
+        # The store ends with its keeper, so the others must have read this before the keeper leaves.
         until, counts = time.monotonic() + self.seconds, {peer.rank: peer.count for peer in self.peers}
         while self.rank == self.keeper and time.monotonic() < until and not self._silent:
             if all(peer.left or peer.count > counts[peer.rank] + 1 for peer in self.peers):
@@ -125,8 +137,9 @@ class Pulse:
         self._look.set()
 
     def explain(self, error: BaseException) -> None:
-        """Does not return where the loss of another process stands behind an error: it is said in the error's
-        place. Who it is the thread finds out that judges."""
+        """If an error was caused by the loss of another process, name that process instead of the error and
+        end. Then this does not return: the watching thread finds out which process it was.
+        """
         if isinstance(error, SystemExit):
             return
         self._broken = is_broken_connection(error)
@@ -135,10 +148,10 @@ class Pulse:
             if not self._broken and not any(self._is_gone(peer) for peer in self.peers):
                 return
             self._look.set()
-            with suppress(Terminated):  # of torchrun, which ends all when one has died
+            with suppress(Terminated):  # torchrun sends SIGTERM to all when one has died
                 time.sleep(0.05)
 
-    # What the threads do
+    # The two threads
 
     def _beat(self) -> None:
         known = {}
@@ -152,13 +165,17 @@ class Pulse:
                 records = self._store.multi_get([str(rank) for rank in known]) if known else []
                 now = time.monotonic()
                 with self._lock:
-                    if now - self._answered > self.seconds * 3 / 8:  # nobody could count
+                    if (
+                        now - self._answered > self.seconds * 3 / 8
+                    ):  # the store was away: no counter could move
                         self._grace(now)
                     for peer, record in zip(known.values(), records):
                         peer.read(record, now)
                     self._answered, self._silent = now, False
                     self._rounds += 1
-            except Exception:  # torch's and the system's own kinds: all mean that nobody answers
+            except (
+                Exception
+            ):  # torch and the system raise many kinds; all mean that the store does not answer
                 self._silent = True
             self._wake.wait(self.seconds / 8)
             self._wake.clear()
@@ -175,15 +192,15 @@ class Pulse:
             self._look.clear()
             now = time.monotonic()
             with self._lock:
-                if now - last > 3 * tick + 0.5:  # this process stood still itself, perhaps with all others
+                if now - last > 3 * tick + 0.5:  # this process itself was suspended, perhaps all of them
                     self._answered = now
                     self._grace(now)
                 last = now
                 if any(peer.left and peer.rank == self.keeper for peer in self.peers):
-                    continue  # the store may be gone with it, and who leaves from here on cannot say so
+                    continue  # the store may have ended with it: others can no longer say that they leave
                 lost = [peer for peer in self.peers if self._is_lost(peer, now)]
                 silent = now - self._answered > self.seconds
-                if silent and not lost:  # the store's own end may be noticed before that of its keeper
+                if silent and not lost:  # the end of the store may be noticed before that of its keeper
                     lost = [peer for peer in self.peers if self._is_gone(peer)]
             if lost:
                 self._end(lost, _what(lost[0]) + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""))
@@ -205,7 +222,7 @@ class Pulse:
             if peer.gone is None:
                 peer.gone = self._rounds
             self._wake.set()
-            return self._silent or self._rounds > peer.gone + 1  # its last word would have been read
+            return self._silent or self._rounds > peer.gone + 1  # a goodbye would have been read by then
         fresh = now - self._answered < self.seconds / 2
         return still > self.seconds and fresh and not self._is_busy(peer, now)
 
@@ -214,8 +231,9 @@ class Pulse:
         return here and not peer.left and not is_alive(peer.pid, peer.start)
 
     def _is_busy(self, peer: Peer, now: float) -> bool:
-        """Whether a process of this host computes without letting its threads count: one call may hold
-        Python's lock."""
+        """Whether a process on this host is computing although its counter does not move: one call can hold
+        Python's global lock for long.
+        """
         if not peer.pid or peer.host != self._host:
             return False
         try:
@@ -240,7 +258,7 @@ class Pulse:
     def _end(self, lost: list[Peer], what: str) -> None:
         if self._over.is_set():
             return
-        last = threading.Timer(10, self._end_process, [CODE])  # a folder that hangs too, for one
+        last = threading.Timer(10, self._end_process, [CODE])  # in case tidying hangs, on a lost disk say
         last.daemon = True
         last.start()
         if self._tells(lost):
@@ -251,8 +269,9 @@ class Pulse:
         self._end_process(CODE)
 
     def _tells(self, lost: list[Peer]) -> bool:
-        """Whether it is this process that says so: the first to ask the store, or the lowest where that is
-        gone."""
+        """Whether this process is the one that prints the sentence: the first to ask the store or, if the
+        store is gone, the one with the lowest rank.
+        """
         first = []
 
         def ask() -> None:
@@ -268,8 +287,9 @@ class Pulse:
 
 
 def open_pulse(rank: int, size: int, seconds: float) -> Pulse | None:
-    """The pulse of a run that torch.distributed has joined by its environment; None where nobody is watched.
-    seconds: of `limit`."""
+    """The started Pulse of this process in a run that torch.distributed has joined; None for a single process
+    and for `seconds` 0. seconds: see `limit`.
+    """
     global _opened
     if size == 1 or seconds == 0:
         return None
@@ -296,11 +316,11 @@ def open_pulse(rank: int, size: int, seconds: float) -> Pulse | None:
 
 
 def is_broken_connection(error: BaseException | None) -> bool:
-    """Whether an error, or one behind it, is a collective's whose other side has gone."""
+    """Whether an error, or one that caused it, comes from a collective whose other side is gone."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        # also torch's DistError
+        # torch's DistError is a RuntimeError too
         if isinstance(error, (RuntimeError, AptError)) and BROKEN.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
@@ -319,7 +339,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _say(sentence: str) -> None:
-    """Past Python's own streams: the thread that has stopped may hold them."""
+    """Print to stderr without Python's own stream: a thread that was stopped may hold its lock."""
     with suppress(OSError):
         os.write(
             2, (("\n" if os.isatty(2) else "") + readable(sentence) + "\n").encode(errors="backslashreplace")

@@ -73,15 +73,17 @@ def test_one_process_in_the_place_of_two_is_refused(latents, tmp_path):
     assert done.returncode != 0 and not (tmp_path / "run" / "distilled.safetensors").exists()
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == (
-        "error: accelerate launch was told to start several processes and started one, as it does on a CPU: "
-        "give --multi_gpu --num_processes N in the place of --cpu (processes without a card use the CPU)."
+        "error: accelerate launch was told to start several processes but started one, as it does with --cpu: "
+        "give --multi_gpu --num_processes N instead (processes without a GPU use the CPU)."
     )
 
 
 @pytest.mark.parametrize("name", ["fsdp", "deepspeed", "megatron_lm"])
 def test_its_own_sharding_is_refused(name, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(AptError, match=f"told --use_{name}, but this trainer shards by itself: leave it out"):
+    with pytest.raises(
+        AptError, match=f"got --use_{name}, but this trainer does its own sharding: leave it out"
+    ):
         with connect():
             pass
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "false")

@@ -252,7 +252,7 @@ def test_the_limit_is_seconds(monkeypatch):
     for wrong in ("soon", "-1", "inf", "nan"):
         monkeypatch.setenv(trainer.machines.pulse.VARIABLE, wrong)
         with pytest.raises(
-            AptError, match=f"APT_PEER_SECONDS is '{wrong}': give seconds, or 0 to watch nobody"
+            AptError, match=f"APT_PEER_SECONDS is '{wrong}': give a number of seconds, or 0 to watch nobody"
         ):
             limit()
 

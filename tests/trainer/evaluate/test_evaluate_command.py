@@ -189,7 +189,9 @@ def test_mistakes_are_one_sentence(folder, tmp_path):
     assert "has no captions: give --prompts FILE." in refused("mini", "--data", tmp_path / "bare", *out)
     (tmp_path / "empty").mkdir()
     given = ("mini", "--prompts", prompts)
-    assert "has no video in it: give a folder of videos" in refused(*given, "--data", tmp_path / "empty", *out)
+    assert "has no video in it: give a folder of videos" in refused(
+        *given, "--data", tmp_path / "empty", *out
+    )
     assert "is not a folder: give a folder of videos" in refused(*given, "--data", tmp_path / "none", *out)
     assert "there is no metric 'fid': use some of sharpness, " in refused(*given, "--metrics", "fid", *out)
     assert "fd needs --features FILE.toml" in refused(*given, "--metrics", "fd", *out)

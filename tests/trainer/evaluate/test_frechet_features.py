@@ -84,8 +84,8 @@ def test_a_table_that_is_none_is_refused(tmp_path):
     assert "sha256 is not valid (Value error, it must be 64 hexadecimal digits)" in refused(
         table(tmp_path, sha256="12")
     )
-    assert "input cannot be" in refused(table(tmp_path, input="sound"))
-    assert "crop cannot be" in refused(table(tmp_path, crop=3))
+    assert "input is not valid" in refused(table(tmp_path, input="sound"))
+    assert "crop is not valid" in refused(table(tmp_path, crop=3))
     path = table(tmp_path)
     path.write_text(path.read_text() * 2)
     assert "two files would both be called fd_means: rename one." in refused(path)
