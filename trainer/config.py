@@ -3,7 +3,7 @@ changes single numbers.
 """
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,10 +136,10 @@ class Sampling(Settings):
 
 class Distill(Settings):
     """Stage 1. method: "consistency", the paper's, or "dmd", distribution matching (apt_core.method.dmd).
-    `video_share` of the updates see clips; `guidance` is the teacher's (of dmd, the real score's); `ema_warmup`
-    lets a young average forget the start sooner (apt_core.method.ema.Ema; 0: the plain decay); the rate rises
-    over `lr_warmup` updates and falls in a line from `lr` to `lr_end` (none: it stays). Muon is for models as
-    small as the miniature.
+    `video_share` of the updates see clips; `guidance` is the teacher's (of dmd, the real score's);
+    `ema_warmup` lets a young average forget the start sooner (apt_core.method.ema.Ema; 0: the plain decay);
+    the rate rises over `lr_warmup` updates and falls in a line from `lr` to `lr_end` (none: it stays). Muon is
+    for models as small as the miniature.
 
     Of consistency alone: `steps`, `fraction_at_final`, `target_decay`, the EMA of the target network (0: the
     student itself), and `target_warmup`.
@@ -342,8 +342,18 @@ class Preset(Settings):
         `load_preset`: the command line has the last word. Raises AptError as `phases`, and for a setting that
         is not there.
         """
+        return self.changed(self.phases(variant).also, variant, overrides, sections)
+
+    def changed(
+        self,
+        changes: Mapping[str, Any],
+        variant: str,
+        overrides: Sequence[str] = (),
+        sections: Sequence[str] = (),
+    ) -> "Preset":
+        """The preset with settings by full name as a variant has them; else as `with_recipe`."""
         values = self.model_dump()
-        for name, value in self.phases(variant).also.items():
+        for name, value in changes.items():
             section, _, key = name.partition(".")
             if not isinstance(values.get(section), dict) or key not in values[section]:
                 raise AptError(
@@ -382,6 +392,15 @@ def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Seque
         raise AptError(f"preset {path.name} is not valid TOML: {error}.") from None
     except ValidationError as error:
         raise _sentence(path.name, error.errors()[0], values) from None
+
+
+def comparable(preset: Mapping, recipe: str) -> dict:
+    """A preset as a run has written it down, by this version or by one that had fewer settings and recipes:
+    what is new is filled in, and of the recipes stays the run's own. Raises pydantic's ValidationError (a
+    ValueError).
+    """
+    whole = Preset.model_validate(preset).model_dump(mode="json")
+    return whole | {"stage2": {name: one for name, one in whole["stage2"].items() if name == recipe}}
 
 
 def _sentence(file: str, first: dict, values: dict) -> AptError:

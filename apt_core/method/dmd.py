@@ -47,7 +47,8 @@ class DmdSettings:
     def __post_init__(self):
         if not 0 < self.t_min <= self.t_max <= 1:
             raise AptError(
-                f"times of distribution matching must be 0 < t_min <= t_max <= 1, got {self.t_min} and {self.t_max}."
+                "times of distribution matching must be 0 < t_min <= t_max <= 1, got "
+                f"{self.t_min} and {self.t_max}."
             )
         if not self.shift > 0:
             raise AptError(f"shift must be above 0, got {self.shift}.")
@@ -79,8 +80,8 @@ def matching_gradient(
     """The gradient at the generator's sample `x` [B, ...], whose noised `x_t` both velocities were asked at.
 
     "kl": `(1 - t) (s_fake - s_real)`, since `x_t` has `(1 - t) x` in it (DMD, eq. 7 with w_t = 1): its mean
-    over samples and noise is the gradient of the KL divergence of the two densities at time t. "dmd": `(x_fake
-    - x_real) / mean |x - x_real|` of the clean predictions, which is the same direction (eq. 8).
+    over samples and noise is the gradient of the KL divergence of the two densities at time t. "dmd":
+    `(x_fake - x_real) / mean |x - x_real|` of the clean predictions, which is the same direction (eq. 8).
     """
     if weighting == "kl":
         return (1 - per_sample(t, x)) * (score(x_t, v_fake, t) - score(x_t, v_real, t))
@@ -132,9 +133,9 @@ def dmd_backward(
     plus the regression.
 
     generator, real, fake: velocity networks called like WanBackbone; only the generator gets gradients, and
-    the scores' activations are never kept. z, text, noise, t, loss_scale: as in `fake_backward`; negative: the
-    one fixed negative prompt's embedding [1 or B, L, d], None only with guidance 1; wanted: the teacher's own
-    samples from `z`, needed where `regression` is not 0.
+    the scores' activations are never kept. z, text, noise, t, loss_scale: as in `fake_backward`; negative:
+    the one fixed negative prompt's embedding [1 or B, L, d], None only with guidance 1; wanted: the teacher's
+    own samples from `z`, needed where `regression` is not 0.
 
     Returns detached scalars: gap, the mean absolute difference of the two clean predictions;
     real_distance, that between the sample and the real one; grad_norm, the mean over samples of |dL_i / dx_i|

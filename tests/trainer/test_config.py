@@ -36,7 +36,7 @@ def test_the_stable_variant_is_relativistic_with_both_penalties():
 def test_unknown_names_are_refused_with_what_there_is():
     with pytest.raises(AptError, match="no preset 'nope'; use one of .*mini"):
         load_preset("nope")
-    with pytest.raises(AptError, match="no stage 2 named 'wild'; it has demo, proof, paper, stable"):
+    with pytest.raises(AptError, match="no stage 2 named 'wild'; it has demo, proof, paper, stable, dmd"):
         load_preset("mini").phases("wild")
 
 
@@ -122,7 +122,7 @@ def test_overrides_change_single_numbers():
         ),
         (
             "stage2.wild.image.updates=3",
-            "there is no setting 'stage2.wild.image.updates' (did you mean stage2.demo.image.updates?): see the preset's file for all of them.",
+            "there is no setting 'stage2.wild.image.updates' (did you mean stage2.dmd.image.updates?): see the preset's file for all of them.",
         ),
         ("updates", "'updates' is not a setting: write key=value, for example updates=100."),
         (

@@ -19,7 +19,7 @@ def demo(
     recipe: Annotated[
         str,
         typer.Option(
-            help="Of the preset: demo, proof (longer), paper (no warm-up, equal rates) or stable (what its authors changed since)."
+            help="Of the preset: demo, proof (longer), paper (no warm-up, equal rates), stable (what its authors changed since) or dmd (stage 1 by distribution matching)."
         ),
     ] = "demo",
     seed: Seed = 0,
@@ -76,7 +76,7 @@ def ablate(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="These variants (or groups: sigma, updates, steps, batch) and what they are compared with; commas or several times. By default all."
+            help="These variants (or groups: sigma, updates, steps, batch, stage1) and what they are compared with; commas or several times. By default all."
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many; intervals and verdicts need two or more.")] = 3,

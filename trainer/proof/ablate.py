@@ -13,8 +13,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,10 +26,12 @@ from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.export import export
 from trainer.checkpoints.starting_models import describe_state
-from trainer.config import Adversarial, Preset, load_preset
+from trainer.config import Adversarial, Preset, comparable, load_preset
 from trainer.data.batches import Batches
 from trainer.files import write_json
+from trainer.jobs.plan import LATENTS, final_file
 from trainer.jobs.plan import metadata as stage_metadata
+from trainer.jobs.training import run_adversarial, run_distill
 from trainer.machines.distributed import World
 from trainer.machines.machine import versions
 from trainer.mini import ASSETS, VAE
@@ -53,10 +55,13 @@ BASE = ASSETS / "transformer.safetensors"
 
 @dataclass(frozen=True)
 class Source:
-    """What all variants of a seed share. start: the generator's first weights, those of the stage before."""
+    """What all variants of a seed share. shards: folder of its samples; start: the generator's first weights,
+    those of the stage before.
+    """
 
     seed: int
     batches: Batches
+    shards: Path
     distilled: Path
     start: Path
     prompts: Prompts
@@ -101,7 +106,7 @@ class Ablation:
             "samples": self.samples,
             "preset": _plain(self.preset),
         }
-        self._check(self.out / "identity.json", identity)
+        self._check(self.out / "identity.json", identity, self._comparable)
         for path in self.tables:
             self._adopt(path, identity, variants)
         net, vae = load_features(ASSETS / "features.safetensors"), load_vae(VAE).to(self.device)
@@ -167,12 +172,23 @@ class Ablation:
             raise AptError(f"{len(found)} runs are given, but --seeds is {seeds}: give --seeds {len(found)}.")
         return found
 
-    def _check(self, path: Path, identity: dict) -> None:
+    def _comparable(self, identity: dict) -> dict:
+        """Rows with settings from other recipes are compared by those."""
+        return identity | {"preset": comparable(identity["preset"], self.recipe)}
+
+    def _check(
+        self, path: Path, identity: dict, comparable: Callable[[dict], dict] = lambda found: found
+    ) -> None:
         """Raises AptError when what was made here is of another identity than this."""
         if not path.exists():
             write_json(path, identity)
             return
-        old = _read(path)
+        try:
+            old, identity = comparable(_read(path)), comparable(identity)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, AptError):
+                raise
+            raise AptError(f"{path} is damaged: delete {self.out}, or give another --out.") from None
         if changed := sorted(key for key in identity if old.get(key) != identity[key]):
             key = changed[0]
             values = (
@@ -185,18 +201,20 @@ class Ablation:
     def _source(self, seed: int, run: Path | None) -> Source:
         if run:
             text = load_text_encoder(ASSETS / "text_encoder.safetensors")
-            batches = Batches(run / "latents", text, seed, self.preset.data.held_out)
+            shards = run / LATENTS
+            batches = Batches(shards, text, seed, self.preset.data.held_out)
             names = {"distill": run / DISTILLED} | results(run, self.preset)
         else:
             demo = Demo(
                 self.out / "runs" / f"seed-{seed}", self.preset, self.recipe, seed=seed, device=self.device
             )
+            shards = demo.out / LATENTS
             _, batches, names = demo.train("distill" if self.phase == "image" else "image")
         start = names["distill" if self.phase == "image" else "image"]
         prompts = drawn_prompts(
             batches, self.phase, self.samples, SAMPLE_SEED + seed, self.preset.data.frames
         )
-        return Source(seed, batches, names["distill"], start, prompts)
+        return Source(seed, batches, shards, names["distill"], start, prompts)
 
     def _source_path(self, seed: int) -> Path:
         return self.out / f"identity-seed-{seed}.json"
@@ -209,7 +227,7 @@ class Ablation:
         path = self._path(variant, seed)
         if not path.exists():
             return None
-        self._check(path, {"settings": _plain(variant.settings)})
+        self._check(path, _settings(variant), _filled_in)
         return _read(path)
 
     def _adopt(self, path: Path, identity: dict, variants: Mapping[str, Variant]) -> None:
@@ -219,9 +237,7 @@ class Ablation:
         """
         try:
             found = _read(path)
-            settings = found["settings"] | {
-                "preset": _plain(Preset.model_validate(found["settings"]["preset"]))
-            }
+            settings, identity = self._comparable(found["settings"]), self._comparable(identity)
             theirs = {name: row for name, row in found["rows"].items() if name in variants}
             if changed := sorted(key for key in identity if settings.get(key) != identity[key]):
                 raise AptError(
@@ -230,8 +246,8 @@ class Ablation:
             for seed, source in found.get("sources", {}).items():
                 self._check(self._source_path(int(seed)), {"source": str(source)})
             for name, row in theirs.items():
-                own = variants[name].settings
-                same = (
+                own, stage1 = variants[name].settings, row.get("stage1", {})
+                same = dict(variants[name].stage1) == stage1 and (
                     row["settings"] is None
                     if own is None
                     else Adversarial.model_validate(row["settings"]) == own
@@ -239,12 +255,8 @@ class Ablation:
                 for seed, figures in row["by_seed"].items() if same else ():
                     file = self._path(variants[name], int(seed))
                     if not file.exists():
-                        facts = {
-                            "variant": name,
-                            "seed": int(seed),
-                            "settings": _plain(own),
-                            "from": path.name,
-                        }
+                        facts = {"variant": name, "seed": int(seed), "from": path.name}
+                        facts |= _settings(variants[name])
                         write_json(file, facts | {"failed": row["failed"].get(seed), "figures": figures})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, AptError):
@@ -258,12 +270,13 @@ class Ablation:
             {
                 "variant": variant.name,
                 "seed": source.seed,
-                "settings": _plain(variant.settings),
+                **_settings(variant),
                 "failed": None,
                 "figures": {},
             },
         )
         try:
+            source = self._own_stage1(variant, source) if variant.stage1 else source
             weights, figures = self._trained(variant, source) if variant.settings else (source.distilled, {})
         except NotFinite as error:
             row["failed"] = str(error)
@@ -276,6 +289,24 @@ class Ablation:
             self._path(variant, source.seed), row | {"seconds": round(time.perf_counter() - started, 2)}
         )
         return row
+
+    def _own_stage1(self, variant: Variant, source: Source) -> Source:
+        """The source with another stage 1 on the same samples, trained as far as it is not there; before videos
+        the image phase too.
+        """
+        machine = {"train.device": self.device, "train.keep_last": 1, "train.keep_best": 0}
+        preset = self.preset.changed(variant.stage1 | machine, variant.name)
+        folder = self.out / "trainings" / f"distilled_{preset.distill.method}" / f"seed-{source.seed}"
+        files = {stage: final_file(folder, preset, stage) for stage in ("distill", "image")}
+        options = {"seed": source.seed, "shards": source.shards}
+        make_folder(folder)
+        self._check(folder / "identity.json", {"stage1": dict(variant.stage1)})
+        if not files["distill"].exists():
+            run_distill(preset, folder, **options)
+        if self.phase == "video" and variant.settings and not files["image"].exists():
+            run_adversarial(preset, "image", folder, variant=self.recipe, **options)
+        start = files["distill" if self.phase == "image" else "image"]
+        return replace(source, distilled=files["distill"], start=start)
 
     def _judged(self, variant: Variant, source: Source, weights: Path, net, vae) -> dict:
         sampling, batches = self.preset.sampling, source.batches
@@ -368,6 +399,19 @@ class Ablation:
 
 def _plain(settings: BaseModel | None) -> dict | None:
     return None if settings is None else settings.model_dump(mode="json")
+
+
+def _settings(variant: Variant) -> dict:
+    """What a row's figures depend on, beside the ablation's own settings."""
+    return {"settings": _plain(variant.settings)} | (
+        {"stage1": dict(variant.stage1)} if variant.stage1 else {}
+    )
+
+
+def _filled_in(row: dict) -> dict:
+    """A row of this version or of an earlier one whose training had fewer settings."""
+    settings = row["settings"]
+    return row | {"settings": settings and _plain(Adversarial.model_validate(settings))}
 
 
 def _newest(folder: Path) -> Path | None:

@@ -59,6 +59,7 @@ def table(variants: Mapping[str, Variant], rows: Mapping[str, Mapping[int, Mappi
             "by_seed": {str(seed): row for seed, row in figures[name].items()},
             "failed": {str(seed): row["failed"] for seed, row in rows[name].items() if row.get("failed")},
             "settings": next((row.get("settings") for row in rows[name].values()), None),
+            **({"stage1": dict(variant.stage1)} if variant.stage1 else {}),
         }
     return {"rule": RULE, "confidence": CONFIDENCE, "figures": FIGURES, "rows": out}
 

@@ -15,7 +15,7 @@ from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder, replacing
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.models.text import load_text_encoder
-from trainer.config import Preset
+from trainer.config import Preset, comparable
 from trainer.data.batches import Batches
 from trainer.data.shards import INDEX
 from trainer.files import write_json
@@ -139,7 +139,7 @@ class RunState:
                 raise AptError(
                     f"{path} is damaged; delete it to start over, or give another --out."
                 ) from None
-            changed = sorted(key for key in identity if old.get(key) != identity[key])
+            changed = sorted(key for key in identity if _compared(old, key) != _compared(identity, key))
             if changed:
                 raise AptError(
                     f"{path.parent} holds a run with another {', '.join(changed)}; give another --out, or the settings of that run."
@@ -167,3 +167,11 @@ class RunState:
             "losses": {name: stage["losses"] for name, stage in stages.items() if stage["losses"]},
             "versions": versions(),
         }
+
+
+def _compared(settings: dict, key: str):
+    """A setting of a run in a form that this version and earlier ones have in common."""
+    try:
+        return comparable(settings["preset"], settings["variant"]) if key == "preset" else settings.get(key)
+    except (ValueError, KeyError):  # of a version whose settings this one does not know
+        return settings.get(key)

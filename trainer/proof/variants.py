@@ -1,10 +1,11 @@
-"""The variants of stage 2 that an ablation compares, and what the paper says of each (arXiv 2501.08316; the
-sections are its own).
+"""The variants of stage 2, and of stage 1 before it, that an ablation compares, and what the paper says of
+each (arXiv 2501.08316; the sections are its own).
 """
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from apt_core.errors import AptError
 from apt_core.models.wan import PAPER_FRACTIONS
@@ -16,6 +17,8 @@ UPDATES = (50, 100, 150, 250, 350)
 SIGMAS = (0.1, 0.3, 3.0)
 """Times the recipe's sigma."""
 STEPS = (1, 2, 4)
+STAGE1 = "dmd"
+"""The recipe whose stage 1, of the other method and as much compute, stands beside the reference's."""
 MORE, LESS = 1, -1
 
 
@@ -33,7 +36,8 @@ class Variant:
     """One row of the table.
 
     what: in a few words; claim, section: the paper's, "" for none; tests: what decides whether it holds here.
-    settings: of its training, None for a row without one; course: the folder of that training, which rows may
+    settings: of its training, None for a row without one; stage1: what it changes of the settings before that,
+    by full name, so that it has a stage 1 of its own; course: the folder of that training, which rows may
     share; from_base: the generator starts from the base; points: at how many updates its weights are written,
     the last of which is judged; raw: with the weights themselves in the place of their average; column:
     how it is sampled (see trainer.proof.evaluate.Sampler).
@@ -45,6 +49,7 @@ class Variant:
     section: str = ""
     tests: tuple[Comparison, ...] = ()
     settings: Adversarial | None = None
+    stage1: Mapping[str, Any] = field(default_factory=dict)
     course: str = ""
     from_base: bool = False
     points: tuple[int, ...] = ()
@@ -102,6 +107,12 @@ def all_variants(preset: Preset, recipe: str, phase: str) -> dict[str, Variant]:
         Variant("base", f"the base in {steps} Euler steps, guidance {guidance:g}", column="base_25_cfg")
     )
     rows.append(Variant("distilled", "after stage 1, in one step", column="distilled_1"))
+    if STAGE1 in preset.stage2 and recipe != STAGE1:
+        also = preset.phases(STAGE1).also
+        stage1 = {name: also[name] for name in also if name.startswith(("distill.", "train."))}
+        words = f"after stage 1 by {stage1['distill.method']}, as much compute"
+        rows.append(Variant("distilled_dmd", f"{words}, in one step", stage1=stage1, column="distilled_1"))
+        row("stage1_dmd", f"{words}, and then the recipe", stage1=stage1)
     row(
         "no_ar1",
         "no penalty",
@@ -243,13 +254,16 @@ def all_variants(preset: Preset, recipe: str, phase: str) -> dict[str, Variant]:
 
 
 def choose(variants: Mapping[str, Variant], only: Iterable[str]) -> dict[str, Variant]:
-    """Those that are named, by their own names or by their group's ("sigma", "updates", "steps", "batch"),
+    """Those that are named, by their own names or by their group's ("sigma", "updates", "steps", "batch",
+    "stage1"),
     and those that they are compared with.
     None named: all. In the table's order.
 
     Raises AptError for a name that is neither, with the nearest ones.
     """
     groups: dict[str, list[str]] = {"batch": [name for name in variants if name.startswith("batch_")]}
+    if others := [name for name, variant in variants.items() if variant.stage1]:
+        groups["stage1"] = ["distilled", *others]
     for name, variant in variants.items():
         if variant.group:
             groups.setdefault(variant.group, []).append(name)

@@ -44,6 +44,7 @@ def plain(files, tmp_path_factory):
         {"regression": 0.25, "regression_steps": 2},
         {"fake_updates": 1},
         {"lr_fake": 1e-3},
+        {"optimizer": "muon"},
     ],
     ids=lambda settings: next(iter(settings)),
 )

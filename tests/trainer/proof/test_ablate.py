@@ -18,6 +18,7 @@ import trainer.proof.ablate
 from apt_core.errors import AptError, NotFinite
 from apt_core.files.tensorfile import read_tensors
 from trainer.config import load_preset
+from trainer.machines.account import account
 from trainer.proof.ablate import BASE, Ablation, ablation
 from trainer.proof.ablation_table import table
 from trainer.proof.variants import UPDATES, all_variants, choose
@@ -185,6 +186,30 @@ def test_names_groups_and_what_they_are_compared_with():
     assert "\n" not in str(error.value)
 
 
+def test_the_other_stage_1_is_that_of_its_recipe_and_costs_as_much():
+    variants = all_variants(MINI, "proof", "image")
+    dmd, proof = MINI.with_recipe("dmd"), MINI.with_recipe("proof")
+    for name in ("distilled_dmd", "stage1_dmd"):
+        found = proof.changed(variants[name].stage1, name)
+        assert found.distill == dmd.distill and found.data == proof.data
+        assert found.distill.method == "dmd" and proof.distill.method == "consistency"
+    assert variants["stage1_dmd"].settings == variants["paper"].settings == proof.phases("proof").image
+    assert variants["distilled_dmd"].settings is None
+    costs = [one.distill.updates * account(one, "distill").flops for one in (dmd, proof)]
+    assert costs[0] == pytest.approx(costs[1], rel=0.02)
+    assert list(choose(variants, ["stage1"])) == [
+        "paper",
+        "base",
+        "distilled",
+        "distilled_dmd",
+        "stage1_dmd",
+    ]
+    assert not {"distilled_dmd", "stage1_dmd"} & {
+        *all_variants(TINY, "paper", "image"),
+        *all_variants(MINI, "dmd", "image"),
+    }
+
+
 # All trainings, with the training itself in the place of which the arguments are written down.
 
 
@@ -214,6 +239,8 @@ def test_every_variant_asks_the_same_function_for_what_it_names(tmp_path, monkey
     )
     monkeypatch.setattr(trainer.proof.ablate, "adversarial", adversarial)
     monkeypatch.setattr(Ablation, "_source", lambda self, seed, run: source)
+    own = SimpleNamespace(**vars(source) | {"start": Path("OTHER"), "distilled": Path("OTHER DISTILLED")})
+    monkeypatch.setattr(Ablation, "_own_stage1", lambda self, variant, source: own)
     judged = {}
     monkeypatch.setattr(
         Ablation,
@@ -231,11 +258,20 @@ def test_every_variant_asks_the_same_function_for_what_it_names(tmp_path, monkey
     result = Ablation(tmp_path, MINI, "paper").run(1)
     assert len({folder for folder, *_ in asked}) == len(asked)  # steps and no_ema train nothing of their own
     runs = {folder.split("/")[1]: rest for folder, *rest in asked}
-    assert runs.keys() == judged.keys() - {"base", "distilled", "no_ema", "steps_1", "steps_2", "steps_4"} - {
-        f"updates_{n}" for n in UPDATES
-    } | {"long"}
+    assert runs.keys() == judged.keys() - {
+        "base",
+        "distilled",
+        "distilled_dmd",
+        "no_ema",
+        "steps_1",
+        "steps_2",
+        "steps_4",
+    } - {f"updates_{n}" for n in UPDATES} | {"long"}
     assert runs["paper"] == [Path("START"), BASE, MINI.phases("paper").image]
     assert {name for name, (start, *_) in runs.items() if start == BASE} == {"no_distillation"}
+    assert runs["stage1_dmd"] == [Path("OTHER"), BASE, MINI.phases("paper").image]
+    assert {name for name, (start, *_) in runs.items() if start == Path("OTHER")} == {"stage1_dmd"}
+    assert judged["distilled_dmd"] == (Path("OTHER DISTILLED"), "distilled_1")
     assert all(base == BASE for _, base, _ in runs.values())
     assert [
         settings.updates for folder, *_, settings in asked if folder.startswith("trainings/long/")
@@ -365,6 +401,49 @@ def test_rows_of_an_earlier_table_are_taken_over(made, tmp_path, monkeypatch):
         one.run(2, NAMES)
     assert not list((tmp_path / "others" / "results").glob("t0*"))
     assert len(list((tmp_path / "others" / "results").glob("*"))) == 8
+
+
+def test_another_stage_1_is_a_row_of_its_own_and_goes_on_in_an_ablation_of_before(
+    made, tmp_path, monkeypatch
+):
+    """In the folder of an ablation whose preset had no such recipe; `made` is one."""
+    also = {"distill.method": "dmd", "distill.updates": 2, "distill.fake_updates": 1, "train.lora_rank": 2}
+    other = TINY.phases("paper").model_copy(update={"also": also})
+    preset, out = TINY.model_copy(update={"stage2": TINY.stage2 | {"dmd": other}}), tmp_path / "again"
+    shutil.copytree(made[0], out)
+    earlier = out / "results" / "paper-seed-0.json"  # of a version whose stage 2 had fewer settings
+    row = json.loads(earlier.read_text())
+    del row["settings"]["train_backbone"]
+    earlier.write_text(json.dumps(row))
+    result = Ablation(out, preset, "paper", samples=4).run(1, ["stage1"])
+    rows = result["rows"]
+    assert list(rows) == ["paper", "base", "distilled", "distilled_dmd", "stage1_dmd"]
+    assert rows["paper"]["by_seed"] == {"0": made[1]["rows"]["paper"]["by_seed"]["0"]}
+    assert rows["distilled_dmd"]["stage1"] == rows["stage1_dmd"]["stage1"] == also
+    assert "stage1" not in rows["distilled"] and rows["distilled_dmd"]["verdict"] == NO_CLAIM
+    for one, another in (("distilled_dmd", "distilled"), ("stage1_dmd", "paper")):
+        assert rows[one]["figures"]["fd"] != rows[another]["figures"]["fd"]
+    weights = read_tensors(out / "trainings" / "distilled_dmd" / "seed-0" / "distilled.safetensors")[0]
+    usual = read_tensors(out / "runs" / "seed-0" / "distilled.safetensors")[0]
+    assert any(not torch.equal(value, usual[name]) for name, value in weights.items())
+    assert not (out / "trainings" / "distilled_dmd" / "seed-0" / "latents").exists()  # the samples are shared
+    # The rows are taken over by an ablation with the same stage 1, and by no other.
+    for name in ("run_distill", "adversarial", "evaluate"):
+        monkeypatch.setattr(trainer.proof.ablate, name, None)
+    tables = (out / "ablations.json",)
+    again = Ablation(tmp_path / "new", preset, "paper", samples=4, tables=tables).run(1, ["stage1"])
+    rows["paper"]["settings"]["train_backbone"] = True
+    assert again["rows"] == rows
+    changed = other.model_copy(update={"also": also | {"distill.updates": 3}})
+    preset = preset.model_copy(update={"stage2": preset.stage2 | {"dmd": changed}})
+    with pytest.raises(AptError, match="with another source"):  # it would make that row on its own samples
+        Ablation(tmp_path / "newer", preset, "paper", samples=4, tables=tables).run(1, ["stage1"])
+    assert not list((tmp_path / "newer" / "results").glob("*dmd*"))
+    for _ in ("rows and weights", "weights alone"):
+        with pytest.raises(AptError, match="again holds an ablation with another stage1: give another --out"):
+            Ablation(out, preset, "paper", samples=4).run(1, ["stage1"])
+        for path in (out / "results").glob("*_dmd-seed-0.json"):
+            path.unlink()
 
 
 @pytest.mark.parametrize(

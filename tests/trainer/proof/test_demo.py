@@ -278,6 +278,23 @@ def test_a_damaged_state_is_named(tmp_path, text):
         RunState(tmp_path / "state.json", {"seed": 0})
 
 
+def test_a_run_of_a_version_with_fewer_settings_and_recipes_goes_on(tmp_path):
+    identity = {"variant": "paper", "seed": 0, "preset": TINY.model_dump()}
+    earlier = json.loads(json.dumps(identity))
+    del earlier["preset"]["distill"]["method"], earlier["preset"]["stage2"]["stable"]
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps({"settings": earlier, "stages": {}}))
+    assert RunState(path, identity).state["settings"] == earlier
+    earlier["preset"]["stage2"]["paper"]["image"]["updates"] += 1
+    path.write_text(json.dumps({"settings": earlier, "stages": {}}))
+    with pytest.raises(AptError, match="holds a run with another preset; give another --out"):
+        RunState(path, identity)
+    del earlier["preset"]["distill"]["lr"]
+    path.write_text(json.dumps({"settings": earlier, "stages": {}}))
+    with pytest.raises(AptError, match="holds a run with another preset; give another --out"):
+        RunState(path, identity)
+
+
 def test_drawn_clips_have_one_size_and_any_length(run, tmp_path):
     for side in ("width", "image_width"):
         wide = TINY.model_copy(update={"data": TINY.data.model_copy(update={side: 64})})
