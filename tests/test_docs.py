@@ -17,9 +17,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "README.md",
     ROOT / "example_workflows" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+PROSE = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "nodes" / "web" / "docs").rglob("*.md"))]
+WIDEST = 110
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 TERMINAL = re.compile(r"```sh\n(.*?)```", re.S)
 COMMAND = re.compile(r"-m trainer\s+(.+)$")
@@ -27,6 +30,32 @@ COMMAND = re.compile(r"-m trainer\s+(.+)$")
 
 def text_of(page: Path) -> str:
     return page.read_text(encoding="utf-8")
+
+
+def long_lines(text: str) -> list[str]:
+    """Lines wider than `WIDEST` that could be broken: not of tables, nor what a program printed (a block that
+    names no language), nor a line without a space, nor the README's set-up lines, which `.ci/run` takes whole.
+    """
+    found, language = [], None
+    for line in text.splitlines():
+        if line.startswith("```"):
+            language = line[3:].strip() if language is None else None
+            continue
+        whole = line.startswith(("|", "python3 -m venv")) or language == "" or " " not in line.strip()
+        if len(line) > WIDEST and not whole:
+            found.append(line)
+    return found
+
+
+def test_long_lines_are_found_where_they_can_be_broken():
+    long = "word " * 30
+    assert long_lines(f"short\n{long}\n```sh\n{long}\n```\n") == [long, long]
+    assert long_lines(f"| {long} |\n```\n{long}\n```\n{'x' * 200}\n") == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=[page.relative_to(ROOT).as_posix() for page in PROSE])
+def test_lines_of_pages_are_not_too_long(page):
+    assert long_lines(text_of(page)) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -72,7 +101,7 @@ def test_every_function_and_every_test_of_the_method_exists(row):
 def commands_of(page: Path) -> list[str]:
     """What follows `-m trainer` in the page's blocks of shell lines, variables that the block sets filled in."""
     found = []
-    for block in TERMINAL.findall(text_of(page)):
+    for block in TERMINAL.findall(text_of(page).replace("\\\n", "")):
         variables = dict(re.findall(r'^(\w+)="?([^"\n]*?)"?$', block, re.M))
         for line in block.splitlines():
             for _ in range(3):

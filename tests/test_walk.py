@@ -21,7 +21,7 @@ TITLE = "## The same walk on a laptop"
 def walk() -> list[list[str]]:
     section = PAGE.read_text(encoding="utf-8").split(TITLE)[1].split("\n## ")[0]
     block = re.search(r"```sh\n(.*?)```", section, re.S)
-    return [shlex.split(line.split("-m trainer ")[1]) for line in block[1].splitlines()]
+    return [shlex.split(line.split("-m trainer ")[1]) for line in block[1].replace("\\\n", "").splitlines()]
 
 
 def test_every_column_of_the_walk_is_printed_under_its_name():
