@@ -1,13 +1,14 @@
-"""Stage 1 by distribution matching, in the place of the paper's consistency distillation (3.2).
+"""Stage 1 by distribution matching, as an alternative to the paper's consistency distillation (3.2).
 
-Not the paper's. The gradient is that of DMD (arXiv 2311.18828), its two time scales are DMD2's (arXiv
-2405.14867, 4.2), and that the fake score is a LoRA on the teacher is VSD's (arXiv 2305.16213). Written for
-the straight path `x_t = (1 - t) x + t noise`: a velocity v implies the clean sample `x_t - t v` and the score
-`-(x_t + (1 - t) v) / t`.
+It is not part of the paper. The gradient is that of DMD (arXiv 2311.18828), its two time scales are DMD2's
+(arXiv 2405.14867, 4.2), and the idea of a fake score that is a LoRA on the teacher is VSD's (arXiv
+2305.16213). It is written for the straight path `x_t = (1 - t) x + t noise`: a velocity v implies the clean
+sample `x_t - t v` and the score `-(x_t + (1 - t) v) / t`.
 
-A sample of the generator is noised. There the real score, the guided base, points to where the base's samples
-are denser, and the fake score, trained on the generator's samples all along, to where the generator's are.
-Their difference is the gradient of KL(generator || base) at that noise level.
+Noise is added to a sample of the generator. At that point the real score, from the guided base, points to
+where the base's samples are denser. The fake score, which is trained on the generator's samples all along,
+points to where the generator's samples are denser. Their difference is the gradient of
+KL(generator || base) at that noise level.
 """
 
 from dataclasses import dataclass
@@ -27,13 +28,13 @@ Weighting = Literal["dmd", "kl"]
 
 @dataclass(frozen=True)
 class DmdSettings:
-    """t_min, t_max: between which times a sample is noised (DMD: .02 and .98; V-PAE's start: .9 and 1);
-    shift: eq. 7's s on them, where 1 is uniform.
+    """t_min, t_max: the range of times at which a sample is noised (DMD: .02 and .98; V-PAE's start: .9 and
+    1); shift: s of eq. 7 on these times, where 1 is uniform.
     guidance: of the real score.
-    weighting: "dmd" divides the difference of the two clean predictions by the real one's mean distance from
-    the sample (DMD, eq. 8), so that all times count alike; "kl" is the gradient of the divergence itself.
-    regression: weight of the mean squared distance to the teacher's own sample from the same noise (DMD, 3.3,
-    on latents in the place of LPIPS); 0: none is asked for.
+    weighting: "dmd" divides the difference of the two clean predictions by the mean distance of the real one
+    from the sample (DMD, eq. 8), so that all times count alike; "kl" is the gradient of the divergence
+    itself. regression: weight of the mean squared distance to the teacher's own sample from the same noise
+    (DMD, 3.3, on latents instead of LPIPS); 0 turns it off.
     Raises AptError for values out of range.
     """
 
@@ -59,16 +60,16 @@ class DmdSettings:
 
 
 def noise_times(u: Tensor, settings: DmdSettings) -> Tensor:
-    """Uniform numbers `u` [B] in [0, 1) to times [B]: `shift(U(0, 1), s)` (eq. 7) given that it lies in
-    [t_min, t_max]. Call it where `u` lives on the CPU, as `shift`.
+    """Turn uniform numbers `u` [B] in [0, 1) into times [B]: `shift(U(0, 1), s)` (eq. 7) restricted to
+    [t_min, t_max]. Keep `u` on the CPU, as for `shift`.
     """
     low, high = (shift_times(t, 1 / settings.shift) for t in (settings.t_min, settings.t_max))
     return shift_times(low + (high - low) * u, settings.shift).clamp(settings.t_min, settings.t_max)
 
 
 def score(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """`grad log p_t(x_t) = -(x_t + (1 - t) v) / t` of the density whose velocity at `x_t` [B, ...] is `v`
-    alike; `t`: [B] or a number, above 0.
+    """`grad log p_t(x_t) = -(x_t + (1 - t) v) / t`, the score of the density with velocity `v` at `x_t`, both
+    [B, ...]; `t`: [B] or a number, above 0.
     """
     t = per_sample(t, x_t)
     return -(x_t + (1 - t) * v) / t
@@ -77,11 +78,12 @@ def score(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
 def matching_gradient(
     x: Tensor, x_t: Tensor, v_real: Tensor, v_fake: Tensor, t: Tensor, weighting: Weighting = "dmd"
 ) -> Tensor:
-    """The gradient at the generator's sample `x` [B, ...], whose noised `x_t` both velocities were asked at.
+    """The gradient at the generator's sample `x` [B, ...]. Both velocities were predicted at `x_t`, the
+    noised `x`.
 
-    "kl": `(1 - t) (s_fake - s_real)`, since `x_t` has `(1 - t) x` in it (DMD, eq. 7 with w_t = 1): its mean
+    "kl": `(1 - t) (s_fake - s_real)`, since `x_t` contains `(1 - t) x` (DMD, eq. 7 with w_t = 1). Its mean
     over samples and noise is the gradient of the KL divergence of the two densities at time t. "dmd":
-    `(x_fake - x_real) / mean |x - x_real|` of the clean predictions, which is the same direction (eq. 8).
+    `(x_fake - x_real) / mean |x - x_real|` of the clean predictions, which has the same direction (eq. 8).
     """
     if weighting == "kl":
         return (1 - per_sample(t, x)) * (score(x_t, v_fake, t) - score(x_t, v_real, t))
@@ -99,12 +101,12 @@ def fake_backward(
     t: Tensor,
     loss_scale: float = 1.0,
 ) -> dict[str, Tensor]:
-    """One step of the fake score up to its gradients: flow matching on the generator's samples of this moment
-    (DMD, 3.2).
+    """One step of the fake score up to its gradients: flow matching on samples of the current generator (DMD,
+    3.2).
 
-    fake, generator: velocity networks called like WanBackbone; only the fake score gets gradients. z, noise:
-    noise [B, C, F, H, W], of the sample and of its noising; text: [B, L, d]; t: times [B] of `noise_times`;
-    loss_scale: this microbatch's share of the batch, on gradients only.
+    fake, generator: velocity networks that are called like WanBackbone; only the fake score gets gradients.
+    z, noise: [B, C, F, H, W], z for the sample and noise for its noising; text: [B, L, d]; t: times [B] of
+    `noise_times`; loss_scale: this microbatch's share of the batch; it scales the gradients only.
 
     Returns detached scalars: fake_loss.
     """
@@ -132,15 +134,15 @@ def dmd_backward(
     """One step of the generator up to its gradients: `mean over elements of x stopgrad(matching_gradient)`,
     plus the regression.
 
-    generator, real, fake: velocity networks called like WanBackbone; only the generator gets gradients, and
-    the scores' activations are never kept. z, text, noise, t, loss_scale: as in `fake_backward`; negative:
-    the one fixed negative prompt's embedding [1 or B, L, d], None only with guidance 1; wanted: the teacher's
-    own samples from `z`, needed where `regression` is not 0.
+    generator, real, fake: velocity networks that are called like WanBackbone; only the generator gets
+    gradients, and no activations of the scores are kept. z, text, noise, t, loss_scale: as in
+    `fake_backward`; negative: the embedding of the one fixed negative prompt [1 or B, L, d], which may be
+    None only with guidance 1; wanted: the teacher's own samples from `z`, needed where `regression` is not 0.
 
-    Returns detached scalars: gap, the mean absolute difference of the two clean predictions;
-    real_distance, that between the sample and the real one; grad_norm, the mean over samples of |dL_i / dx_i|
-    with L_i the sample's own loss; and regression_loss (without its weight) where there is one.
-    Raises AptError when guidance needs a negative, or the regression samples, and gets none.
+    Returns detached scalars: gap, the mean absolute difference of the two clean predictions; real_distance,
+    that between the sample and the real prediction; grad_norm, the mean over samples of |dL_i / dx_i|, where
+    L_i is the loss of one sample; and with a regression regression_loss (without its weight).
+    Raises AptError when guidance needs a negative prompt, or the regression needs samples, and gets none.
     """
     if settings.regression and wanted is None:
         raise AptError(f"a regression of weight {settings.regression} needs the teacher's samples (wanted).")

@@ -1,5 +1,5 @@
-"""Which attention kernel the transformers use: the fastest installed one that fits the card, the dtype, and a
-backward pass where one is needed.
+"""Which attention kernel the transformers use: the fastest installed one that suits the card, the dtype and,
+for training, has a backward pass.
 """
 
 from difflib import get_close_matches
@@ -14,7 +14,7 @@ from ..errors import AptError
 
 AUTO = "auto"
 NATIVE = "native"
-"""PyTorch's scaled_dot_product_attention, and its choice of kernel."""
+"""PyTorch's scaled_dot_product_attention, which chooses its kernel itself."""
 PACKAGES = {
     "flash": ("flash_attn_func", "flash-attn"),
     "flash_varlen": ("flash_attn_varlen_func", "flash-attn"),
@@ -26,18 +26,18 @@ PACKAGES = {
     "_native_npu": ("npu_fusion_attention", "torch_npu"),
     "_native_xla": ("xla_flash_attention", "torch_xla"),
 }
-"""What diffusers has of a backend's package, None where that is missing or does not load; and the package.
-The other names need none.
+"""By backend: the attribute of diffusers' module that holds the package's function (None when the package is
+missing or does not load), and the package's name. Backends that are not listed need no package.
 """
 FORWARD_ONLY = ("_flash_3", "sage", "_sage")
-"""How the names begin that have no backward pass in diffusers. FlashAttention 3 has one, but not behind
-diffusers' `_flash_3`.
+"""How the names of backends without a backward pass in diffusers begin. FlashAttention 3 itself has one, but
+diffusers' `_flash_3` does not expose it.
 """
 SIXTEEN_BITS_ON_A_CARD = ("flash", "_flash", "sage", "_sage", "_native_cudnn")
 
 
 class Backend(NamedTuple):
-    """name: diffusers'; note: why it is not the one that one would expect, "" where it is."""
+    """name: diffusers' name; note: why it is not the expected backend, or "" when it is."""
 
     name: str
     note: str = ""
@@ -49,12 +49,12 @@ class Backend(NamedTuple):
 def best_backend(
     device: torch.device | str, dtype: torch.dtype, head_dim: int = 128, training: bool = False
 ) -> str:
-    """diffusers' name of the attention backend for passes in `dtype` on `device`; training: with a backward
-    pass.
+    """diffusers' name of the best attention backend for passes in `dtype` on `device`. training: the passes
+    need gradients.
 
-    On Hopper FlashAttention 3 where it is installed and loads (not in training: FORWARD_ONLY), else 2, else
-    cuDNN; on newer cards cuDNN; on Ampere and Ada FlashAttention 2. Everything else (CPU, fp32, AMD, odd
-    heads, old cards) is left to PyTorch.
+    On Hopper this is FlashAttention 3 where it is installed and loads (not in training, see FORWARD_ONLY),
+    else FlashAttention 2, else cuDNN; on newer cards cuDNN; on Ampere and Ada FlashAttention 2. Everything
+    else (CPU, fp32, AMD, unusual head sizes, old cards) uses PyTorch's own.
     """
     return next(
         (name for name in _by_speed(device, dtype, head_dim) if not (training and _forward_only(name))),
@@ -69,12 +69,12 @@ def choose_backend(
     head_dim: int = 128,
     training: bool = False,
 ) -> Backend:
-    """The backend for a setting: a name of diffusers', or "auto" (None) for `best_backend`. One without a
-    backward pass is no choice for training:
-    then the best one that has it is taken, and the note says so.
+    """The backend for a setting: one of diffusers' names, or "auto" (or None) for `best_backend`. When
+    training asks for a backend without a backward pass, it gets the best one that has a backward pass, and
+    the note says so.
 
-    Raises AptError for a name that is none, a package that is not there, and a device or dtype that the
-    kernel is not for.
+    Raises AptError for an unknown name, for a package that is not installed, and for a device or dtype that
+    the kernel does not support.
     """
     best = best_backend(device, dtype, head_dim, training)
     if wanted is None or wanted == AUTO:
@@ -90,7 +90,7 @@ def choose_backend(
     if wanted.startswith(SIXTEEN_BITS_ON_A_CARD) and (device.type != "cuda" or dtype.itemsize != 2):
         computes = f"{str(dtype).removeprefix('torch.')} on {device}"
         raise AptError(
-            f"attention backend {wanted} computes in 16 bits on a CUDA card only, and this is {computes}: use {best}."
+            f"attention backend {wanted} needs 16-bit values on a CUDA card, and this is {computes}: use {best}."
         )
     if training and _forward_only(wanted):
         return Backend(best, f"{wanted} has no backward pass")
@@ -98,13 +98,15 @@ def choose_backend(
 
 
 def check_name(name: str) -> None:
-    """Raises AptError unless `name` is "auto" or one of diffusers' attention backends that needs no download."""
+    """Raise AptError unless `name` is "auto" or one of diffusers' attention backends that need no
+    download.
+    """
     known = [backend.value for backend in AttentionBackendName if not backend.value.endswith("_hub")]
     if name in (AUTO, *known):
         return
     if name.endswith("_hub") and name in {backend.value for backend in AttentionBackendName}:
         raise AptError(
-            f"attention backend {name} downloads its kernel, which nothing here does: install a package, and use one of {', '.join(known)}."
+            f"attention backend {name} downloads its kernel, and this project downloads none: install a package, and use one of {', '.join(known)}."
         )
     near = get_close_matches(name, known, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
@@ -115,14 +117,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | None = None) -> Tenso
     """Attention without a mask: q [B, m, heads, channels], k and v [B, n, heads, channels] -> [B, m, heads,
     channels].
 
-    backend: diffusers' name of one; by default the one that is set for the process.
+    backend: one of diffusers' names; by default the one that is set for the process.
     """
-    # diffusers asks for a member of its enumeration, and makes one of a name.
+    # diffusers declares a member of its enumeration, and also takes the name.
     return dispatch_attention_fn(q, k, v, backend=backend)  # pyright: ignore[reportArgumentType]
 
 
 def _by_speed(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """What is installed and fits, the fastest first."""
+    """The backends that are installed and suit these values, the fastest first."""
     device = torch.device(device)
     if (
         device.type != "cuda"

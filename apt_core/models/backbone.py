@@ -1,5 +1,5 @@
-"""What a backbone must offer to be trained, exported and sampled. A new one: CONTRIBUTING.md shows it in
-full.
+"""What a backbone must offer so that it can be trained, exported and sampled. CONTRIBUTING.md shows a
+complete new one.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class TokenSplit(Protocol):
-    """What the networks ask of a `context_parallel.Split`, where each method is described."""
+    """The part of `context_parallel.Split` that the networks call; the methods are described there."""
 
     local_taps: bool
 
@@ -39,17 +39,17 @@ class TokenSplit(Protocol):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A velocity network over video latents that can also hand out the tokens of inner blocks. A torch
-    module.
+    """A torch module that predicts a velocity over video latents, and can also return the tokens of inner
+    blocks.
 
-    config: its arguments; at least num_layers, num_attention_heads, attention_head_dim, in_channels,
-    text_dim, patch_size.
-    blocks: the transformer's, a ModuleList, each a module that is called alone, so that it can be
+    config: the arguments it was built with; at least num_layers, num_attention_heads, attention_head_dim,
+    in_channels, text_dim, patch_size.
+    blocks: the transformer's blocks in a ModuleList. Each is called as a module of its own, so that it can be
     checkpointed, sharded and streamed.
-    output_head: names of submodules that only the velocity needs. text_only: layers of a block that only the
-    text of the next one needs.
-    official_name: a layer's name in the files that other programs read. image_conditioned: whether it takes
-    images beside the text.
+    output_head: names of the submodules that only the velocity needs. text_only: layers of a block that only
+    serve the text of the next block.
+    official_name: maps a layer's name to its name in the files that other programs read. image_conditioned:
+    whether it takes images besides the text.
     """
 
     config: Any
@@ -68,8 +68,8 @@ class Backbone(Protocol):
         return_dict: bool = True,
         taps: Sequence[int] | None = None,
     ) -> Any:
-        """The velocity `[B, C, F, H, W]`; with `taps`, increasing block counts from 1, visual tokens `[B, S,
-        d]` behind each of them.
+        """Returns the velocity `[B, C, F, H, W]`, or with `taps` (increasing block counts from 1) the visual
+        tokens `[B, S, d]` after each of these blocks.
 
         hidden_states: `[B, C, F, H, W]`; timestep: `[B]` in 0..1000, fp32; encoder_hidden_states: `[B, L,
         text_dim]`.
@@ -77,36 +77,36 @@ class Backbone(Protocol):
         ...
 
     def use_attention(self, backend: str) -> None:
-        """Sets the attention backend (`attention.best_backend`) of this model alone."""
+        """Set the attention backend (`attention.best_backend`) of this model alone."""
         ...
 
     def fuse_projections(self) -> None:
-        """Before inference: one product where several projections read the same tokens."""
+        """Before inference: merge projections that read the same tokens into one matrix product."""
         ...
 
     def share_tokens(self, split: TokenSplit) -> None:
-        """Before training or inference on several processes: each keeps its piece of the tokens
-        (`context_parallel.Split`).
+        """Before training or inference on several processes: let each process keep only its piece of the
+        tokens (`context_parallel.Split`).
         """
         ...
 
     def drop_output_head(self) -> None:
-        """Removes `output_head`: the discriminator never uses it."""
+        """Remove `output_head`, which the discriminator never uses."""
         ...
 
     def keep_blocks(self, count: int) -> None:
-        """Drops every block after the first `count`, and what then would have no gradient."""
+        """Remove every block after the first `count`, and what would then get no gradient."""
         ...
 
     def enable_gradient_checkpointing(self, function: Callable | None = None) -> None:
-        """Recomputes blocks in the backward pass."""
+        """Recompute blocks in the backward pass instead of keeping their activations."""
         ...
 
     def disable_gradient_checkpointing(self) -> None:
-        """Keeps activations again."""
+        """Keep activations again."""
         ...
 
 
 def as_backbone(model: nn.Module) -> Backbone:
-    """The same object, seen as a backbone: of a module's own attributes torch only says Tensor or Module."""
+    """The same object with the type Backbone; torch types a module's attributes only as Tensor or Module."""
     return cast(Backbone, model)

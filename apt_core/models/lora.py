@@ -1,15 +1,14 @@
-"""LoRA on ONE frozen base that teacher, generator and discriminator share, each role with adapters of its
-own.
+"""LoRA on ONE frozen base that teacher, generator and discriminator share. Each role has its own adapters.
 
     add_adapters(base, ["generator", "discriminator"], rank=64)
     generator = role(base, "generator")
     discriminator = Discriminator(role(base, "discriminator"))
     teacher = role(base, None)
 
-A role is a module that is called like the backbone, and whose parameters and state dict are its own adapters
-alone. Any number of calls of any roles may lie in one autograd graph, with or without activation
-checkpointing: a block is bound to its role when it is called, so that its recomputation in the backward pass,
-outside of any call, takes the same one.
+A role is a module that is called like the backbone; its parameters and its state dict are its own adapters.
+One autograd graph may hold any number of calls of any roles, with or without activation checkpointing: a
+block is bound to its role when it is called, so its recomputation in the backward pass, which happens outside
+of the call, uses the same role.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,18 +30,18 @@ from .lora_files import Delta, LoraFile, read_lora_for
 
 BASE = "base"
 LORA_PREFIX = "diffusion_model."
-"""With official names after it, the one form of a LoRA's keys that both ComfyUI and diffusers load."""
+"""With official names after it, this is the only form of LoRA keys that both ComfyUI and diffusers load."""
 
 
 class Switch:
-    """Which role the adapted layers of one model play at this moment. One switch per model."""
+    """Which role the adapted layers of a model use at this moment. One switch per model."""
 
     def __init__(self, roles: Sequence[str]):
         self.roles = tuple(roles)
         self.role: str | None = None
 
     def run(self, role: str, function: Callable, *args, **kwargs):
-        """`function(*args, **kwargs)` in a role; the one before comes back, also after an error."""
+        """Run `function(*args, **kwargs)` in a role; the previous role comes back, also after an error."""
         before, self.role = self.role, role
         try:
             return function(*args, **kwargs)
@@ -51,7 +50,7 @@ class Switch:
 
 
 class Adapter(nn.Module):
-    """`B A x * scale`, B zero at first. Its weights are fp32 masters; it computes in the dtype of `x`."""
+    """`B A x * scale`, where B starts at zero. The weights are fp32; it computes in the dtype of `x`."""
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float):
         super().__init__()
@@ -73,7 +72,9 @@ class Adapter(nn.Module):
 
 
 class AdaptedLinear(nn.Linear):
-    """A frozen linear layer, its weights under their old names, with an adapter for each role that adapts it."""
+    """A frozen linear layer, its weights under their old names, with an adapter for each role that adapts
+    it.
+    """
 
     def __init__(self, linear: nn.Linear, switch: Switch, rank: int, scale: float):
         nn.Module.__init__(self)
@@ -83,7 +84,7 @@ class AdaptedLinear(nn.Linear):
         self.adapters = nn.ModuleDict({name: Adapter(linear, rank, scale) for name in switch.roles})
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., in]. Returns [..., out] of the switch's role."""
+        """x: [..., in]. Returns [..., out] for the switch's role."""
         role = self.switch.role
         if role is None:
             raise RuntimeError(
@@ -94,8 +95,8 @@ class AdaptedLinear(nn.Linear):
 
 
 class _Blocks(nn.ModuleList):
-    """Iterated during a role's call, hands out its blocks bound to that role: they then take it along into a
-    recomputation.
+    """A list of blocks. Iterating over it during a role's call gives the blocks bound to that role, so that a
+    recomputation uses the same role.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], switch: Switch):
@@ -122,17 +123,17 @@ def add_adapters(
     alpha: float | None = None,
     targets: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Freezes `model` (a WanBackbone or MMDiTBackbone) and gives each role adapters on its linear layers;
-    returns it.
+    """Freeze `model` (a WanBackbone or MMDiTBackbone) and add adapters for each role to its linear layers;
+    return the model.
 
-    rank: of every adapter; alpha: scales them by alpha / rank, by 1 unless given; targets: endings of layer
-    names such as "attn1.to_q", by default every linear layer inside the blocks. The model's own keys stay;
-    adapters come beside them as `<layer>.adapters.<role>.lora_A.weight` and `lora_B`. A (the usual uniform)
-    draws on torch's global generator.
-    To be done before FSDP2 shards the model, so that a block's adapters travel with it.
+    rank: of every adapter; alpha: scales them by alpha / rank (by default by 1); targets: endings of layer
+    names such as "attn1.to_q", by default every linear layer inside the blocks. The model's own keys stay,
+    and the adapters are added as `<layer>.adapters.<role>.lora_A.weight` and `lora_B`. A starts with the
+    usual uniform numbers from torch's global generator.
+    Call this before FSDP2 shards the model, so that each block is sharded with its adapters.
 
-    Raises AptError for a model that has adapters already, unusable role names, a rank below 1, and targets
-    that name no linear layer.
+    Raises AptError for a model that already has adapters, unusable role names, a rank below 1, and targets
+    that match no linear layer.
     """
     if isinstance(model.blocks, _Blocks):
         raise AptError(
@@ -154,7 +155,7 @@ def add_adapters(
     ]
     if idle := [target for target in targets or () if not any(_ends_in(name, [target]) for name in linears)]:
         known = sorted({name.split(".", 2)[2] for name in linears if name.startswith("blocks.")})
-        raise AptError(f"{idle[0]!r} ends no linear layer's name: the blocks have {', '.join(known)}.")
+        raise AptError(f"no linear layer's name ends with {idle[0]!r}: the blocks have {', '.join(known)}.")
 
     model.requires_grad_(False)
     switch = Switch(roles)
@@ -167,8 +168,8 @@ def add_adapters(
 
 
 class Role(nn.Module):
-    """What `role` returns. `base` is the shared model; submodules are this role's adapters under their
-    layers' names.
+    """What `role` returns. `base` is the shared model; the submodules are this role's adapters, under the
+    names of their layers.
     """
 
     base: nn.Module
@@ -185,7 +186,7 @@ class Role(nn.Module):
                 _attach(self, layer, module.adapters[name])
 
     def forward(self, *args, taps: Sequence[int] | None = None, **kwargs):
-        """As the backbone's forward, with the base's weights plus this role's adapters."""
+        """Like the backbone's forward pass, with the base's weights plus this role's adapters."""
         if taps is None and not self.has_head:
             raise AptError(
                 "this role has no output head any more (drop_output_head): it can only be called with taps."
@@ -193,19 +194,19 @@ class Role(nn.Module):
         return cast(_Blocks, self.base.blocks).switch.run(self.name, self.base, *args, taps=taps, **kwargs)
 
     def adapters(self) -> dict[str, Adapter]:
-        """This role's adapters by the names of their layers."""
+        """This role's adapters, by the names of their layers."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Adapter)}
 
     def drop_output_head(self) -> None:
-        """Removes this role's adapters of the output head, which then would get no gradient. The shared base
-        keeps its head.
+        """Remove this role's adapters of the output head, which would get no gradient. The shared base keeps
+        its head.
         """
         self.has_head, head = False, tuple(as_backbone(self.base).output_head)
         self._drop([name for name in self.adapters() if name.startswith(head)])
 
     def keep_blocks(self, count: int) -> None:
-        """Removes this role's adapters behind the first `count` blocks, and what would have no gradient in
-        the last of those.
+        """Remove this role's adapters after the first `count` blocks, and those of the last block that would
+        get no gradient.
         """
         base = as_backbone(self.base)
         idle = [f"blocks.{i}." for i in range(count, len(base.blocks))] + [
@@ -221,17 +222,17 @@ class Role(nn.Module):
             delattr(self.get_submodule(parent), leaf)
 
     def enable_gradient_checkpointing(self, function: Callable | None = None) -> None:
-        """Recomputes blocks in the backward pass, for all roles of the base."""
+        """Recompute blocks in the backward pass, for all roles of the base."""
         as_backbone(self.base).enable_gradient_checkpointing(function)
 
     def disable_gradient_checkpointing(self) -> None:
-        """Keeps activations again, for all roles of the base."""
+        """Keep activations again, for all roles of the base."""
         as_backbone(self.base).disable_gradient_checkpointing()
 
 
 def role(model: nn.Module, name: str | None) -> Role:
-    """The model in one of its roles; None or "base" is the frozen base alone. Light: it holds nothing but
-    references.
+    """The model in one of its roles; None or "base" is the frozen base alone. It only holds references, so it
+    costs no memory.
 
     Raises AptError for a model without adapters and for a role that it does not have.
     """
@@ -244,19 +245,19 @@ def role(model: nn.Module, name: str | None) -> Role:
 
 
 def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The role's weights, `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank], fp32,
-    live (DTensors where sharded).
+    """The role's weights, `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight` [out, rank], fp32.
+    They are the live tensors (DTensors when sharded).
     """
     return role(model, name).state_dict()
 
 
 @torch.no_grad()
 def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
-    """State dict of a model without adapters that computes what the role computes: `W + B A alpha / rank`,
+    """State dict of a model without adapters that computes the same as the role: `W + B A alpha / rank`,
     summed in fp32.
 
-    Keys, shapes and dtypes are the base's. Of a sharded model, whole tensors; all ranks must call. Raises
-    AptError as `role` does.
+    Keys, shapes and dtypes are the base's. A sharded model gives whole tensors, and all ranks must call.
+    Raises AptError as `role` does.
     """
     adapters = role(model, name).adapters()
     state = {}
@@ -270,8 +271,8 @@ def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fold(model: nn.Module, name: str) -> nn.Module:
-    """Makes `model` compute for good, in place and without adapters, what the role computes; returns it. Sums
-    in fp32, as `merged_state`.
+    """Remove the adapters from `model` and add the role's to its weights, in place; return the model. Sums in
+    fp32, as `merged_state`.
     """
     adapters = role(model, name).adapters()
     for layer, module in list(model.named_modules()):
@@ -289,11 +290,10 @@ def fold(model: nn.Module, name: str) -> nn.Module:
 @torch.no_grad()
 def lora_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The role as the tensors of a LoRA file: `diffusion_model.<official name>.lora_A.weight` and
-    `.lora_B.weight`, alpha / rank multiplied into B, so that strength 1 is right without an alpha. Of a
-    sharded model, whole tensors; all ranks must call.
+    `.lora_B.weight`. alpha / rank is multiplied into B, so that strength 1 is right without an alpha. A
+    sharded model gives whole tensors, and all ranks must call.
 
-    An MMDiT has no official names but its own, and no program other than ours to read them. Raises AptError
-    as `role` does.
+    An MMDiT has only its own names, and no other program reads them. Raises AptError as `role` does.
     """
     state, official_name = {}, as_backbone(model).official_name
     for layer, adapter in role(model, name).adapters().items():
@@ -306,11 +306,11 @@ def lora_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 def save_lora(
     path: str | Path, model: nn.Module, name: str, metadata: Mapping, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write the role as a LoRA file that ComfyUI and diffusers load as it is. Of a sharded model, let rank 0
-    write `lora_state`.
+    """Write the role as a LoRA file that ComfyUI and diffusers load unchanged. For a sharded model, call
+    `lora_state` on all ranks and let rank 0 write.
 
-    metadata: as for `checkpoint.save_generator`; `apt` says {kind: "lora", rank} on top. Raises AptError as
-    `lora_state` does, for NaN or infinite weights, and when the place cannot be written; whatever was at
+    metadata: as for `checkpoint.save_generator`, plus {kind: "lora", rank} in `apt`. Raises AptError as
+    `lora_state` does, for NaN or infinite weights, and when the file cannot be written; a file that was at
     `path` then stays.
     """
     state = lora_state(model, name)
@@ -321,12 +321,14 @@ def save_lora(
 
 @torch.no_grad()
 def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
-    """Reads a LoRA file, of any form of `lora_files`, into the role: exactly, up to the scale's rounding.
+    """Read a LoRA file in any form of `lora_files` into the role. It is exact, up to the rounding of the
+    scale.
 
-    Of a lower rank than the role's, it takes the first directions of each adapter, and the others keep what
-    they add at zero (B is zero, A stays as it is, so that they learn); so do layers that it leaves alone.
-    Raises AptError for a damaged file, one that is not a LoRA, and one that the role cannot hold, see
-    `check_lora`; it then changes nothing.
+    A file of lower rank than the role's fills the first directions of each adapter. The other directions, and
+    layers that the file does not change, add zero: B is zero there and A stays as it is, so that they can
+    learn.
+    Raises AptError for a damaged file, for one that is not a LoRA, and for one that the role cannot hold (see
+    `check_lora`); it then changes nothing.
     """
     lora = check_lora(path, model, name)
     deltas, official_name = lora.load(), as_backbone(model).official_name
@@ -342,11 +344,12 @@ def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
 
 
 def check_lora(path: str | Path, model: nn.Module, name: str, base: object = "the base") -> LoraFile:
-    """The LoRA file, if the role's adapters can hold it exactly; from headers, "meta" will do. base: what to
-    call the model.
+    """Check that the role's adapters can hold the LoRA file exactly, and return the file. Only headers are
+    read, and the model may be on "meta". base: what the messages call the model.
 
-    Raises AptError, with what would do, for a whole model, for the LoRA of another model, for a higher rank
-    than the role's, and for changes of other weights than the role adapts (norms, biases, whole differences).
+    Raises AptError, which says what to do, for a whole model, for the LoRA of another model, for a higher
+    rank than the role's, and for changes of weights that the role does not adapt (norms, biases, whole
+    differences).
     """
     header = read_header(path)
     kind = metadata_json(path, header.metadata, "apt").get("kind", "lora")

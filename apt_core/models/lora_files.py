@@ -1,8 +1,9 @@
-"""LoRA files as any program writes them: what they change is told from the header, and added as `W + up @
-down * alpha / rank`.
+"""Read LoRA files of any program. The header tells which weights a file changes; the weights then become
+`W + up @ down * alpha / rank`.
 
-lora = read_lora("style.safetensors")          # no weight is read lora.check(official_shapes(model),
-"base.safetensors") merge(model, lora.load())
+    lora = read_lora("style.safetensors")  # reads no weight
+    lora.check(official_shapes(model), "base.safetensors")
+    merge(model, lora.load())
 """
 
 import json
@@ -33,15 +34,16 @@ WIDTHS = {
 }
 REMEDY = "merge it into its model with the program that made it, or give a plain LoRA"
 MOST = 1e9
-"""What no alpha reaches."""
+"""An upper limit for alpha; larger values are refused as damage."""
 CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Beginnings of what PEFT calls the initialisations after which the base is another one."""
+"""How PEFT's names of initialisations begin that also change the base's weights."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What is added to one weight or bias: `full`, plus `up @ down * scale`. Either may be missing; tensors
-    are as in the file."""
+    """What a LoRA adds to one weight or bias: `full`, plus `up @ down * scale`. Either may be missing. The
+    tensors are as in the file.
+    """
 
     full: Tensor | None = None
     up: Tensor | None = None
@@ -49,7 +51,9 @@ class Delta:
     scale: float = 1.0
 
     def change(self, like: Tensor) -> Tensor:
-        """The whole of it, in the shape and on the device of a weight; fp32, beside fp64 weights fp64."""
+        """The sum of both parts, in the shape and on the device of a weight; fp32, or fp64 for fp64
+        weights.
+        """
         wide = torch.promote_types(like.dtype, torch.float32)
         total = torch.zeros(like.shape, dtype=wide, device=like.device)
         if self.up is not None and self.down is not None:
@@ -60,7 +64,7 @@ class Delta:
         return total
 
     def add_to(self, weight: Tensor) -> Tensor:
-        """The sum, made in fp32 (beside fp64 weights in fp64), in the dtype of the weight."""
+        """The weight plus the change, added in fp32 (fp64 for fp64 weights), in the weight's dtype."""
         change = self.change(weight)
         return (weight.to(change.dtype) + change).to(weight.dtype)
 
@@ -69,9 +73,9 @@ class Delta:
 class LoraFile:
     """What the header of a LoRA file says.
 
-    form: who writes such names, as "kohya"; metadata: its `apt` object, {} for a file of another program;
-    ranks: by the official names of the layers that have factors; changes: (official name of a weight or bias,
-    shape) of all that is changed; alpha: in words, where the scale comes from.
+    form: the program whose names it uses, such as "kohya"; metadata: its `apt` object, {} for a file of
+    another program; ranks: by official name, for the layers that have factors; changes: (official name of a
+    weight or bias, shape) of everything that it changes; alpha: in words, where the scale comes from.
     """
 
     path: Path
@@ -91,12 +95,13 @@ class LoraFile:
 
     @property
     def only_factors(self) -> bool:
-        """Whether all that it adds are products of two factors."""
+        """Whether it consists of products of two factors and nothing else."""
         return all(set(parts) <= {"down", "up", "alpha"} for parts in self.parts.values())
 
     def check(self, shapes: Mapping[str, Sequence[int]], base: object = "the base") -> None:
-        """Raises AptError when it was not trained on a model of these official names and shapes. base: what
-        to call that model."""
+        """Raise AptError unless it was trained on a model of these official names and shapes. base: what the
+        message calls that model.
+        """
         for name, shape in self.changes:
             if name not in shapes:
                 blocks = len({key.split(".")[1] for key in shapes if key.startswith("blocks.")})
@@ -113,8 +118,9 @@ class LoraFile:
                 )
 
     def load(self) -> dict[str, Delta]:
-        """By official name, what is added to each weight and bias. Raises AptError for NaN and infinite
-        weights."""
+        """What is added to each weight and bias, by official name. Raises AptError for NaN and infinite
+        weights.
+        """
         tensors, _ = read_tensors(self.path, floats_only=False)
         deltas = {}
         for layer, parts in self.parts.items():
@@ -136,7 +142,9 @@ class LoraFile:
         return float(found["alpha"].double()) / self.ranks[layer]
 
     def _width(self) -> str:
-        """Of the model that it was trained on, as far as attention layers tell."""
+        """The width of the model that it was trained on, in words; "" where the attention layers do not
+        tell.
+        """
         attention = (shape for name, shape in self.changes if name.endswith("attn.q.weight"))
         width = next((shape[0] for shape in attention if len(set(shape)) == 1), None)
         if width is None:
@@ -147,10 +155,10 @@ class LoraFile:
 def read_lora(path: str | Path, own: Sequence[str] = ()) -> LoraFile:
     """What a LoRA file changes, from its header alone.
 
-    own: names of the weights of a base that is no Wan. PEFT's adapter_config.json is read where it lies
-    beside its file. Raises AptError, by name, for what is more than a sum (DoRA, LoKr, LoHa, OFT, ...), for
-    the LoRA of another model, for names that cannot be placed, for halves and doubles of a layer, for
-    quantised weights, and as `checkpoint.read_header` does.
+    own: names of the base's weights when the base is not a Wan. PEFT's adapter_config.json is read when it
+    lies beside the file. Raises AptError with the first offending name for anything that is more than a sum
+    (DoRA, LoKr, LoHa, OFT, ...), for the LoRA of another model, for unknown names, for a layer with half of
+    its factors or with two changes, for quantised weights, and as `checkpoint_header.read_header` does.
     """
     path = Path(path)
     header = read_header(path)
@@ -193,7 +201,7 @@ def read_lora(path: str | Path, own: Sequence[str] = ()) -> LoraFile:
 
 
 def official_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a backbone's weights by their official names, without adapters; "meta" will do."""
+    """Shapes of a backbone's weights by official name, without adapters; the model may be on "meta"."""
     official_name = as_backbone(model).official_name
     return {
         official_name(name): tuple(p.shape)
@@ -203,16 +211,16 @@ def official_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def own_names(model: nn.Module) -> tuple[str, ...]:
-    """What `read_lora` takes as `own` for a backbone: nothing for a Wan."""
+    """The argument `own` of `read_lora` for a backbone; empty for a Wan."""
     if as_backbone(model).official_name is transformer_to_official:
         return ()
     return tuple(name for name, _ in model.named_parameters() if ".adapters." not in name)
 
 
 def read_lora_for(path: str | Path, model: nn.Module, base: object) -> LoraFile:
-    """The LoRA, compared with the backbone that it is for ("meta" will do).
+    """Read a LoRA and check that it fits the backbone, which may be on "meta".
 
-    base: what to call that. Raises AptError as `read_lora` and `LoraFile.check`.
+    base: what the messages call the backbone. Raises AptError as `read_lora` and `LoraFile.check`.
     """
     lora = read_lora(path, own_names(model))
     lora.check(official_shapes(model), base)
@@ -221,8 +229,9 @@ def read_lora_for(path: str | Path, model: nn.Module, base: object) -> LoraFile:
 
 @torch.no_grad()
 def merge(model: nn.Module, deltas: Mapping[str, Delta]) -> nn.Module:
-    """Adds a LoRA that fits to a backbone's weights for good, in place; returns it. Raises NotFinite for sums
-    that fp16 cannot hold."""
+    """Add a LoRA that fits permanently to a backbone's weights, in place; return the backbone. Raises
+    NotFinite for sums that fp16 cannot hold.
+    """
     official_name = as_backbone(model).official_name
     for name, p in model.named_parameters():
         official = official_name(name)
@@ -239,8 +248,9 @@ def merge(model: nn.Module, deltas: Mapping[str, Delta]) -> nn.Module:
 def _read_shapes(
     path: Path, header: Header, parts: Mapping, own: Sequence[str]
 ) -> tuple[dict[str, int], list[tuple]]:
-    """Ranks, and the shapes of what is added. Raises AptError for layers that lack a half or whose halves do
-    not fit."""
+    """The ranks, and the shapes of the changes. Raises AptError for layers that lack a factor or whose
+    factors do not fit together.
+    """
     ranks, changes = {}, []
     for layer, found in parts.items():
         for part, key in found.items():
@@ -267,8 +277,8 @@ def _read_shapes(
             changes.append((weight_of(layer, own), (up[0], *down[1:])))
         if math.prod(shape.get("alpha", ())) != 1:
             raise AptError(
-                f"{path}: {found['alpha']} has shape {shape['alpha']}, and is no number: copy or download "
-                f"it again."
+                f"{path}: {found['alpha']} has shape {shape['alpha']}, but must be one number: copy or "
+                f"download it again."
             )
         if {"up_bias", "diff_b"} <= found.keys():
             both = f"{found['up_bias']}, {found['diff_b']}"
@@ -281,7 +291,7 @@ def _read_shapes(
 def _read_scales(
     path: Path, header: Header, parts: Mapping, ranks: Mapping[str, int], names: Mapping[str, str]
 ) -> tuple[dict[str, float], str]:
-    """Scales of the layers that have no alpha in the file, and in words where scales come from."""
+    """The scales of layers without an alpha in the file, and in words where all scales come from."""
     without = [layer for layer in ranks if "alpha" not in parts[layer]]
     if not without:
         return {}, "in the file" if ranks else "none is needed"
@@ -311,8 +321,9 @@ def _peft_scales(
     ranks: Mapping[str, int],
     names: Mapping[str, str],
 ) -> dict[str, float]:
-    """As PEFT scales: alpha / rank, with use_rslora alpha / sqrt(rank). Raises AptError for settings under
-    which the file is no plain LoRA."""
+    """Scale as PEFT does: alpha / rank, or alpha / sqrt(rank) with use_rslora. Raises AptError for settings
+    that a plain LoRA does not have.
+    """
     kind = str(config.get("peft_type") or "LORA").rpartition(".")[2]
     start = str(config.get("init_lora_weights"))
     odd = {

@@ -1,10 +1,10 @@
-"""The paper's own shape (3.1): a dual-stream MMDiT of 36 blocks and 8 billion parameters, behind the same
-interface as WanBackbone.
+"""The paper's own architecture (3.1): a dual-stream MMDiT of 36 blocks and 8 billion parameters, with the
+same interface as WanBackbone.
 
-Visual and text tokens keep weights of their own and attend jointly, as in Stable Diffusion 3; positions are
-3D RoPE; the time modulates both streams. The paper publishes no more than that and no weights: the details
-are those of diffusers' QwenImageTransformer2DModel, the purest public dual-stream transformer, at 24 heads of
-104.
+Visual and text tokens have separate weights and attend jointly, as in Stable Diffusion 3; positions are 3D
+RoPE; the time modulates both streams. The paper publishes nothing more about it, and no weights. We took the
+details from diffusers' QwenImageTransformer2DModel, the plainest public dual-stream transformer, with 24
+heads of 104 channels.
 """
 
 import math
@@ -34,11 +34,11 @@ TIME_CHANNELS = 256
 def rotary_tables(
     grid: tuple[int, int, int], text_length: int, axes: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the positions, fp32 [2, tokens, 1, sum(axes) / 2], of visual and of text tokens.
+    """Cosines and sines of the positions, fp32 [2, tokens, 1, sum(axes) / 2], for visual and for text tokens.
 
     grid: frames, rows and columns of the visual tokens; axes: channels of a head for each of the three.
-    Frames count from 0, rows and columns from the middle, and the text continues on the diagonal where the
-    larger of the two ends.
+    Frames count from 0, rows and columns from the centre; text positions continue on the diagonal, from where
+    the larger of the two ends.
     """
     _, rows, columns = grid
     starts = (0, rows // 2 - rows, columns // 2 - columns)
@@ -60,17 +60,19 @@ def _table(positions: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Turns neighbouring channels of `x` [B, n, heads, channels] by their position's angles, in fp32."""
+    """Rotate neighbouring channels of `x` [B, n, heads, channels] by the angles of their position, in
+    fp32.
+    """
     cos, sin = table
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 
 class Stream(nn.Module):
-    """One of the two streams of a block: its own modulation, attention weights and MLP.
+    """One of the two streams of a block, with its own modulation, attention weights and MLP.
 
-    to_q, to_k, to_v are None once they are one layer, to_qkv; a stream of keys only has no to_q, norm_q,
-    to_out, norm2 and mlp.
+    After `fuse`, to_q, to_k and to_v are None and one layer to_qkv replaces them; after `keep_keys_only`,
+    to_q, norm_q, to_out, norm2 and mlp are gone.
     """
 
     to_qkv: nn.Linear | None
@@ -90,12 +92,12 @@ class Stream(nn.Module):
 
     @property
     def keys_only(self) -> bool:
-        """Whether nobody reads what becomes of this stream."""
+        """Whether nothing reads this stream after the block."""
         return self.mlp is None
 
     def project(self, x: Tensor, shift: Tensor, scale: Tensor, table: Tensor) -> list[Tensor]:
-        """x: [B, n, dim]; shift, scale: [B, 1, dim]. Returns keys, values and, unless they are dropped,
-        queries, [B, n, heads, channels].
+        """x: [B, n, dim]; shift, scale: [B, 1, dim]. Returns keys, values and, unless `keys_only`, queries,
+        each [B, n, heads, channels].
         """
         x = self.norm1(x) * (1 + scale) + shift
         if self.to_qkv is not None:
@@ -111,15 +113,15 @@ class Stream(nn.Module):
     def finish(
         self, x: Tensor, answer: Tensor, gate1: Tensor, shift: Tensor, scale: Tensor, gate2: Tensor
     ) -> Tensor:
-        """x: [B, n, dim]; answer: attention's, [B, n, heads, channels]. Returns the stream [B, n, dim] as it
-        leaves the block.
+        """x: [B, n, dim]; answer: the result of attention, [B, n, heads, channels]. Returns the stream
+        [B, n, dim] after the block.
         """
         x = x + gate1 * self.to_out(answer.flatten(2))
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale) + shift)
 
     def fuse(self) -> None:
-        """One layer for queries, keys and values, in the place of the three: for inference. A stream of keys
-        only stays as it is.
+        """For inference: replace the layers for queries, keys and values by one. A stream that is `keys_only`
+        stays as it is.
         """
         if self.to_q is None or self.to_qkv is not None:
             return
@@ -133,8 +135,8 @@ class Stream(nn.Module):
         self._drop("to_q", "to_k", "to_v")
 
     def keep_keys_only(self) -> None:
-        """Drops what only shapes this stream's own way on, which nobody reads after the last block: no weight
-        is left without a gradient.
+        """Remove the layers that only compute this stream's output. After the last block nothing reads that
+        output, and these weights would get no gradient.
         """
         old, dim = self.modulation, self.to_k.in_features
         if self.to_q is None:
@@ -152,12 +154,12 @@ class Stream(nn.Module):
 
 
 class MMDiTBlock(nn.Module):
-    """Both streams ask the tokens of both."""
+    """A block in which both streams attend to the tokens of both."""
 
     attention_backend: str | None = None
-    """One of diffusers' attention backends, by default the one set for the process."""
+    """One of diffusers' attention backends; by default the one that is set for the process."""
     split: TokenSplit | None = None
-    """Where context_parallel.enable has put the tokens: in pieces on a group of processes."""
+    """How context_parallel.enable has split the tokens; None while every process has all of them."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -167,9 +169,9 @@ class MMDiTBlock(nn.Module):
     def forward(
         self, tokens: Tensor, text: Tensor, time: Tensor, tables: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """tokens: visual, [B, S, dim]; text: [B, L, dim]; time: [B, dim]; tables: of visual and of text
-        tokens. Returns both streams; the last block's text as it came. A split holds a piece of both streams,
-        and whole tables.
+        """tokens: visual, [B, S, dim]; text: [B, L, dim]; time: [B, dim]; tables: for visual and for text
+        tokens. Returns both streams; the last block returns its text unchanged. Under context parallelism
+        both streams are pieces, and the tables are whole.
         """
         lengths = [table.shape[1] for table in reversed(tables)]
         if self.split is not None:
@@ -191,12 +193,12 @@ class MMDiTBlock(nn.Module):
 
 
 class MMDiTBackbone(ModelMixin, ConfigMixin):
-    """The dual-stream transformer, in the defaults the paper's: 36 blocks, 8.0 billion parameters, Wan's
-    latents and text embeddings.
+    """The dual-stream transformer. Its defaults are the paper's 36 blocks and 8.0 billion parameters, with
+    Wan's latents and text embeddings.
 
-    The arguments have WanTransformer3DModel's names. axes_dims_rope: a head's channels for frames, rows and
-    columns.
-    Raises AptError when those do not add up to a head.
+    The arguments have the names of WanTransformer3DModel's. axes_dims_rope: a head's channels for frames,
+    rows and columns.
+    Raises AptError when these are not even or do not add up to the channels of a head.
     """
 
     _supports_gradient_checkpointing = True
@@ -207,13 +209,13 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
     output_head = ("norm_out", "modulation_out", "proj_out")
     """Submodules that only the velocity needs."""
     text_only = ("text.to_q", "text.to_out", "text.mlp")
-    """Layers of a block that only the text of the next one needs."""
+    """Layers of a block that only serve the text of the next block."""
     official_name = staticmethod(str)
     image_conditioned = False
     split: TokenSplit | None = None
-    """As a block's."""
-    config: Any  # diffusers calls it a dict; it has the arguments as attributes
-    _gradient_checkpointing_func: Callable  # which diffusers sets with gradient_checkpointing
+    """As in MMDiTBlock."""
+    config: Any  # diffusers types it as a dict; it also has the arguments as attributes
+    _gradient_checkpointing_func: Callable  # diffusers sets it together with gradient_checkpointing
 
     @register_to_config
     def __init__(
@@ -253,13 +255,13 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         taps: Sequence[int] | None = None,
     ):
-        """The velocity, or with `taps` the visual tokens of inner blocks; exactly WanBackbone's interface.
+        """The velocity, or with `taps` the visual tokens of inner blocks; the interface is WanBackbone's.
 
         hidden_states: [B, C, F, H, W] latents; timestep: [B] in 0..1000, kept in fp32; encoder_hidden_states:
-        [B, L, text_dim], attended in full.
+        [B, L, text_dim], of which every row is attended to.
         taps: increasing 1-based block counts. Returns a list of visual tokens [B, S, d], and runs no block
         after the last tap.
-        Raises AptError for taps outside the model and for an output without its head.
+        Raises AptError for taps outside the model and for a velocity after drop_output_head.
         """
         if taps is None and self.proj_out is None:
             raise AptError(
@@ -308,31 +310,33 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         return self.proj_out(self.norm_out(tokens) * (1 + scale) + shift)
 
     def use_attention(self, backend: str) -> None:
-        """Sets the attention backend (attention.best_backend) of this model alone."""
+        """Set the attention backend (attention.best_backend) of this model alone."""
         for block in self._own_blocks():
             block.attention_backend = backend
 
     def fuse_projections(self) -> None:
-        """One product for queries, keys and values of each stream, with the weights of the three in the place
-        of theirs.
+        """Compute queries, keys and values of each stream with one matrix product. The merged weights replace
+        the three.
         """
         for block in self._own_blocks():
             block.visual.fuse()
             block.text.fuse()
 
     def share_tokens(self, split: TokenSplit) -> None:
-        """Computes over the processes of a `context_parallel.Split`."""
+        """Compute over the processes of a `context_parallel.Split`."""
         self.split = split
         for block in self._own_blocks():
             block.split = split
 
     def drop_output_head(self) -> None:
-        """Removes norm_out, modulation_out and proj_out: the discriminator never uses them."""
+        """Remove norm_out, modulation_out and proj_out, which the discriminator never uses."""
         for name in self.output_head:
             setattr(self, name, None)
 
     def keep_blocks(self, count: int) -> None:
-        """Drops every block after the first `count`, and of the new last one what only its text needed."""
+        """Remove every block after the first `count`, and the layers of the last block that only its text
+        used.
+        """
         self.blocks = self.blocks[:count]
         self._own_blocks()[-1].text.keep_keys_only()
         self.register_to_config(num_layers=count)

@@ -1,4 +1,4 @@
-"""Latents as one row per token, and back: what a patch embedding reads and an output head writes."""
+"""Latents to one row per token and back: the input of a patch embedding and the output of an output head."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def to_patches(latents: Tensor, patch: Sequence[int]) -> Tensor:
-    """Latents [B, C, F, H, W] as what belongs to each token, [B, S, C * patch volume], tokens in the order
+    """Latents [B, C, F, H, W] to the values of each token, [B, S, C * patch volume], with tokens in the order
     (frame, row, column).
     """
     pf, ph, pw = patch
@@ -19,7 +19,7 @@ def from_patches(
 ) -> Tensor:
     """The inverse of `to_patches`; shape: (F, H, W) of the latents.
 
-    channels_last: a token's values come in the order (place in the patch, channel), as Wan's head has them.
+    channels_last: the values of a token are in the order (position in the patch, channel), as in Wan's head.
     """
     (f, h, w), (pf, ph, pw) = (n // p for n, p in zip(shape, patch)), patch
     token = "(pf ph pw c)" if channels_last else "(c pf ph pw)"

@@ -45,22 +45,22 @@ CONFIG_FIELDS = (
 
 
 class Tokenizer:
-    """A sentencepiece model with pad 0, </s> 1 and unk 2. Raises AptError for bytes that are none."""
+    """A sentencepiece model with pad 0, </s> 1 and unk 2. Raises AptError for bytes that are not one."""
 
     def __init__(self, spiece: bytes):
         self.pieces = _tokenizer(spiece)
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, </s> at the end and no padding."""
+        """Token ids of each text, with </s> at the end and without padding."""
         return [[*self.pieces.encode(clean_prompt(text)), EOS] for text in texts]
 
     def check(self, texts: Sequence[str], most: int) -> None:
-        """Raises AptError for the first text of more than `most` tokens."""
+        """Raise AptError for the first text of more than `most` tokens."""
         check_tokens(texts, self.rows(texts), most)
 
 
 def check_tokens(texts: Sequence[str], rows: Sequence[Sequence[int]], most: int) -> None:
-    """Raises AptError for the first of `texts` whose row has more than `most` tokens."""
+    """Raise AptError for the first of `texts` whose row has more than `most` tokens."""
     for text, row in zip(texts, rows):
         if len(row) > most:
             start = clean_prompt(text)
@@ -71,8 +71,8 @@ def check_tokens(texts: Sequence[str], rows: Sequence[Sequence[int]], most: int)
 
 
 class TextEncoder:
-    """Turns captions into what Wan's transformer reads, exactly as diffusers' WanPipeline does (without its
-    optional ftfy).
+    """Turns captions into the embeddings that Wan's transformer reads, exactly as diffusers' WanPipeline does
+    (without its optional ftfy).
 
     model: a UMT5EncoderModel; spiece: the bytes of a sentencepiece model with pad 0, </s> 1 and unk 2;
     text_length: the number of rows that the transformer was trained on (512 for Wan). Raises AptError when
@@ -86,13 +86,13 @@ class TextEncoder:
         self._pieces = self._tokenizer.pieces
         if self._pieces.get_piece_size() > model.config.vocab_size:
             raise AptError(
-                f"the tokenizer has {self._pieces.get_piece_size()} pieces, but the text encoder knows {model.config.vocab_size}: "
+                f"the tokenizer has {self._pieces.get_piece_size()} pieces, but the text encoder has embeddings for {model.config.vocab_size}: "
                 "use the tokenizer that it was trained with."
             )
 
     @property
     def dim(self) -> int:
-        """Width of an embedding, the transformer's text_dim."""
+        """Width of an embedding; equals the transformer's text_dim."""
         return self.model.config.d_model
 
     def to(self, device) -> "TextEncoder":
@@ -100,8 +100,8 @@ class TextEncoder:
         return self
 
     def tokenize(self, texts: Sequence[str], truncate: bool = False) -> list[list[int]]:
-        """Token ids of each text, </s> at the end and no padding. `truncate` cuts to `text_length`, </s>
-        kept; else any length comes.
+        """Token ids of each text, with </s> at the end and without padding. With `truncate` a row is cut to
+        `text_length` and keeps its </s>; without it a row may have any length.
         """
         return [
             row[: self.text_length - 1] + [EOS] if truncate and len(row) > self.text_length else row
@@ -128,7 +128,7 @@ class TextEncoder:
 
     @staticmethod
     def pad(embeddings: Sequence[Tensor], length: int) -> Tensor:
-        """`[B, length, d]` from `[L_i, d]`, zeros after each. Raises AptError when one is longer than
+        """`[B, length, d]` from `[L_i, d]`, with zeros after each. Raises AptError when one is longer than
         `length`.
         """
         longest = max(len(e) for e in embeddings)
@@ -140,8 +140,8 @@ class TextEncoder:
 
 
 def clean_prompt(text: str) -> str:
-    """WanPipeline's prompt_clean without ftfy: HTML entities undone (twice, as there), runs of white space to
-    one blank.
+    """WanPipeline's prompt_clean without ftfy: decode HTML entities (twice, as there), and replace each run
+    of white space by one blank.
     """
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
@@ -149,8 +149,8 @@ def clean_prompt(text: str) -> str:
 def load_text_encoder(path: str | Path) -> TextEncoder:
     """Read a file of `save_text_encoder`; weights become fp32 on the CPU.
 
-    Raises AptError for any file that is not such a one: see `tensorfile.read_tensors`; missing, extra or
-    wrongly shaped keys; no tokenizer; metadata that does not describe a UMT5 encoder.
+    Raises AptError for any other file: see `tensorfile.read_tensors`; missing, extra or wrongly shaped keys;
+    no tokenizer; metadata that does not describe a UMT5 encoder.
     """
     model, text_length = check_text_encoder(path, read_header(path))
     tensors, _ = read_tensors(path, floats_only=False)
@@ -167,9 +167,9 @@ def load_text_encoder(path: str | Path) -> TextEncoder:
 
 
 def check_text_encoder(path: str | Path, header: Header, tokenizer: bool = True):
-    """(the UMT5EncoderModel of a file of `save_text_encoder` on device "meta", its text_length), from the
-    header alone. tokenizer: whether the file must hold one. Raises AptError as `load_text_encoder` does for
-    what shows there.
+    """Check the header of a file of `save_text_encoder`; return the UMT5EncoderModel on device "meta" and its
+    text_length. tokenizer: whether the file must hold one. Raises AptError like `load_text_encoder`, as far
+    as the header shows what is wrong.
     """
     shapes = {key: shape for key, shape in header.shapes.items() if key not in (TOKENIZER_KEY, TIED_KEY)}
     if tokenizer and TOKENIZER_KEY not in header.shapes:
@@ -201,8 +201,8 @@ def check_text_encoder(path: str | Path, header: Header, tokenizer: bool = True)
 def save_text_encoder(path: str | Path, model, spiece: bytes, text_length: int) -> None:
     """Write a UMT5EncoderModel and its sentencepiece model into one file, in the model's dtype.
 
-    Raises AptError for weights that are not finite or a place that cannot be written; whatever was at `path`
-    then stays.
+    Raises AptError for weights that are not finite and when the file cannot be written; a file that was at
+    `path` then stays.
     """
     tensors = {key: value for key, value in model.state_dict().items() if key != TIED_KEY}
     tensors[TOKENIZER_KEY] = torch.tensor(list(spiece), dtype=torch.uint8)
@@ -211,10 +211,10 @@ def save_text_encoder(path: str | Path, model, spiece: bytes, text_length: int) 
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A sentencepiece unigram model of exactly `vocab_size` pieces, as bytes. Same texts in the same order,
-    same bytes.
+    """Train a sentencepiece unigram model of exactly `vocab_size` pieces; return its bytes. The same texts in
+    the same order give the same bytes.
 
-    256 pieces are the bytes, so that any text at all gets tokens and never unk. Raises AptError when
+    256 of the pieces are bytes, so that any text can be split into tokens without unk. Raises AptError when
     `vocab_size` does not suit the texts.
     """
     import sentencepiece
@@ -260,8 +260,8 @@ def _tokenizer(spiece: bytes):
 
 
 def meta_encoder(path: str | Path, fields: dict, where: str = "its config"):
-    """A UMT5EncoderModel of these fields of UMT5Config on device "meta". Raises AptError, which names `where`
-    they stand, for fields that describe none.
+    """Build a UMT5EncoderModel from these fields of UMT5Config on device "meta". For fields that do not
+    describe an encoder it raises AptError, which says `where` they stand.
     """
     from transformers import UMT5Config, UMT5EncoderModel
 

@@ -1,8 +1,8 @@
 """The public tiny decoders taew2_1 and taew2_2 (madebyollin/taehv): a fast, approximate stand-in for the Wan
 VAE's decoder.
 
-Their pictures are near the VAE's and not equal to them: for previews, and where speed matters more than
-detail. They take the same normalised latents, of 16 channels (Wan 2.1) or 48 (Wan 2.2).
+The pictures are close to the VAE's but not equal: use it for previews, and where speed matters more than
+detail. It takes the same normalised latents, of 16 channels (Wan 2.1) or 48 (Wan 2.2).
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +18,8 @@ from ..files.tensorfile import Header, check_floats, check_shapes, read_header, 
 
 WIDTHS = 256, 128, 64
 STEPS = 1, 2, 2
-"""How many frames each of the three stages makes of one; the first frames of all are dropped, so that 1, 5,
-9, ... come of 1, 2, 3, ... latents.
+"""How many frames each of the three stages makes of one. The first frames of the clip are dropped, so that 1,
+2, 3, ... latent frames give 1, 5, 9, ... frames.
 """
 NAMES = {16: "taew2_1", 48: "taew2_2"}
 
@@ -27,8 +27,8 @@ NAMES = {16: "taew2_1", 48: "taew2_2"}
 def load_tiny_decoder(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> "TinyDecoder":
-    """taew2_1 or taew2_2 from a safetensors file; which one is read from its shapes, and an encoder in the
-    file is left out.
+    """Read taew2_1 or taew2_2 from a safetensors file. The shapes tell which one it is, and an encoder in the
+    file is ignored.
 
     Raises AptError for anything else: see `tensorfile.read_tensors` (a .pth file is a pickle); missing, extra
     or wrongly shaped keys.
@@ -39,16 +39,16 @@ def load_tiny_decoder(
         {key: tensors[key].to(device, dtype, copy=True) for key in model.state_dict()}, assign=True
     )
     model.eval().requires_grad_(False)
-    # torch's types do not know this form of `to`.
+    # torch's type stubs lack this form of `to`.
     return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def read_tiny_decoder(path: str | Path) -> "TinyDecoder":
-    """The decoder on device "meta": all checks of `load_tiny_decoder`, and no weight is read."""
+    """The decoder on device "meta": makes all checks of `load_tiny_decoder` and reads no weight."""
     header = read_header(path)
     if other := other_tiny_decoder(header):
         raise AptError(
-            f"{path} is {other}, whose layers are not those of taew2_1 and taew2_2: give one of these, or the VAE."
+            f"{path} is {other}, and only the layers of taew2_1 and taew2_2 can be read: give one of these, or the VAE."
         )
     if not is_tiny_decoder(header):
         raise AptError(
@@ -69,14 +69,14 @@ def read_tiny_decoder(path: str | Path) -> "TinyDecoder":
 
 
 def is_tiny_decoder(header: Header) -> bool:
-    """Whether the file looks like one."""
+    """Whether the file looks like a tiny decoder for Wan."""
     first = header.shapes.get("decoder.1.weight", ())
     return len(first) == 4 and first[1] in NAMES
 
 
 def other_tiny_decoder(header: Header) -> str:
-    """What a tiny decoder of another layout is, by its widths and kernels: "" for the two that are read, and
-    for what is no tiny decoder.
+    """The name of a tiny decoder with another layout, told from its widths and kernels; "" for taew2_1 and
+    taew2_2 and for any other file.
     """
     first = header.shapes.get("decoder.1.weight", ())
     if len(first) != 4:
@@ -89,8 +89,8 @@ def other_tiny_decoder(header: Header) -> str:
 
 
 class TinyDecoder(nn.Module):
-    """The interface of `decoder.Decoder`, approximately, with one latent frame per call. Parameter names are
-    those of the public files.
+    """The interface of `decoder.Decoder`, with approximate pictures and one latent frame per call. The
+    parameters have the names of the public files.
     """
 
     approximate = True
@@ -115,10 +115,10 @@ class TinyDecoder(nn.Module):
     def stream(
         self, latents: Tensor, *, uint8: bool = False, report: Callable[[str], None] | None = None
     ) -> Iterator[Tensor]:
-        """Normalised latents `[B, z, f, h, w]` -> slices `[B, n, H, W, 3]` in time order, 1 frame and then 4
-        each: fp32 in [-1, 1], or uint8.
+        """Normalised latents `[B, z, f, h, w]` -> slices `[B, n, H, W, 3]` in time order, first of 1 frame
+        and then of 4 frames: fp32 in [-1, 1], or uint8.
 
-        Raises AptError for latents of other channels.
+        Raises AptError for latents with another number of channels.
         """
         if latents.ndim != 5 or latents.shape[1] != self.z_dim or not latents.numel():
             wanted = f"[batch, {self.z_dim}, frames, height, width]"
@@ -142,19 +142,19 @@ class TinyDecoder(nn.Module):
             yield pixels.mul_(255).round_().to(torch.uint8) if uint8 else pixels.mul_(2).sub_(1)
 
     def decode(self, latents: Tensor, *, uint8: bool = False) -> Tensor:
-        """All slices of `stream` in one: `[B, 4(f-1)+1, H, W, 3]`."""
+        """All slices of `stream` concatenated: `[B, 4(f-1)+1, H, W, 3]`."""
         return torch.cat(list(self.stream(latents, uint8=uint8)), dim=1)
 
 
 class Squash(nn.Module):
-    """Latents softly into (-3, 3)."""
+    """Limits latents smoothly to (-3, 3)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x / 3) * 3
 
 
 class Past(nn.Module):
-    """A residual block that sees the frame before, which is black before the first."""
+    """A residual block that also sees the previous frame; before the first frame it sees zeros."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -162,8 +162,8 @@ class Past(nn.Module):
         self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
     def forward(self, x: Tensor, past: dict[int, Tensor], index: int, clips: int) -> Tensor:
-        """x: frames `[clips n, C, h, w]`, clip after clip. past[index]: each clip's last frame of the call
-        before, then of this one.
+        """x: frames `[clips n, C, h, w]`, clip after clip. past[index] holds the last frame of each clip:
+        that of the previous call on entry, that of this call on return.
         """
         frames = x.unflatten(0, (clips, -1))
         before = past.get(index, torch.zeros_like(frames[:, -1:]))
@@ -173,7 +173,7 @@ class Past(nn.Module):
 
 
 class Grow(nn.Module):
-    """Each frame becomes `steps` frames."""
+    """Makes `steps` frames of each frame."""
 
     def __init__(self, width: int, steps: int):
         super().__init__()

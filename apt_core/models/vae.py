@@ -1,9 +1,8 @@
-"""Wan's video VAE (diffusers' AutoencoderKLWan): load and save in official keys, encode and decode normalised
-latents.
+"""Wan's video VAE (diffusers' AutoencoderKLWan): load and save it in official keys, encode to normalised
+latents and decode them.
 
-The transformer sees `(latent - mean) / std` with the fixed statistics of the Wan version; ComfyUI has the
-same numbers built in, so a VAE of one's own must have latents of exactly those statistics
-(`fold_statistics`).
+The transformer sees `(latent - mean) / std` with the fixed statistics of each Wan version. ComfyUI has the
+same numbers built in, so the latents of your own VAE must have exactly those statistics (`fold_statistics`).
 """
 
 from collections.abc import Sequence
@@ -171,12 +170,12 @@ LATENTS_STD = {
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32):
-    """An AutoencoderKLWan in eval mode, its weights frozen, on the CPU.
+    """Load an AutoencoderKLWan in eval mode, with frozen weights, on the CPU.
 
-    path: one safetensors file in official keys (Wan 2.1 of any base width, read from decoder.head.0.gamma, or
-    2.2) or in diffusers' keys, with a prefix of `keys.VAE_PREFIXES` or without, or a diffusers folder
-    (config.json and diffusion_pytorch_model.safetensors, sharded or of a variant, itself or in its subfolder
-    vae).
+    path: one safetensors file in official keys (Wan 2.1 of any base width, which decoder.head.0.gamma tells,
+    or 2.2) or in diffusers' keys, with or without one of the prefixes in `keys.VAE_PREFIXES`; or a diffusers
+    folder (config.json and diffusion_pytorch_model.safetensors, also sharded or of a variant, in the folder
+    itself or in its subfolder vae).
     Raises AptError for a file that is not a whole Wan VAE: see `tensorfile.read_tensors`; missing, extra or
     wrongly shaped keys.
     """
@@ -190,14 +189,14 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32):
 
 
 def read_vae(path: str | Path):
-    """The AutoencoderKLWan of a file or folder on device "meta": its config and shapes, without reading a
-    weight. Raises AptError as `load_vae`.
+    """The AutoencoderKLWan of a file or folder on device "meta", with its config and shapes; reads no weight.
+    Raises AptError as `load_vae`.
     """
     return _checked_meta_vae(Path(path))[1]
 
 
 def _checked_meta_vae(path: Path):
-    """(the weights' files, the VAE on meta, diffusers' key -> the file's key)."""
+    """(the weight files, the VAE on "meta", a function from diffusers' key to the file's key)."""
     config, files, found = None, [path], {}
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
@@ -234,12 +233,12 @@ def _checked_meta_vae(path: Path):
 
 
 def save_vae(path: str | Path, vae) -> None:
-    """Write the VAE in official keys and its own dtype: what ComfyUI's Load VAE takes (2.1 in any width, 2.2
-    only in the released one).
+    """Write the VAE in official keys and its own dtype, for ComfyUI's Load VAE (Wan 2.1 in any width; 2.2
+    only in the released width).
 
-    Raises AptError when its config's latents_mean and latents_std are not the fixed ones, which no such file
-    can carry, for weights that are not finite, and for a place that cannot be written; whatever was at `path`
-    then stays.
+    Raises AptError when the config's latents_mean and latents_std are not the fixed ones, since the file
+    cannot hold others, for weights that are not finite, and when the file cannot be written; a file that was
+    at `path` then stays.
     """
     version = "2.2" if vae.config.is_residual else "2.1"
     fixed = LATENTS_MEAN[version], LATENTS_STD[version]
@@ -258,7 +257,7 @@ def stride(vae) -> tuple[int, int, int]:
 
 
 def normalize(latent: Tensor, vae) -> Tensor:
-    """`[B, z, f, h, w]` as the VAE has it -> as the transformer has it: `(latent - mean) / std`."""
+    """`[B, z, f, h, w]` from the VAE's values to the transformer's: `(latent - mean) / std`."""
     mean, std = _statistics(latent, vae)
     return (latent - mean) / std
 
@@ -278,7 +277,7 @@ def _statistics(latent: Tensor, vae) -> tuple[Tensor, Tensor]:
 
 def encode(vae, pixels: Tensor) -> Tensor:
     """Pixels `[B, 3, F, H, W]` in [-1, 1] -> normalised posterior means `[B, z, (F-1)/4+1, H/s, W/s]`, fp32.
-    Nothing is drawn.
+    It takes the mean and draws no sample.
 
     Raises AptError for a size that the VAE cannot take (`check_size` with patch 1).
     """
@@ -301,11 +300,11 @@ def check_size(
     patch: Sequence[int] = (1, 2, 2),
     what: str = "a clip",
 ) -> None:
-    """Height and width must be multiples of VAE stride x patch, frames one more than a multiple of the stride
-    in time.
+    """Check that height and width are multiples of VAE stride x patch, and frames one more than a multiple of
+    the stride in time.
 
-    stride, patch: in (frames, height, width). Raises AptError that names the nearest right sizes; `what`
-    begins its sentence.
+    stride, patch: in (frames, height, width). Raises AptError, which names the nearest sizes that fit; `what`
+    begins the sentence.
     """
     steps, spare = (stride[0] * patch[0], stride[1] * patch[1], stride[2] * patch[2]), (1, 0, 0)
     wrong = []
@@ -323,13 +322,13 @@ def check_size(
 
 @torch.no_grad()
 def fold_statistics(vae, mean: Tensor, std: Tensor) -> None:
-    """Give the latents exactly the statistics of the VAE's config, in place, without changing any
-    reconstruction.
+    """Change the VAE in place so that its latents have exactly the statistics of its config, without changing
+    any reconstruction.
 
     mean, std: `[z]`, per channel, measured on the posterior means of the VAE as it is now. A latent m becomes
-    `a m + b` with `a = config std / std`, `b = config mean - a mean`: into quant_conv (mean rows scaled and
-    moved, log variance rows moved by `2 ln a`, so that samples follow too) and its inverse into
-    post_quant_conv. Both are 1x1x1, so no padding is disturbed.
+    `a m + b` with `a = config std / std` and `b = config mean - a mean`. quant_conv takes up this map (its
+    mean rows are scaled and moved, its log variance rows moved by `2 ln a`, so that samples follow too), and
+    post_quant_conv takes up the inverse. Both are 1x1x1, so no padding is disturbed.
     Raises AptError when the statistics do not fit the VAE or a channel is constant.
     """
     z = vae.config.z_dim
@@ -407,7 +406,7 @@ def _folder_config(folder: Path) -> dict:
 
 
 def _meta_vae(path, config: dict) -> Any:
-    """An AutoencoderKLWan, whose config diffusers calls a dict and whose `from_config` a tuple."""
+    """An AutoencoderKLWan. Any, because diffusers types its config as a dict and `from_config` as a tuple."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
     try:

@@ -1,4 +1,4 @@
-"""Wan's transformer as generator and as discriminator backbone: taps at depth, early stop, fp32 time."""
+"""Wan's transformer as generator and as the discriminator's backbone: taps, early stop, and fp32 times."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,11 +19,11 @@ PAPER_FRACTIONS = (4 / 9, 13 / 18, 1.0)
 
 
 def tap_blocks(num_layers: int, fractions: Sequence[float] = PAPER_FRACTIONS) -> tuple[int, ...]:
-    """1-based block counts after which the discriminator looks: (16, 26, 36) for 36 blocks, (13, 22, 30) for
-    Wan's 30.
+    """The numbers of blocks (from 1) after which the discriminator reads tokens: (16, 26, 36) of 36 blocks,
+    (13, 22, 30) of Wan's 30.
 
-    Raises AptError when a fraction is outside (0, 1], when they do not increase, or when the model is too
-    shallow to keep them apart.
+    Raises AptError when a fraction is outside (0, 1], when they do not increase, or when the model has too
+    few blocks to keep them apart.
     """
     if (
         not fractions
@@ -40,8 +40,8 @@ def tap_blocks(num_layers: int, fractions: Sequence[float] = PAPER_FRACTIONS) ->
 
 
 def check_taps(taps: Sequence[int], num_layers: int) -> int:
-    """The last of the taps, which are 1-based block counts. Raises AptError unless they increase within the
-    model's blocks.
+    """Check that the taps, which are 1-based block counts, increase and lie within the model's blocks; return
+    the last one. Raises AptError otherwise.
     """
     taps = tuple(taps)
     if not taps or taps[0] < 1 or taps[-1] > num_layers or any(a >= b for a, b in zip(taps, taps[1:])):
@@ -50,24 +50,26 @@ def check_taps(taps: Sequence[int], num_layers: int) -> int:
 
 
 class WanBackbone(WanTransformer3DModel):
-    """diffusers' Wan transformer, same weights and same config, that can also hand out the tokens of inner
+    """diffusers' Wan transformer with the same weights and config, which can also return the tokens of inner
     blocks.
     """
 
     output_head = ("proj_out", "norm_out", "scale_shift_table")
     """Submodules that only the velocity needs."""
     text_only = ()
-    """Layers of a block that only the text of the next one needs: Wan's blocks share one text."""
+    """Layers of a block that only serve the text of the next block: none, since Wan's blocks share one
+    text.
+    """
     official_name = staticmethod(keys.transformer_to_official)
-    """A layer's name in the files that other programs read."""
-    config: Any  # diffusers calls it a dict; it has the arguments as attributes
-    _gradient_checkpointing_func: Callable  # which diffusers sets with gradient_checkpointing
+    """Maps a layer's name to its name in the files that other programs read."""
+    config: Any  # diffusers types it as a dict; it also has the arguments as attributes
+    _gradient_checkpointing_func: Callable  # diffusers sets it together with gradient_checkpointing
     split: TokenSplit | None = None
-    """Where context_parallel.enable has put the tokens: in pieces on a group of processes."""
+    """How context_parallel.enable has split the tokens; None while every process has all of them."""
 
     @property
     def image_conditioned(self) -> bool:
-        """Whether the model takes images beside the text."""
+        """Whether the model takes images besides the text."""
         return self.config.image_dim is not None or self.config.added_kv_proj_dim is not None
 
     def forward(
@@ -80,18 +82,18 @@ class WanBackbone(WanTransformer3DModel):
         attention_kwargs: dict | None = None,
         taps: Sequence[int] | None = None,
     ):
-        """The stock forward, or with `taps` the features of inner blocks.
+        """The stock forward pass, or with `taps` the tokens of inner blocks.
 
         hidden_states: [B, C, F, H, W] latents; timestep: [B] in 0..1000, kept in fp32; encoder_hidden_states:
         [B, L, text_dim].
-        Latents and text are cast to the weights' dtype here, inside the forward, where FSDP2's mixed
-        precision has already cast the weights.
+        Latents and text are cast to the weights' dtype inside this function, because FSDP2's mixed precision
+        casts the weights just before it.
 
         taps: increasing 1-based block counts. Returns a list of visual tokens [B, S, d], S = F H W / patch
-        volume, each as its block leaves it (no norm), and runs no block after the last tap. Without taps the
-        result is the stock forward's, bit for bit.
-        Raises AptError for taps outside the model, for an output without its head, and for anything but text
-        and one time per sample with taps or under context parallelism.
+        volume, each as its block returns it (without a norm), and runs no block after the last tap. Without
+        taps the result equals the stock forward's, bit for bit.
+        Raises AptError for taps outside the model, for a velocity after drop_output_head, and, with taps or
+        under context parallelism, for any input besides text and one time per sample.
         """
         dtype = self.patch_embedding.weight.dtype
         hidden_states, encoder_hidden_states = hidden_states.to(dtype), encoder_hidden_states.to(dtype)
@@ -127,7 +129,7 @@ class WanBackbone(WanTransformer3DModel):
     def _tokens(
         self, latents: Tensor, modulation: Tensor, text: Tensor, taps: tuple[int, ...]
     ) -> list[Tensor]:
-        """The visual tokens, or this process's piece of them, behind each of the taps."""
+        """The visual tokens after each tap; under context parallelism, this process's piece of them."""
         last = check_taps(taps, len(self.blocks))
         rotary = self.rope(latents)
         if self.split is None:
@@ -146,7 +148,7 @@ class WanBackbone(WanTransformer3DModel):
         return out
 
     def _own_blocks(self) -> list[Any]:
-        """WanTransformerBlocks, whose processors diffusers gives no type."""
+        """The WanTransformerBlocks; diffusers gives the type of their processors nowhere."""
         return list(self.blocks)
 
     def _head(self, tokens: Tensor, time: Tensor) -> Tensor:
@@ -154,15 +156,15 @@ class WanBackbone(WanTransformer3DModel):
         return self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).type_as(tokens))
 
     def use_attention(self, backend: str) -> None:
-        """Sets the attention backend (attention.best_backend) of this model alone; set_attention_backend
-        would change all of the process.
+        """Set the attention backend (attention.best_backend) of this model alone; diffusers'
+        set_attention_backend would change the whole process.
         """
         for block in self._own_blocks():
             block.attn1.processor._attention_backend = block.attn2.processor._attention_backend = backend
 
     def fuse_projections(self) -> None:
-        """One product for queries, keys and values that read the same tokens, with the weights of the three
-        in the place of theirs.
+        """Compute queries, keys and values that read the same tokens with one matrix product. The merged
+        weights replace the three.
         """
         for block in self._own_blocks():
             for attention in (block.attn1, block.attn2):
@@ -172,34 +174,34 @@ class WanBackbone(WanTransformer3DModel):
                     setattr(attention, name, None)
 
     def share_tokens(self, split: TokenSplit) -> None:
-        """Computes over the processes of a `context_parallel.Split`."""
+        """Compute over the processes of a `context_parallel.Split`."""
         self.split = split
         for block in self._own_blocks():
             block.attn1.set_processor(split.processor(block.attn1.processor._attention_backend))
 
     def drop_output_head(self) -> None:
-        """Removes proj_out, norm_out and scale_shift_table: the discriminator never uses them.
+        """Remove proj_out, norm_out and scale_shift_table, which the discriminator never uses.
 
-        A parameter without a gradient has no optimizer state, and a sharded optimizer refuses to resume
-        without it.
+        They would get no gradient and thus no optimizer state, and a sharded optimizer refuses to resume when
+        state is missing.
         """
         for name in self.output_head:
             setattr(self, name, None)
 
     def keep_blocks(self, count: int) -> None:
-        """Drops every block after the first `count`, so that a discriminator of less than full depth (5.2)
-        has no idle parameters.
+        """Remove every block after the first `count`, so that a discriminator of less than full depth (5.2)
+        has no unused parameters.
         """
         self.blocks = self.blocks[:count]
         self.register_to_config(num_layers=count)
 
 
 def predict_velocity(model, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-    """`v(x_t, c, t)` in fp32, [B, C, F, H, W] as `x_t`.
+    """`v(x_t, c, t)` in fp32, [B, C, F, H, W] like `x_t`.
 
-    model: a WanBackbone, or anything called like one; t: [B] in [0, 1]; text: [B, L, text_dim]. The network
-    is fed `1000 t` in fp32 whatever its own dtype: bf16 would turn 701 into 700. Raises AptError when `t` is
-    not one value per sample.
+    model: a WanBackbone, or any network that is called like one; t: [B] in [0, 1]; text: [B, L, text_dim].
+    The network gets `1000 t` in fp32 whatever its own dtype, because bf16 would turn 701 into 700. Raises
+    AptError when `t` is not one value per sample.
     """
     if t.shape != x_t.shape[:1]:
         raise AptError(

@@ -111,7 +111,7 @@ def test_diffusers_flash_3_has_no_backward_pass():
             "flash_hub",
             "cuda",
             torch.bfloat16,
-            "attention backend flash_hub downloads its kernel, which nothing here does: install a package, and use one of ",
+            "attention backend flash_hub downloads its kernel, and this project downloads none: install a package, and use one of ",
         ),
         (
             "flash",
@@ -131,7 +131,7 @@ def test_diffusers_flash_3_has_no_backward_pass():
             "_native_cudnn",
             "cpu",
             torch.bfloat16,
-            "attention backend _native_cudnn computes in 16 bits on a CUDA card only, and this is bfloat16 on cpu: use native.",
+            "attention backend _native_cudnn needs 16-bit values on a CUDA card, and this is bfloat16 on cpu: use native.",
         ),
         ("_native_cudnn", "cuda", torch.float32, "and this is float32 on cuda: use native."),
     ],

@@ -166,7 +166,10 @@ PAIR = {"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 24), "blocks.0.ffn.0.lora_
             {"blocks.0.ffn.0.lora_A.weight": torch.ones(2)},
             "the factors of blocks.0.ffn.0, (2,) and (32, 2), do not fit",
         ),
-        ({"blocks.0.ffn.0.alpha": torch.ones(2)}, "blocks.0.ffn.0.alpha has shape (2,), and is no number"),
+        (
+            {"blocks.0.ffn.0.alpha": torch.ones(2)},
+            "blocks.0.ffn.0.alpha has shape (2,), but must be one number",
+        ),
         (
             {"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 24, dtype=torch.int8)},
             "blocks.0.ffn.0.lora_A.weight is stored as I8: only fp32",

@@ -30,7 +30,7 @@ LOADS = {
 REFUSED = {
     "taew2_2_super": (
         "tiny decoder",
-        "is taew2_2_super (width 512, 7x7 depthwise convolutions), whose layers",
+        "is taew2_2_super (width 512, 7x7 depthwise convolutions), and only the layers",
     ),
     "t5xxl_fp16": ("T5 text encoder", "is a T5 (its relative attention bias is in block 0 only)"),
 }

@@ -638,7 +638,7 @@ def test_prompts_are_encoded_with_the_shards(run):
         ),
         (
             ("distill", TINY, "attention=_native_cudnn"),
-            "computes in 16 bits on a CUDA card only, and this is float32 on cpu: use native.",
+            "needs 16-bit values on a CUDA card, and this is float32 on cpu: use native.",
         ),
         (
             ("distill", "wan2.2-5b", "attention=flush", "--dry-run", "--gpus", 8),
