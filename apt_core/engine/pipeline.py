@@ -94,7 +94,7 @@ class OneStepPipeline:
         if device != "auto":
             check_device(device)
         if dtype is not None and dtype not in DTYPES:
-            raise AptError(f"dtype {dtype!r} cannot be: give one of {', '.join(map(str, DTYPES))}.")
+            raise AptError(f"dtype is {dtype!r}, but must be one of {', '.join(map(str, DTYPES))}.")
         self.device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         )
@@ -104,7 +104,7 @@ class OneStepPipeline:
         if fp8:
             check_fp8(self.device)
         if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
-            raise AptError(f"memory {memory!r} cannot be: give GiB above 0, or None for what is free.")
+            raise AptError(f"memory is {memory!r}, but must be GiB above 0, or None for what is free.")
         self.memory = None if memory is None else int(memory * GIB)
         self.cache = cache_folder() if cache is None else Path(cache)
         if compile:

@@ -77,7 +77,7 @@ class Request:
         }
         if not SLOWEST <= sizes["fps"] <= FASTEST:
             raise AptError(
-                f"fps {sizes['fps']:g} cannot be: a video has {SLOWEST:g} to {FASTEST:g} frames a second."
+                f"fps is {sizes['fps']:g}, but a video has {SLOWEST:g} to {FASTEST:g} frames a second."
             )
         patch = sources.transformer.patch
         check_size(
@@ -101,15 +101,15 @@ class Request:
         for name in ("count", "seed", "steps", "height", "width", "frames"):
             value = getattr(self, name)
             if not isinstance(value, Integral) and (value is not None or name not in SIZES):
-                raise AptError(f"{name} {value!r} cannot be: it must be a whole number.")
+                raise AptError(f"{name} is {value!r}, but must be a whole number.")
         for name in ("fps", "guidance", "shift"):
             value = getattr(self, name)
             if not (isinstance(value, Real) and math.isfinite(value)) and (
                 value is not None or name not in SIZES
             ):
-                raise AptError(f"{name} {value!r} cannot be: it must be a finite number.")
+                raise AptError(f"{name} is {value!r}, but must be a finite number.")
         if self.shift <= 0:
-            raise AptError(f"shift {self.shift:g} cannot be: it must be above 0.")
+            raise AptError(f"shift is {self.shift:g}, but must be above 0.")
 
     def latents(self, sources: Sources) -> tuple[int, int, int, int]:
         """Shape of one sample's latents, [channels, frames, rows, columns], once the sizes are there."""

@@ -1,9 +1,9 @@
-"""Files and folders that appear whole or not at all. Everything that this project writes by name goes through
-here.
+"""Write files and folders whole or not at all. Everything that this project writes by name goes through this
+module.
 
-What is being written lies beside its target as `.NAME.HOST.PID-START-N.partial`, and goes when the writing
-fails. A process that is killed leaves it; whoever writes the same target next, on the same host, takes it
-away. Nothing else is touched.
+A new file is first written beside its target as `.NAME.HOST.PID-START-N.partial`, which is removed when
+writing fails. A process that is killed leaves it behind; the next process on the same host that writes the
+same target removes it. Nothing else is touched.
 """
 
 import filecmp
@@ -33,37 +33,38 @@ def replacing(
     keep_equal: bool = False,
     also: tuple[type[Exception], ...] = (),
 ) -> Iterator[Path]:
-    """An empty file beside `path` to write to, which becomes `path` when all went well and is gone when not.
-    Parent folders are made.
+    """Give an empty file beside `path` to write to. When the block ends without an error it becomes `path`;
+    otherwise it is removed. Missing parent folders are made.
 
-    durable: wait until it is on the disk, so that a power cut leaves the old file or the new one. keep_equal:
-    a file that holds the same bytes stays as it is, with its age. also: what else than an OSError means that
-    it cannot be written. Raises AptError for a place that cannot be written.
+    durable: wait until the file is on the disk, so that a power cut leaves either the old file or the new
+    one. keep_equal: when the file at `path` already holds the same bytes, leave it as it is, with its age.
+    also: other exceptions than OSError that mean that the file cannot be written. Raises AptError when it
+    cannot be written.
     """
     path = Path(path)
     with _said(path, also):
         _prepare(path)
         with _temporary(path, PARTIAL) as part:
-            part.touch(exist_ok=False)  # a link that somebody left there would be written through
+            part.touch(exist_ok=False)  # never write through a link that somebody left there
             mode = part.stat().st_mode
             yield part
-            part.chmod(mode)  # safetensors leaves a file that only its owner can read
+            part.chmod(mode)  # safetensors makes a file that only its owner can read
             if keep_equal and path.is_file() and filecmp.cmp(path, part, shallow=False):
                 return
             if durable:
                 _sync(part)
             os.replace(part, path)
     if durable:
-        with suppress(OSError):  # the rename itself: not every system lets a folder be synced
+        with suppress(OSError):  # sync the rename itself; not every system can sync a folder
             _sync(path.parent)
 
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """A new folder beside `path` to fill, which becomes `path` when all went well, in the place of what was
-    there, and is gone when not.
+    """Give a new folder beside `path` to fill. When the block ends without an error it replaces whatever was
+    at `path`; otherwise it is removed.
 
-    Raises AptError for a place that cannot be written.
+    Raises AptError when the folder cannot be written.
     """
     path = Path(path)
     with _said(path):
@@ -77,15 +78,16 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_own() -> None:
-    """Take away what this process is writing: before an end that leaves no `finally`. Raises nothing."""
+    """Remove the unfinished files of this process, before an exit that skips `finally`. Never raises."""
     for temporary, (pid, target) in list(_open.items()):
         if pid == os.getpid():
             _remove(temporary, target)
 
 
 def make_folder(path: Path) -> None:
-    """Make `path` and its parents where they are missing. Raises AptError when a file is in the way or the
-    place cannot be written."""
+    """Make `path` and its missing parents. Raises AptError when a file is in the way or the folder cannot be
+    made.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -109,7 +111,7 @@ def _said(path: Path, also: tuple[type[Exception], ...] = ()) -> Iterator[None]:
 
 def _prepare(path: Path) -> None:
     with suppress(FileNotFoundError, NotADirectoryError):
-        path.lstat()  # a name that is too long is refused before the work, not after it
+        path.lstat()  # refuses a name that is too long before the work and not after it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -137,7 +139,7 @@ def _stem(name: str) -> str:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Temporaries of `path` whose process, on this host, is dead."""
+    """Remove temporary files of `path` whose process, on this host, has ended."""
     begin = re.escape(f".{_stem(path.name)}.{host()}.")
     name = re.compile(rf"{begin}(\d+)-(\d+)-\d+({PARTIAL}|{OLD})")
     with suppress(OSError), os.scandir(path.parent) as entries:
@@ -149,7 +151,7 @@ def _remove_leftovers(path: Path) -> None:
 def _remove(temporary: Path, target: Path) -> None:
     with suppress(OSError):
         if temporary.name.endswith(OLD) and temporary.exists() and not target.exists():
-            temporary.rename(target)  # between the two renames: the only whole one
+            temporary.rename(target)  # it died between the two renames: this is the only whole copy
         elif temporary.is_dir() and not temporary.is_symlink():
             shutil.rmtree(temporary, ignore_errors=True)
         else:

@@ -1,5 +1,5 @@
-"""The header of a checkpoint file, and what stands beside a diffusers folder: all that is known before a
-weight is read.
+"""What is known of a checkpoint before any weight is read: a file's header, or the JSON file in a diffusers
+folder.
 """
 
 from pathlib import Path
@@ -11,10 +11,10 @@ from .tensorfile import read_header as read_any_header
 
 
 def read_header(path: str | Path) -> Header:
-    """Metadata, shapes and dtypes of a checkpoint file, without reading a weight.
+    """The metadata, shapes and dtypes of a checkpoint file; reads no weight.
 
-    Raises AptError for whatever is not whole safetensors, and for a contract that cannot be understood:
-    broken JSON in `apt` or `config`, an unknown kind, a format newer than this version's.
+    Raises AptError for a file that is not whole safetensors, and for metadata that cannot be understood:
+    broken JSON in `apt` or `config`, an unknown kind, or a newer format than this version reads.
     """
     header = read_any_header(path)
     read_apt(path, header.metadata)
@@ -23,14 +23,14 @@ def read_header(path: str | Path) -> Header:
 
 
 def read_metadata(path: str | Path) -> dict:
-    """The `apt` object of a checkpoint file, {} for one that this project did not write. Raises AptError as
-    `read_header` does.
+    """The `apt` object of a checkpoint file, or {} for a file that this project did not write. Raises
+    AptError as `read_header` does.
     """
     return metadata_json(path, read_header(path).metadata, "apt")
 
 
 def read_folder_metadata(path: Path) -> dict:
-    """The `apt` object beside a diffusers folder, {} where there is none. Raises AptError as `read_header`
+    """The `apt` object beside a diffusers folder, or {} when there is none. Raises AptError as `read_header`
     does.
     """
     about = path / "apt.json"

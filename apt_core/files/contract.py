@@ -17,19 +17,19 @@ from ..errors import AptError
 FORMAT = 1
 KINDS = ("generator", "base", "lora")
 SECOND_TIME = 0.7
-"""The second of the two times of two-step sampling (3.5), where a file does not name it. The paper does not
-print its own.
+"""The second of the two times of two-step sampling (3.5) when a file does not name it. The paper does not
+state the value that it uses.
 """
 TEXT_LENGTH = 512
-"""Rows of text that every released Wan was trained with."""
+"""The rows of text that every released Wan was trained with."""
 NATIVE = {"height": 480, "width": 832, "frames": 49, "fps": 16}
-"""Where a checkpoint does not say what it was trained for."""
+"""The sizes to use when a checkpoint does not say what it was trained for."""
 MAX_FPS = 1000
 
 
 def is_few_step(apt: Mapping) -> bool:
-    """Whether the file is an APT or distilled generator, whole or as a LoRA: sampled by re-noising, not by
-    Euler.
+    """Whether the file holds an APT or distilled generator, whole or as a LoRA. Such a model is sampled by
+    re-noising and not by Euler steps.
     """
     return apt.get("kind") in ("generator", "lora")
 
@@ -40,13 +40,13 @@ def claims_lora(apt: Mapping) -> bool:
 
 
 def is_adversarial(apt: Mapping) -> bool:
-    """Whether the generator was trained adversarially; a distilled one was not."""
+    """Whether the generator was trained adversarially, and not only distilled."""
     return apt.get("kind") == "generator" and apt.get("phase") != "distilled"
 
 
 def second_time(what: object, apt: Mapping) -> float:
-    """The second time that a file names, else SECOND_TIME. Raises AptError that begins with `what` for one
-    that is not in (0, 1).
+    """The second time that a file names, or SECOND_TIME. Raises AptError, which begins with `what`, for a
+    value that is not in (0, 1).
     """
     value = apt.get("second_time", SECOND_TIME)
     # To type checkers a Real has no order.
@@ -56,10 +56,10 @@ def second_time(what: object, apt: Mapping) -> float:
 
 
 def native(what: object, apt: Mapping) -> dict | None:
-    """Width and height in pixels, frames and fps that a file was trained for; None where it does not say.
+    """The width and height in pixels, frames and fps that a file was trained for; None when it does not say.
 
-    Raises AptError that begins with `what` for sizes that are not whole and positive, and for a rate that is
-    not above 0 and up to MAX_FPS.
+    Raises AptError, which begins with `what`, for sizes that are not whole and positive, and for a rate that
+    is not above 0 and at most MAX_FPS.
     """
     if apt.get("native") is None:
         return None
@@ -76,9 +76,9 @@ def native(what: object, apt: Mapping) -> dict | None:
 
 
 def text_length(what: object, apt: Mapping) -> int | None:
-    """The most rows of text that a file's model had in training; None where it does not say.
+    """The most rows of text that a file's model had in training; None when it does not say.
 
-    Raises AptError that begins with `what` for what is not a whole number from 1.
+    Raises AptError, which begins with `what`, for a value that is not a whole number of at least 1.
     """
     value = apt.get("text_length")
     if value is not None and not (isinstance(value, int) and value > 0):
@@ -87,8 +87,8 @@ def text_length(what: object, apt: Mapping) -> int | None:
 
 
 def check_apt(what: object, apt: Mapping) -> None:
-    """Raises AptError for a newer format, an unknown kind and entries that cannot be. An empty object, of a
-    foreign file, is fine.
+    """Raise AptError for a newer format, an unknown kind and impossible values. An empty object, from a file
+    of another program, passes.
     """
     if not apt:
         return
@@ -106,10 +106,10 @@ def check_apt(what: object, apt: Mapping) -> None:
 
 
 def metadata_strings(path: str | Path, metadata: Mapping) -> dict[str, str]:
-    """The metadata of a file to write: `apt` with its defaults filled in, and the `modelspec.*` entries as
-    they are.
+    """The metadata of a file to write: `apt` with its defaults filled in, and the `modelspec.*` entries
+    unchanged.
 
-    Raises AptError for what is not JSON, and as `check_apt` does.
+    Raises AptError for values that are not JSON, and as `check_apt` does.
     """
     strings = {key: str(value) for key, value in metadata.items() if key.startswith("modelspec.")}
     own = {key: value for key, value in metadata.items() if key not in strings}
@@ -125,7 +125,7 @@ def metadata_strings(path: str | Path, metadata: Mapping) -> dict[str, str]:
 
 
 def read_apt(what: object, metadata: Mapping[str, str]) -> dict:
-    """The `apt` object among the metadata of a safetensors file, {} for a file of another program. Raises
+    """The `apt` object in the metadata of a safetensors file, or {} for a file of another program. Raises
     AptError as `check_apt` does.
     """
     apt = metadata_json(what, metadata, "apt")
@@ -134,8 +134,8 @@ def read_apt(what: object, metadata: Mapping[str, str]) -> dict:
 
 
 def metadata_json(what: object, metadata: Mapping[str, str], name: str) -> dict:
-    """The JSON object under metadata key `name`, {} when there is none. Raises AptError when it is not a JSON
-    object.
+    """The JSON object under the metadata key `name`, or {} when there is none. Raises AptError when the value
+    is not a JSON object.
     """
     try:
         value = json.loads(metadata.get(name, "{}"))

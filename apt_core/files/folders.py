@@ -1,5 +1,6 @@
-"""Folders of models as people have them: diffusers' with shards and variants, Wan-AI's own,
-and the two halves of a Wan 2.2 A14B."""
+"""Folders of models in the forms that people have: diffusers' with shards and variants, Wan-AI's own, and the
+two halves of a Wan 2.2 A14B.
+"""
 
 import os
 import re
@@ -12,20 +13,19 @@ STEM = "diffusion_pytorch_model"
 SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 HALVES = {"transformer": "transformer_2", "high_noise_model": "low_noise_model"}
-"""Subfolders of the high-noise half, and the low-noise half beside it, in diffusers' folders and in
-Wan-AI's.
+"""The subfolders with the high-noise half and with the low-noise half, in diffusers' folders and in Wan-AI's.
 """
 
 
 def transformer_folder(path: Path) -> Path:
-    """Where the transformer lies in a folder: the subfolder `transformer` or `high_noise_model`, else the
+    """The folder that holds the transformer: the subfolder `transformer` or `high_noise_model`, else the
     folder itself.
     """
     return next((path / name for name in HALVES if (path / name).is_dir()), path)
 
 
 def half_note(path: str | Path) -> str:
-    """A sentence on which half of a Wan 2.2 A14B is taken from `path`; "" for any other model."""
+    """A sentence that says which half of a Wan 2.2 A14B is used from `path`; "" for any other model."""
     path = Path(path)
     for high, low in HALVES.items():
         if transformer_folder(path) == path / high and (path / low).is_dir():
@@ -40,11 +40,11 @@ def half_note(path: str | Path) -> str:
 
 
 def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
-    """The weights in a folder: one file or all shards, without a variant (`.fp16.`) where there is such, else
-    of the one that is there.
+    """The weight files in a folder: one file or all shards. Files without a variant (`.fp16.`) come first;
+    without such files it takes the variant that is there.
 
-    Raises AptError for a folder without any, for a damaged index, and for a shard that it names and that is
-    not there.
+    Raises AptError for a folder without weights, for a damaged index, and for a shard that the index names
+    but the folder does not have.
     """
     variants = ["", *sorted(_variants(folder, stem))]
     for variant in variants:
@@ -76,7 +76,7 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
 
 
 def pickle_hint(folder: Path) -> str:
-    """Names the pickle that a folder holds in the place of safetensors, in brackets; "" where there is
+    """In brackets, the name of a pickle that lies in the folder instead of safetensors; "" when there is
     none.
     """
     name = next((path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES), None)
@@ -84,7 +84,7 @@ def pickle_hint(folder: Path) -> str:
 
 
 def refuse_shard(path: Path) -> None:
-    """Raises AptError for a file that is by its name one of several."""
+    """Raise AptError for a file whose name says that it is one of several shards."""
     found = SHARD.search(path.stem)
     if found and int(found[2]) > 1:
         of = f"shard {int(found[1])} of {int(found[2])} of a model"
@@ -92,7 +92,7 @@ def refuse_shard(path: Path) -> None:
 
 
 def _variants(folder: Path, stem: str) -> set[str]:
-    """With their dots: ".fp16", ".bf16"."""
+    """The variants in the folder, with their dots: ".fp16", ".bf16"."""
     pattern = re.compile(re.escape(stem) + r"(\.[A-Za-z0-9_]+)(-\d+-of-\d+)?\.safetensors")
     return {
         found[1] for path in folder.glob(f"{stem}.*.safetensors") if (found := pattern.fullmatch(path.name))

@@ -1,4 +1,4 @@
-"""Small JSON files from anywhere."""
+"""Read small JSON files that may come from anywhere."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ from ..errors import AptError
 
 
 def read_object(path: Path, remedy: str) -> dict:
-    """The JSON object in a file. remedy: what would do, for the sentence. Raises AptError for a file that is
-    not there or holds anything else.
+    """The JSON object in a file. remedy: what the user can do; it ends the error message. Raises AptError
+    when the file is missing or holds anything else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

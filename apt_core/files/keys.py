@@ -1,8 +1,7 @@
-"""Names of the same weights in the official Wan files (which ComfyUI reads) and in diffusers: pure renames,
-both ways, exact.
+"""The names of the same weights in the official Wan files (which ComfyUI reads) and in diffusers. The
+functions only rename, in both directions, without loss.
 
-The official layouts were worked out from ComfyUI's comfy/ldm/wan/{model,vae,vae2_2}.py and diffusers' module
-trees.
+The official layouts come from reading ComfyUI's comfy/ldm/wan/{model,vae,vae2_2}.py and diffusers' modules.
 """
 
 import re
@@ -12,7 +11,7 @@ from functools import cache
 from ..errors import AptError
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "net.")
-"""What other programs put before an official transformer key; stripped on reading, never written."""
+"""Prefixes that other programs put before an official transformer key. Removed on reading, never written."""
 
 # official: diffusers
 TOP = {
@@ -32,7 +31,7 @@ TOP = {
 }
 BLOCK = {
     "modulation": "scale_shift_table",
-    "norm3": "norm2",  # the norm before cross-attention; the two others have no weights
+    "norm3": "norm2",  # the norm before cross-attention; the other two norms have no weights
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
     **{
@@ -83,10 +82,10 @@ def _transformer(key: str, top: dict[str, str], block: dict[str, str]) -> str:
 
 
 def detect_layout(keys: Iterable[str]) -> tuple[str, str]:
-    """("official" or "diffusers", the prefix before every key) of a Wan transformer.
+    """The layout of a Wan transformer, "official" or "diffusers", and the prefix before every key.
 
-    Raises AptError when the keys are not those of a Wan transformer in either layout, or when only some carry
-    the prefix.
+    Raises AptError when the keys belong to a Wan transformer in neither layout, or when only some of them
+    have the prefix.
     """
     keys = dict.fromkeys(keys)
     for prefix in ("", *PREFIXES):
@@ -121,7 +120,7 @@ STAGES, DOWN_BLOCKS, UP_BLOCKS = 4, 2, 3
 
 @cache
 def vae_modules(version: str) -> dict[str, str]:
-    """official -> diffusers names of all modules with weights. version: "2.1" or "2.2"."""
+    """Official to diffusers' names of all modules with weights. version: "2.1" or "2.2"."""
     names = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
 
     def add(official: str, diffusers: str, inner: dict[str, str]) -> None:
@@ -190,11 +189,11 @@ def _vae(key: str, names: dict[str, str], version: str) -> str:
 
 
 VAE_PREFIXES = ("model.", "vae.", "first_stage_model.")
-"""What other programs put before all keys of a VAE; stripped on reading, never written."""
+"""Prefixes that other programs put before all keys of a VAE. Removed on reading, never written."""
 
 
 def vae_prefix(keys: Iterable[str]) -> str:
-    """The prefix that every key of a VAE's file has; "" for none."""
+    """The prefix that every key of a VAE's file has; "" when there is none."""
     keys = list(keys)
     return next(
         (prefix for prefix in VAE_PREFIXES if keys and all(key.startswith(prefix) for key in keys)), ""
@@ -202,8 +201,8 @@ def vae_prefix(keys: Iterable[str]) -> str:
 
 
 def detect_vae_layout(keys: Iterable[str]) -> tuple[str, str]:
-    """("official" or "diffusers", "2.1" or "2.2") of a Wan VAE, with a prefix or without. Raises AptError
-    when it is neither.
+    """The layout, "official" or "diffusers", and the version, "2.1" or "2.2", of a Wan VAE with or without a
+    prefix. Raises AptError when it is not a Wan VAE.
     """
     prefix = vae_prefix(keys := list(keys))
     keys = {key.removeprefix(prefix) for key in keys}

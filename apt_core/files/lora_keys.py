@@ -1,5 +1,4 @@
-"""What the names in a LoRA file say: of which program's form they are, and which weight of Wan each belongs
-to.
+"""Tell from the names in a LoRA file which program wrote it, and which weight of Wan each name belongs to.
 
     diffusion_model.blocks.0.self_attn.q.lora_A.weight   ComfyUI, this project, most trainers
     lora_unet_blocks_0_self_attn_q.lora_down.weight      kohya's musubi-tuner; others: lora_unet__, lycoris_
@@ -28,10 +27,10 @@ FORMS = {
     "pipe.dit.": "DiffSynth",
     "": "no prefix",
 }
-"""Who writes a prefix, the longer prefixes first."""
+"""The program that writes a prefix; longer prefixes first."""
 UNDERSCORED = ("lora_unet__", "lora_unet_", "lycoris_")
 BARE = ("modulation", "head.modulation", "img_emb.emb_pos")
-"""Weights that are no layer's: their names end without `.weight`."""
+"""Weights that are not part of a layer; their names do not end with `.weight`."""
 
 DOWN, UP = ("lora_down", "lora_A", "lora.down"), ("lora_up", "lora_B", "lora.up")
 SIDES = {**dict.fromkeys(DOWN, "down"), **dict.fromkeys(UP, "up")}
@@ -65,7 +64,7 @@ KINDS = (
     (r"scale_weight$|weight_scale$|scale_input$|scaled_fp8$|comfy_quant$", "a LoRA in scaled fp8"),
     (r"\.set_weight$|\.reshape_weight$", "a LoRA that replaces or widens whole weights"),
 )
-"""What cannot be read as a sum, by the names that give it away."""
+"""Forms that cannot be read as a sum, by the names that give them away."""
 
 MODELS = (
     (
@@ -93,12 +92,13 @@ MODELS = (
     (r"(?:^|[._])transformer_blocks[._]\d", "another transformer (LTX-Video, Qwen-Image, CogVideoX, ...)"),
     (r"(?:^|[._])layers[._]\d+[._]", "another transformer (Z-Image, Lumina, a language model, ...)"),
 )
-"""Whose weights these are, where they are not those of a Wan transformer."""
+"""Other models than a Wan transformer, by the names of their weights."""
 
 
 class Place(NamedTuple):
-    """form: whose names; layer: its official name; part: down, up, up_bias, alpha, diff or diff_b; name: the
-    layer's in the file, without the prefix."""
+    """form: the program whose names these are; layer: its official name; part: down, up, up_bias, alpha, diff
+    or diff_b; name: the layer's name in the file, without the prefix.
+    """
 
     form: str
     layer: str
@@ -107,23 +107,24 @@ class Place(NamedTuple):
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether these are the names of a LoRA file, or of one of its relatives, and not of a whole model."""
+    """Whether these are the names of a LoRA file, or of a related form, and not of a whole model."""
     return any(MARK.search(key) for key in keys)
 
 
 def find_place(key: str, own: Sequence[str] = ()) -> Place | None:
-    """What a key of a LoRA file stands for; None where that is not known. own: weights of a base that is no
-    Wan, by its names."""
+    """What a key of a LoRA file stands for; None when it is unknown. own: names of the base's weights when
+    the base is not a Wan.
+    """
     prefix = next(prefix for prefix in FORMS if key.startswith(prefix))
     form, rest = FORMS[prefix], key[len(prefix) :]
     whole = rest
-    if form == "PEFT":  # over a model that has a prefix of its own
+    if form == "PEFT":  # over a model that itself has a prefix
         rest = rest.removeprefix("model.").removeprefix("diffusion_model.").removeprefix("transformer.")
     if not (match := PART.fullmatch(rest)):
         return None
     name, flat = match["layer"], prefix in UNDERSCORED
     inner = whole[: len(whole) - len(rest)]
-    if match["plain"] == "diff_m":  # LightX2V: of the block's or the head's table
+    if match["plain"] == "diff_m":  # LightX2V: for the table of the block or the head
         name += "_modulation" if flat else ".modulation"
     layer = _layer(name, flat, tuple(own))
     if layer is None:
@@ -139,12 +140,14 @@ def weight_of(layer: str, own: Sequence[str] = ()) -> str:
 
 
 def unreadable_kind(keys: Iterable[str]) -> tuple[str, str] | None:
-    """(a key, what the file is) for one that is more than a sum, such as a DoRA; None for a LoRA."""
+    """(a key, the kind of file) for a file that is more than a sum, such as a DoRA; None for a LoRA."""
     return _first(keys, KINDS)
 
 
 def foreign_model(keys: Iterable[str]) -> tuple[str, str] | None:
-    """(a key, of which model) for names of another model than a Wan transformer; None where none is known."""
+    """(a key, the model) for names of another model than a Wan transformer; None when no such name is
+    known.
+    """
     return _first(keys, MODELS)
 
 
@@ -167,8 +170,9 @@ def _layer(name: str, flat: bool, own: tuple[str, ...]) -> str | None:
 
 @cache
 def wan_layers(in_block: bool, flat: bool) -> dict[str, str]:
-    """The official name by the official and the diffusers name of each of Wan's layers, in or outside of a
-    block; flat: with underscores in the place of dots."""
+    """The official name of each of Wan's layers, by its official and its diffusers name, inside or outside of
+    a block. flat: with underscores instead of dots.
+    """
     names = {
         **(BLOCK_BACK if in_block else TOP_BACK),
         **{name: name for name in (BLOCK if in_block else TOP)},

@@ -1,5 +1,5 @@
-"""Pixels to video and image files (PyAV, Pillow), also while they are still being made. Pixels are uint8 RGB
-arrays.
+"""Write pixels to video and image files (PyAV, Pillow), also while the pixels are still being made. Pixels
+are uint8 RGB arrays.
 """
 
 import json
@@ -19,7 +19,7 @@ from ..errors import AptError
 from .atomic import replacing
 
 ABOUT = "comment"
-"""The entry of a file's header that holds what the file is about, as JSON."""
+"""The entry of a file's header that holds facts about the file, as JSON."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -33,14 +33,14 @@ def write_video(
     keep_equal: bool = False,
     about: Mapping | None = None,
 ) -> None:
-    """Write uint8 `[F, H, W, 3]` as H.264 in an .mp4 that plays while it loads; tagged BT.709. The file
+    """Write uint8 `[F, H, W, 3]` as H.264 in an .mp4 that can play while it loads, tagged BT.709. The file
     appears whole or not at all.
 
     crf: 0 (largest) to 51; pixel_format: "yuv420p" for players, "yuv444p" with a crf of 10 or less for clips
     to train on.
-    keep_equal: leave a file alone that holds just these bytes; about: as in `video_writer`.
-    Raises AptError for pixels of another shape or type, odd sides in yuv420p, another suffix, and a place
-    that cannot be written.
+    keep_equal: when the file already holds the same bytes, leave it as it is; about: as in `video_writer`.
+    Raises AptError for pixels of another shape or type, odd sides in yuv420p, another suffix, and when the
+    file cannot be written.
     """
     frames = _checked(Path(path), frames, 4)
     _, height, width, _ = frames.shape
@@ -62,15 +62,15 @@ def video_writer(
     keep_equal: bool = False,
     about: Mapping | None = None,
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yields what takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once; the rest is
-    as with `write_video`.
+    """Yields a function that takes the next frames, uint8 `[n, height, width, 3]`, and encodes them at once.
+    Otherwise like `write_video`.
 
-    about: what stands in the file's header, JSON values by name (`trainer.data.media.read_about`).
+    about: facts for the file's header, JSON values by name (`trainer.data.media.read_about` reads them).
     """
     path = Path(path)
     check_name(path, frames=2)
     if not (math.isfinite(fps) and fps > 0):
-        raise AptError(f"{path}: {fps:g} frames a second cannot be: give a number above 0.")
+        raise AptError(f"{path}: the frame rate is {fps:g}, but must be above 0.")
     if pixel_format not in ("yuv420p", "yuv444p") or "libx264" not in av.codecs_available:
         raise AptError(
             f"{path}: this PyAV cannot write {pixel_format} with libx264: use yuv420p or yuv444p, and a PyAV from PyPI."
@@ -112,10 +112,10 @@ def video_writer(
 def write_image(
     path: str | Path, pixels: np.ndarray, *, keep_equal: bool = False, about: Mapping | None = None
 ) -> None:
-    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) as the suffix says; the file appears whole or not at all.
-    Raises AptError as `write_video`.
+    """Write uint8 `[H, W, 3]` (or `[1, H, W, 3]`) in the format of the suffix; the file appears whole or not
+    at all. Raises AptError as `write_video`.
 
-    about: as in `video_writer`; of pictures only a .png keeps it.
+    about: as in `video_writer`; of the image formats only .png keeps it.
     """
     path, pixels = Path(path), np.asarray(pixels)
     pixels = _checked(path, pixels[0] if pixels.ndim == 4 and len(pixels) == 1 else pixels, 3)
@@ -130,8 +130,8 @@ def write_image(
 
 
 def check_name(path: str | Path, frames: int) -> None:
-    """Raises AptError where so many frames cannot become a file of that name: a picture, or from two on a
-    video.
+    """Raise AptError when so many frames cannot be written to a file of that name: one frame makes a picture,
+    more make a video.
     """
     suffix = Path(path).suffix.lower()
     if frames > 1 and suffix != ".mp4":
@@ -143,7 +143,7 @@ def check_name(path: str | Path, frames: int) -> None:
 
 
 def rational(value: float) -> Fraction:
-    """A frame rate or a time as FFmpeg wants it: 23.976 is 24000/1001 nearly enough."""
+    """A frame rate or a time as the fraction that FFmpeg needs: 23.976 becomes 24000/1001, which is close."""
     return Fraction(value).limit_denominator(100_000)
 
 

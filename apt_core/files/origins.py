@@ -1,4 +1,4 @@
-"""Few-step Wan models of other projects, as far as the names and shapes of their weights tell.
+"""Recognise few-step Wan models of other projects by the names and shapes of their weights.
 
     net.patch_embedding.weight [1536, 64]                  rCM: a prefix, and a linear layer for a convolution
     patch_embedding.weight [1536, 64]                      TurboDiffusion
@@ -6,7 +6,8 @@
     blocks.0.to_gate_compress.weight                       FastWan, video sparse attention
     blocks.0.diff_m                                        LightX2V, of a LoRA: a difference of the modulation
 
-Self-Forcing's names (`model.`) and most LoRAs' are everybody's. None of them says which times it was trained for.
+Self-Forcing's names (`model.`) and the names in most LoRAs are used by many projects. No file says for which
+times its model was trained.
 """
 
 import math
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Mapping
 
 PATCH = "patch_embedding.weight"
 PATCH_SIZE = (1, 2, 2)
-"""Of every Wan; a linear patch embedding does not tell it."""
+"""The patch size of every Wan; the shape of a linear patch embedding does not show it."""
 RCM_PREFIX = "net."
 SPARSE = (
     (
@@ -24,19 +25,19 @@ SPARSE = (
     ),
     (r"\.to_gate_compress\.", "FastWan's video sparse attention (VSA)"),
 )
-"""Weights of attentions that full attention has no place for."""
+"""Weights of other kinds of attention, which full attention cannot use."""
 
 
 def sparse_attention(keys: Iterable[str]) -> tuple[str, str] | None:
-    """(a key, whose attention) of a model that was trained with another attention than Wan's own."""
+    """(a key, the kind of attention) for a model that was trained with another attention than Wan's own."""
     keys = list(keys)
     return next(((key, what) for pattern, what in SPARSE for key in keys if re.search(pattern, key)), None)
 
 
 def convolution_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes, with that of a linear patch embedding `[dim, c * 4]` as the convolution's `[dim, c, 1, 2,
-    2]` that it is: the same numbers in the same order. Only where as many channels come out of the head, as
-    in every text-to-video model: else it is damage.
+    """The shapes, with a linear patch embedding `[dim, c * 4]` written as the equal convolution `[dim, c, 1,
+    2, 2]`: the same numbers in the same order. This is done only when the head returns as many channels, as
+    in every text-to-video model; any other shape is damage.
     """
     out = dict(shapes)
     for key, shape in shapes.items():
@@ -48,7 +49,7 @@ def convolution_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple
 
 
 def origin(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Whose few-step model or LoRA this is, in words; None where the names do not tell."""
+    """The project that made a few-step model or LoRA, in words; None when the names do not tell."""
     if found := sparse_attention(shapes):
         return found[1].partition("'s ")[0]
     linear = any(key.endswith(PATCH) and len(shape) == 2 for key, shape in shapes.items())

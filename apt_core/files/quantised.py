@@ -1,9 +1,9 @@
-"""Weights in fp8, as ComfyUI and this project's `export --dtype fp8` store them; every other quantised form
-is refused by its name.
+"""Read weights in fp8 as ComfyUI and this project's `export --dtype fp8` store them. Any other quantised form
+is refused by name.
 
-fp8: the values themselves, or a value and a scale: `X.weight` times `X.scale_weight` (older) or
-`X.weight_scale`, one for the tensor or one a row, with a marker `scaled_fp8`, or `X.comfy_quant` (JSON as
-uint8), or the metadata entry `_quantization_metadata`.
+fp8 means either the values alone, or values with a scale: `X.weight` times `X.scale_weight` (older) or
+`X.weight_scale`. A scale is one number for the tensor or one per row. It comes with a marker `scaled_fp8`,
+with `X.comfy_quant` (JSON as uint8), or with the metadata entry `_quantization_metadata`.
 """
 
 import json
@@ -21,7 +21,7 @@ from .tensorfile import FLOATS, Header
 
 FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 FORMATS = {"float8_e4m3fn", "float8_e5m2"}
-# in comfy_quant: they do not change the values
+# settings in comfy_quant that do not change the values
 HARMLESS = {
     "format",
     "full_precision_matrix_mult",
@@ -31,8 +31,8 @@ HARMLESS = {
 MARKER, JSON, LAYERS = "scaled_fp8", "comfy_quant", "_quantization_metadata"
 SCALES = ("weight_scale", "scale_weight")
 BESIDE = (*SCALES, "scale_input", "input_scale", JSON, MARKER)
-"""Entries that only describe others, by the last part of their names. Scales of inputs are for fp8 arithmetic
-alone.
+"""Entries that only describe other entries, by the last part of their names. Scales of inputs are only needed
+for fp8 arithmetic.
 """
 FOREIGN = {
     "qweight": "GPTQ or AWQ",
@@ -49,12 +49,12 @@ DTYPES = {"I8": "int8", "F8_E8M0": "mxfp8", "F4": "fp4", "F6_E2M3": "fp6", "F6_E
 
 
 def plain_header(path: str | Path, header: Header, unscaled: Iterable[str] = ()) -> Header:
-    """The header of a file as if its fp8 weights were fp32 and had no scales; one of another file is handed
-    back as it is.
+    """The header of a file as if its fp8 weights were fp32 and had no scales. The header of a file without
+    fp8 is returned unchanged.
 
-    unscaled: the last parts of names of matrices that a file with scales may hold in fp8 without one. No
-    weight is read, only comfy_quant. Raises AptError for quantised weights of any other form, for a scale
-    that does not fit its weight, and for one that is missing.
+    unscaled: the last parts of the names of matrices that may be in fp8 without a scale although other
+    weights have one. Reads no weight except comfy_quant. Raises AptError for weights quantised in any other
+    form, for a scale that does not fit its weight, and for a missing scale.
     """
     _refuse_foreign(path, header)
     if not _is_fp8(header):
@@ -91,7 +91,9 @@ def plain_header(path: str | Path, header: Header, unscaled: Iterable[str] = ())
 
 
 def restore(tensors: Mapping[str, Tensor], key: str) -> Tensor:
-    """The weight under `key`: one in fp8 as fp32, times its scale where it has one; any other as it is."""
+    """The weight under `key`. An fp8 weight becomes fp32, times its scale if it has one; others stay as
+    is.
+    """
     value, scale = tensors[key], _scale(tensors, key)
     if value.dtype not in FP8.values():
         return value
@@ -104,7 +106,7 @@ def restore(tensors: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 def form_of(header: Header) -> str:
-    """ "scaled fp8", "fp8", the name of another quantised form, or "" for plain weights; for people."""
+    """For people: "scaled fp8", "fp8", the name of another quantised form, or "" for plain weights."""
     if other := _foreign(header):
         return other
     if not _is_fp8(header):
@@ -125,7 +127,7 @@ def _marked(header: Header) -> bool:
 
 
 def _scale(names: Mapping, key: str) -> str | None:
-    """The name of the scale of a weight."""
+    """The name of the entry that scales a weight."""
     module, _, leaf = key.rpartition(".")
     return (
         next((f"{module}.{name}" for name in SCALES if f"{module}.{name}" in names), None)
@@ -144,7 +146,7 @@ def _check_scale(path, header: Header, key: str, scale: str) -> None:
 
 
 def _foreign(header: Header) -> str:
-    """The name of a form that is none of fp8."""
+    """The name of a quantised form other than fp8."""
     by_key = (FOREIGN[_leaf(key)] for key in header.shapes if _leaf(key) in FOREIGN)
     return next(by_key, "") or next(
         (DTYPES[dtype] for dtype in header.dtypes.values() if dtype in DTYPES), ""
@@ -166,7 +168,7 @@ def _refusal(path, what: str) -> AptError:
 
 
 def _layers(path, header: Header) -> dict[str, dict]:
-    """What the file says of each quantised layer. Raises AptError for what is not JSON objects."""
+    """What the file says of each quantised layer. Raises AptError unless these are JSON objects."""
     found = dict(metadata_json(path, header.metadata, LAYERS).get("layers", {}))
     with open(path, "rb") as file:
         for key in header.shapes:

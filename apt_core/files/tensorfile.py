@@ -1,5 +1,5 @@
-"""One safetensors file, read with suspicion and written atomically. Everything that this project stores goes
-through here.
+"""Read one safetensors file with every check, and write one atomically. Everything that this project stores
+in safetensors goes through this module.
 """
 
 import json
@@ -32,8 +32,8 @@ MAX_HEADER = 100_000_000  # safetensors' own limit
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself: string metadata, and by key shape, safetensors dtype name ("F32",
-    "BF16", ...) and place: its first byte in the file, and the one after its last.
+    """What a file says about itself: its metadata (strings), and by key the shape, the safetensors dtype name
+    ("F32", "BF16", ...) and the place, as the first byte in the file and the one after the last.
     """
 
     metadata: dict[str, str]
@@ -43,15 +43,15 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """The header alone; no weights are read.
+    """Read the header alone, without weights.
 
-    Raises AptError for whatever is not a whole safetensors file: missing, empty, truncated, a pickle, a
+    Raises AptError for anything that is not a whole safetensors file: missing, empty, truncated, a pickle, a
     git-lfs pointer, broken JSON.
     """
     path = Path(path)
     try:
         status = path.stat()
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # a pipe would be waited for
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # reading a pipe would wait
             raise AptError(f"{path} is not a file: give the path of a .safetensors file.")
         size = status.st_size
         with path.open("rb") as file:
@@ -60,13 +60,13 @@ def read_header(path: str | Path) -> Header:
             _refuse_foreign(path, start, length)
             file.seek(8)
             text = file.read(length)
-    except AptError:  # itself a ValueError
+    except AptError:  # it is itself a ValueError
         raise
     except FileNotFoundError:
         raise AptError(f"{path} does not exist: give the path of a .safetensors file.") from None
     except IsADirectoryError:
         raise AptError(f"{path} is a folder: give the path of a .safetensors file.") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
         raise AptError(
             f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): give the path of a readable .safetensors file."
         ) from None
@@ -113,12 +113,12 @@ class _Part(NamedTuple):
 def _once(pairs: list[tuple[str, object]]) -> dict:
     out = dict(pairs)
     if len(out) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name appears in it twice")
     return out
 
 
 def _part(key: str, entry: Mapping) -> _Part:
-    """One tensor's entry. Raises ValueError or KeyError for one that is no tensor's."""
+    """Read the entry of one tensor. Raises ValueError or KeyError when it does not describe a tensor."""
     shape, dtype, (begin, end) = entry["shape"], entry["dtype"], entry["data_offsets"]
     if not key.isprintable():
         raise ValueError("a name has control characters")
@@ -136,8 +136,8 @@ def _part(key: str, entry: Mapping) -> _Part:
 
 
 def _gap(parts: Mapping[str, _Part]) -> str:
-    """What is wrong with the places of the tensors, which must fill the file one after another; "" for
-    nothing.
+    """What is wrong with the places of the tensors, which must fill the file without gaps; "" when nothing
+    is.
     """
     place = 0
     for key, part in sorted(parts.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -148,8 +148,8 @@ def _gap(parts: Mapping[str, _Part]) -> str:
 
 
 def check_count(path: str | Path, name: str, value: object, shapes: Mapping) -> None:
-    """Raises AptError for a number of layers, of a config or of names, that a file of these tensors cannot
-    have: such a model is not to be built.
+    """Raise AptError for a number of layers, from a config or from names, that is too large for the tensors
+    in the file: such a model must not be built.
     """
     if type(value) is not int or not 1 <= value <= len(shapes):
         raise AptError(
@@ -180,8 +180,8 @@ def _refuse_foreign(path: Path, start: bytes, length: int) -> None:
 def read_tensors(path: str | Path, *, floats_only: bool = True) -> tuple[dict[str, Tensor], Header]:
     """All tensors of a file, on the CPU in their stored dtypes, and its header.
 
-    Raises AptError as `read_header` does; with `floats_only` also for a dtype other than fp32, fp16 and bf16,
-    and always for a NaN or infinity in a floating-point tensor.
+    Raises AptError as `read_header` does, with `floats_only` also for any dtype other than fp32, fp16 and
+    bf16, and NotFinite for a NaN or infinity in a floating-point tensor.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -200,7 +200,7 @@ def read_tensors(path: str | Path, *, floats_only: bool = True) -> tuple[dict[st
 
 
 def check_floats(path: str | Path, header: Header) -> None:
-    """Raises AptError when a tensor is stored in anything but fp32, fp16 or bf16."""
+    """Raise AptError when a tensor is stored in anything but fp32, fp16 or bf16."""
     for key, dtype in header.dtypes.items():
         if dtype not in FLOATS:
             raise AptError(
@@ -209,7 +209,7 @@ def check_floats(path: str | Path, header: Header) -> None:
 
 
 def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raises NotFinite that names the first tensor that holds a NaN or an infinity."""
+    """Raise NotFinite, naming the first tensor that holds a NaN or an infinity."""
     for key, tensor in tensors.items():
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for fp8
         if tensor.is_floating_point() and not torch.isfinite(wide).all():
@@ -221,8 +221,8 @@ def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 def check_shapes(
     path: str | Path, found: Mapping[str, Iterable[int]], expected: Mapping[str, Iterable[int]], what: str
 ) -> None:
-    """Raises AptError that names the first missing, extra or wrongly shaped key. `what`: what the file should
-    be, for the message.
+    """Raise AptError, naming the first missing, extra or wrongly shaped key. `what`: the kind of file that is
+    expected, for the message.
     """
     missing = [key for key in expected if key not in found]
     extra = [key for key in found if key not in expected]
@@ -244,11 +244,11 @@ def check_shapes(
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `path` in one piece: a temporary file beside it, fsync, rename. A failure leaves what was there
-    before untouched.
+    """Write `path` in one piece: a temporary file beside it, fsync, rename. When this fails, a file that was
+    there before stays as it was.
 
-    Parent folders are made. Raises NotFinite for NaN or infinite weights, AptError when the place cannot be
-    written.
+    Missing parent folders are made. Raises NotFinite for NaN or infinite weights, and AptError when the file
+    cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -269,7 +269,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata in a fixed order, in place: safetensors draws one anew each time, and equal weights
+    """Sort the metadata of a file in place. safetensors writes it in random order, so that equal weights
     would give unequal files.
     """
     with path.open("r+b") as file:

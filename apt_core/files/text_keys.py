@@ -1,7 +1,7 @@
-"""Names of a UMT5 encoder's weights: transformers', which ComfyUI shares, and Wan's own, as in
-models_t5_umt5-xxl-enc and the files that Kijai made of it. A pure rename.
+"""The names of a UMT5 encoder's weights: those of transformers, which ComfyUI also uses, and Wan's own, as in
+models_t5_umt5-xxl-enc and the files that Kijai made of it. The functions only rename.
 
-Wan's names were read from its wan/modules/t5.py: gate and fc1 are what transformers calls wi_0 and wi_1.
+Wan's names come from reading its wan/modules/t5.py: gate and fc1 are what transformers calls wi_0 and wi_1.
 """
 
 import re
@@ -29,7 +29,7 @@ def has_wan_names(keys: Iterable[str]) -> bool:
 
 
 def text_to_transformers(keys: Iterable[str]) -> dict[str, str]:
-    """Each key and transformers' name of it, which is the key itself where it is none of Wan's own."""
+    """Maps each key to transformers' name for it. A key that is not one of Wan's own maps to itself."""
     keys = list(keys)
     return {key: _renamed(key) for key in keys} if has_wan_names(keys) else {key: key for key in keys}
 
@@ -42,14 +42,14 @@ def _renamed(key: str) -> str:
 
 
 def is_text_encoder(keys: Iterable[str]) -> bool:
-    """Whether these are a T5's or a UMT5's names, by either writer."""
+    """Whether these are the names of a T5 or a UMT5, in either form."""
     keys = set(keys)
     return has_wan_names(keys) or "encoder.final_layer_norm.weight" in keys
 
 
 def is_t5(keys: Iterable[str]) -> bool:
-    """Whether these are the names of a T5, which has a relative attention bias in its first block alone; a
-    UMT5 has one in each.
+    """Whether these are the names of a T5. It has a relative attention bias only in its first block, and a
+    UMT5 has one in each block.
     """
     keys = set(keys)
     later = any(key.startswith("encoder.block.1.") for key in keys)
@@ -57,7 +57,7 @@ def is_t5(keys: Iterable[str]) -> bool:
 
 
 def refuse_t5(what: object, shapes: Mapping) -> None:
-    """Raises AptError for a T5, such as Flux's T5-XXL; `what` begins the sentence."""
+    """Raise AptError for a T5, such as Flux's T5-XXL; `what` begins the sentence."""
     if is_t5(shapes):
         raise AptError(
             f"{what} is a T5 (its relative attention bias is in block 0 only), as Flux and SD3 have it, and "

@@ -1,1 +1,1 @@
-"""Networks from files and files from networks: the checkpoint contract, and what a pipeline is made of."""
+"""Networks from files and files from networks: checkpoints, and the parts of a pipeline."""

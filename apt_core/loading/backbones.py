@@ -1,4 +1,4 @@
-"""The one list of kinds of backbone: how each is recognised, loaded, saved and built. `register` adds to it."""
+"""The one list of kinds of backbone: how to recognise, load, save and build each. `register` adds to it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ from ..models.lora import Role
 class Kind:
     """One kind of backbone.
 
-    words: "a Wan transformer". is_model(object), is_file(path): whether this is one; of a file, by its
-    header. config(path): its arguments, without a weight. load(path, dtype, device); save(path, state or
-    model, config, metadata, dtype). build(layers, heads, head_dim, ffn, channels, text_dim): an untrained
-    one. public: whether ComfyUI and diffusers read its files.
+    words: its name in messages, "a Wan transformer". is_model(object), is_file(path): whether the object or
+    the file (told from its header) is of this kind. config(path): the arguments of the model in a file,
+    without reading a weight. load(path, dtype, device); save(path, state or model, config, metadata, dtype).
+    build(layers, heads, head_dim, ffn, channels, text_dim): an untrained model. public: whether ComfyUI and
+    diffusers read its files.
     """
 
     name: str
@@ -41,8 +42,8 @@ _TARGETS: dict[str, str | Kind] = {
 
 
 def register(kind: Kind) -> None:
-    """Make a kind known to loading, training, export and presets (`model.kind`). Its class may be a subclass of
-    another kind's. Raises AptError for a name that is taken.
+    """Make a kind known to loading, training, export and presets (`model.kind`). Its class may be a subclass
+    of another kind's. Raises AptError for a name that is already in use.
     """
     if kind.name in _TARGETS and _TARGETS[kind.name] is not kind:
         raise AptError(f"there is a backbone named {kind.name!r} already: give the new one another name.")
@@ -50,12 +51,12 @@ def register(kind: Kind) -> None:
 
 
 def kinds() -> list[str]:
-    """The names that `kind_named` knows."""
+    """The names that `kind_named` accepts."""
     return list(_TARGETS)
 
 
 def kind_named(name: str) -> Kind:
-    """Raises AptError for a name that is not registered."""
+    """The kind with this name. Raises AptError for a name that is not registered."""
     if name not in _TARGETS:
         raise AptError(f"there is no backbone named {name!r}: use one of {', '.join(_TARGETS)}.")
     target = _TARGETS[name]
@@ -66,27 +67,29 @@ def kind_named(name: str) -> Kind:
 
 
 def kind_of_file(path: str | Path) -> Kind:
-    """Whose file this is: Wan's, if nobody else's. Raises AptError as `read_header` does."""
+    """The kind of a file; Wan when no other kind recognises it. Raises AptError as `read_header` does."""
     path = Path(path)
     others = (kind_named(name) for name in _TARGETS if name != WAN)
     return next((kind for kind in others if kind.is_file(path)), kind_named(WAN))
 
 
 def kind_of(model: object) -> Kind:
-    """The kind of a model, also of one that FSDP wraps, or of the base under a role of it. Raises AptError
-    for what is no backbone.
+    """The kind of a model, also when FSDP wraps it, and of the base under a role. Raises AptError for an
+    object that is not a backbone.
     """
     model = model.base if isinstance(model, Role) else model
     for kind in map(kind_named, reversed(_TARGETS)):  # the newest first: it may be a subclass of an older one
         if kind.is_model(model):
             return kind
     raise AptError(
-        f"{type(model).__name__} is no registered backbone: add it with apt_core.loading.backbones.register."
+        f"{type(model).__name__} is not a registered backbone: add it with apt_core.loading.backbones.register."
     )
 
 
 def load_backbone(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """The transformer at `path`, of the kind that its file says. Raises AptError as the kind's own `load`."""
+    """The transformer at `path`, of the kind that its file names. Raises AptError as the kind's own
+    `load`.
+    """
     return kind_of_file(path).load(path, dtype=dtype, device=device)

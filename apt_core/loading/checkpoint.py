@@ -1,9 +1,9 @@
-"""The checkpoint contract: one safetensors file in official Wan keys that ComfyUI's Load Diffusion Model
-takes as it is.
+"""Checkpoint files: one safetensors file in official Wan keys, which ComfyUI's Load Diffusion Model takes
+unchanged.
 
-String metadata: `apt`, JSON {format, kind, base, phase, timestep, second_time, vae, native, text_length,
-updates, ema, ...}; `config`, JSON {"transformer": {...}} in the argument names of ComfyUI's WanModel, only
-where its guess from the shapes would be wrong; `modelspec.*`.
+Its string metadata: `apt`, the JSON object of files/contract.py; `config`, JSON {"transformer": {...}} with
+the argument names of ComfyUI's WanModel, written only where ComfyUI would guess wrong from the shapes; and
+`modelspec.*`.
 The second form is a diffusers folder: transformer and scheduler.
 """
 
@@ -58,11 +58,10 @@ def save_generator(
     """Write one checkpoint file, atomically.
 
     model: a WanTransformer3DModel or its state dict, in diffusers or official keys; transformer_config: the
-    arguments that built it (model.config will do); metadata: JSON values for `apt`, on top of {format: 1,
-    kind: "generator", timestep: 1000}, except names that begin with `modelspec.`, which become entries of
-    their own.
+    arguments that built it (such as model.config); metadata: JSON values for `apt`, on top of {format: 1,
+    kind: "generator", timestep: 1000}. Names that begin with `modelspec.` become entries of their own.
     Raises AptError for missing, extra or wrongly shaped keys, for NaN or infinite weights, for metadata that
-    is not JSON or of an unknown kind, and when the place cannot be written; whatever was at `path` then
+    is not JSON or has an unknown kind, and when the file cannot be written; a file that was at `path` then
     stays.
     """
     state = model.state_dict() if isinstance(model, torch.nn.Module) else dict(model)
@@ -88,7 +87,7 @@ def save_generator(
 
 def comfy_config(config: Mapping) -> dict:
     """The WanModel arguments that ComfyUI would guess wrong from the shapes of a model with this diffusers
-    config; mostly {}.
+    config; in most cases {}.
     """
     full = {name: p.default for name, p in _arguments().items()} | dict(config)
     heads, head_dim = full["num_attention_heads"], full["attention_head_dim"]
@@ -97,8 +96,8 @@ def comfy_config(config: Mapping) -> dict:
 
 
 def unguessed(heads: int, head_dim: int, values: Mapping, out_channels: int) -> dict:
-    """The same from the number and width of heads, `values` by the names of ASSUMED, and the channels that
-    come out.
+    """As `comfy_config`, from the number and width of heads, `values` with the names of ASSUMED, and the
+    number of output channels.
     """
     out: dict[str, Any] = {"num_heads": heads} if head_dim != HEAD_DIM else {}
     for name, assumed in ASSUMED.items():
@@ -113,12 +112,12 @@ def unguessed(heads: int, head_dim: int, values: Mapping, out_channels: int) -> 
 def transformer_config_from(
     shapes: Mapping[str, tuple], metadata: Mapping[str, str], path: str | Path = "the file"
 ) -> dict:
-    """WanTransformer3DModel's arguments, from the shapes of a file in either layout (prefix allowed) and its
-    string metadata.
+    """WanTransformer3DModel's arguments, from the shapes of a file in either layout (with or without a
+    prefix) and its string metadata.
 
-    Everything but the number of heads and eps shows in the shapes; those come from `config`, else as ComfyUI
-    guesses: 128 a head, 1e-6.
-    Raises AptError when a defining key is missing or misshapen, or when the number of heads cannot be told.
+    The shapes tell everything but the number of heads and eps. Those come from `config`, or else are what
+    ComfyUI guesses: 128 channels per head, 1e-6.
+    Raises AptError when a defining key is missing or misshapen, or when the number of heads is unknown.
     """
     layout, prefix = _layout(path, shapes)
 
@@ -189,8 +188,8 @@ def transformer_config_from(
 
 
 def read_config(path: str | Path) -> dict:
-    """The arguments of the transformer in a file or a diffusers folder, without reading a weight. Raises
-    AptError as `load_transformer` does.
+    """The arguments of the transformer in a file or a diffusers folder; reads no weight. Raises AptError as
+    `load_transformer` does.
     """
     return _parts(Path(path)).config
 
@@ -201,18 +200,18 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ):
-    """A transformer with every weight from `path`, or an error. Trainable, in train mode as diffusers builds
-    it.
+    """Load a transformer with every weight from `path`, or raise. It is trainable and in train mode, as
+    diffusers builds it.
 
     path: one safetensors file (official or diffusers keys; fp32, fp16, bf16 or fp8, see `quantised`), or a
-    folder of diffusers or of Wan-AI (itself, or with a subfolder transformer or high_noise_model; sharded or
-    not, of any variant).
-    cls: a WanTransformer3DModel or subclass, by default apt_core.models.wan.WanBackbone. dtype: of the
-    weights; beside 16 bits those of `precision.stays_fp32` are fp32, as in diffusers. device "meta" gives the
-    model without weights, from the header alone.
-    Raises AptError that names the file and, where there is one, the key: see `read_header` and
+    folder of diffusers or Wan-AI (the folder itself or one with a subfolder transformer or high_noise_model;
+    sharded or not, in any variant).
+    cls: a WanTransformer3DModel or a subclass, by default apt_core.models.wan.WanBackbone. dtype: of the
+    weights; with 16 bits, those of `precision.stays_fp32` stay in fp32, as in diffusers. device: "meta" gives
+    the model without weights, from the header alone.
+    Raises AptError, which names the file and the key if there is one: see `read_header` and
     `tensorfile.read_tensors`; missing, extra or wrongly shaped keys; a LoRA; one shard of several; other
-    quantised weights. Nothing is built before all checks have passed.
+    quantised weights. All checks are made before anything is built.
     """
     path = Path(path)
     files, shapes, config = _parts(path)
@@ -251,9 +250,9 @@ def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Ma
     """Write `path`/transformer, `path`/scheduler (FlowMatchEulerDiscreteScheduler, shift 5) and
     `path`/apt.json, for stock diffusers.
 
-    The folder appears whole or not at all; an older export at `path` is replaced, any other folder is
+    The folder appears whole or not at all. An earlier export at `path` is replaced; any other folder is
     refused.
-    Raises AptError for that, for NaN or infinite weights and when the place cannot be written.
+    Raises AptError for such a folder, for NaN or infinite weights and when the folder cannot be written.
     """
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -275,8 +274,8 @@ def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Ma
 
 
 class _Parts(NamedTuple):
-    """Of a transformer on disk: its files, the shapes of its weights by their names there, and what builds
-    it.
+    """A transformer on disk: its files, the shapes of its weights by their names in the files, and the
+    arguments that build it.
     """
 
     files: list[Path]
@@ -285,7 +284,7 @@ class _Parts(NamedTuple):
 
 
 def _parts(path: Path) -> _Parts:
-    """From headers and configs alone. Raises AptError as `load_transformer` does for what shows there."""
+    """Read headers and configs alone. Raises AptError as `load_transformer` does for what they show."""
     files, config, strings = _folder(path) if path.is_dir() else ([path], None, None)
     if not path.is_dir():
         refuse_shard(path)
@@ -310,8 +309,8 @@ def _parts(path: Path) -> _Parts:
 
 
 def _folder(path: Path) -> tuple[list[Path], dict | None, dict | None]:
-    """(files, config, None) of diffusers' folder; of Wan-AI's own (files, None, metadata for what no shape
-    tells).
+    """(files, config, None) of diffusers' folder; (files, None, metadata with what no shape tells) of
+    Wan-AI's own.
     """
     folder = transformer_folder(path)
     kind = None
@@ -365,7 +364,7 @@ def cast_tensors(
     device: str | torch.device = "cpu",
     copy: bool = False,
 ) -> dict[str, Tensor]:
-    """`state` in the dtype of each key. Raises NotFinite, which names the key, for weights that fp16 cannot
+    """`state` with each key in its dtype. Raises NotFinite, naming the key, for weights that fp16 cannot
     hold.
     """
     out = {}

@@ -1,4 +1,4 @@
-"""Backbones that no other program knows, as safetensors files: `own_kind` makes the kind of a class. The MMDiT
+"""Backbones that no other program knows, as safetensors files. `own_kind` makes a Kind for a class; the MMDiT
 is one.
 """
 
@@ -19,12 +19,12 @@ from .backbones import Kind
 
 
 def own_kind(name: str, words: str, model: type[nn.Module], build: Callable[..., nn.Module]) -> Kind:
-    """A kind whose files are this project's own: a safetensors file with the model's own keys, `apt` as in
-    `checkpoint.save_generator`, and its arguments in the metadata entry `name`.
+    """Make a kind with files of this project alone: a safetensors file with the model's own keys, `apt` as in
+    `checkpoint.save_generator`, and the model's arguments in the metadata entry `name`.
 
     model: a class of diffusers' ModelMixin and ConfigMixin that offers `models.backbone.Backbone`; words,
-    build: see Kind. What the kind's `save` and `load` raise: AptError as `save_generator` does, for a damaged
-    file, another kind of file, and missing, extra or misshapen keys.
+    build: see Kind. The kind's `save` raises AptError as `save_generator` does; its `load` raises it for a
+    damaged file, another kind of file, and missing, extra or misshapen keys.
     """
     short = words.partition(" ")[2]
 
@@ -101,8 +101,8 @@ def build_mmdit(
     text_dim: int,
     model: type[MMDiTBackbone] = MMDiTBackbone,
 ) -> MMDiTBackbone:
-    """An untrained MMDiT, or a subclass of it, with the paper's shares of a head for its positions. ffn is
-    always 4 times the width.
+    """An untrained MMDiT, or a subclass of it. Positions get the paper's shares of a head. ffn is always 4
+    times the width.
     """
     side = head_dim * 11 // 52 * 2  # 44 of 104 channels for rows and for columns
     axes = (head_dim - 2 * side, side, side)

@@ -1,5 +1,5 @@
-"""What a pipeline is made of, as far as headers and configs tell; weights are read when they are asked for,
-and not before.
+"""The parts of a pipeline, as far as headers and configs describe them. Weights are read only when they are
+needed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,8 +41,8 @@ WHAT = {
 
 
 def locate(part: str, given: str | Path | None) -> Path:
-    """Where a part of a pipeline lies; "mini" is the shipped one. Raises AptError when it is not given or not
-    there.
+    """The path of a pipeline's part; "mini" is the one that comes with the project. Raises AptError when it
+    is not given or does not exist.
     """
     if not given:
         raise AptError(f"{part} is not given: add {part}=PATH of {WHAT[part]}.")
@@ -59,9 +59,9 @@ def locate(part: str, given: str | Path | None) -> Path:
 @dataclass(frozen=True)
 class TransformerSource:
     """name: for messages; config: the transformer's arguments; metadata: the `apt` object of its file;
-    parameters: how many; load(dtype, device): the model, whole and without adapters; note: a sentence to say
+    parameters: how many; load(dtype, device): the whole model, without adapters; note: a sentence to show
     when it is opened, or "".
-    Raises AptError for metadata whose sizes, lengths or second time make no sense.
+    Raises AptError for metadata with impossible sizes, lengths or second time.
     """
 
     name: str
@@ -78,7 +78,7 @@ class TransformerSource:
 
     @property
     def few_step(self) -> bool:
-        """Whether it is sampled by re-noising, not by Euler."""
+        """Whether it is sampled by re-noising and not by Euler steps."""
         return contract.is_few_step(self.metadata)
 
     @property
@@ -88,7 +88,7 @@ class TransformerSource:
 
     @property
     def native(self) -> dict:
-        """Height, width, frames and fps that it was trained for."""
+        """The height, width, frames and fps that it was trained for."""
         return contract.native(self.name, self.metadata) or contract.NATIVE
 
     @property
@@ -102,11 +102,11 @@ class TransformerSource:
 
 
 def read_transformer(path: Path, base: str | Path | None = None) -> TransformerSource:
-    """The source of a checkpoint file, a diffusers folder, or a LoRA file with the transformer that it
+    """The source for a checkpoint file, a diffusers folder, or a LoRA file with the transformer that it
     belongs to.
 
-    Raises AptError for a file that is none of that, for a LoRA without its base, and as
-    `checkpoint.read_header` does.
+    Raises AptError for any other file, for a LoRA without its base, and as `checkpoint_header.read_header`
+    does.
     """
     if path.is_dir():
         metadata = read_folder_metadata(path)
@@ -150,7 +150,7 @@ def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> Transf
 
 
 def base_metadata(path: Path) -> dict:
-    """The `apt` object of a transformer's file or folder, {} else {}; a LoRA's own goes over it."""
+    """The `apt` object of a transformer's file or folder, or {}; a LoRA's own entries replace these."""
     if path.is_dir():
         return read_folder_metadata(path)
     return read_metadata(path)
@@ -159,7 +159,7 @@ def base_metadata(path: Path) -> dict:
 @dataclass(frozen=True)
 class VaeSource:
     """channels: of its latents; stride: pixels per latent in (frames, height, width); load(dtype, device):
-    the VAE, or where `approximate` the tiny decoder that stands in for it.
+    the VAE, or if `approximate` the tiny decoder in its place.
     """
 
     name: str
@@ -171,7 +171,9 @@ class VaeSource:
 
 
 def read_vae_source(path: Path) -> VaeSource:
-    """Raises AptError for a tiny decoder, and as `apt_core.models.vae.load_vae` does."""
+    """The source for a VAE. Raises AptError for a tiny decoder, and as `apt_core.models.vae.load_vae`
+    does.
+    """
     if path.is_file() and path.suffix == ".safetensors" and is_tiny_decoder(read_header(path)):
         raise AptError(
             f"vae {path} is a tiny decoder, whose pictures are only near the VAE's: give the VAE, or this as tiny_decoder."
@@ -192,7 +194,7 @@ def read_vae_source(path: Path) -> VaeSource:
 
 
 def read_tiny_source(path: Path) -> VaeSource:
-    """Raises AptError as `load_tiny_decoder` does."""
+    """The source for a tiny decoder. Raises AptError as `load_tiny_decoder` does."""
     tiny = read_tiny_decoder(path)
     side = 8 * tiny.patch
     return VaeSource(
@@ -207,15 +209,15 @@ def read_tiny_source(path: Path) -> VaeSource:
 
 @dataclass(frozen=True)
 class TextSource:
-    """facts: see TextFacts; load(length, device): the encoder, for prompts of so many tokens."""
+    """facts: see TextFacts; load(length, device): the encoder, for prompts of up to `length` tokens."""
 
     name: str
     facts: TextFacts
     load: Callable[[int, torch.device], TextEncoder]
 
     def check(self, texts: Sequence[str], length: int) -> None:
-        """Raises AptError for a text of more than `length` tokens, or than the encoder takes. The tokenizer
-        alone is read.
+        """Raise AptError for a text with more than `length` tokens or more than the encoder takes. Reads only
+        the tokenizer.
         """
         if self.facts.tokenizer is not None:
             most = min(length, self.facts.length or length)
@@ -223,7 +225,7 @@ class TextSource:
 
 
 def read_text_source(path: Path, tokenizer: str | Path | None) -> TextSource:
-    """Raises AptError as `read_text_encoder` does."""
+    """The source for a text encoder. Raises AptError as `read_text_encoder` does."""
     facts = read_text_encoder(path, tokenizer)
     return TextSource(
         str(path), facts, lambda length, device: load_text_encoder_files(path, tokenizer, length).to(device)
@@ -232,7 +234,7 @@ def read_text_source(path: Path, tokenizer: str | Path | None) -> TextSource:
 
 @dataclass(frozen=True)
 class Sources:
-    """The three parts of a pipeline, which fit one another. Raises AptError where they do not."""
+    """The three parts of a pipeline. Raises AptError when they do not fit together."""
 
     transformer: TransformerSource
     vae: VaeSource
@@ -254,7 +256,7 @@ class Sources:
 
 
 def check_text_to_video(name: object, config: Mapping) -> None:
-    """Raises AptError for a transformer that reads more than noise and text."""
+    """Raise AptError for a transformer that has other inputs than noise and text."""
     made = config.get("out_channels") or config["in_channels"]
     if made != config["in_channels"] or config.get("image_dim"):
         raise AptError(
@@ -271,11 +273,10 @@ def read_sources(
     base: str | Path | None = None,
     tiny_decoder: str | Path | None = None,
 ) -> Sources:
-    """All three, from paths; of a checkpoint of the miniature, parts that are not given are the shipped ones.
-    tiny_decoder: in the VAE's place.
+    """Find all three parts from paths. For a checkpoint of the miniature, parts that are not given are those
+    that come with the project. tiny_decoder: replaces the VAE.
 
-    Raises AptError for parts that are missing, damaged in their headers, or that do not fit one another. No
-    weight is read.
+    Raises AptError for parts that are missing, have damaged headers, or do not fit together. Reads no weight.
     """
     transformer = (
         checkpoint

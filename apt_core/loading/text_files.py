@@ -1,4 +1,4 @@
-"""Text encoders from where people have them: the file of ComfyUI, a folder of transformers or diffusers, or
+"""Load text encoders in the forms that people have: ComfyUI's file, a folder of transformers or diffusers, or
 this project's own file.
 """
 
@@ -24,7 +24,7 @@ from ..models.text import (
     meta_encoder,
 )
 
-STEM = "model"  # of the weights' names in a folder of transformers
+STEM = "model"  # begins the names of the weight files in a folder of transformers
 EMBEDDINGS = (
     "shared.weight",
     "embed_tokens.weight",
@@ -32,13 +32,13 @@ EMBEDDINGS = (
     "token_embedding.weight",
     "pos_embedding.embedding.weight",
 )
-"""Matrices that are looked up in and not multiplied with: in files of fp8 they have no scales."""
+"""Tables that are looked up and not multiplied with; in fp8 files they have no scales."""
 
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What is known before a weight is read. width: of an embedding; parameters: how many; weights,
-    tokenizer: the files; length: the most tokens of a text, where the encoder names it.
+    """What is known before any weight is read. width: of an embedding; parameters: how many; weights,
+    tokenizer: the files; length: the most tokens of a text, if the encoder states it.
     """
 
     width: int
@@ -49,8 +49,8 @@ class TextFacts:
 
 
 def read_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> TextFacts:
-    """The facts of a text encoder, from headers and configs alone. Raises AptError as
-    `load_text_encoder_files` does for all but a weight's values and the tokenizer's contents.
+    """The facts about a text encoder, from headers and configs alone. Raises AptError as
+    `load_text_encoder_files` does, except for values of weights and the contents of the tokenizer.
     """
     facts = find_text_encoder(path)
     if tokenizer:
@@ -61,20 +61,20 @@ def read_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> 
 
 
 def find_text_encoder(path: str | Path) -> TextFacts:
-    """As `read_text_encoder`, of one that may lack its tokenizer: that is None then."""
+    """As `read_text_encoder`, but the encoder may lack its tokenizer, which is then None."""
     return _checked(Path(path)).facts
 
 
 def load_text_encoder_files(path: str | Path, tokenizer: str | Path | None, text_length: int) -> TextEncoder:
-    """A text encoder with its tokenizer, on the CPU.
+    """Load a text encoder with its tokenizer, on the CPU.
 
-    path: a file of apt_core.models.text.save_text_encoder; ComfyUI's (umt5_xxl_fp16, or fp8_e4m3fn_scaled,
-    which is unpacked), or one in Wan's own names; a folder of transformers or diffusers (text_encoder and
-    tokenizer below it).
-    tokenizer: the folder of its spiece.model, or that file, where the encoder does not carry one. Weights
-    stored in 16 or 8 bits are kept in bf16, others in fp32; those of a file of save_text_encoder become fp32,
-    and its own text_length holds.
-    Raises AptError for weights that are not a whole UMT5 encoder, and when no tokenizer is found.
+    path: a file of apt_core.models.text.save_text_encoder; ComfyUI's file (umt5_xxl_fp16, or
+    fp8_e4m3fn_scaled, which is unpacked); a file in Wan's own names; or a folder of transformers or diffusers
+    (with subfolders text_encoder and tokenizer).
+    tokenizer: the folder of its spiece.model, or that file, when the encoder's file holds none. Weights
+    stored in 16 or 8 bits become bf16, others fp32. Those of a file of save_text_encoder become fp32, and its
+    own text_length replaces the argument.
+    Raises AptError for weights that are not a whole UMT5 encoder, and when there is no tokenizer.
     """
     facts = read_text_encoder(path, tokenizer)
     found, tensors = _checked(Path(path)), {}
@@ -93,8 +93,8 @@ def load_text_encoder_files(path: str | Path, tokenizer: str | Path | None, text
 
 
 def read_spiece(path: Path) -> bytes:
-    """The sentencepiece model in a file of its own, or in an encoder's. Raises AptError for a file that
-    cannot be read.
+    """The sentencepiece model from its own file or from an encoder's. Raises AptError for a file that cannot
+    be read.
     """
     if path.suffix != ".safetensors":
         try:
@@ -111,7 +111,7 @@ def read_spiece(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class _Checked:
-    """model: on device "meta"; names: its keys, but for the tied one, and the files' own."""
+    """model: on device "meta"; names: the model's keys, except the tied one, and those in the files."""
 
     facts: TextFacts
     model: nn.Module
@@ -119,7 +119,7 @@ class _Checked:
 
 
 def _checked(path: Path) -> _Checked:
-    """All checks that headers and configs allow, of every form of an encoder alike."""
+    """Make all checks that headers and configs allow; the same for every form of an encoder."""
     length, spiece, files = None, None, (path,)
     if path.is_dir():
         folder, spiece = _folder(path)
@@ -137,7 +137,7 @@ def _checked(path: Path) -> _Checked:
     for key in (TOKENIZER_KEY, *([TIED_KEY] if "shared.weight" in shapes else [])):
         shapes.pop(key, None)
         names.pop(key, None)
-    if TIED_KEY in shapes:  # stored under its other name alone
+    if TIED_KEY in shapes:  # the file has it only under its other name
         shapes["shared.weight"], names["shared.weight"] = shapes.pop(TIED_KEY), names.pop(TIED_KEY)
     refuse_t5(f"text_encoder {path}", shapes)
     if path.is_dir():
@@ -166,7 +166,7 @@ def _folder(path: Path) -> tuple[Path, Path | None]:
 
 
 def _folder_config(folder: Path) -> tuple[dict, tuple[Path, ...]]:
-    """UMT5Config's fields and the weights' files."""
+    """UMT5Config's fields and the weight files."""
     weights = any(folder.glob(f"{STEM}*.safetensors*"))
     if not (folder / "config.json").is_file() or not weights:
         what = f"is not a folder of a UMT5 encoder (config.json and .safetensors){pickle_hint(folder)}"
@@ -182,7 +182,7 @@ def _folder_config(folder: Path) -> tuple[dict, tuple[Path, ...]]:
 
 
 def _plain(path: Path) -> Header:
-    """The header of an encoder's file without what only describes fp8.
+    """The header of an encoder's file, without the entries that only describe fp8.
 
     Raises AptError for weights that are not floats.
     """
@@ -195,7 +195,7 @@ def _plain(path: Path) -> Header:
 
 
 def _umt5_fields(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
-    """UMT5Config's arguments, from the shapes."""
+    """UMT5Config's arguments, told from the shapes."""
 
     def shape(key: str) -> tuple[int, ...]:
         if len(shapes.get(key, ())) != 2:

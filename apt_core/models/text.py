@@ -188,7 +188,7 @@ def check_text_encoder(path: str | Path, header: Header, tokenizer: bool = True)
         )
     if wrong := next((key for key in shapes if header.dtypes[key] not in FLOATS | {"F64"}), None):
         raise AptError(
-            f"{path}: {wrong} is stored as {header.dtypes[wrong]}, which no weight is: write the file again with save_text_encoder."
+            f"{path}: {wrong} is stored as {header.dtypes[wrong]}, and not as floats: write the file again with save_text_encoder."
         )
     if isinstance(fields["num_layers"], int):
         check_count(path, "num_layers", fields["num_layers"], header.shapes)

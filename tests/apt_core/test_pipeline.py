@@ -230,13 +230,13 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
         ({"frames": 6}, "a sample of 48x48 and 6 frames does not fit: frames 6 must be 4 n + 1 (5 or 9)."),
         ({"height": 0}, "height 0 must be a multiple of 16 (16)"),
         ({"steps": 0}, "1 samples in 0 steps cannot be made: both must be 1 or more."),
-        ({"fps": 0}, "fps 0 cannot be: a video has 0.1 to 240 frames a second."),
-        ({"fps": float("nan")}, "fps nan cannot be: it must be a finite number."),
-        ({"frames": 9.0}, "frames 9.0 cannot be: it must be a whole number."),
-        ({"seed": "x"}, "seed 'x' cannot be: it must be a whole number."),
-        ({"count": None}, "count None cannot be: it must be a whole number."),
-        ({"guidance": float("nan"), "steps": 3}, "guidance nan cannot be: it must be a finite number."),
-        ({"shift": -1.0}, "shift -1 cannot be: it must be above 0."),
+        ({"fps": 0}, "fps is 0, but a video has 0.1 to 240 frames a second."),
+        ({"fps": float("nan")}, "fps is nan, but must be a finite number."),
+        ({"frames": 9.0}, "frames is 9.0, but must be a whole number."),
+        ({"seed": "x"}, "seed is 'x', but must be a whole number."),
+        ({"count": None}, "count is None, but must be a whole number."),
+        ({"guidance": float("nan"), "steps": 3}, "guidance is nan, but must be a finite number."),
+        ({"shift": -1.0}, "shift is -1, but must be above 0."),
         ({"noise": "gpu"}, "noise 'gpu' is not known: use apt or comfyui."),
         (
             {"negative": "\ud800"},
@@ -262,7 +262,7 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
             pipe(prompt)
     for memory in (0, -1.0, float("nan"), "8"):
         with pytest.raises(
-            AptError, match=r"^memory .* cannot be: give GiB above 0, or None for what is free\.$"
+            AptError, match=r"^memory is .*, but must be GiB above 0, or None for what is free\.$"
         ):
             pipeline(memory=memory)
     with pytest.raises(
@@ -432,7 +432,7 @@ def test_many_processes_make_one_clip(double, size, tmp_path):
     "options, word",
     [
         ({"device": "nope"}, "torch cannot use the device 'nope' here"),
-        ({"dtype": "bf16"}, "dtype 'bf16' cannot be: give one of torch.float32"),
+        ({"dtype": "bf16"}, "dtype is 'bf16', but must be one of torch.float32"),
         ({"dtype": torch.int8}, "dtype torch.int8 cannot be"),
         ({"tiny_decoder": "mini"}, "tiny_decoder mini does not exist"),
         ({"backend": "nosuch"}, "there is no attention backend 'nosuch'"),
