@@ -1,16 +1,16 @@
-"""ComfyUI nodes over apt_core, on stock types: MODEL, CLIP, LATENT, NOISE, IMAGE and VIDEO go to and come
-from any other node.
+"""ComfyUI nodes over apt_core. They use stock types, so MODEL, CLIP, LATENT, NOISE, IMAGE and VIDEO connect
+to and from any other node.
 """
 
 NEEDED = "0.33.0"
-"""The oldest ComfyUI that the nodes are tested with; pyproject.toml tells it to the registry."""
+"""The oldest ComfyUI that the nodes are tested with; pyproject.toml gives the same to the registry."""
 
 
 async def comfy_entrypoint():
-    """What ComfyUI calls when it loads the pack: the list of our nodes. Only here is anything of ComfyUI
-    imported.
+    """ComfyUI calls this when it loads the pack, and gets the list of our nodes. ComfyUI is imported only
+    here.
 
-    Raises AptError, which ComfyUI writes to its log, in a ComfyUI that is too old.
+    Raises AptError, which ComfyUI writes to its log, if ComfyUI is too old.
     """
     _check_version()
     from comfy_api.latest import ComfyExtension
@@ -26,7 +26,7 @@ async def comfy_entrypoint():
     from .sampler import APTSampler
     from .save_checkpoint import APTSaveCheckpoint
 
-    # ComfyUI shows the full name of an exception's type, and a pack's modules are named by the path of its
+    # ComfyUI shows the full name of an exception's type, and a pack's modules are named after the path of its
     # folder.
     AptError.__module__ = "apt"
 
@@ -50,12 +50,14 @@ async def comfy_entrypoint():
 
 
 def _check_version() -> None:
-    """Old versions take the pack, and fail later with words that tell nothing: they never call `on_load`."""
+    """Old versions load the pack and fail later with an unclear message, because they never call
+    `on_load`.
+    """
     from ..apt_core.errors import AptError
 
     try:
         from comfyui_version import __version__ as version
-    except ImportError:  # of before the file
+    except ImportError:  # a ComfyUI that is older than this file
         version = "an older one"
     numbers = [int(number) for number in version.split(".") if number.isdecimal()]
     if numbers < [int(number) for number in NEEDED.split(".")]:

@@ -66,9 +66,7 @@ class APTVAEDecodeToVideo(io.ComfyNode):
 
 
 def _write(pieces: Iterable[torch.Tensor], rate: Fraction) -> str:
-    """The path of a new file with all frames; whatever stops the writing, a cancel too, leaves nothing
-    behind.
-    """
+    """The path of a new file with all frames. If anything stops the writing, also a cancel, no file is left."""
     folder = folder_paths.get_temp_directory()
     path = None
     try:
@@ -76,7 +74,7 @@ def _write(pieces: Iterable[torch.Tensor], rate: Fraction) -> str:
         handle, path = tempfile.mkstemp(prefix="apt_", suffix=".mp4", dir=folder)
         os.close(handle)
         _encode(path, pieces, rate)
-    except BaseException as error:  # a cancel is no Exception
+    except BaseException as error:  # a cancel is not an Exception
         if path:
             os.unlink(path)
         if isinstance(error, OSError):
@@ -88,8 +86,8 @@ def _write(pieces: Iterable[torch.Tensor], rate: Fraction) -> str:
 
 
 def _encode(path: str, pieces: Iterable[torch.Tensor], rate: Fraction) -> None:
-    """H.264 in the colours of stock Create Video. Nothing is held but one piece and what the codec looks
-    ahead.
+    """Encode H.264 in the colours of stock Create Video. Only one piece and the codec's look-ahead are in
+    memory.
     """
     with av.open(path, "w") as output:
         stream = None

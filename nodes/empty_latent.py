@@ -1,4 +1,4 @@
-"""Empty APT Latent: latents of sizes that the model takes."""
+"""Empty APT Latent: latents of sizes that the model supports."""
 
 import torch
 from comfy import model_management
@@ -79,9 +79,9 @@ class APTEmptyLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, size: dict | None = None, batch_size: int = 1) -> io.NodeOutput:
-        if size is None:  # what ComfyUI makes of a key that it does not know
+        if size is None:  # ComfyUI's value for an unknown key
             raise AptError(
-                f"{NAME}: the size is none of those in the list: choose {NATIVE}, {IMAGE}, {VIDEO} or {CUSTOM}."
+                f"{NAME}: the size is not one of those in the list: choose {NATIVE}, {IMAGE}, {VIDEO} or {CUSTOM}."
             )
         wan = read_model(NAME, model)
         width, height, frames = _check(wan, *_pixels(wan, size))
@@ -92,8 +92,8 @@ class APTEmptyLatent(io.ComfyNode):
             height // wan.spatial,
             width // wan.spatial,
         )
-        # The two ratios let stock nodes fit these latents to a model of another stride, as they do with stock
-        # empty ones.
+        # With these two ratios stock nodes can fit the latents to a model of another stride, as they do with
+        # stock empty latents.
         latent = {
             "samples": torch.zeros(shape, device=model_management.intermediate_device()),
             "downscale_ratio_spacial": wan.spatial,

@@ -1,5 +1,5 @@
-"""Where the loaders look for files: ComfyUI's own folders, models/apt, and the miniature that comes with the
-pack.
+"""The places in which the loaders look for files: ComfyUI's own folders, models/apt, and the miniature that
+comes with the pack.
 """
 
 import os
@@ -13,17 +13,17 @@ from ..apt_core.errors import AptError
 MINI = Path(__file__).parents[1] / "apt_core" / "assets" / "mini"
 CHECKPOINTS = ("diffusion_models", "apt")
 LATENTS = re.compile(r"(^|[\\/])latents[\\/]shard-[^\\/]*$")
-"""Shards of a run of the trainer: safetensors too, but no models."""
+"""Shards of a training run; they are safetensors files too, but not models."""
 
 
 def register() -> None:
-    """Makes models/apt known, and the miniature's files to the stock loaders too: last, for ComfyUI saves to
-    the first folder of a kind.
+    """Add models/apt, and the miniature's files for the stock loaders too. These come last, because ComfyUI
+    saves to the first folder of a kind.
     """
     for kind in ("diffusion_models", "vae"):
         folder_paths.add_model_folder_path(kind, str(MINI / kind))
     folder_paths.add_model_folder_path("apt", os.path.join(folder_paths.models_dir, "apt"))
-    # A folder that only a pack knows would list every file, of whatever extension.
+    # In a folder that only one pack uses, ComfyUI would list every file, whatever its extension.
     folder_paths.folder_names_and_paths["apt"] = (
         folder_paths.get_folder_paths("apt"),
         folder_paths.supported_pt_extensions,
@@ -36,13 +36,15 @@ def names(*kinds: str) -> list[str]:
 
 
 def checkpoints() -> list[str]:
-    """Sorted names of whole models and LoRAs; where a folder of runs is among the places, not their latents."""
+    """Sorted names of whole models and LoRAs, without the latents that a folder of training runs also
+    holds.
+    """
     return [name for name in names(*CHECKPOINTS) if not LATENTS.search(name)]
 
 
 def fingerprint(file: str | None) -> str:
-    """Size and time of a file, "" where it is not: a loader that returns it loads anew what was written under
-    the same name.
+    """Size and time of a file, or "" when it is missing. A loader that returns this loads a file again after
+    it has changed under the same name.
     """
     try:
         of_file = os.stat(file or "")
@@ -52,13 +54,13 @@ def fingerprint(file: str | None) -> str:
 
 
 def path(name: str | None, *kinds: str) -> str | None:
-    """The path of a file by its name in the list, None where there is none."""
+    """The path of a file by its name in the list, or None when it does not exist."""
     paths = (folder_paths.get_full_path(kind, name) for kind in kinds if name)
     return next(filter(None, paths), None)
 
 
 def find(name: str, *kinds: str) -> str:
-    """The path of a file by its name in the list. Raises AptError when none of these kinds of folders has it."""
+    """The path of a file by its name in the list. Raises AptError when no folder of these kinds has it."""
     if found := path(name, *kinds):
         return found
     places = " or ".join(f"models/{kind}" for kind in kinds)

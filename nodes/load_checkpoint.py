@@ -69,8 +69,8 @@ class APTLoadCheckpoint(io.ComfyNode):
 
 
 def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False) -> ModelPatcher:
-    """A patcher with every weight of its model from `path`. Raises AptError for whatever is not a whole Wan
-    transformer.
+    """A patcher with every weight of its model from `path`. Raises AptError for anything that is not a whole
+    Wan transformer.
     """
     header = read_header(path)
     apt = read_apt(path, header.metadata)
@@ -96,7 +96,7 @@ def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False
         raise AptError(
             f"{path} is of a kind of Wan that ComfyUI does not know: update ComfyUI, or choose another file."
         )
-    # ComfyUI only logs this, and computes with whatever was in memory.
+    # ComfyUI only logs missing weights, and computes with whatever was in memory.
     leaves = ("weight", "bias", "modulation", "emb_pos")
     expected = [
         name
@@ -115,8 +115,8 @@ def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False
 
 
 def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
-    """The prefix of the keys, and whether they are diffusers' names. Raises AptError for a file that would
-    load wrong.
+    """The prefix of the keys, and whether they are diffusers' names. Raises AptError for a file that ComfyUI
+    would load incorrectly.
     """
     if claims_lora(apt) or is_lora(header.shapes):
         raise AptError(
@@ -140,10 +140,9 @@ def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
 
 
 def _own_dtype(state: dict) -> torch.dtype | None:
-    """The dtype of the file where the device can hold it; for quantised weights None, which leaves the choice
-    to ComfyUI.
+    """The dtype of the file if the device supports it. For quantised weights None, which lets ComfyUI choose.
 
-    ComfyUI by itself prefers fp16 for Wan on most devices, also for weights that were trained and stored in
+    ComfyUI by itself prefers fp16 for Wan on most devices, even for weights that were trained and stored in
     bf16.
     """
     stored = comfy.utils.weight_dtype(state)
@@ -157,7 +156,7 @@ def _own_dtype(state: dict) -> torch.dtype | None:
 
 
 def _untrained(checkpoint: str, apt: dict) -> list[str]:
-    """A warning in words for a model that gives bad pictures in one step, none for a good one."""
+    """A warning for a model that makes bad pictures in one step; an empty list for a good one."""
     if is_adversarial(apt):
         return []
     what = (

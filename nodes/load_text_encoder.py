@@ -18,7 +18,7 @@ from . import folders
 NAME = "Load APT Text Encoder"
 BUILT_IN = "apt_mini_text_encoder"
 BUILT_IN_FILE = str(folders.MINI / "text_encoder.safetensors")
-# What ComfyUI's UMT5 takes for granted.
+# The values that ComfyUI's UMT5 assumes.
 FIXED = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
@@ -84,8 +84,8 @@ def _load(path: str) -> comfy.sd.CLIP:
 
 
 def load_small(path: str, embeddings: list[str], disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """ComfyUI's UMT5 in the size that the file's metadata gives, its prompts padded to as many rows as the
-    transformer was trained on.
+    """ComfyUI's UMT5 in the size that the file's metadata states. Prompts are padded to as many rows as the
+    transformer was trained with.
     """
     state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     fields, names = metadata_json(path, metadata, "config"), set(state)
@@ -97,7 +97,7 @@ def load_small(path: str, embeddings: list[str], disable_dynamic: bool = False) 
     )
     _refuse(path, wrong)
     spiece = state.pop(TOKENIZER_KEY)
-    # In the dtype of the file, as ComfyUI does with UMT5-XXL: its default for text encoders is fp16.
+    # Use the dtype of the file, as ComfyUI does for UMT5-XXL; its default for text encoders is fp16.
     encoder = comfy.text_encoders.wan.te(comfy.utils.weight_dtype(state))
     target = SimpleNamespace(clip=encoder, tokenizer=comfy.text_encoders.wan.WanT5Tokenizer, params={})
     clip = comfy.sd.CLIP(
@@ -109,7 +109,7 @@ def load_small(path: str, embeddings: list[str], disable_dynamic: bool = False) 
         model_options={"umt5xxl_model_config": {name: fields[name] for name in CONFIG_FIELDS}},
         disable_dynamic=disable_dynamic,
     )
-    # ComfyUI only logs this, and computes with whatever was in memory.
+    # ComfyUI only logs missing weights, and computes with whatever was in memory.
     network = clip.cond_stage_model.umt5xxl.transformer
     _refuse(path, [name for name, _ in network.named_parameters() if name not in names])
     clip.patcher.cached_patcher_init = (_load_small_patcher, (path, embeddings))
@@ -119,7 +119,7 @@ def load_small(path: str, embeddings: list[str], disable_dynamic: bool = False) 
 def _refuse(path: str, wrong: list[str]) -> None:
     if wrong:
         raise AptError(
-            f"{path}: {wrong[0]} is missing or not what ComfyUI's UMT5 can take: write the file again with the trainer."
+            f"{path}: {wrong[0]} is missing, or ComfyUI's UMT5 cannot take it: write the file again with the trainer."
         )
 
 

@@ -1,4 +1,4 @@
-"""NOISE objects, as stock nodes take them, in which every item of a batch has a seed of its own."""
+"""NOISE objects for stock nodes, in which every item of a batch has its own seed."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,9 @@ from ..apt_core.method.noise import COMFYUI, draw, walk
 
 
 class SeedNoise:
-    """Item i of a batch is sample i of the seed, by one of the rules of apt_core.method.noise; by ComfyUI's
-    that is seed + i, so that each can be made again alone. Items cut out by Latent From Batch keep theirs.
+    """Item i of a batch is sample i of the seed, by one of the rules of apt_core.method.noise. With ComfyUI's
+    rule this is seed + i, so that each item can be made again alone. Items that Latent From Batch cuts out
+    keep their noise.
     """
 
     def __init__(self, seed: int, rule: str = COMFYUI):
@@ -23,10 +24,10 @@ class SeedNoise:
 
 
 class WalkNoise:
-    """The batch walks from seed to seed in equal steps (the paper's 5.7), each item the noise of its place on
-    the way.
+    """Goes from seed to seed in equal steps along the batch (5.7 in the paper); each item gets the noise at
+    its place.
 
-    The noise of a seed is ComfyUI's. See apt_core.method.noise.walk for open and closed walks.
+    The noise of a seed is ComfyUI's. For open and closed walks see apt_core.method.noise.walk.
     """
 
     def __init__(self, seeds: Sequence[int], closed: bool):

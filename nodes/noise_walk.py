@@ -49,8 +49,8 @@ class APTNoiseWalk(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, seeds: str | None) -> bool | str:
-        # None: linked, and not known before it runs. Naming `closed` too would make ComfyUI say everything
-        # twice.
+        # None: the input is linked, and unknown before the graph runs. With `closed` as a second argument
+        # ComfyUI would report every error twice.
         try:
             if seeds is not None:
                 _read(seeds, closed=False)
@@ -74,7 +74,7 @@ def _read(text: str, closed: bool) -> list[int]:
     for a, b in pairs:
         if a == b:
             raise AptError(
-                f'{NAME}: seeds is "{text}", which goes from {a} to {b}, but there is no way between a seed and itself: leave one of them out'
+                f'{NAME}: seeds is "{text}", which goes from {a} to {b}, but a seed cannot lead to itself: leave one of them out'
                 f"{', a closed walk returns to its first seed anyway' if closed else ''}."
             )
     return seeds

@@ -1,4 +1,6 @@
-"""APT One-Step Sampler: `z - v(z, c, 1000)`, and a few steps by re-noising, on ComfyUI's own way of sampling."""
+"""APT One-Step Sampler: `z - v(z, c, 1000)`, and a few steps by re-noising, on ComfyUI's own way of
+sampling.
+"""
 
 from functools import partial
 
@@ -25,8 +27,8 @@ from .warn import warn
 NAME = "APT One-Step Sampler"
 OF_FILE = "file"
 PRESETS = {"4 steps, shift 5": (4, 5.0), "4 steps, shift 8": (4, 8.0)}
-"""Steps and shift of public few-step models: 1000, 750, 500, 250 under the shift, as KSampler's simple has
-them.
+"""Steps and shift of public few-step models. Their times are 1000, 750, 500, 250 under the shift, as in
+KSampler's simple scheduler.
 """
 
 
@@ -80,7 +82,7 @@ class APTSampler(io.ComfyNode):
                     tooltip="The times of the calls in place of steps and times: the first is 1, they decrease, "
                     "a last 0 is allowed. Default none.",
                 ),
-                # Last and optional: graphs and prompts from before it go on working.
+                # Last and optional, so that older graphs and prompts still work.
                 io.Combo.Input(
                     "seed_noise",
                     options=[COMFYUI, APT],
@@ -130,7 +132,7 @@ class APTSampler(io.ComfyNode):
 
         of_seed = SeedNoise(seed, seed_noise)
         first = noise or of_seed
-        # Other packs' noise knows of one step only.
+        # The noise of other packs has only one step.
         later = first if isinstance(first, WalkNoise) else of_seed
         guider = CFGGuider(model)
         guider.inner_set_conds({"positive": positive})
@@ -153,7 +155,7 @@ def few_step(
     model, x: Tensor, sigmas: Tensor, extra_args: dict, callback, disable: bool, fresh_noise
 ) -> Tensor:
     """apt_core.method.generator.few_step as a sampler function of ComfyUI: `model(x, sigma)` is the clean
-    sample, sigmas are times and end with 0.
+    sample, and sigmas are times that end with 0.
     """
     batch, clean = x.new_ones(len(x)), x
     for i in trange(len(sigmas) - 1, disable=disable):
@@ -165,13 +167,15 @@ def few_step(
 
 
 def _check_flow(model) -> None:
-    """Nodes can exchange how a MODEL's output is read; a shift is harmless at time 1, all else makes noise of
-    the picture.
+    """Check that the model is sampled as a flow. Other nodes can change how a MODEL's output is read. A shift
+    does nothing at time 1, but any other change turns the picture into noise.
     """
     sampling = model.get_model_object("model_sampling")
     timestep = float(sampling.timestep(torch.tensor(1.0)))
     if not isinstance(sampling, CONST) or timestep != 1000:
-        kind = f"flow at timestep {timestep:g}" if isinstance(sampling, CONST) else "no flow"
+        kind = (
+            f"flow at timestep {timestep:g}" if isinstance(sampling, CONST) else "something other than a flow"
+        )
         raise AptError(
             f"{NAME}: a node made the model's sampling {kind}, but APT is a flow at timestep 1000: take that Model Sampling node out."
         )
@@ -205,7 +209,7 @@ def _read_latent(wan: WanModel, model, latent: dict) -> dict:
         latent.pop("downscale_ratio_temporal", None),
     )
     if spatial:
-        # Empty latents that say what they stand for: ComfyUI fits them to the model.
+        # Empty latents that carry their ratio: ComfyUI fits them to the model.
         samples = comfy.sample.fix_empty_latent_channels(model, samples, spatial, temporal)
     if samples.is_nested or samples.ndim != 5 or samples.shape[1] != wan.channels:
         shape = "nested" if samples.is_nested else list(samples.shape)
@@ -248,9 +252,9 @@ def _too_long(wan: WanModel, positive: list) -> list[str]:
 
 
 def _ignored(network, wan: WanModel, positive: list, latent: dict) -> list[str]:
-    """What a user connected, and what this model has no inputs for."""
+    """A sentence for each thing that the user connected but this model has no input for."""
     sentences = []
-    if type(network) is Network:  # its relatives have inputs of their own
+    if type(network) is Network:  # its subclasses have other inputs
         given = {key for _, values in positive for key, value in values.items() if value is not None}
         images = (
             ("start image", "concat_latent_image", network.patch_embedding.in_channels != wan.channels),

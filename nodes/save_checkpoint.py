@@ -24,7 +24,7 @@ from .warn import show
 NAME = "Save APT Checkpoint"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PREFIX = "diffusion_model."
-"""Of the network's keys in a MODEL."""
+"""The prefix of the network's keys in a MODEL."""
 
 
 class APTSaveCheckpoint(io.ComfyNode):
@@ -83,12 +83,14 @@ class APTSaveCheckpoint(io.ComfyNode):
 
 
 def baked_weights(model: ModelPatcher, dequantized: bool = False) -> dict[str, Tensor]:
-    """The network's weights on the CPU in official names, patches computed and rounded by ComfyUI's own code.
+    """The network's weights on the CPU in official names, with patches computed and rounded by ComfyUI's
+    code.
 
-    As in memory, tables of modulation stay unpatched: ComfyUI patches modules that have no others inside.
-    dequantized: weights of quantised layers as plain numbers; else as ComfyUI stores them, with their scales.
+    Modulation tables stay unpatched, as they do in memory: ComfyUI only patches modules without submodules.
+    dequantized: give weights of quantised layers as plain numbers, and not as ComfyUI stores them, with
+    scales.
     """
-    # Patches are computed from the weights of the file, and a loaded model has them in place already.
+    # Patches apply to the weights of the file. A loaded model already contains them, so unload it first.
     model_management.unload_model_and_clones(model, all_devices=True)
     network = model.model.diffusion_model
     state = network.state_dict()
@@ -116,7 +118,7 @@ def baked_weights(model: ModelPatcher, dequantized: bool = False) -> dict[str, T
 
 
 def _check_patches(model: ModelPatcher) -> None:
-    """Raises AptError for what changes the network beside its weights and would be missing in the file."""
+    """Raise AptError for changes of the network that are not in its weights and thus not in the file."""
     for what, found in (
         ("a bypass LoRA", model.injections),
         ("weight wrappers", model.weight_wrapper_patches),
@@ -130,7 +132,7 @@ def _check_patches(model: ModelPatcher) -> None:
 
 
 def _strings(path: str, model: ModelPatcher, hidden) -> dict[str, str]:
-    """The file's metadata. Raises AptError for a model of which nobody knows how it was trained."""
+    """The file's metadata. Raises AptError for a model whose training is unknown."""
     apt = apt_of(NAME, model)
     if not apt:
         raise AptError(
@@ -146,7 +148,7 @@ def _strings(path: str, model: ModelPatcher, hidden) -> dict[str, str]:
     strings = metadata_strings(path, apt)
     if config := unguessed(network.num_heads, network.dim // network.num_heads, values, network.out_dim):
         strings["config"] = json.dumps({"transformer": config})
-    # As stock Save Model does: the file opens as the graph that made it.
+    # As stock Save Model does, so that the file opens as the graph that made it.
     if hidden and not args.disable_metadata:
         graph = {"prompt": hidden.prompt} | (hidden.extra_pnginfo or {})
         strings |= {
@@ -158,12 +160,14 @@ def _strings(path: str, model: ModelPatcher, hidden) -> dict[str, str]:
 
 
 def _new_path(prefix: str) -> str:
-    """Raises AptError for a prefix that is empty or leads out of ComfyUI's output folder."""
+    """The path of a new file. Raises AptError for a prefix that is empty or leads out of ComfyUI's output
+    folder.
+    """
     output = folder_paths.get_output_directory()
     folder = os.path.join(output, os.path.dirname(os.path.normpath(prefix)))
     if os.path.basename(os.path.normpath(prefix)) in ("", ".", "..") or prefix.endswith(("/", os.sep)):
         raise AptError(
-            f'{NAME}: filename_prefix is "{prefix}", which names no file: '
+            f'{NAME}: filename_prefix is "{prefix}", which contains no file name: '
             "give one such as diffusion_models/apt."
         )
     if not folder_paths.is_within_directory(output, folder):

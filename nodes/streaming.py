@@ -1,5 +1,5 @@
-"""Wan's video VAEs decoded slice by slice with ComfyUI's own modules, so that the numbers are stock
-VAEDecode's.
+"""Decode with Wan's video VAEs slice by slice. It uses ComfyUI's own modules, so the numbers are those of
+stock VAEDecode.
 """
 
 import logging
@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 
 
 def read_latent(node: str, vae: VAE, samples: dict) -> Tensor:
-    """The tensor of a LATENT; of a nested one (video with sound) the first, as stock VAEDecode does.
+    """The tensor of a LATENT; of a nested one (video with sound) the first, as in stock VAEDecode.
 
-    Raises AptError, beginning with the node's display name, for one that this VAE was not made for.
+    Raises AptError, which begins with the node's display name, for latents that do not belong to this VAE.
     """
     latent = samples["samples"]
     if latent.is_nested:
@@ -49,11 +49,11 @@ def read_latent(node: str, vae: VAE, samples: dict) -> Tensor:
 
 
 def decode(vae: VAE, latent: Tensor, consume: Callable[[Iterable[Tensor], int], Result]) -> Result:
-    """`consume(pieces, total)` of the decoded frames: pieces `[n, height, width, channels]` in [0, 1], clip
-    after clip, and how many frames in all.
+    """Call `consume(pieces, total)` with the decoded frames. pieces: `[n, height, width, channels]` in [0,
+    1], clip after clip; total: the number of all frames.
 
-    A Wan VAE makes a piece of each slice of its latents and keeps none. Any other VAE, and one that runs out
-    of memory, decodes as stock does, in one piece; after running out of memory `consume` is called anew.
+    A Wan VAE decodes one slice of its latents into each piece and keeps none. Any other VAE, and one that
+    runs out of memory, decodes in one piece like stock; in the second case `consume` is called again.
     """
     slicer = _slicer(vae)
     if slicer:
@@ -65,7 +65,7 @@ def decode(vae: VAE, latent: Tensor, consume: Callable[[Iterable[Tensor], int], 
             logging.warning(
                 "Ran out of memory in a slice of the VAE decode, going on as stock VAEDecode does."
             )
-    # Not in the except block: the exception would keep the memory of the failed slice.
+    # Outside of the except block, where the exception would keep the failed slice's memory alive.
     images = vae.decode(latent)
     images = images.reshape(-1, *images.shape[-3:])
     return consume([images], len(images))
@@ -87,8 +87,8 @@ def _stream(vae: VAE, latent: Tensor, slicer: Callable, total: int) -> Iterator[
 
 
 def _slicer(vae: VAE) -> Callable[[torch.nn.Module, Tensor], Iterator[Tensor]] | None:
-    """What decodes this VAE's latents by slices; None unless its decoder, which is private to ComfyUI, is as
-    known here.
+    """The function that decodes this VAE's latents in slices. None when its decoder, which is private to
+    ComfyUI, is not of a known form.
     """
     model = vae.first_stage_model if type(vae) is VAE else None
     if type(model) not in (wan21.WanVAE, wan22.WanVAE):
@@ -96,7 +96,7 @@ def _slicer(vae: VAE) -> Callable[[torch.nn.Module, Tensor], Iterator[Tensor]] |
     takes = tuple(signature(model.decoder.forward).parameters)
     if type(model) is wan22.WanVAE:
         return _slices_of_22 if takes == ("x", "feat_cache", "feat_idx", "first_chunk") else None
-    # A decoder without run_up returns a tensor in place of chunks, and stock then cuts other slices.
+    # A decoder without run_up returns a tensor and not chunks; stock then cuts other slices.
     return (
         _slices_of_21
         if takes == ("x", "feat_cache", "feat_idx") and hasattr(model.decoder, "run_up")
@@ -105,8 +105,8 @@ def _slicer(vae: VAE) -> Callable[[torch.nn.Module, Tensor], Iterator[Tensor]] |
 
 
 def _slices_of_21(model: wan21.WanVAE, z: Tensor) -> Iterator[Tensor]:
-    """Latents [1, 16, f, h, w] -> pixels [1, 3, n, 8h, 8w] of 1, 2, 2, ... latent frames: stock's slices, for
-    stock's bits.
+    """Latents [1, 16, f, h, w] -> pixels [1, 3, n, 8h, 8w] of 1, 2, 2, ... latent frames. These are stock's
+    slices, so the result is the same bit for bit.
     """
     x = model.conv2(z)
     cache = _empty_cache(model.decoder) if x.shape[2] > 1 else None
@@ -125,5 +125,5 @@ def _slices_of_22(model: wan22.WanVAE, z: Tensor) -> Iterator[Tensor]:
 
 
 def _empty_cache(decoder: torch.nn.Module) -> list[None]:
-    """One place for the last frames that each causal convolution saw."""
+    """An empty entry for the last frames of each causal convolution."""
     return [None] * sum(isinstance(module, wan21.CausalConv3d) for module in decoder.modules())

@@ -1,4 +1,4 @@
-"""What a MODEL says about itself: whether it is Wan, and the sizes that it takes."""
+"""What a MODEL says about itself: whether it is Wan, and which sizes it supports."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ from ..apt_core.files.contract import metadata_json
 from ..apt_core.loading.checkpoint import ASSUMED
 
 ATTACHMENT = "apt"
-"""Under this name a MODEL carries the `apt` metadata of its file."""
+"""The name under which a MODEL carries the `apt` metadata of its file."""
 
-# By the channels of the latents: what Wan 2.1 and Wan 2.2 5B were released for, where no metadata tells.
+# By latent channels: the sizes that Wan 2.1 and Wan 2.2 5B were released for, used when no metadata says more.
 RELEASED = {
     16: {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
     48: {"width": 1280, "height": 704, "frames": 121, "fps": 24.0},
@@ -24,11 +24,10 @@ RELEASED = {
 
 @dataclass(frozen=True)
 class WanModel:
-    """Sizes of a Wan MODEL. `spatial` and `temporal`: pixels and frames to a latent; `patch`: latents to a
-    token's side; `native`: {width, height, frames, fps} that it was trained for, in pixels and frames;
-    `second_time`: see apt_core.files.contract; `text_length`:
-    the most rows that a prompt had in training, None where nobody knows; `guessed`: whether `native` is that
-    of a Wan of another build.
+    """Sizes of a Wan MODEL. `spatial` and `temporal`: pixels and frames per latent; `patch`: latents per side
+    of a token; `native`: the {width, height, frames, fps} that it was trained for, in pixels and frames;
+    `second_time`: see apt_core.files.contract; `text_length`: the most rows of a prompt in training, None
+    when unknown; `guessed`: whether `native` is a guess from the released Wan models.
     """
 
     channels: int
@@ -43,12 +42,14 @@ class WanModel:
 
     @property
     def multiple(self) -> int:
-        """Width and height in pixels divide by it."""
+        """Width and height in pixels must be multiples of this."""
         return self.spatial * self.patch
 
 
 def read_model(node: str, model: ModelPatcher) -> WanModel:
-    """Raises AptError, beginning with the node's display name, for a model of another kind than Wan."""
+    """The sizes of a MODEL. Raises AptError, which begins with the node's display name, if it is not a
+    Wan.
+    """
     if not isinstance(model.model, WAN21):
         kind = type(model.model).__name__
         raise AptError(
@@ -73,16 +74,16 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
 
 
 def apt_of(node: str, model: ModelPatcher) -> dict:
-    """What the MODEL's file says of its training, and that of an APT LoRA on a base; {} where nobody knows.
+    """What the MODEL's file says about its training, or what an APT LoRA on a base says; {} when unknown.
 
-    Not to be written into: clones share it. Raises AptError for a broken one.
+    Do not change the result: clones share it. Raises AptError for broken metadata.
     """
     file = model.get_attachment(ATTACHMENT)
     if file is None:
         file = _of_stock_loader(model)
     if contract.is_few_step(file):
         return file
-    # Of a base the LoRA tells what became of it.
+    # With a LoRA on a base, the LoRA says what the model has become.
     what = f"{node}: the LoRA"
     lora = metadata_json(what, model.get_attachment("lora_metadata") or {}, "apt")
     contract.native(what, lora)
@@ -91,8 +92,8 @@ def apt_of(node: str, model: ModelPatcher) -> dict:
 
 
 def _of_stock_loader(model: ModelPatcher) -> dict:
-    """What the file of Load Diffusion Model says: that node drops the metadata, but the MODEL remembers how
-    it can be made again.
+    """What the file of Load Diffusion Model says. That node drops the metadata, but the MODEL remembers how
+    to make it again.
     """
     match model.cached_patcher_init:
         case (comfy.sd.load_diffusion_model, (path, *_)):
@@ -100,7 +101,7 @@ def _of_stock_loader(model: ModelPatcher) -> dict:
                 apt = read_metadata(path)
                 contract.native(path, apt)
                 contract.second_time(path, apt)
-            except AptError:  # replaced or taken away since, or no safetensors: as if it said nothing
+            except AptError:  # the file was replaced or removed, or is not safetensors: it says nothing
                 return {}
             return apt
     return {}

@@ -1,4 +1,4 @@
-"""What a user should know of a run that goes on all the same: on the node, in the log and in the history."""
+"""Warnings about a run that continues: on the node, in the log and in the history."""
 
 import logging
 
@@ -6,14 +6,14 @@ from comfy_api.latest import ui
 from server import PromptServer
 
 _warned: set[str] = set()
-"""Ids of nodes that show a text: it is taken away when there is nothing to say any more."""
+"""Ids of nodes that show a text, which is removed when there is no longer anything to say."""
 
 
 def warn(node: str, hidden, sentences: list[str]) -> ui.PreviewText | None:
-    """The `ui` of a node's output, None without sentences; `node` is its display name, `hidden` the hidden
+    """The `ui` of a node's output, or None without sentences. `node` is its display name, `hidden` the hidden
     inputs of its class.
 
-    A node shows two lines of about 35 letters before one has to scroll: a sentence begins with what is wrong.
+    A node shows two lines of about 35 letters before one has to scroll, so begin with what is wrong.
     """
     for sentence in sentences:
         logging.warning(f"{node}: {sentence}")
@@ -21,11 +21,13 @@ def warn(node: str, hidden, sentences: list[str]) -> ui.PreviewText | None:
 
 
 def show(text: str, hidden) -> ui.PreviewText | None:
-    """The `ui` of an output with `text`, which the node shows too; an empty one takes away an earlier run's."""
+    """The `ui` of an output with `text`, which also appears on the node; an empty text removes an earlier
+    one.
+    """
     unique_id = hidden and hidden.unique_id
     if text or unique_id in _warned:
-        # On the node itself; what is in `ui` goes to the history only. ComfyUI's frontend passes over an
-        # empty text.
+        # This puts it on the node; `ui` alone only reaches the history. ComfyUI's frontend ignores an empty
+        # text.
         PromptServer.instance.send_progress_text(text or " ", unique_id)
         (_warned.add if text else _warned.discard)(unique_id)
     return ui.PreviewText(text) if text else None

@@ -1,19 +1,19 @@
-"""Context parallelism: the tokens of one sample spread over a group of processes, exactly, and with gradients
-that serve both networks.
+"""Context parallelism: split the tokens of one sample over a group of processes, exactly, with correct
+gradients for both networks.
 
     enable(generator, group)
     enable(discriminator, group)
 
-All processes of the group pass the same inputs and get the same outputs, whole. In between each holds one
-piece of the tokens; self-attention sees all of them for a part of its heads (Ulysses, DeepSpeed 2023), and a
-discriminator head attends to its own piece and merges.
+All processes of the group pass the same inputs and get the same whole outputs. In between, each holds one
+piece of the tokens. For self-attention each process gets all tokens for a part of the heads (Ulysses,
+DeepSpeed 2023). In a discriminator head each process attends to its own piece, and the results are merged.
 
-Gradients. Every process computes the same loss from the whole output. What is whole has its true gradient on
-every process, the input of the network too: the generator step needs dD/dx. A weight that met only a piece of
-the tokens has group-size times its share of the gradient, so that the MEAN over the group is the true
-gradient. DDP and FSDP2 average over all their processes, so over (data parallel x context parallel) ones they
-give what one process would, with no change to the loss. Whoever uses neither averages the group's gradients.
-Inputs other than the latents (time, text) get partial gradients.
+Gradients. Every process computes the same loss from the whole output. Whole tensors have their true gradient
+on every process, also the network's input, since the generator step needs dD/dx. A weight that only met one
+piece of the tokens has its share of the gradient times the group size, so that the MEAN over the group is the
+true gradient. DDP and FSDP2 average over all their processes. Over (data parallel x context parallel)
+processes they thus give the same as one process, without a change to the loss. Without DDP or FSDP2, average
+the group's gradients yourself. Inputs other than the latents (time, text) get partial gradients.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,11 +36,11 @@ from ..models.patches import to_patches
 
 
 def enable(model: nn.Module, group: ProcessGroup) -> None:
-    """Makes a Backbone, a role of one, or a Discriminator compute over the group's processes, in place.
+    """Let a Backbone, a role of one, or a Discriminator compute over the group's processes, in place.
 
-    Weights, state dict and interface stay. To be done before compilation. Features of taps are whole, except
-    on their way to the heads of a discriminator. Any number of tokens fits; raises AptError when the group
-    does not divide the attention heads.
+    Weights, state dict and interface stay the same. Call this before compilation. The tokens of taps come out
+    whole, except when a discriminator passes them to its heads. Any number of tokens works; raises AptError
+    when the group size does not divide the attention heads.
     """
     backbone = model.backbone if isinstance(model, Discriminator) else model
     backbone = as_backbone(backbone.base if isinstance(backbone, Role) else backbone)
@@ -59,8 +59,8 @@ def enable(model: nn.Module, group: ProcessGroup) -> None:
 
 
 class Split:
-    """How the processes of a group share a sequence: process r has the r-th of as many equal pieces, zeros
-    where the sequence ends before.
+    """How the processes of a group share a sequence. It is cut into as many equal pieces as there are
+    processes, with zeros at the end where it does not divide, and process r has piece r.
     """
 
     def __init__(self, group: ProcessGroup):
@@ -68,29 +68,27 @@ class Split:
         self.local_taps = False
 
     def processor(self, backend: str | None) -> "UlyssesProcessor":
-        """What diffusers' attention layers then compute with."""
+        """The processor that diffusers' attention layers need for this."""
         return UlyssesProcessor(self, backend)
 
     def __deepcopy__(self, memo) -> "Split":
         return self  # copies of a model share its group
 
     def piece(self, x: Tensor) -> Tensor:
-        """Whole [B, n, ...] -> this process's [B, ceil(n / size), ...]."""
+        """Cut the whole [B, n, ...] to this process's [B, ceil(n / size), ...]."""
         return _Piece.apply(x, self)
 
     def whole(self, x: Tensor, n: int) -> Tensor:
-        """The pieces [B, ceil(n / size), ...] of all processes -> [B, n, ...] on each."""
+        """Join the pieces [B, ceil(n / size), ...] of all processes to [B, n, ...], on each process."""
         return _Whole.apply(x, self, n)
 
     def tap(self, tokens: Tensor, n: int) -> Tensor:
-        """The features of a tap: all tokens, or where a discriminator reads them this process's share,
-        without padding.
-        """
+        """The tokens of a tap: all of them, or inside a discriminator this process's share, without padding."""
         return tokens[:, : self._own(n)] if self.local_taps else self.whole(tokens, n)
 
     def embed(self, embedding: nn.Conv3d, latents: Tensor) -> Tensor:
-        """This process's piece of the tokens `embedding(latents)`, [B, n, d]. Cut before the embedding, where
-        a token is smallest.
+        """This process's piece of the tokens `embedding(latents)`, [B, n, d]. The cut comes before the
+        embedding, where tokens are smallest.
         """
         patches = to_patches(latents, embedding.kernel_size)  # [B, n, C pf ph pw]
         return F.linear(self.piece(patches), embedding.weight.flatten(1), embedding.bias)
@@ -103,11 +101,11 @@ class Split:
         lengths: Sequence[int],
         attention: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """Attention over whole sequences, each process for its share of the heads.
+        """Attention over whole sequences, in which each process computes its share of the heads.
 
-        q, k, v: pieces [B, n, heads, channels], of one sequence or of several, one after another; `lengths`
-        are the whole ones of those in k and v. attention: of q, k, v with all tokens. Returns the answers to
-        q's piece, [B, n, heads, channels].
+        q, k, v: pieces [B, n, heads, channels] of one sequence, or of several one after another; `lengths`
+        are the lengths of the whole sequences in k and v. attention: a function of q, k, v with all tokens.
+        Returns the result for this process's q, [B, n, heads, channels].
         """
         q, k, v = (self._by_heads(x) for x in (q, k, v))  # [B, size, n, heads / size, channels]
         k, v = (self._unpadded(x, lengths) for x in (k, v))
@@ -115,8 +113,8 @@ class Split:
 
     def merge(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of one q [B, heads, m, channels], the same on every process, to keys and values [B,
-        heads, n, channels] that are spread over them: each process answers for its own, then the answers are
-        weighed by the sums of their exponentials. Returns [B, heads, m, channels].
+        heads, n, channels] that are split over the processes. Each process attends to its own, then the
+        results are averaged with the sums of their exponentials as weights. Returns [B, heads, m, channels].
         """
         scores = q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5
         total = scores.logsumexp(3, keepdim=True)
@@ -156,16 +154,16 @@ class Split:
 
     def _unpadded(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         if all(n % self.size == 0 for n in lengths):
-            # several sequences interleaved: attention does not mind, as long as k and v agree
+            # The sequences come out interleaved. Attention does not depend on order, as long as k and v agree.
             return x.flatten(1, 2)
         pieces = x.split([-(-n // self.size) for n in lengths], dim=2)
         return torch.cat([piece.flatten(1, 2)[:, :n] for piece, n in zip(pieces, lengths)], dim=1)
 
 
 class UlyssesProcessor:
-    """Wan's self-attention over the group, in the place of diffusers' own processor."""
+    """Wan's self-attention over the group; replaces diffusers' own processor."""
 
-    _parallel_config = None  # diffusers' own context parallelism
+    _parallel_config = None  # of diffusers' own context parallelism
 
     def __init__(self, split: Split, backend: str | None = None):
         self.split, self._attention_backend = split, backend
@@ -173,7 +171,7 @@ class UlyssesProcessor:
     def __call__(
         self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb: Any = None
     ) -> Tensor:
-        """hidden_states: a piece of the tokens, [B, n, d]; rotary_emb: the tables of all of them, ([1, S, 1,
+        """hidden_states: a piece of the tokens, [B, n, d]; rotary_emb: the tables for all tokens, ([1, S, 1,
         channels], the same).
         """
         x, (cos, sin) = hidden_states, rotary_emb
@@ -192,7 +190,7 @@ class UlyssesProcessor:
 
 
 class _Piece(torch.autograd.Function):
-    """Whole -> piece. The pieces' gradients are size times their share, the whole one is true."""
+    """Whole -> piece. A piece's gradient is its share times the group size; the whole tensor's is true."""
 
     @staticmethod
     def forward(ctx, x: Tensor, split: Split) -> Tensor:
@@ -218,8 +216,8 @@ class _Whole(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """[size, ...]: entry r goes to process r, and entry r of the result came from it. The gradient travels
-    back the same way.
+    """[size, ...]: entry r is sent to process r, and entry r of the result came from process r. The gradient
+    travels back the same way.
     """
 
     @staticmethod

@@ -1,5 +1,5 @@
-"""The Wan VAE's decoder as a stream: exactly the pixels of diffusers' `vae.decode`, a few latent frames at a
-time.
+"""The Wan VAE's decoder as a stream: it gives exactly the pixels of diffusers' `vae.decode`, a few latent
+frames at a time.
 """
 
 import math
@@ -26,20 +26,20 @@ class Decoder:
     """Decodes with the weights of a loaded AutoencoderKLWan (Wan 2.1 or 2.2, any width), on its device and in
     its dtype.
 
-    The weights stay the VAE's own and keep their values, but get another layout in memory: `save_vae` still
-    writes them, `save_pretrained` does not.
+    The decoder uses the VAE's own weights. Their values stay, but their layout in memory changes: `save_vae`
+    can still write them, `save_pretrained` cannot.
 
-    frames_per_call: latent frames of one call, None: as many as `budget` allows. More are faster and need
-    more memory; the pixels are the same.
-    compile: let torch compile the layers, once for each shape (not with a group, nor in bands).
-    budget: bytes that a decode may use beside the weights, None: what the device has free.
-    group: a process group whose processes share the rows; each gives the whole latents and gets the whole
+    frames_per_call: latent frames per call; None means as many as `budget` allows. More frames are faster and
+    need more memory; the pixels are the same.
+    compile: compile the layers with torch, once for each shape (not with a group, and not in bands).
+    budget: bytes that a decode may use besides the weights; None means what the device has free.
+    group: a process group whose processes share the rows. Each passes the whole latents and gets the whole
     pixels.
 
-    When memory runs out all the same, the decoder steps down by itself: fewer latent frames per call, then
-    bands of rows (not with a group), then what it remembers of past frames on the CPU. A group does so
-    together when it runs out on any of its processes. The pixels stay the same.
-    `steps_taken` has one sentence for each step.
+    When memory runs out all the same, the decoder takes a smaller plan: fewer latent frames per call, then
+    bands of rows (not with a group), then the past frames that it remembers go to the CPU. A group does this
+    together when any of its processes runs out. The pixels stay the same.
+    `steps_taken` holds one sentence for each such change.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Decoder:
         self.steps_taken: list[str] = []
         self._low, self._high = decoder_layers(vae)
         self._kernels = _kernels_for(vae.device)
-        self._plans: dict[torch.Size, Plan] = {}  # of the sizes for which memory once ran out
+        self._plans: dict[torch.Size, Plan] = {}  # for the sizes at which memory once ran out
         self._compiled = compile and not group
         if self._compiled:
             allow_many_graphs()
@@ -72,11 +72,11 @@ class Decoder:
         """Normalised latents `[B, z, f, h, w]` -> slices `[B, n, H, W, 3]` in time order, together 4(f-1)+1
         frames.
 
-        fp32 in [-1, 1], or uint8 in 0..255, on the decoder's device. The first slice has 4k-3 frames and the
-        others 4k, k being the latent frames per call at the time. report: called with each sentence that is
-        added to `steps_taken`.
-        Raises AptError for latents that this VAE does not have, and OutOfMemory when memory runs out at the
-        smallest plan.
+        The slices are fp32 in [-1, 1], or uint8 in 0..255, on the decoder's device. The first slice has 4k-3
+        frames and the others 4k, where k is the current number of latent frames per call. report: called with
+        each sentence that is added to `steps_taken`.
+        Raises AptError for latents that do not belong to this VAE, and OutOfMemory when memory runs out with
+        the smallest plan.
         """
         z = self.vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != z or not latents.numel():
@@ -91,7 +91,7 @@ class Decoder:
         )
         plan, slices = self._plan(latents), None
         total = self.vae.config.scale_factor_temporal * (latents.shape[1] - 1) + 1
-        given = at = 0  # frames given out, and frames that `slices` has made: fewer after it began anew
+        given = at = 0  # frames returned so far, and frames made by `slices`: fewer after a new start
         while given < total:
             if slices is None:
                 rows, calls = self._rows(latents), 0
@@ -102,7 +102,7 @@ class Decoder:
                 if not out_of_memory(error):
                     raise
                 pixels = None
-            # Not in the except block: the exception would keep the memory of the failed call.
+            # Outside of the except block, where the exception would keep the failed call's memory alive.
             if pixels is None and self.group:
                 self._keep_up(latents, plan, calls + 1, rows.exchanges)
             failed = self.group is not None and any_failed(pixels is None, self.group, latents.device)
@@ -118,7 +118,7 @@ class Decoder:
                 yield _bytes(new) if uint8 else new.float()
 
     def decode(self, latents: Tensor, *, uint8: bool = False) -> Tensor:
-        """All slices of `stream` in one: `[B, 4(f-1)+1, H, W, 3]`."""
+        """All slices of `stream` concatenated: `[B, 4(f-1)+1, H, W, 3]`."""
         return torch.cat(list(self.stream(latents, uint8=uint8)), dim=1)
 
     def _plan(self, latents: Tensor) -> Plan:
@@ -154,8 +154,8 @@ class Decoder:
             yield torch.stack(parts)
 
     def _keep_up(self, latents: Tensor, plan: Plan, calls: int, exchanges: int) -> None:
-        """Out of memory in call number `calls`: takes part, with zeros, in what the other processes still
-        exchange in it, or they would wait.
+        """After running out of memory in call number `calls`: take part with zeros in what the other
+        processes still exchange in that call. Otherwise they would wait.
         """
         with Shapes():
             latents = latents.to("meta")
@@ -187,9 +187,9 @@ class Decoder:
         return smaller
 
 
-@cache  # a pipeline that is short of memory makes a decoder for every clip
+@cache  # a pipeline short of memory makes a new decoder for every clip
 def _kernels_for(device: torch.device) -> ModuleType | None:
-    """The module `kernels` where Triton is there and works."""
+    """The module `kernels` if Triton is installed and works, else None."""
     if device.type != "cuda" or not find_spec("triton"):
         return None
     kernels = import_module(".kernels", __package__)

@@ -1,8 +1,8 @@
-"""The layers of the Wan VAE's decoder on frames `[T, H, W, C]` in memory order, which is channels-last for
-every convolution.
+"""The layers of the Wan VAE's decoder, on frames `[T, H, W, C]` in memory order, which is channels-last for
+all convolutions.
 
-Each layer is called with frames and with the `Stream` that it may remember frames in. The numbers are those
-of diffusers' layers.
+A layer is called with frames and with a `Stream`, in which it may remember frames. The numbers equal those of
+diffusers' layers.
 """
 
 from collections import deque
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     )
 
 MEMORY = 2
-"""Frames before its own that a causal convolution of three taps sees."""
+"""How many earlier frames a causal convolution with three taps sees."""
 
 
 class Stream:
-    """What one clip carries from call to call: the last two frames that each causal convolution saw. Absent
-    ones are zeros.
+    """What one clip carries from call to call: the last two frames that each causal convolution saw. Frames
+    before the clip are zeros.
 
-    first, last: whether this call has the clip's first latent frame, and its last one. rows: `Whole`, `Bands`
-    or `parallel_vae.Rows`.
-    device: where the memory is kept, None: with the frames. kernels: the module of that name on CUDA, None:
-    the same in torch.
+    first, last: whether this call has the clip's first or last latent frame. rows: a `Whole`, `Bands` or
+    `parallel_vae.Rows`.
+    device: where the remembered frames are kept; None means with the frames. kernels: the module of that name
+    on CUDA; None means the same in torch.
     """
 
     def __init__(self, rows, device: torch.device | None = None, kernels: ModuleType | None = None):
@@ -49,8 +49,8 @@ class Stream:
         self.kept: Tensor | None = None
 
     def extend(self, layer: "CausalConv", x: Tensor, gamma: Tensor | None) -> Tensor:
-        """`silu(norm(x))`, or x itself without gamma, behind the frames before it. A lone frame with nothing
-        before it stays alone.
+        """`silu(norm(x))`, or x itself without gamma, with the earlier frames in front. A single frame with
+        none before it is returned alone.
         """
         key = (layer.index, self.rows.index)
         before = self.memory.get(key)
@@ -76,7 +76,7 @@ class Stream:
             return out.copy_(x)
         if x.dtype.itemsize > 2:
             return F.silu(rms_norm(x, gamma, out), inplace=True)
-        # rounded once, in fp32 for one frame at a time
+        # Rounded only once; in fp32, for one frame at a time.
         for source, target in [(x, out)] if torch.compiler.is_compiling() else zip(x, out):
             wide = source.float()
             target.copy_(F.silu(rms_norm(wide, gamma, wide), inplace=True))
@@ -84,36 +84,38 @@ class Stream:
 
 
 class Whole:
-    """All rows of the frames at once."""
+    """All rows of the frames at once; the interface of ways to divide them."""
 
     index = 0
-    exchanges = 0  # with nobody
+    exchanges = 0  # with other processes; see Rows
 
     def cut(self, latents: Tensor) -> Tensor:
-        """Whole latents -> this part's rows of them."""
+        """Cut whole latents to this part's rows."""
         return latents
 
     def halo(self, x: Tensor) -> tuple[Tensor, int]:
-        """Frames for a convolution of three rows, and the rows of zeros that it should pad them with."""
+        """The frames for a convolution of three rows, and how many rows of zeros it must still pad."""
         return x, 1
 
     def delay(self, x: Tensor, rows: int) -> Tensor:
-        """x as far as a path beside it has come, which lost `rows` rows to its convolutions' halos."""
+        """x with the same rows as a parallel path whose convolutions hold back `rows` rows for their
+        halos.
+        """
         return x
 
     def all(self, x: Tensor) -> Tensor:
-        """This part's rows -> the whole frame's."""
+        """Join this part's rows to the whole frame."""
         return x
 
 
 class Bands(Whole):
-    """The frames' rows in bands from top to bottom. A convolution gives the last row of a band with the next
-    band, when it has its neighbour.
+    """Bands of rows from top to bottom. The last row of a band lacks its lower neighbour, so a convolution
+    returns it together with the next band.
     """
 
     def __init__(self, count: int):
         self.count, self.index = count, 0
-        self.carried: deque[Tensor] = deque()  # of the band above, in the order in which the layers ask
+        self.carried: deque[Tensor] = deque()  # from the band above, in the order in which the layers need it
 
     @property
     def top(self) -> bool:
@@ -147,15 +149,15 @@ def rms_norm(x: Tensor, gamma: Tensor, out: Tensor) -> Tensor:
 
 
 def _gamma(norm: "WanRMS_norm") -> Tensor:
-    """With the sqrt(C) in it, not in 16 bits."""
+    """The norm's weights times sqrt(C), not in 16 bits."""
     return (norm.gamma.to(torch.promote_types(norm.gamma.dtype, torch.float32)) * norm.scale).flatten()
 
 
 class CausalConv:
-    """A WanCausalConv3d of three taps in time, behind RMSNorm and SiLU where a norm is given.
+    """A WanCausalConv3d with three taps in time, after RMSNorm and SiLU if a norm is given.
 
-    On a CPU it is the sum of a 2-D convolution for each tap, which is many times faster there; elsewhere one
-    3-D convolution. The weight stays the VAE's own, laid out for that.
+    On a CPU it adds one 2-D convolution per tap, which is many times faster there; elsewhere it is one 3-D
+    convolution. It uses the VAE's own weight, in the layout that suits this.
     """
 
     def __init__(self, conv: nn.Conv3d, index: int, norm: "WanRMS_norm | None" = None):
@@ -168,7 +170,7 @@ class CausalConv:
         self.by_taps = conv.weight.device.type == "cpu"
         weight = conv.weight.data
         if self.by_taps:
-            # each tap channels-last
+            # every tap channels-last
             conv.weight.data = weight.permute(2, 0, 3, 4, 1).contiguous().permute(1, 4, 0, 2, 3)
         else:
             conv.weight.data = weight.contiguous(memory_format=torch.channels_last_3d)
@@ -185,7 +187,7 @@ class CausalConv:
                 .permute(1, 2, 3, 0)
                 .contiguous()
             )
-        # no copy where it goes by taps
+        # no copy when it is used tap by tap
         taps = [
             tap.contiguous(memory_format=torch.channels_last) for tap in self.weight.unbind(2)[-len(frames) :]
         ]
@@ -198,7 +200,7 @@ class CausalConv:
 
 
 class Pointwise:
-    """A convolution that looks at one position only."""
+    """A convolution that sees a single position."""
 
     def __init__(self, conv: nn.Conv2d | nn.Conv3d):
         self.weight, self.bias = conv.weight.flatten(1), conv.bias
@@ -224,7 +226,7 @@ class Residual:
 
 
 class Attention:
-    """The middle's WanAttentionBlock: each frame on its own, so that the scores of one are all that is held."""
+    """The middle's WanAttentionBlock, one frame at a time, so that only one frame's scores are in memory."""
 
     def __init__(self, block: "WanAttentionBlock"):
         self.gamma, self.qkv, self.project = (
@@ -245,18 +247,18 @@ class Attention:
 
 
 class Upsample:
-    """A WanResample: twice the frames but for the clip's first, then twice the rows and columns.
+    """A WanResample: doubles all frames except the clip's first, then doubles rows and columns.
 
-    Nearest-exact upsampling followed by a 3x3 convolution is four 2x2 convolutions of the small frames, one
-    for each place in a square of four pixels, whose weights are sums of the 3x3's: 16/36 of the work, and
-    nothing upsampled is stored.
+    Nearest-exact upsampling followed by a 3x3 convolution equals four 2x2 convolutions of the small frames,
+    one for each position in a square of four pixels, with sums of the 3x3's weights. This takes 16/36 of the
+    work and stores nothing upsampled.
     """
 
     def __init__(self, resample: "WanResample", number: Iterator[int]):
         self.time = CausalConv(resample.time_conv, next(number)) if hasattr(resample, "time_conv") else None
         conv = cast(nn.Conv2d, cast(nn.Sequential, resample.resample)[1])
         full = conv.weight.float()
-        # [place, tap of 2, tap of 3]
+        # [position, tap of 2, tap of 3]
         rows = full.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
         weight = torch.einsum("ocyx,iay,jbx->ijocab", full, rows, rows).flatten(0, 2)
         self.weight = weight.to(conv.weight.dtype, memory_format=torch.channels_last)
@@ -284,7 +286,7 @@ class Upsample:
 
 
 class Keep:
-    """Where a Wan 2.2 up block begins: its shortcut wants these frames at its end."""
+    """The start of a Wan 2.2 up block: keeps the frames for the shortcut at its end."""
 
     def __call__(self, x: Tensor, stream: Stream) -> Tensor:
         stream.kept = x
@@ -292,15 +294,15 @@ class Keep:
 
 
 class Repeat:
-    """Where a Wan 2.2 up block ends: adds the kept frames, each pixel repeated (a DupUp3D, whose channels
-    stay or are divided).
+    """The end of a Wan 2.2 up block: adds the kept frames, with each pixel repeated (a DupUp3D whose number
+    of channels stays the same or is divided).
     """
 
     def __init__(self, shortcut: "DupUp3D", lost: int):
         if shortcut.in_channels % shortcut.out_channels:
             raise AptError(
-                f"a VAE whose decoder goes from {shortcut.in_channels} to {shortcut.out_channels} channels is not known: "
-                "give one whose channels stay or are divided."
+                f"the VAE's decoder goes from {shortcut.in_channels} to {shortcut.out_channels} channels, which is not supported: "
+                "give a VAE whose number of channels stays the same or is divided."
             )
         self.frames, self.repeats, self.step, self.lost = (
             shortcut.factor_t,
@@ -310,16 +312,16 @@ class Repeat:
         )
 
     def __call__(self, y: Tensor, stream: Stream) -> Tensor:
-        assert stream.kept is not None  # by the block's Keep
+        assert stream.kept is not None  # the block's Keep has set it
         x, stream.kept = stream.rows.delay(stream.kept, self.lost), None
-        skip = self.frames - 1 if stream.first else 0  # of the first frame's copies only the last stays
+        skip = self.frames - 1 if stream.first else 0  # only the last copy of the first frame stays
         fine = y.unflatten(1, (-1, 2)).unflatten(3, (-1, 2))
         for a in range(self.frames):
             source = x[1:] if a < skip else x
             for i in range(2):
                 for j in range(2):
                     channel = ((a * 2 + i) * 2 + j) // self.repeats
-                    # += would write twice
+                    # += on the slice would write twice
                     fine[(a - skip) % self.frames :: self.frames, :, i, :, j].add_(
                         source[..., channel :: self.step]
                     )
@@ -327,7 +329,7 @@ class Repeat:
 
 
 class Head:
-    """From the last resolution's frames to whole pictures in [-1, 1], `[n, H, W, 3]`, in the model's dtype."""
+    """Turns the last resolution's frames into pictures `[n, H, W, 3]` in [-1, 1], in the model's dtype."""
 
     def __init__(self, decoder: "WanDecoder3d", patch: int | None, number: Iterator[int]):
         self.conv, self.patch = CausalConv(decoder.conv_out, next(number), decoder.norm_out), patch or 1
@@ -339,8 +341,8 @@ class Head:
 
 
 def decoder_layers(vae) -> tuple[list, list]:
-    """The layers from latents as the VAE has them to pixels: up to the last two resolutions, where nearly all
-    of the memory goes, and from there.
+    """The layers from denormalised latents to pixels, in two lists: those before the last two resolutions,
+    and the rest, which needs nearly all of the memory.
     """
     decoder, number = vae.decoder, count()
     first, second = decoder.mid_block.resnets

@@ -1,4 +1,4 @@
-"""How much memory a decode may take, an account of what it takes, and the choice of a plan that fits."""
+"""How much memory a decode may take, a count of what it takes, and the choice of a plan that fits."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,21 +8,22 @@ import torch
 from .decoder_layers import MEMORY, Attention, CausalConv, Head, Keep, Pointwise, Repeat, Residual, Upsample
 
 BAND = 12
-"""Rows of a band at least: the two last resolutions hold back 11 rows of the first."""
+"""The fewest rows of a band: the two last resolutions hold back 11 rows of the first one."""
 SPARE = 0.85
-"""Part of a budget that the account may fill: the rest is for the workspaces of the convolutions, whose
-size nobody knows before.
+"""The part of a budget that the count may fill. The rest is for the convolutions' workspaces, whose size is
+unknown in advance.
 """
 
 LARGEST = 2**31
-"""Numbers of one tensor from which on cuDNN's convolutions count in 64 bits, where it has such ones at all.
+"""From this many numbers in one tensor on, cuDNN's convolutions count in 64 bits, if it has such a
+convolution at all.
 """
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a decode goes, from fast to small: latent frames per call, bands of rows, and whether past frames
-    are remembered on the CPU.
+    """How a decode runs, from fast to small: the latent frames per call, the bands of rows, and whether past
+    frames are kept on the CPU.
     """
 
     frames: int
@@ -30,8 +31,8 @@ class Plan:
     offload: bool = False
 
     def smaller(self, height: int, bands: bool = True) -> "Plan | None":
-        """The next plan that needs less, for latents of `height` rows; None after the last. bands: whether
-        rows may be divided.
+        """The next plan that needs less memory, for latents of `height` rows; None after the last. bands:
+        whether rows may be divided.
         """
         most_bands = max(height * 4 // BAND, 1) if bands else 1
         if self.frames > 1:
@@ -54,13 +55,13 @@ def choose(
     device: torch.device,
     bands: bool = True,
 ) -> Plan:
-    """The fastest plan for latents of shape (clips, f, h, w) whose account fits, or the smallest there is.
+    """The fastest plan that fits, for latents of shape (clips, f, h, w), or the smallest plan if none fits.
 
-    None makes a convolution read or write LARGEST numbers or more, as long as fewer latent frames per call
-    can help that.
+    As long as fewer latent frames per call can avoid it, no plan makes a convolution read or write LARGEST
+    numbers or more.
 
-    frames: where to begin, None: all. budget: in bytes, None: what the device has free; on a CPU one frame at
-    a time, since more are hardly faster.
+    frames: the number to begin with; None means all. budget: in bytes; None means what the device has free.
+    On a CPU it takes one frame at a time, since more are hardly faster.
     bands: whether rows may be divided.
     """
     if budget is None and device.type == "cpu":
@@ -85,8 +86,8 @@ def choose(
 def account(
     layers: tuple[list, list], shape: tuple[int, int, int, int], plan: Plan, dtype: torch.dtype
 ) -> int:
-    """Bytes that a call in the middle of a clip holds at its peak, beside weights and latents: what it
-    computes with and what it remembers.
+    """The peak of a call in the middle of a clip, in bytes, without weights and latents: what it computes
+    with and what it remembers.
     """
     (low, high), (clips, f, h, w) = layers, shape
     t = min(plan.frames, f)
@@ -107,7 +108,7 @@ def account(
 
 
 def largest(layers: tuple[list, list], shape: tuple[int, int, int, int], plan: Plan) -> int:
-    """Numbers in the largest tensor that a convolution reads or writes."""
+    """How many numbers the largest tensor has that a convolution reads or writes."""
     (low, high), (_, f, h, w) = layers, shape
     account = Account()
     account.add(low + high, (min(plan.frames, f), h, w, 0))
@@ -115,17 +116,17 @@ def largest(layers: tuple[list, list], shape: tuple[int, int, int, int], plan: P
 
 
 class Account:
-    """Numbers held at the peak of a call, and from call to call; and those of the largest tensor at a
-    convolution.
+    """Counts the numbers in memory at the peak of a call and between calls, and those of the largest tensor
+    at a convolution.
 
-    bands: rows are copied once more for their neighbours' sake.
+    bands: whether rows are copied once more for the neighbouring bands.
     """
 
     def __init__(self, bands: bool = False):
         self.bands, self.peak, self.remembered, self.kept, self.largest = bands, 0, 0, 0, 0
 
     def add(self, layers: list, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-        """Goes through the layers with frames of shape (t, h, w, c). Returns the shape after them."""
+        """Go through the layers with frames of shape (t, h, w, c); return the shape after them."""
         for layer in layers:
             shape = self.takers[type(layer)](self, layer, *shape)
         return shape
@@ -134,8 +135,8 @@ class Account:
         self.peak = max(self.peak, h * w * (t * channels + more) + self.kept)
 
     def _conv(self, conv: CausalConv, t: int, h: int, w: int, beside: int) -> None:
-        """A convolution while `beside` numbers a position are held: what it sees, and what it gives, by taps
-        twice.
+        """A convolution while `beside` numbers per position are in memory: its input, and its output, which
+        counts twice when it is computed tap by tap.
         """
         self._hold(
             t,
@@ -167,7 +168,7 @@ class Account:
         return t, h, w, c
 
     def _upsample(self, layer: Upsample, t: int, h: int, w: int, c: int) -> tuple[int, int, int, int]:
-        before, out = t * c, layer.weight.shape[0]  # for four pixels
+        before, out = t * c, layer.weight.shape[0]  # the output is for four pixels
         if layer.time:
             self._conv(layer.time, t, h, w, beside=before)
             t *= 2

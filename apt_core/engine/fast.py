@@ -1,5 +1,5 @@
-"""A transformer made fast for inference: attention backend, fused projections, fp8, compiled blocks with a
-cache that outlives the process.
+"""Make a transformer fast for inference: attention backend, fused projections, fp8, and compiled blocks in a
+cache that later processes reuse.
 """
 
 import os
@@ -21,9 +21,9 @@ from .torch_limits import allow_many_graphs
 
 @dataclass(frozen=True)
 class Speed:
-    """backend: of attention, diffusers' name, None for the best one installed; compile: the blocks, by
-    torch.compile; fp8: weights and products of the blocks. All but fp8 leave the result as it is, up to
-    rounding.
+    """backend: diffusers' name of the attention backend; None means the best one installed; compile: compile
+    the blocks with torch.compile; fp8: weights and products of the blocks in fp8. Without fp8 the result
+    stays the same, up to rounding.
     """
 
     backend: str | None = None
@@ -39,10 +39,11 @@ def make_fast(
     group=None,
     place: torch.device | None = None,
 ) -> nn.Module:
-    """Prepares a Backbone, in place, for forward passes without gradients on `device`; returns it.
+    """Prepare a Backbone, in place, for forward passes without gradients on `device`; return it.
 
-    place: where its weights are to wait, None: where they are. group: processes that share each sample's
-    tokens. Raises AptError where the card has no fp8 and where the group does not divide the heads.
+    place: where its weights wait while they are not used; None means where they are. group: processes that
+    share each sample's tokens. Raises AptError when the card has no fp8 and when the group size does not
+    divide the heads.
     """
     backbone = as_backbone(model)
     backbone.fuse_projections()
@@ -53,17 +54,17 @@ def make_fast(
         model.to(place)
     if group is not None and group.size() > 1:
         enable(model, group)
-    dtype = backbone.patch_embedding.weight.dtype  # what tokens are in; some weights stay fp32
+    dtype = backbone.patch_embedding.weight.dtype  # the dtype of the tokens; some weights stay in fp32
     backbone.use_attention(speed.backend or best_backend(device, dtype, backbone.config.attention_head_dim))
     if speed.compile:
         allow_many_graphs()
-        for block in backbone.blocks:  # not block.compile, which takes the block's hooks into the graph, and with them BlockStream's moves
+        for block in backbone.blocks:  # block.compile would also compile the hooks with BlockStream's moves
             block.forward = torch.compile(block.forward, dynamic=False)
     return model
 
 
 def check_device(name: str | torch.device) -> None:
-    """Raises AptError for a device that torch does not know or cannot use here."""
+    """Raise AptError for a device that torch does not know or cannot use here."""
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, TypeError):  # AssertionError: torch without CUDA
@@ -73,28 +74,29 @@ def check_device(name: str | torch.device) -> None:
 
 
 def check_compile(device: torch.device) -> None:
-    """Raises AptError where torch has nothing to compile with: on a CPU a C++ compiler, elsewhere Triton."""
+    """Raise AptError when torch has nothing to compile with: on a CPU a C++ compiler, elsewhere Triton."""
     if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler  # a second to import
+        from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second to import
         from torch._inductor.exc import InvalidCxxCompiler
 
         try:
             get_cpp_compiler()
         except InvalidCxxCompiler:
             raise AptError(
-                "compiling for a CPU needs a C++ compiler, and there is none: install g++, or leave compile away."
+                "compiling for a CPU needs a C++ compiler, and there is none: install g++, or leave compile out."
             ) from None
     elif find_spec("triton") is None:
         raise AptError(
-            f"compiling for {device} needs Triton, which is not installed: install it, or leave compile away."
+            f"compiling for {device} needs Triton, which is not installed: install it, or leave compile out."
         )
 
 
 def keep_compiled(folder: Path) -> None:
-    """From now on this process keeps in `folder` whatever torch compiles, where a second start finds it.
+    """From now on, let this process keep everything that torch compiles in `folder`, so that a later process
+    finds it.
 
-    Raises AptError for a folder that cannot be written to. A TORCHINDUCTOR_CACHE_DIR of the user's stands.
-    Without one torch takes a folder of temporary files, and sets the variable to it.
+    A TORCHINDUCTOR_CACHE_DIR that the user has set stays. Otherwise torch would use a folder of temporary
+    files and set that variable itself. Raises AptError for a folder that cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits: weights and inputs in float8 e4m3, products by the card's fp8 matrix units, sums
+"""Linear layers in 8 bits: weights and inputs in float8 e4m3, products on the card's fp8 matrix units, sums
 in fp32.
 """
 
@@ -12,15 +12,15 @@ from ..models.backbone import as_backbone
 
 FP8 = torch.float8_e4m3fn
 MOST = torch.finfo(FP8).max  # 448
-STEP = 16  # what the fp8 units want a layer's sides to be multiples of
+STEP = 16  # the fp8 units need a layer's sides to be multiples of this
 
 
 _scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage] - it has no public name
 
 
 def quantise(x: Tensor, rowwise: bool = True) -> tuple[Tensor, Tensor]:
-    """`x` [n, m] as (fp8 [n, m], scale fp32 [n, 1], or [] for one scale for all), so that `fp8 * scale` is x
-    within a 16th of each value.
+    """Turn `x` [n, m] into (fp8 [n, m], scale fp32 [n, 1], or [] when one scale serves all), so that
+    `fp8 * scale` differs from x by less than a 16th of each value.
     """
     largest = x.abs().amax(1, keepdim=True) if rowwise else x.abs().amax()
     scale = largest.float().clamp(min=1e-12) / MOST
@@ -28,9 +28,11 @@ def quantise(x: Tensor, rowwise: bool = True) -> tuple[Tensor, Tensor]:
 
 
 class Fp8Linear(nn.Module):
-    """What an nn.Linear computes, with its weight in fp8 and its input turned to fp8 on the way.
+    """Computes the same as an nn.Linear, with its weight in fp8; the input is converted to fp8 for the
+    product.
 
-    rowwise: a scale for each token and each output channel, else one for each tensor, which older cards want.
+    rowwise: one scale for each token and each output channel; otherwise one for each tensor, as older cards
+    need.
     """
 
     weight: Tensor
@@ -48,9 +50,9 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]. Returns [..., out] in the dtype of x."""
         rows, scale = quantise(x.reshape(-1, self.in_features), self.rowwise)
-        # all that every build of torch has for rows
+        # the only dtype that every build of torch supports with row scales
         out = torch.bfloat16 if x.is_cuda and self.rowwise else x.dtype
-        # the fp8 units add a bias to 16 bits only
+        # the fp8 units only add a bias to 16-bit results
         bias = self.bias if out == x.dtype == torch.bfloat16 else None
         y = _scaled_mm(
             rows,
@@ -67,19 +69,19 @@ class Fp8Linear(nn.Module):
 
 
 def check_fp8(device: torch.device) -> bool:
-    """Whether `device` takes a scale for each row. Raises AptError for a card without fp8 units; a CPU
-    computes it all the same, slowly.
+    """Whether `device` supports a scale for each row. Raises AptError for a card without fp8 units. A CPU
+    computes it too, slowly.
     """
     if device.type == "cpu":
         return _rows_on_a_cpu()
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        raise AptError(f"{name} has no fp8 matrix units (Ada, Hopper and Blackwell have): leave fp8 away.")
+        raise AptError(f"{name} has no fp8 matrix units (Ada, Hopper and Blackwell have): leave fp8 out.")
     return torch.cuda.get_device_capability(device)[0] in (9, 10)  # Hopper, data centres' Blackwell
 
 
 def _rows_on_a_cpu() -> bool:
-    """Newer versions of torch have that."""
+    """Whether this version of torch can do it on a CPU; newer ones can."""
     x, scale = torch.zeros(STEP, STEP, dtype=FP8), torch.ones(STEP, 1)
     try:
         _scaled_mm(x, x.t(), scale_a=scale, scale_b=scale.t().contiguous(), out_dtype=torch.float32)
@@ -90,10 +92,10 @@ def _rows_on_a_cpu() -> bool:
 
 @torch.no_grad()
 def to_fp8(model: nn.Module, rowwise: bool = True, device: torch.device | None = None) -> nn.Module:
-    """Puts an Fp8Linear in the place of each linear layer of the blocks, except those of time, which see one
-    row; returns the model.
+    """Replace each linear layer of the blocks by an Fp8Linear, except those of the time, which see only one
+    row; return the model.
 
-    device: where the new layers are to be, None: where the old ones are. The wide weights go there one by
+    device: where the new layers go; None means where the old ones are. The wide weights move there one by
     one.
     """
     blocks = as_backbone(model).blocks

@@ -1,6 +1,4 @@
-"""Triton kernels of the VAE's decoder. Imported on CUDA only; the functions in torch that they stand for are
-in decoder_layers.
-"""
+"""Triton kernels of the VAE's decoder, imported only on CUDA. decoder_layers has the same functions in torch."""
 
 from typing import Any
 
@@ -10,7 +8,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 POSITIONS_TIMES_CHANNELS = 8192
-"""Numbers that one program works on at a time."""
+"""How many numbers one program works on at a time."""
 
 
 @triton.jit
@@ -32,14 +30,14 @@ def _extend(
     NORM: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    # A frame's offset is beyond 32 bits from 2 GiB of numbers on.
+    # From 2 GiB of numbers on, a frame's offset does not fit in 32 bits.
     x_frame, before_frame, out_frame = x_frame.to(tl.int64), before_frame.to(tl.int64), out_frame.to(tl.int64)
     position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, BLOCK_C)
     inside = (position[:, None] < positions) & (channel[None, :] < C)
     place = position[:, None] * C + channel[None, :]
     weight = tl.load(gamma + channel, mask=channel < C, other=0.0).to(tl.float32) if NORM else 0.0
-    # The same program reads what was remembered of a position and later overwrites it, so the order is safe.
+    # The same program reads the remembered values of a position and later overwrites them, so the order is safe.
     for i in tl.static_range(MEMORY):
         old = (
             tl.load(before + i * before_frame + place, mask=inside, other=0.0)
@@ -48,7 +46,7 @@ def _extend(
         )
         tl.store(out + i * out_frame + place, old, mask=inside)
         if KEEP:
-            # Of a call with fewer new frames than are remembered, the younger old ones stay.
+            # When a call has fewer new frames than are remembered, the younger old frames stay.
             if i >= t:
                 tl.store(before + (i - t) * before_frame + place, old, mask=inside)
     for i in range(t):
@@ -73,13 +71,12 @@ def extend(
     keep: bool,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`[before, silu(norm(x))]`, `[memory + T, H, W, C]`, in one pass; its last frames are written to
-    `before` with `keep`.
+    """`[before, silu(norm(x))]`, `[memory + T, H, W, C]`, in one pass. With `keep` its last frames are
+    written to `before`.
 
-    x: `[T, H, W, C]`, each frame in memory order. gamma: `[C]` with the factor sqrt(C) in it; None: x as it
-    is.
-    before: `[memory, H, W, C]`, each frame in memory order, None: zeros, and nothing is kept.
-    out: where to write, None: a new tensor.
+    x: `[T, H, W, C]`, each frame in memory order. gamma: `[C]`, already times sqrt(C); None means x
+    unchanged. before: `[memory, H, W, C]`, each frame in memory order; None means zeros, and nothing is kept.
+    out: the tensor to write to; None means a new one.
     """
     t, *_, channels = x.shape
     positions = x[0].numel() // channels
@@ -87,7 +84,7 @@ def extend(
     block_c = triton.next_power_of_2(channels)
     block = max(POSITIONS_TIMES_CHANNELS // block_c, 1)
     with torch.cuda.device_of(x):  # Triton launches on the current one
-        kernel: Any = _extend  # what triton.jit makes of a function takes its grid in brackets
+        kernel: Any = _extend  # triton.jit returns an object that takes its grid in brackets
         kernel[(triton.cdiv(positions, block),)](
             x,
             gamma if gamma is not None else x,
@@ -111,7 +108,7 @@ def extend(
 
 
 def work_on(device: torch.device) -> bool:
-    """Whether the kernels run on this device: Triton also wants a C compiler and a card that it knows."""
+    """Whether the kernels run on this device: Triton also needs a C compiler and a card that it supports."""
     try:
         extend(
             torch.ones(1, 1, 1, 16, device=device), torch.ones(16, device=device), None, memory=2, keep=False

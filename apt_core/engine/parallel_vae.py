@@ -1,8 +1,8 @@
-"""Rows of a frame over a group of processes, exactly: no overlap, no blending.
+"""Split the rows of frames over a group of processes, exactly: no overlap, no blending.
 
-A 3x3 convolution needs one row of each neighbour (a halo), and the one attention block of the middle needs
-the keys and values of the whole frame. Everything else in the Wan VAE's decoder looks at one position only.
-What it remembers of past frames stays with its rows.
+A 3x3 convolution needs one row of each neighbour (a halo), and the one attention block in the middle needs
+the keys and values of the whole frame. All other parts of the Wan VAE's decoder see a single position. Past
+frames are remembered with their rows.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from ..errors import AptError
 
 
 class Rows:
-    """Who has which rows of frames `[..., H, W, C]`, at any multiple of the latents' height. The interface of
-    `decoder_layers.Whole`.
+    """Which process has which rows of frames `[..., H, W, C]`, whose height is any multiple of the latents'.
+    The interface is that of `decoder_layers.Whole`.
 
-    height: of the latents; where it does not divide evenly, the first processes have one row more.
-    exchanges: how often this process has exchanged something with the others. Frames on device "meta" (see
-    `Shapes`) are exchanged as zeros on `device`, but for the first `skip` times, when nothing is.
+    height: of the latents; when it does not divide evenly, the first processes have one row more.
+    exchanges: how often this process has exchanged data with the others. Frames on device "meta" (see
+    `Shapes`) are exchanged as zeros on `device`, except for the first `skip` exchanges, which are left out.
     Raises AptError for fewer rows than processes.
     """
 
@@ -50,11 +50,11 @@ class Rows:
         )
 
     def cut(self, latents: Tensor) -> Tensor:
-        """Whole latents -> this process's rows of them."""
+        """Cut whole latents to this process's rows."""
         return latents.split(self.counts, dim=-3)[self.rank].contiguous()
 
     def all(self, x: Tensor) -> Tensor:
-        """This process's rows of anything -> all rows, on every process."""
+        """Join the rows of all processes, on every process. For tensors of any kind."""
         scale = x.shape[-3] // self.counts[self.rank]
         most = max(self.counts) * scale
         x = F.pad(x, (0, 0, 0, 0, 0, most - x.shape[-3])).contiguous()
@@ -65,8 +65,8 @@ class Rows:
         )
 
     def halo(self, x: Tensor) -> tuple[Tensor, int]:
-        """This process's rows with one more above and below, the neighbours' or zeros at the frame's edge;
-        and 0, the padding left to do.
+        """This process's rows with one more above and below: the neighbours' rows, or zeros at the frame's
+        edge. Also returns 0, the padding that is left to do.
         """
         top, bottom = x[..., :1, :, :].contiguous(), x[..., -1:, :, :].contiguous()
         above, below = torch.zeros_like(top), torch.zeros_like(bottom)
@@ -93,23 +93,23 @@ class Rows:
                     Tensor, lambda x: torch.zeros(x.shape, dtype=x.dtype, device=self.device), buffers
                 )
             )
-        self.exchanges += 1  # not one that failed
+        self.exchanges += 1  # a failed exchange does not count
 
     def delay(self, x: Tensor, rows: int) -> Tensor:
-        """x itself: no row is lost to a halo."""
+        """x itself, because no row is lost to a halo."""
         return x
 
 
 def any_failed(failed: bool, group: ProcessGroup, device: torch.device) -> bool:
-    """Whether any process of the group says so."""
+    """Whether any process of the group reports a failure."""
     flag = torch.tensor(int(failed), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=group)
     return bool(flag)
 
 
 class Shapes(TorchDispatchMode):
-    """Within it, what is computed from a tensor on device "meta" is on "meta" too, whatever device the
-    weights are on: shapes and no numbers.
+    """While it is active, everything computed from a tensor on device "meta" is on "meta" too, whatever
+    device the weights are on. This computes shapes without numbers.
     """
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -42,8 +42,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Video:
-    """One sample. frames: uint8 `[F, H, W, 3]`; fps: 0 for a picture; number: of the sample in its request;
-    about: what its file says of it, see `Request.about`.
+    """One sample. frames: uint8 `[F, H, W, 3]`; fps: 0 for a picture; number: its position in the request;
+    about: what its file says about it, see `Request.about`.
     """
 
     frames: np.ndarray
@@ -53,7 +53,7 @@ class Video:
     about: Mapping | None = None
 
     def save(self, path: str | Path) -> None:
-        """Write an .mp4, or of a single frame a picture (.png, .jpg, ...). Raises AptError as `media_write`
+        """Write an .mp4, or for a single frame a picture (.png, .jpg, ...). Raises AptError as `media_write`
         does.
         """
         if len(self.frames) == 1:
@@ -63,17 +63,18 @@ class Video:
 
 
 class OneStepPipeline:
-    """A one-step generator with its text encoder and VAE. Weights are read at the first call that needs them,
-    after all that can be wrong.
+    """A one-step generator with its text encoder and VAE. All inputs are checked first; weights are read at
+    the first call that needs them.
 
-    sources: the parts, see `from_checkpoint`. device: "auto" takes the GPU where there is one; dtype: by
-    default bf16, on a CPU fp32.
+    sources: the parts, see `from_checkpoint`. device: "auto" uses the GPU if there is one; dtype: by default
+    bf16, on a CPU fp32.
     backend, compile, fp8: see `fast.Speed`; on a GPU compile also compiles the decoder. memory: GiB of the
-    device that may be used, None for what is free; what does not fit waits in the CPU's memory. cache: folder
-    of what can be made again (text embeddings, compiled code), None for `cache_folder()`. group: processes
-    that make each sample together, all called alike. report: told in a sentence when memory made the pipeline
-    step down, what is assumed of a LoRA without metadata, and which half of a Wan 2.2 A14B is used; by
-    default that is a warning of the logger apt_core.
+    device that may be used; None means what is free. What does not fit waits in the CPU's memory. cache: the
+    folder for what can be made again (text embeddings, compiled code); None means `cache_folder()`. group:
+    processes that make each sample together; all must make the same calls. report: called with a sentence
+    when the pipeline uses less memory after running out, when it assumes something about a LoRA without
+    metadata, and when it picks one half of a Wan 2.2 A14B. By default the sentence is a warning of the logger
+    apt_core.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class OneStepPipeline:
         self._decoder: Decoder | None = None
         self._given_up: list[str] = []
         self._drawer = ThreadPoolExecutor(1)
-        self._drawn: tuple[tuple, Future] | None = None  # the noise that was asked for last
+        self._drawn: tuple[tuple, Future] | None = None  # the noise of the last request for noise
 
     @classmethod
     def from_checkpoint(
@@ -131,25 +132,25 @@ class OneStepPipeline:
         tiny_decoder: str | Path | None = None,
         **options,
     ) -> "OneStepPipeline":
-        """A pipeline from files: headers and configs are read, no weight.
+        """Make a pipeline from files. Reads headers and configs, but no weight.
 
         path: a checkpoint, a LoRA file of any program (see `lora_files`) or a diffusers folder; vae,
-        text_encoder: single files as ComfyUI takes them, or diffusers folders; tokenizer: where the text
-        encoder does not carry its own; base: the transformer that a LoRA belongs to. "mini" is the shipped
-        miniature, for each of them. tiny_decoder: taew2_1 or taew2_2 in the place of the VAE, which is fast
-        and APPROXIMATE. options: those of the class.
-        Raises AptError for parts that are missing, damaged or do not fit one another.
+        text_encoder: single files as ComfyUI takes them, or diffusers folders; tokenizer: needed when the
+        text encoder does not contain its own; base: the transformer that a LoRA belongs to. Each of them may
+        be "mini", the miniature that comes with the project. tiny_decoder: taew2_1 or taew2_2, which replaces
+        the VAE and is fast and APPROXIMATE. options: those of the class.
+        Raises AptError for parts that are missing, damaged or do not fit together.
         """
         return cls(read_sources(path, vae, text_encoder, tokenizer, base, tiny_decoder), **options)
 
     @property
     def approximate(self) -> bool:
-        """Whether a tiny decoder stands in for the VAE."""
+        """Whether a tiny decoder replaces the VAE."""
         return self.sources.vae.approximate
 
     @property
     def steps_taken(self) -> list[str]:
-        """What was given up for lack of memory, one sentence each."""
+        """What the pipeline gave up for lack of memory, one sentence for each step."""
         return list(
             dict.fromkeys(
                 self._residence.steps_taken
@@ -159,11 +160,11 @@ class OneStepPipeline:
         )
 
     def __call__(self, prompt: str | Sequence[str], **wishes) -> Video | list[Video]:
-        """One video for one prompt and count 1, else a list: `count` of each prompt, one prompt after
-        another.
+        """One video for one prompt with count 1, else a list: `count` videos of each prompt, in the order of
+        the prompts.
 
         wishes: seed, noise ("apt" or "comfyui"), steps, count, height, width, frames, fps, see Request.
-        Raises AptError for what cannot be made, before any weight is read.
+        Raises AptError for a request that cannot be fulfilled, before any weight is read.
         """
         request = self.request(prompt, **wishes)
         text = self.embed(request)
@@ -179,22 +180,22 @@ class OneStepPipeline:
         return videos[0] if isinstance(prompt, str) and request.count == 1 else videos
 
     def stream(self, prompt: str, **wishes) -> Iterator[np.ndarray]:
-        """The frames of one video as they are decoded, uint8 `[n, H, W, 3]`. Raises AptError at once, not at
-        the first frame.
+        """The frames of one video while they are decoded, uint8 `[n, H, W, 3]`. Raises AptError at once and
+        not at the first frame.
         """
         request = self._one(prompt, wishes)
         return self.frames(self.latents(request, 0, self.embed(request)))
 
     def write(self, prompt: str, path: str | Path, **wishes) -> None:
-        """One video (.mp4) or picture to a file, which is encoded while the rest is decoded. Raises AptError
-        as the call does.
+        """Write one video (.mp4) or picture to a file; frames are encoded while others are decoded. Raises
+        AptError as the call does.
         """
         request = self._one(prompt, wishes)
         check_name(path, request.sizes[2])
         self.write_sample(request, 0, self.embed(request), path)
 
     def request(self, prompt: str | Sequence[str], **wishes) -> Request:
-        """The request with all sizes filled in. Raises AptError for what cannot be made."""
+        """The request with all sizes filled in. Raises AptError when it cannot be fulfilled."""
         prompts = (prompt,) if isinstance(prompt, str) or not isinstance(prompt, Iterable) else tuple(prompt)
         return Request(prompts, **wishes).fitted(self.sources)
 
@@ -207,11 +208,11 @@ class OneStepPipeline:
         return request
 
     def embed(self, request: Request) -> Tensor:
-        """The texts of a request, `[n, L, d]` fp32 on the CPU. The encoder is only loaded for a text that the
-        cache does not have. Raises AptError for a text that is too long, before it is.
+        """The embeddings of a request's texts, `[n, L, d]` fp32 on the CPU. The encoder is loaded only for a
+        text that is not in the cache. Raises AptError for a text that is too long, before loading it.
         """
         source, length = self.sources.text, self.sources.transformer.text_length
-        self._draw(request, 0)  # beside the encoder
+        self._draw(request, 0)  # while the encoder runs
         if self._text_cache is None:
             self._text_cache = TextCache(self.cache / "text", encoder_fingerprint(source.facts))
 
@@ -226,8 +227,8 @@ class OneStepPipeline:
         return TextEncoder.pad(self._text_cache.get(request.texts, encode), length)
 
     def latents(self, request: Request, number: int, text: Tensor, z: Tensor | None = None) -> Tensor:
-        """Sample `number` of a request as normalised latents `[1, C, f, h, w]`, fp32. text: what `embed`
-        gave; z: noise `[C, f, h, w]` to start from in the place of the sample's own.
+        """Sample `number` of a request as normalised latents `[1, C, f, h, w]`, fp32. text: the result of
+        `embed`; z: noise `[C, f, h, w]` to start from instead of the sample's own.
         """
         shape, z = (
             request.latents(self.sources),
@@ -263,7 +264,7 @@ class OneStepPipeline:
         return self._residence.run("transformer", self._load_transformer, sample, alone=self.group is None)
 
     def frames(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Latents `[1, C, f, h, w]` -> frames as they are decoded, uint8 `[n, H, W, 3]`."""
+        """Latents `[1, C, f, h, w]` -> frames while they are decoded, uint8 `[n, H, W, 3]`."""
         return map(Tensor.numpy, on_the_cpu(part[0] for part in self._decode(latents)))
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
@@ -273,15 +274,15 @@ class OneStepPipeline:
         yield from decoder.stream(latents, uint8=True, report=self.report)
 
     def _left(self, name: str) -> None:
-        """A network has left the device. The decoder holds weights in another form, and views that would keep
-        the old ones there.
+        """Called when a network has left the device. The decoder holds weights in another form, and views
+        that would keep the old ones on the device.
         """
         if name == "vae":
             self._given_up, self._decoder = self.steps_taken, None
 
     def write_sample(self, request: Request, number: int, text: Tensor, path: str | Path | None) -> None:
-        """Sample `number` of a request to a file; None as the path makes it only, for the partners of the
-        process that writes.
+        """Write sample `number` of a request to a file. With path None the sample is only computed, for the
+        other processes of the group.
         """
         latents = self.latents(request, number, text)
         if path is None:
@@ -293,7 +294,7 @@ class OneStepPipeline:
         if frames == 1:
             write_image(path, next(parts), about=about)
         else:
-            # left from below: the encoder's thread is done before the file is closed
+            # The stack closes in reverse order: the encoder's thread ends before the file is closed.
             with ExitStack() as stack:
                 write = stack.enter_context(video_writer(path, height, width, fps, about=about))
                 thread = stack.enter_context(ThreadPoolExecutor(1))
@@ -306,8 +307,8 @@ class OneStepPipeline:
                     before.result()
 
     def _draw(self, request: Request, number: int) -> Future:
-        """The noise that a sample starts from, made by a thread: at a real model's size that takes as long as
-        some of its blocks.
+        """Start a thread that makes the noise that a sample starts from. At a real model's size this takes as
+        long as some of its blocks.
         """
         what = request.noise, request.seed, number, request.latents(self.sources)
         if self._drawn is None or self._drawn[0] != what:
@@ -315,7 +316,7 @@ class OneStepPipeline:
         return self._drawn[1]
 
     def _load_transformer(self, device: torch.device):
-        first = torch.device("cpu") if self.speed.fp8 else device  # the device may not hold them in 16 bits
+        first = torch.device("cpu") if self.speed.fp8 else device  # 16-bit weights may not fit the device
         return make_fast(
             self.sources.transformer.load(self.dtype, first), self.device, self.speed, self.group, device
         )
@@ -324,7 +325,7 @@ class OneStepPipeline:
         if self.approximate:
             return vae
         if self._decoder is None:
-            # there it takes minutes, and the result is slower
+            # On a CPU compiling takes minutes, and the result is slower.
             compiled = self.speed.compile and self.device.type != "cpu"
             self._decoder = Decoder(vae, compile=compiled, budget=self._beside_weights(), group=self.group)
         return self._decoder
@@ -344,24 +345,26 @@ class OneStepPipeline:
         }
 
     def _beside_weights(self) -> int | None:
-        """What of `memory` a decode may use."""
+        """How much of `memory` a decode may use."""
         weights = self._weights()
         there = sum(weights.values()) if self._residence.level == ALL else weights["vae"]
         return None if self.memory is None else max(self.memory - there, 0)
 
     def _first_level(self) -> int:
-        """See `residence.first_level`, for a sample of the size that the checkpoint was trained for."""
+        """The result of `residence.first_level` for a sample of the size that the checkpoint was trained
+        for.
+        """
         transformer, width, weights = self.sources.transformer, self.dtype.itemsize, self._weights()
         _, f, h, w = Request(("",)).fitted(self.sources).latents(self.sources)
         tokens = f * h * w // int(np.prod(transformer.patch))
         d = transformer.config["num_attention_heads"] * transformer.config["attention_head_dim"]
-        # of one block, nothing is kept
+        # for one block; nothing is kept
         working = tokens * (24 * d + 2 * transformer.config.get("ffn_dim", 4 * d)) * width
         return first_level(self.device, weights, working, self.memory)
 
 
 def on_the_cpu(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Each tensor in the CPU's memory; those of a GPU travel while it makes the next one."""
+    """Move each tensor to the CPU's memory; a GPU copies one while it makes the next."""
     before = None
     for part in parts:
         if part.device.type != "cuda":

@@ -1,4 +1,4 @@
-"""What a pipeline is asked for: prompts, sizes, steps, and how many."""
+"""A request to a pipeline: prompts, sizes, steps, and the number of samples."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,13 @@ from ..models.vae import check_size
 @dataclass(frozen=True)
 class Request:
     """height, width, frames, fps: by default what the checkpoint was trained for; one frame is a picture.
-    count: samples of each prompt; steps: calls of the network, for an APT or distilled model by re-noising at
-    `steps.step_times`, for a base Euler steps, with guidance, shift and negative, which are of bases alone.
-    noise: "apt", the default, by which no two samples share noise whatever their seeds and the number of
-    processes, or "comfyui", by which sample n is the ComfyUI node's, and stock KSampler's, of seed + n.
+    count: samples of each prompt; steps: calls of the network. An APT or distilled model re-noises at the
+    times of `steps.step_times`; a base model takes Euler steps, with guidance, shift and negative, which no
+    other model has. noise: "apt", the default, with which no two samples share noise, whatever their seeds
+    and the number of processes; or "comfyui", with which sample n is what the ComfyUI node and stock KSampler
+    make of seed + n.
 
-    Sample number n belongs to prompt `n // count`; its noise derives from (seed, n) and nothing else.
+    Sample number n belongs to prompt `n // count`. Its noise depends only on (seed, n).
     """
 
     prompts: Sequence[str]
@@ -42,24 +43,24 @@ class Request:
 
     @property
     def texts(self) -> list[str]:
-        """All that must be encoded: the prompts, and the negative one where guidance reads it."""
+        """All texts to encode: the prompts, and with guidance the negative prompt."""
         return [*self.prompts] if self.guidance == 1 else [*self.prompts, self.negative]
 
     @property
     def sizes(self) -> tuple[int, int, int, float]:
-        """Height, width, frames and fps, once `fitted` has filled them in."""
+        """Height, width, frames and fps, after `fitted` has filled them in."""
         return cast("tuple[int, int, int, float]", (self.height, self.width, self.frames, self.fps))
 
     def prompt(self, number: int) -> str:
         return self.prompts[number // self.count]
 
     def about(self, number: int) -> dict:
-        """What a sample's file says of itself: which prompt, seed and number it was made from."""
+        """What a sample's file says about itself: the prompt, seed and number that it was made from."""
         return {"prompt": self.prompt(number), "seed": int(self.seed), "number": number}
 
     def fitted(self, sources: Sources) -> "Request":
-        """With every size filled in. Raises AptError for sizes that the model cannot make, for NaN and other
-        values that cannot be, and when there is nothing to make.
+        """The request with every size filled in. Raises AptError for sizes that the model cannot make, for
+        NaN and other impossible values, and when there is nothing to make.
         """
         if not self.prompts:
             raise AptError("there is no prompt: give one or more.")
@@ -112,7 +113,7 @@ class Request:
             raise AptError(f"shift is {self.shift:g}, but must be above 0.")
 
     def latents(self, sources: Sources) -> tuple[int, int, int, int]:
-        """Shape of one sample's latents, [channels, frames, rows, columns], once the sizes are there."""
+        """The shape of one sample's latents, [channels, frames, rows, columns], after `fitted`."""
         t, down, across = sources.vae.stride
         height, width, frames, _ = self.sizes
         return sources.vae.channels, (frames - 1) // t + 1, height // down, width // across

@@ -1,5 +1,5 @@
-"""Which networks are in the device's memory, and what leaves it when there is too little: the results stay
-the same.
+"""Which networks are in the device's memory, and which of them leave it when memory is short. The results
+stay the same.
 """
 
 from collections.abc import Callable
@@ -18,17 +18,17 @@ SENTENCES = {
     PARTS: "Out of memory: from now on only the network in use is on {device}, the others wait in the CPU's memory.",
     BLOCKS: "Out of memory: from now on the networks' blocks come from the CPU's memory one after another.",
 }
-SPARE = 0.92  # of a device's free memory: the rest goes to fragments and workspaces
+SPARE = 0.92  # the part of a device's free memory to use; fragments and workspaces need the rest
 
 
 class Residence:
-    """The networks of a pipeline on one device, as much of them as fits.
+    """The networks of a pipeline on one device, as many of them as fit.
 
-    level: ALL keeps every network on the device, PARTS only the one in use, BLOCKS of that only what it
-    computes with. When memory runs out it goes to the next level by itself, once for good, tells it to
-    `report` in a sentence, and tries again. leaves: told the name of each network that has left the device,
-    for whatever else was made there of its weights.
-    steps_taken: those sentences.
+    level: ALL keeps every network on the device, PARTS only the network in use, BLOCKS of that network
+    only what it needs at the moment. When memory runs out it moves to the next level for good, tells `report`
+    so in a sentence, and tries again. leaves: called with the name of each network that has left the device,
+    so that anything else made from its weights there can go too.
+    steps_taken: the sentences so far.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Residence:
         work: Callable[[N], T],
         alone: bool = True,
     ) -> T:
-        """`work(network)` with the network on the device. load(device) gives it when it is first asked for.
+        """`work(network)` with the network on the device. load(device) makes the network at its first use.
 
-        alone: False for work in which other processes wait for this one: it cannot be tried again.
+        alone: False for work in which other processes wait for this one, which therefore cannot be repeated.
         Raises OutOfMemory when even the last level does not fit, and when memory runs out in such work.
         """
         while True:
@@ -62,7 +62,7 @@ class Residence:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-            # not in the except block, which would still hold what the failed attempt had
+            # Outside of the except block, where the failed attempt's memory would still be held.
             self._step_down(name, alone)
 
     def _ready(self, name: str, load: Callable[[torch.device], N]) -> N:
@@ -74,7 +74,7 @@ class Residence:
         network = self._networks[name]
         self._here.add(name)
         if self.level < BLOCKS or not blocks_of(network):
-            if self.level > ALL:  # else it never left
+            if self.level > ALL:  # at level ALL it never left
                 network.to(self.device)
             return network
         if name not in self._streams:
@@ -83,7 +83,7 @@ class Residence:
         return network
 
     def _leave(self, name: str) -> None:
-        """Takes a network off the device, and what a failed pass has left there of its blocks."""
+        """Take a network off the device, with any blocks that a failed pass has left there."""
         if name in self._streams:
             self._streams[name].end()
         elif name in self._networks:
@@ -95,13 +95,13 @@ class Residence:
     def _step_down(self, name: str, alone: bool) -> None:
         if not alone:
             raise OutOfMemory(
-                f"{self.device} runs out of memory: add processes, or give all of them a smaller memory to keep within."
+                f"{self.device} runs out of memory: add processes, or let all of them keep within a smaller memory."
             )
         if self.level >= PARTS:
             self._leave(name)
         if self.level == BLOCKS:
             raise OutOfMemory(
-                f"{self.device} runs out of memory even with one block of a network on it: ask for fewer frames or a smaller size."
+                f"{self.device} runs out of memory even with a single block of a network on it: ask for fewer frames or a smaller size."
             )
         self.level += 1
         self.steps_taken.append(SENTENCES[self.level].format(device=self.device))
@@ -112,7 +112,7 @@ class Residence:
 
 
 def blocks_of(network) -> list[nn.Module]:
-    """The equal blocks that a transformer or a TextEncoder is a row of; none for a VAE."""
+    """The equal blocks in a transformer or a TextEncoder; none for a VAE."""
     return list(
         network.blocks
         if hasattr(network, "blocks")
@@ -123,13 +123,13 @@ def blocks_of(network) -> list[nn.Module]:
 
 
 class BlockStream:
-    """A network's blocks in the CPU's memory; each comes to the device before it computes, while the one
-    before it still does.
+    """Keeps a network's blocks in the CPU's memory. Each comes to the device before it computes, while the
+    block before it still computes.
 
-    Modules are remembered here, never their tensors: `.to` gives a module new buffers. Diffusers'
-    `apply_group_offloading` would not serve: its first pass only learns the order of the blocks and fetches
-    them without overlap, and one pass is all that a one-step sample takes; later ones wait for the device
-    after each block, or else (`record_stream`) copy ahead of it until all blocks are there.
+    It remembers modules and never their tensors, because `.to` gives a module new buffers. Diffusers'
+    `apply_group_offloading` does not help here: its first pass only learns the order of the blocks and
+    fetches them without overlap, and a one-step sample takes one pass. Its later passes wait for the device
+    after each block, or (`record_stream`) copy ahead until all blocks are there.
     """
 
     def __init__(self, network, device: torch.device) -> None:
@@ -147,12 +147,12 @@ class BlockStream:
             block.register_forward_hook(lambda *_, number=number: self._give_back(number))
 
     def begin(self) -> None:
-        """All but the blocks comes to the device."""
+        """Bring everything but the blocks to the device."""
         self._drop_blocks()
         self._place_rest(self.device)
 
     def end(self) -> None:
-        """Everything leaves it."""
+        """Take everything off the device."""
         self._drop_blocks()
         self._place_rest(torch.device("cpu"))
 
@@ -162,14 +162,16 @@ class BlockStream:
                 tensor.data = tensor.data.to(device)
 
     def _drop_blocks(self) -> None:
-        """A pass that went through has left none; one that failed has one on the device and one on its way."""
+        """Take off blocks that are still there. A finished pass leaves none; a failed one leaves up to
+        two.
+        """
         self._coming.clear()
         self._done.clear()
         for block, host in zip(self.blocks, self._host):
             self._point(block, host)
 
     def _own(self, block: nn.Module) -> list[Tensor]:
-        """A block's tensors without those that it shares with what is outside."""
+        """A block's tensors, without those that it shares with modules outside."""
         rest = {id(tensor) for module in self._outer for tensor in _tensors(module, recurse=False)}
         return [tensor for tensor in _tensors(block) if id(tensor) not in rest]
 
@@ -186,13 +188,13 @@ class BlockStream:
         return host
 
     def _fetch(self, number: int) -> None:
-        with torch.cuda.stream(self._copier):  # None: no stream at all
+        with torch.cuda.stream(self._copier):  # None: not another stream
             self._coming[number] = [
                 tensor.to(self.device, non_blocking=True, copy=True) for tensor in self._host[number]
             ]
 
     def _take(self, number: int) -> None:
-        # the CPU runs ahead of the device, which would have to hold all the blocks that it asked for
+        # Without this wait the CPU would run ahead, and the device would have to hold all blocks at once.
         if number - 2 in self._done:
             self._done[number - 2].synchronize()
         if number not in self._coming:
@@ -218,7 +220,7 @@ def _tensors(module: nn.Module, recurse: bool = True) -> list[Tensor]:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a new network may count on."""
+    """How many bytes a new network may use."""
     if device.type != "cuda":
         return float("inf")
     free, _ = torch.cuda.mem_get_info(device)
@@ -228,8 +230,8 @@ def free_memory(device: torch.device) -> float:
 def first_level(device: torch.device, weights: dict[str, int], working: int, budget: float | None) -> int:
     """The level to begin with, so that nothing has to be loaded twice.
 
-    weights: bytes of each network ("transformer" is the one with blocks); working: bytes that it
-    computes with; budget: bytes that may be used, by default what the device has free.
+    weights: bytes of each network ("transformer" is the one with blocks); working: bytes that it computes
+    with; budget: bytes that may be used, by default what the device has free.
     """
     has = free_memory(device) if budget is None else budget
     if sum(weights.values()) + working <= has:

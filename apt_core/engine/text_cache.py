@@ -1,4 +1,4 @@
-"""Text embeddings on disk, by encoder and prompt: a prompt that was seen before needs no text encoder."""
+"""A cache of text embeddings on disk, by encoder and prompt: a known prompt needs no text encoder."""
 
 import os
 import stat
@@ -23,21 +23,21 @@ SAMPLES, SAMPLE = 64, 2**16
 
 
 def cache_folder() -> Path:
-    """Where this project keeps what it can make again: $APT_CACHE, else a folder of the user's caches."""
+    """The folder for everything that can be made again: $APT_CACHE, else a folder in the user's cache."""
     given = os.environ.get("APT_CACHE")
     try:
         return Path(
             given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "comfyui-apt"
         ).expanduser()
-    except RuntimeError:  # a container's user without a home
+    except RuntimeError:  # a user in a container, without a home folder
         return _private(
             Path(tempfile.gettempdir()) / f"comfyui-apt-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
         )
 
 
 def _private(folder: Path) -> Path:
-    """The folder, if it is this user's alone, else a new one: what is compiled lies there too, and whoever
-    could write to it could run code here.
+    """The folder, if only this user can write to it, else a new one. Compiled code also lies there, and
+    anyone who could write to the folder could run code here.
     """
     with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -52,18 +52,18 @@ def _private(folder: Path) -> Path:
 class TextCache:
     """A folder with one small file for each prompt.
 
-    encoder: fingerprint of the text encoder; limit: bytes of the whole folder, beyond which the files that
-    were not read for longest go.
-    Any number of processes may use one folder: files appear whole, and a file that is damaged counts as
-    missing and is written again.
+    encoder: the fingerprint of the text encoder; limit: bytes of the whole folder. Beyond the limit, the
+    files that have not been read for the longest time are removed.
+    Any number of processes may use one folder: files appear whole, and a damaged file counts as missing and
+    is written again.
     """
 
     def __init__(self, folder: Path, encoder: str, limit: int = LIMIT) -> None:
         self.folder, self.encoder, self.limit = folder, encoder, limit
 
     def get(self, prompts: Sequence[str], encode: Callable[[list[str]], list[Tensor]]) -> list[Tensor]:
-        """Embeddings `[L_i, d]`, fp32, on the CPU. encode: called once with the prompts that are not here, or
-        not at all.
+        """Embeddings `[L_i, d]`, fp32, on the CPU. encode: called once with the prompts that are not in the
+        cache, or not at all.
         """
         read = {prompt: self._read(self._path(prompt)) for prompt in dict.fromkeys(prompts)}
         found = {prompt: embedding for prompt, embedding in read.items() if embedding is not None}
@@ -88,7 +88,7 @@ class TextCache:
     def _read(self, path: Path) -> Tensor | None:
         try:
             tensors, header = read_tensors(path)
-            embedding = tensors["embedding"].clone()  # not a window on a file that may go
+            embedding = tensors["embedding"].clone()  # a copy, since the file behind it may go
             if embedding.ndim != 2 or header.metadata.get("digest") != _of(embedding):
                 return None
             os.utime(path)
@@ -98,16 +98,16 @@ class TextCache:
 
     def _write(self, path: Path, embedding: Tensor) -> None:
         half = embedding.bfloat16()
-        # an encoder in bf16 loses nothing
+        # bf16 loses nothing when the encoder itself is in bf16
         embedding = half if torch.equal(half.float(), embedding) else embedding
-        # A full or read-only disk costs time, not the video.
+        # On a full or read-only disk the video is made all the same; only the cache is not written.
         with suppress(AptError), replacing(path) as partial:
             partial.write_bytes(save({"embedding": embedding.contiguous()}, {"digest": _of(embedding)}))
 
     def _shrink(self) -> None:
         facts = []
         for path in self.folder.glob("*.safetensors"):
-            with suppress(FileNotFoundError):  # another process shrinks too
+            with suppress(FileNotFoundError):  # another process removes files too
                 facts.append((path.stat().st_mtime, path.stat().st_size, path))
         spare = sum(size for _, size, _ in facts) - self.limit
         for _, size, path in sorted(facts):
@@ -118,8 +118,8 @@ class TextCache:
 
 
 def encoder_fingerprint(facts: TextFacts) -> str:
-    """Of the tokenizer, and of the weights' sizes, beginnings and 64 samples spread over each file:
-    milliseconds for 11 GB.
+    """A hash of the tokenizer, and of the weight files' sizes, beginnings and 64 samples spread over each. It
+    takes milliseconds for 11 GB.
     """
     digest = blake2b(digest_size=16)
     for path in facts.weights:

@@ -1,4 +1,4 @@
-"""Out of memory, however a device says so; and code that torch compiles for many sizes."""
+"""Recognise out of memory in all its forms, and let torch compile code for many sizes."""
 
 import torch
 
@@ -8,11 +8,11 @@ GRAPHS = 64
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is what running out of memory looks like, from torch itself or from a library below it."""
+    """Whether this error means out of memory, from torch itself or from a library below it."""
     return isinstance(error, torch.OutOfMemoryError) or any(saying in str(error) for saying in SAYINGS)
 
 
 def allow_many_graphs() -> None:
-    """Lets torch.compile keep graphs for more sizes than its default of 8, after which it gives up."""
+    """Let torch.compile keep graphs for more sizes than its default of 8, after which it gives up."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS)

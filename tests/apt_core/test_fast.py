@@ -128,14 +128,14 @@ def test_nothing_to_compile_with_is_a_sentence(monkeypatch):
         none,
         pytest.raises(
             AptError,
-            match=r"^compiling for a CPU needs a C\+\+ compiler, and there is none: install g\+\+, or leave compile away\.$",
+            match=r"^compiling for a CPU needs a C\+\+ compiler, and there is none: install g\+\+, or leave compile out\.$",
         ),
     ):
         check_compile(CPU)
     monkeypatch.setattr(fast, "find_spec", lambda name: None)
     with pytest.raises(
         AptError,
-        match=r"^compiling for cuda needs Triton, which is not installed: install it, or leave compile away\.$",
+        match=r"^compiling for cuda needs Triton, which is not installed: install it, or leave compile out\.$",
     ):
         check_compile(torch.device("cuda"))
 
@@ -217,7 +217,7 @@ def test_a_card_without_fp8_is_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(
         AptError,
-        match=r"^NVIDIA A100 has no fp8 matrix units \(Ada, Hopper and Blackwell have\): leave fp8 away\.$",
+        match=r"^NVIDIA A100 has no fp8 matrix units \(Ada, Hopper and Blackwell have\): leave fp8 out\.$",
     ):
         check_fp8(torch.device("cuda"))
     for capability, rowwise in (((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)):

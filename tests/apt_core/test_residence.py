@@ -155,7 +155,7 @@ def test_a_pass_that_failed_leaves_nothing_on_the_card(card):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     hook = model.blocks[1].attn2.register_forward_pre_hook(fail)
-    with pytest.raises(OutOfMemory, match="runs out of memory even with one block of a network on it"):
+    with pytest.raises(OutOfMemory, match="runs out of memory even with a single block of a network on it"):
         residence.run("a", lambda _: model, lambda network: velocity(network, CARD))
     assert places(model) == {False} and card.held() == 0
     hook.remove()

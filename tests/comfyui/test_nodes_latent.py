@@ -91,7 +91,7 @@ def test_wrong_sizes_are_refused_with_the_nearest_right_ones(result):
         "more frames": f"AptError {NAME} 48x48 with 20 frames {takes.format(16)} 48x48 with 21 frames is nearest.",
         "tiny": f"AptError {NAME} 8x32 with 2 frames {takes.format(32)} 32x32 with 1 frames is nearest.",
         "LoRA": f"AptError {NAME} the LoRA: its metadata entry `apt` has native 5, not width, height, frames and fps: export the file again.",
-        "unknown": f"AptError {NAME} the size is none of those in the list: choose native, image 1024, video 1280x720, 2 s or custom.",
+        "unknown": f"AptError {NAME} the size is not one of those in the list: choose native, image 1024, video 1280x720, 2 s or custom.",
     }
 
 

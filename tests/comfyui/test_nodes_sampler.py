@@ -266,7 +266,7 @@ def test_bad_input_gets_a_sentence(run):
         "not finite": f"{name} 12 of 768 values of the sample are NaN or infinite: load the model with weight_dtype default or bf16, "
         "and if that is no help, its file or a LoRA on it is broken.",
         "times 1": f"{name} a node made the model's sampling flow at timestep 1, {out}",
-        "no flow": f"{name} a node made the model's sampling no flow, {out}",
+        "no flow": f"{name} a node made the model's sampling something other than a flow, {out}",
         "second time": f"AptError Load APT Checkpoint: /wrong.safetensors: {second}",
         "LoRA's second time": f"{name} the LoRA: {second}",
         "model": f"{name} the model is Identity, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.",
@@ -276,7 +276,7 @@ def test_bad_input_gets_a_sentence(run):
 def test_a_walk_needs_different_seeds(run):
     start = 'AptError APT Noise Walk: seeds is "{}",'
     numbers = "but it must be two or more whole numbers from 0 with commas in between, such as 1, 2, 3."
-    no_way = "but there is no way between a seed and itself: leave one of them out"
+    no_way = "but a seed cannot lead to itself: leave one of them out"
     assert run[1]["walks"] == {
         "5 closed": f"{start.format('5')} {numbers}",
         "1, -2": f"{start.format('1, -2')} {numbers}",

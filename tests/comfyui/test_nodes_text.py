@@ -94,7 +94,7 @@ def test_the_built_in_encoder_is_first_in_the_list(run):
 def test_bad_files_get_a_sentence(run):
     files, _, result = run
     name, again = "AptError Load APT Text Encoder:", "copy or download it again."
-    small = "is missing or not what ComfyUI's UMT5 can take: write the file again with the trainer."
+    small = "is missing, or ComfyUI's UMT5 cannot take it: write the file again with the trainer."
     size = (files / "half.safetensors").stat().st_size
     assert result["sentences"] == {
         "eps.safetensors": f"{name} eps.safetensors: layer_norm_epsilon {small}",

@@ -170,8 +170,8 @@ def test_what_it_says(run):
     )
     for given, what in {
         "../x": "leads out of ComfyUI's output folder",
-        "diffusion_models/": "names no file",
-        "": "names no file",
+        "diffusion_models/": "contains no file name",
+        "": "contains no file name",
     }.items():
         key = {"../x": "outside", "diffusion_models/": "no name", "": "empty"}[given]
         assert (
