@@ -122,7 +122,7 @@ def evaluate(
     features: Annotated[
         Path | None, typer.Option(help="Of fd: a TOML file that names networks, see docs/evaluate.md.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="A new folder for figures, page and clips.")] = Path("evaluation"),
+    out: Annotated[Path, typer.Option(help="Folder for figures, page and clips.")] = Path("evaluation"),
     seed: Noise = 0,
     count: Annotated[int, typer.Option(min=1, help="Samples of each prompt; 2 or more show diversity.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Calls of APT and distilled models.")] = 1,
@@ -151,28 +151,31 @@ def evaluate(
     device: str = "auto",
 ) -> None:
     """Several models at the same prompts and seeds: figures as JSON and CSV, and a page that plays them side
-    by side."""
-    import torch
+    by side.
 
+    Under torchrun the samples are shared out. The same command goes on with one that was stopped.
+    """
     from trainer.config import Files
     from trainer.evaluate.compare import evaluate
     from trainer.evaluate.models import Wishes
+    from trainer.machines.distributed import connect
     from trainer.machines.machine import pick_device
 
     wishes = Wishes(count, seed, steps, base_steps, guidance, shift, negative, height, width, frames, fps)
-    evaluate(
-        checkpoints,
-        out,
-        wishes,
-        prompts=prompts,
-        data=data,
-        metrics=metrics,
-        features=features,
-        emas=ema or (),
-        reals=reals,
-        files=Files(base=base, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer),
-        device=torch.device(pick_device(device)),
-    )
+    with connect(pick_device(device)) as world:
+        evaluate(
+            checkpoints,
+            out,
+            wishes,
+            prompts=prompts,
+            data=data,
+            metrics=metrics,
+            features=features,
+            emas=ema or (),
+            reals=reals,
+            files=Files(base=base, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer),
+            world=world,
+        )
 
 
 @app.command()

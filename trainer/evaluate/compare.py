@@ -2,68 +2,40 @@
 are any), and write the results as JSON, CSV and a page.
 """
 
-import csv
 import platform
 import re
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from apt_core.errors import AptError
-from apt_core.files.atomic import replacing, replacing_folder
 from apt_core.files.media_write import write_image, write_video
 from trainer.checkpoints.generate import read_prompts
 from trainer.config import Files
 from trainer.files import write_json
+from trainer.machines.distributed import World
 from trainer.run.progress import console, stage_bar
 
 from .features import Features, check_count, distance, read_networks
-from .metrics import CLIP, DIVERSITY, FD, NAMES, diversity, thumbnail
-from .models import Model, Wishes, open_models, sample, with_prompts
-from .page import cell, write_page
+from .measured import Desk, Measured, measure
+from .metrics import CLIP, DIVERSITY, FD, NAMES
+from .models import Model, Wishes, open_models, sample, stamp, with_prompts
+from .page import write_page
 from .real import Real, find_real
+from .tables import tell, write_tables
 
 PACKAGES = ("comfyui-apt", "torch", "diffusers", "transformers", "numpy", "scipy", "av")
 REALS = 16
 """How many real clips are used when their captions are the prompts."""
-RESULT, TABLE, CLIPS, PAGE = "evaluation.json", "models.csv", "clips.csv", "evaluation.html"
-
-
-@dataclass
-class Measured:
-    """What was measured on one set of clips (one model's, or the real ones).
-
-    rows: for each clip its metrics by name.
-    features: feature arrays `[n, d]` of each clip, by the name of the distance they are for.
-    groups: thumbnails of the clips of each prompt, by the prompt's number.
-    files: paths of the clips, relative to the result's folder.
-    seconds: how long each clip took to make.
-    """
-
-    rows: list[dict[str, float | None]] = field(default_factory=list)
-    features: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    groups: dict[int, list[np.ndarray]] = field(default_factory=dict)
-    files: list[str] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def add(self, clip: np.ndarray, names: Sequence[str], networks: Sequence[Features], prompt: int) -> None:
-        self.rows.append({name: CLIP[name].of(clip) for name in names if name in CLIP})
-        for network in networks:
-            for name, part in network(clip).items():
-                self.features.setdefault(name, []).append(part)
-        if DIVERSITY in names:
-            self.groups.setdefault(prompt, []).append(thumbnail(clip))
-
-    def mean(self, name: str) -> float | None:
-        """The mean over the clips for which the metric is defined; None if there are none."""
-        values = [row[name] for row in self.rows if row[name] is not None]
-        return float(np.mean(values)) if values else None
+RESULT, PAGE = "evaluation.json", "evaluation.html"
+REAL = "real"
+T = TypeVar("T")
 
 
 def chosen(names: str | None, features: Path | None) -> list[str]:
@@ -97,7 +69,7 @@ def evaluate(
     emas: Sequence[float] = (),
     reals: int | None = None,
     files: Files = Files(),
-    device: torch.device = torch.device("cpu"),
+    world: World = World(),
 ) -> dict:
     """Sample every model at the same prompts and seeds, measure the samples, and write the folder `out`:
     evaluation.json, models.csv, clips.csv, evaluation.html and the samples. Returns what evaluation.json
@@ -108,6 +80,8 @@ def evaluate(
         there are samples of one model.
     features: a TOML file, see `features.Network`.
     emas: of each training state, the averages with these decays.
+    world: its processes share the work; `out` must be one folder for all of them. What an evaluation of the
+        same request had measured before it was stopped is kept.
 
     Raises AptError, before any weight is read, if there is no prompt, files do not fit each other, models
     make different sizes, `out` already holds files, or there are too few clips for a Frechet distance.
@@ -119,8 +93,6 @@ def evaluate(
         raise AptError(
             f"--reals {reals} is a number of real clips, but there are none: add --data FOLDER, or leave it out."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AptError(f"{out} already exists and is not empty: give another --out, or remove it.")
     if prompts is None and data is None:
         raise AptError("there is no prompt: give --prompts FILE, or --data with captions.")
     texts = read_prompts(prompts) if prompts else []
@@ -133,16 +105,52 @@ def evaluate(
     if not texts:
         raise AptError(f"there is no prompt, and {data} has no captions: give --prompts FILE.")
     models = with_prompts(models, texts)
-    networks = [Features(n, device) for n in read_networks(features)] if FD in names else []
+    networks = [Features(n, world.device) for n in read_networks(features)] if FD in names else []
     _check_enough(networks, models[0], real)
-    with replacing_folder(out) as folder:
-        columns = _measure(models, real, names, networks, folder, device)
-        result = _result(models, real, names, networks, columns, wishes, device)
-        write_json(folder / RESULT, result)
-        _write_csv(folder, result)
-        write_page(folder / PAGE, result)
-    _tell(result, out)
+    desk, asked = Desk(out), _asked(models, real, names, networks, wishes)
+    _alike(world, lambda: desk.open(asked))
+    columns = _measure(models, real, names, networks, desk, world)
+    result = _alike(world, lambda: _result(models, real, names, networks, columns, wishes, world))
+    if world.main:
+        write_json(out / RESULT, result)
+        write_tables(out, result)
+        write_page(out / PAGE, result)
+        desk.close()
+        tell(result, out / PAGE)
+    world.barrier()
     return result
+
+
+def _alike(world: World, work: Callable[[], T]) -> T:
+    """Call `work` in the first process and return its result, or raise its AptError, in all of them."""
+    found, said = None, None
+    if world.main:
+        try:
+            found = work()
+        except AptError as error:
+            said = str(error)
+    found, said = world.gather((found, said))[0]
+    if said is not None:
+        raise AptError(said)
+    return found
+
+
+def _asked(
+    models: Sequence[Model],
+    real: Real | None,
+    names: Sequence[str],
+    networks: Sequence[Features],
+    wishes: Wishes,
+) -> dict:
+    """Everything that the figures depend on, as JSON values. Files are identified by path, size and age."""
+    return {
+        "models": [[model.label, model.ema, *map(stamp, model.files().values())] for model in models],
+        "prompts": models[0].request.prompts,
+        "wishes": asdict(wishes),
+        "metrics": list(names),
+        "networks": [network.network.model_dump(mode="json") for network in networks],
+        "real": real and [stamp(real.folder), real.names],
+    }
 
 
 def _check_enough(networks: Sequence[Features], model: Model, real: Real | None) -> None:
@@ -162,46 +170,74 @@ def _measure(
     real: Real | None,
     names: Sequence[str],
     networks: Sequence[Features],
-    folder: Path,
-    device: torch.device,
+    desk: Desk,
+    world: World,
 ) -> dict[str | None, Measured]:
-    """The measurements of each model by its label; those of the real clips have the key None."""
-    columns: dict[str | None, Measured] = {}
-    total = len(models) * models[0].request.samples + (len(real.names) if real else 0)
-    done = 0
+    """The measurements of each model by its label, made by all processes; those of the real clips have the
+    key None. Empty in all but the first process.
+    """
+    samples = models[0].request.samples
+    places = {None: REAL} if real else {}
+    places |= {model.label: f"{n + 1:02d}-{_slug(model.label)}" for n, model in enumerate(models)}
+    counts = {label: samples if label else len(real.names) for label in places}
+    suffix = "png" if models[0].request.frames == 1 else "mp4"
+    files = {
+        label: [f"clips/{place}/{n:04d}.{suffix}" for n in range(counts[label])]
+        for label, place in places.items()
+    }
+    missing = world.gather({label: desk.missing(place, counts[label]) for label, place in places.items()})[0]
+    there = sum(counts.values()) - sum(map(len, missing.values()))
+    if there and world.main:
+        console.print(
+            f"{there} of {sum(counts.values())} clips are in {desk.folder} already.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    # shared out anew after a stop, so that no process has more than one clip more than another
+    mine = {label: numbers[world.rank :: world.size] for label, numbers in missing.items()}
+    total, done = sum(map(len, mine.values())), 0
     with stage_bar("Evaluating") as report:
 
-        def take(label: str | None, clips: Iterable[np.ndarray], count: int) -> None:
+        def take(label: str | None, clips: Iterable[np.ndarray]) -> None:
             nonlocal done
-            column = columns[label] = Measured()
-            place = "real" if label is None else f"{len(columns):02d}-{_slug(label)}"
             start = time.perf_counter()
-            for number, clip in enumerate(clips):
-                column.seconds.append(time.perf_counter() - start)
-                column.add(clip, names, networks, number // count)
-                column.files.append(_write(folder, place, number, clip, models[0]))
+            for nth, (number, clip) in enumerate(zip(mine[label], clips)):
+                seconds = time.perf_counter() - start
+                found = replace(measure(clip, names, networks), seconds=seconds, first=nth == 0)
+                _write(desk.out / files[label][number], clip, models[0])
+                found.write(desk.record(places[label], number))
                 done += 1
                 report(done, total)
                 start = time.perf_counter()
 
-        for number, model in enumerate(models):
-            pipe = model.open(device)
-            if real is not None and number == 0:
-                take(None, real.clips(model.request, pipe), 1)
-            take(model.label, sample(pipe, model.request), model.request.count)
+        for nth, model in enumerate(models):
+            pipe = model.open(world.device)
+            if real is not None and nth == 0:
+                take(None, real.clips(model.request, pipe, mine[None]))
+            if missing[model.label]:
+                if world.main:
+                    pipe.embed(model.request)  # the others find it in the cache, and load no encoder
+                world.barrier()
+            if mine[model.label]:
+                take(model.label, sample(pipe, model.request, mine[model.label]))
             del pipe  # its weights make room for the next one's
-    return columns
+    world.barrier()
+    return (
+        {
+            label: desk.read(place, files[label], models[0].request.count if label else 1)
+            for label, place in places.items()
+        }
+        if world.main
+        else {}
+    )
 
 
-def _write(folder: Path, name: str, number: int, clip: np.ndarray, model: Model) -> str:
-    suffix = "png" if len(clip) == 1 else "mp4"
-    path = folder / "clips" / name / f"{number:04d}.{suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, clip: np.ndarray, model: Model) -> None:
     if len(clip) == 1:
         write_image(path, clip)
     else:
         write_video(path, clip, model.request.fps)
-    return path.relative_to(folder).as_posix()
 
 
 def _result(
@@ -211,9 +247,9 @@ def _result(
     networks: Sequence[Features],
     columns: dict[str | None, Measured],
     wishes: Wishes,
-    device: torch.device,
+    world: World,
 ) -> dict:
-    request, digests = models[0].request, {}
+    request, digests, device = models[0].request, {}, world.device
     true = columns.get(None)
 
     def figures(column: Measured) -> dict:
@@ -224,27 +260,29 @@ def _result(
                 ratio = value / beside if value is not None and beside and column is not true else None
                 found[name] = {"value": value, "of_real": ratio}
         if DIVERSITY in names and column is not true:
-            found[DIVERSITY] = {"value": diversity(list(column.groups.values())), "of_real": None}
+            found[DIVERSITY] = {"value": column.diversity(), "of_real": None}
         if true is not None and column is not true:
-            for name, parts in column.features.items():
-                found[name] = {"value": distance(true.features[name], parts), "of_real": None}
+            beside = true.features()
+            for name, parts in column.features().items():
+                found[name] = {"value": distance(beside[name], parts), "of_real": None}
         return found
 
     def clips(column: Measured) -> list[dict]:
-        return [{"file": file, "metrics": row} for file, row in zip(column.files, column.rows)]
+        return [{"file": f, "metrics": record.row} for f, record in zip(column.files, column.records)]
 
-    rows = [
-        model.facts(digests)
-        | {
-            "seconds_first": columns[model.label].seconds[0],
-            "seconds_each": float(
-                np.median(columns[model.label].seconds[1:] or columns[model.label].seconds)
-            ),
-            "metrics": figures(columns[model.label]),
-            "clips": clips(columns[model.label]),
-        }
-        for model in models
-    ]
+    rows = []
+    for model in models:
+        column = columns[model.label]
+        first, each = column.seconds()
+        rows.append(
+            model.facts(digests)
+            | {
+                "seconds_first": first,
+                "seconds_each": each,
+                "metrics": figures(column),
+                "clips": clips(column),
+            }
+        )
     result = {
         "format": "apt-evaluation",
         "version": 1,
@@ -258,6 +296,7 @@ def _result(
             for n in networks
         ],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": world.size,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "models": rows,
         "real": None,
@@ -271,31 +310,6 @@ def _result(
     return result
 
 
-def _write_csv(folder: Path, result: dict) -> None:
-    """Two tables: models.csv with a line per model, clips.csv with a line per clip."""
-    names = list(dict.fromkeys(name for model in result["models"] for name in model["metrics"]))
-    sets = [*result["models"], *([{"label": "real"} | result["real"]] if result["real"] else [])]
-    head = ["model", *(c for name in names for c in (name, f"{name}_of_real")), "seconds_each"]
-    lines = []
-    for entry in sets:
-        cells = [entry["metrics"].get(name, {}) for name in names]
-        values = [value for cell in cells for value in (cell.get("value"), cell.get("of_real"))]
-        lines.append([entry["label"], *values, entry.get("seconds_each")])
-    _csv(folder / TABLE, head, lines)
-    single = [name for name in names if name in CLIP]
-    lines = []
-    for entry in sets:
-        for number, clip in enumerate(entry["clips"]):
-            prompt = clip["caption"] if "caption" in clip else result["prompts"][number // result["count"]]
-            lines.append([entry["label"], number, prompt, clip["file"], *map(clip["metrics"].get, single)])
-    _csv(folder / CLIPS, ["model", "number", "prompt", "file", *single], lines)
-
-
-def _csv(path: Path, head: Sequence, lines: Iterable[Sequence]) -> None:
-    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([head, *lines])
-
-
 def _slug(label: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", label).strip("-.") or "model"
 
@@ -305,16 +319,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _tell(result: dict, out: Path) -> None:
-    names = list(dict.fromkeys(name for model in result["models"] for name in model["metrics"]))
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    table.add_column("")
-    sets = [*result["models"], *([{"label": "real"} | result["real"]] if result["real"] else [])]
-    for entry in sets:
-        table.add_column(entry["label"].replace("[", "\\["), justify="right")
-    for name in names:
-        table.add_row(name, *(cell(entry["metrics"].get(name)) for entry in sets))
-    console.print(table)
-    console.print(f"{out / PAGE}", markup=False, highlight=False, soft_wrap=True)

@@ -79,11 +79,8 @@ class Model:
         """A pipeline for this model; it reads the weights when it samples."""
         return OneStepPipeline(self.sources, device=device)
 
-    def facts(self, digests: dict[Path, str]) -> dict:
-        """The SHA-256 of its files and its sampling settings, as JSON values. digests: SHA-256 by path, as
-        far as known; new ones are added.
-        """
-        request, weights = self.request, {}
+    def files(self) -> dict[str, Path]:
+        """The paths of its weights, by role."""
         places = {
             "checkpoint": self.path,
             "base": self.base,
@@ -91,11 +88,17 @@ class Model:
             "text_encoder": Path(self.sources.text.name),
             "tokenizer": self.tokenizer,
         }
-        for part, path in places.items():
-            if path is not None:
-                if path not in digests:
-                    digests[path] = digest(path)
-                weights[part] = {"name": path.name, "sha256": digests[path]}
+        return {part: path for part, path in places.items() if path is not None}
+
+    def facts(self, digests: dict[Path, str]) -> dict:
+        """The SHA-256 of its files and its sampling settings, as JSON values. digests: SHA-256 by path, as
+        far as known; new ones are added.
+        """
+        request, weights = self.request, {}
+        for part, path in self.files().items():
+            if path not in digests:
+                digests[path] = digest(path)
+            weights[part] = {"name": path.name, "sha256": digests[path]}
         steps = {"steps": request.steps}
         if not self.sources.transformer.few_step:
             steps |= {name: getattr(request, name) for name in ("guidance", "shift", "negative")}
@@ -147,10 +150,12 @@ def with_prompts(models: Sequence[Model], prompts: Sequence[str]) -> list[Model]
     ]
 
 
-def sample(pipe: OneStepPipeline, request: Request) -> Iterator[np.ndarray]:
-    """The frames of one sample after another, uint8 `[F, H, W, 3]`, as the decoder returns them."""
+def sample(pipe: OneStepPipeline, request: Request, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+    """The frames of the samples with these numbers, one sample after another, uint8 `[F, H, W, 3]`, as the
+    decoder returns them.
+    """
     text = pipe.embed(request)
-    for number in range(request.samples):
+    for number in numbers:
         yield np.concatenate(list(pipe.frames(pipe.latents(request, number, text))))
 
 
@@ -163,6 +168,13 @@ def digest(path: Path) -> str:
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     lines = "".join(f"{file_digest(path / name)}  {name}\n" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def stamp(path: Path) -> list:
+    """The path of a file or folder with the sizes and ages of its files: a cheap test for being unchanged."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    facts = [(file, file.stat()) for file in files]
+    return [str(path.absolute()), [[f.name, about.st_size, about.st_mtime_ns] for f, about in facts]]
 
 
 def _check_one_size(models: Sequence[Model]) -> None:

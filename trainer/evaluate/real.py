@@ -1,6 +1,6 @@
 """The real clips to compare with: a folder of media, or shards written by precompute."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +32,12 @@ class Real:
         """The captions, without duplicates."""
         return list(dict.fromkeys(caption for caption in self.captions if caption))
 
-    def clips(self, request: Request, pipe: OneStepPipeline) -> Iterator[np.ndarray]:
-        """The clips one after another, uint8 `[F, H, W, 3]`, in the samples' size. pipe: its VAE decodes
-        clips from shards. Raises AptError for a file that cannot be read or is too short.
+    def clips(self, request: Request, pipe: OneStepPipeline, numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        """The clips with these numbers, one after another, uint8 `[F, H, W, 3]`, in the samples' size. pipe:
+        its VAE decodes clips from shards. Raises AptError for a file that cannot be read or is too short.
         """
-        for number, name in enumerate(self.names):
+        for number in numbers:
+            name = self.names[number]
             if self.shards is not None:
                 latent = self.shards.get(self.rows[number])[0]
                 yield np.concatenate(list(pipe.frames(latent[None])))

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.files.media_write import write_image, write_video
 from trainer.__main__ import app
-from trainer.evaluate.compare import Measured
 from trainer.evaluate.features import distance
+from trainer.evaluate.measured import Measured, measure
 from trainer.evaluate.metrics import CLIP, diversity, thumbnail
 from trainer.evaluate.page import write_page
 from trainer.files import file_digest
@@ -170,12 +170,8 @@ def test_captions_are_the_prompts_where_none_are_given_and_several_models_are_co
 
 
 def test_a_set_is_the_same_in_any_order_of_its_clips():
-    clips = draw(0, range(4), True)[0]
-    one, other = Measured(), Measured()
-    for clip in clips:
-        one.add(clip, list(CLIP), [], 0)
-    for clip in clips[::-1]:
-        other.add(clip, list(CLIP), [], 0)
+    records = [measure(clip, list(CLIP), []) for clip in draw(0, range(4), True)[0]]
+    one, other = Measured(records), Measured(records[::-1])
     for name in CLIP:
         assert one.mean(name) == pytest.approx(other.mean(name), rel=1e-12)
 

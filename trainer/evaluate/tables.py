@@ -1,0 +1,54 @@
+"""The figures of an evaluation as tables: in CSV, and in the terminal."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from apt_core.files.atomic import replacing
+from trainer.run.progress import console
+
+from .metrics import CLIP
+from .page import cell
+
+MODELS, CLIPS = "models.csv", "clips.csv"
+
+
+def write_tables(folder: Path, result: dict) -> None:
+    """Two tables: models.csv with a line per model, clips.csv with a line per clip."""
+    names = list(dict.fromkeys(name for model in result["models"] for name in model["metrics"]))
+    sets = [*result["models"], *([{"label": "real"} | result["real"]] if result["real"] else [])]
+    head = ["model", *(c for name in names for c in (name, f"{name}_of_real")), "seconds_each"]
+    lines = []
+    for entry in sets:
+        cells = [entry["metrics"].get(name, {}) for name in names]
+        values = [value for cell in cells for value in (cell.get("value"), cell.get("of_real"))]
+        lines.append([entry["label"], *values, entry.get("seconds_each")])
+    _csv(folder / MODELS, head, lines)
+    single = [name for name in names if name in CLIP]
+    lines = []
+    for entry in sets:
+        for number, clip in enumerate(entry["clips"]):
+            prompt = clip["caption"] if "caption" in clip else result["prompts"][number // result["count"]]
+            lines.append([entry["label"], number, prompt, clip["file"], *map(clip["metrics"].get, single)])
+    _csv(folder / CLIPS, ["model", "number", "prompt", "file", *single], lines)
+
+
+def _csv(path: Path, head: Sequence, lines: Iterable[Sequence]) -> None:
+    with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *lines])
+
+
+def tell(result: dict, page: Path) -> None:
+    """The table, and where the page is."""
+    names = list(dict.fromkeys(name for model in result["models"] for name in model["metrics"]))
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    table.add_column("")
+    sets = [*result["models"], *([{"label": "real"} | result["real"]] if result["real"] else [])]
+    for entry in sets:
+        table.add_column(entry["label"].replace("[", "\\["), justify="right")
+    for name in names:
+        table.add_row(name, *(cell(entry["metrics"].get(name)) for entry in sets))
+    console.print(table)
+    console.print(f"{page}", markup=False, highlight=False, soft_wrap=True)
