@@ -153,13 +153,37 @@ def test_our_own_export_is_read_back_everywhere(exact, file, same, tmp_path):
     same(load_transformer(tmp_path / "32.safetensors"), exact, velocity)
 
 
-def test_nothing_is_trained_from_fp8(file, tmp_path):
+@pytest.mark.parametrize("place", ["file", "diffusers", "diffusers, two shards", "wan-ai"])
+@pytest.mark.parametrize("what", ["base", "--start-from"])
+def test_nothing_is_trained_from_fp8(place, what, file, exact, tmp_path):
+    """Neither a file nor a folder of any kind, from where a base or a start may be."""
     packed = pack(file, tmp_path / "8.safetensors", "old")
-    with pytest.raises(
-        AptError,
-        match="8.safetensors is in scaled fp8, too coarse to train from: give the model in fp32, bf16 or fp16",
-    ):
-        check_base(packed, load_preset("mini").model, "mini")
+    if place != "file":
+        packed = folder_of(packed, exact, tmp_path / "folder", place)
+    with pytest.raises(AptError) as error:
+        check_base(packed, load_preset("mini").model, "mini", what)
+    assert (
+        str(error.value)
+        == f"{what} {packed} is in scaled fp8, too coarse to train from: give the model in fp32, bf16 or fp16."
+    )
+
+
+def folder_of(packed, exact, folder, place):
+    """The weights of a file in fp8 as a folder of a model; of two shards the second alone is in fp8."""
+    folder.mkdir()
+    name, tensors = "diffusion_pytorch_model", load_file(packed)
+    if place == "wan-ai":
+        (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "num_heads": 2}))
+    else:
+        exact.save_config(folder)
+    if "two" not in place:
+        save_file(tensors, folder / f"{name}.safetensors", metadata=dict(read_header(packed).metadata))
+        return folder
+    coarse = {key: x for key, x in tensors.items() if x.dtype in (E4M3, E5M2) or "scale" in key}
+    plain = {key: x for key, x in tensors.items() if key not in coarse}
+    for number, part in enumerate((plain, coarse), start=1):
+        save_file(part, folder / f"{name}-0000{number}-of-00002.safetensors")
+    return folder
 
 
 def change(path, edit, strings=None):

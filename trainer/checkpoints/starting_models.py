@@ -2,6 +2,7 @@
 ComfyUI. Never a download.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from apt_core.errors import AptError
 from apt_core.files.checkpoint_header import read_folder_metadata, read_metadata
 from apt_core.files.contract import metadata_json
+from apt_core.files.folders import transformer_folder, weight_files
 from apt_core.files.jsonfile import read_object
 from apt_core.files.quantised import form_of
 from apt_core.files.tensorfile import read_header
@@ -65,11 +67,11 @@ def check_base(path: Path, model: Model, name: str, what: str = "base") -> None:
         raise AptError(
             f"{what} {path} is {kind.words}, which preset {name} is not for: give a model of its kind."
         )
-    if path.is_file() and (form := form_of(read_header(path))):
-        raise AptError(
-            f"{what} {path} is in {form}, too coarse to train from: give the model in fp32, bf16 or fp16."
-        )
+    if path.is_file():
+        _refuse_coarse(path, [path], what)
     config = kind.config(path)
+    if path.is_dir():
+        _refuse_coarse(path, weight_files(transformer_folder(path)), what)
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     found = {
         "blocks": config["num_layers"],
@@ -92,6 +94,13 @@ def check_base(path: Path, model: Model, name: str, what: str = "base") -> None:
     ]:
         raise AptError(
             f"{what} {path} is not the model of preset {name} ({', '.join(wrong)}): give that model, or the preset of this one."
+        )
+
+
+def _refuse_coarse(path: Path, files: Iterable[Path], what: str) -> None:
+    if form := next(filter(None, (form_of(read_header(file)) for file in files)), ""):
+        raise AptError(
+            f"{what} {path} is in {form}, too coarse to train from: give the model in fp32, bf16 or fp16."
         )
 
 
