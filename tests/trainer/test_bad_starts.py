@@ -15,6 +15,9 @@ from apt_core.loading.checkpoint import save_generator
 from apt_core.loading.sources import SHIPPED
 from apt_core.models.wan import WanBackbone
 from trainer.__main__ import app
+from trainer.config import load_preset
+from trainer.jobs.plan import make_plan
+from trainer.jobs.training import _check_start
 from trainer.machines.machine import GIB, Machine
 
 TINY = str(Path(__file__).parent / "tiny.toml")
@@ -86,6 +89,14 @@ def test_a_start_that_cannot_be(starts, tmp_path, name, settings, says):
     assert sentence.count("\n") == 0 and sentence.endswith(".") and str(start) in sentence
     assert [part for part in says if part not in sentence] == [], sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_the_base_itself_is_a_start_of_adapters_by_any_path(starts):
+    """A link to it is no other model."""
+    link = starts / "linked.safetensors"
+    link.symlink_to(SHIPPED["base"])
+    preset = load_preset(TINY, LORA, ("train",))
+    assert _check_start(make_plan(preset, "video", starts / "run"), link) is None
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,8 @@ def run_adversarial(
     """
     plan = make_plan(preset, phase, out, recipe=variant, seed=seed, shards=shards)
     note = _check_start(plan, start) if start else None
+    if start and plan.base.exists() and start.samefile(plan.base):
+        start = plan.base  # by whatever path
     with _ready(plan) as (world, batches, options):
         if phase not in batches.datasets:
             raise AptError(f"the shards hold no {phase}s: run precompute on some, or train the other phase.")
@@ -196,7 +198,7 @@ def _check_start(plan: Plan, start: Path) -> str | None:
     note = times_note(start)
     if start.is_dir() or not is_lora_file(start):
         check_base(start, plan.preset.model, plan.preset.name, "--start-from")
-    if plan.base.exists():  # a random one may not be written yet
+    if plan.base.exists() and not start.samefile(plan.base):  # a random one may not be written yet
         check_start(start, plan.base, load_backbone, plan.lora)
     return note
 
