@@ -26,6 +26,7 @@ from ..files.contract import metadata_json, metadata_strings
 from ..files.lora_keys import is_lora, weight_of
 from ..files.tensorfile import write_tensors
 from .backbone import as_backbone
+from .differences import add, clear_differences, differences, set_differences
 from .lora_files import Delta, LoraFile, read_lora_for
 
 BASE = "base"
@@ -253,19 +254,20 @@ def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged_state(model: nn.Module, name: str | None) -> dict[str, Tensor]:
-    """State dict of a model without adapters that computes the same as the role: `W + B A alpha / rank`,
-    summed in fp32.
+    """State dict of a model without adapters that computes the same as the role: `W + B A alpha / rank` and
+    the role's differences, summed in fp32.
 
     Keys, shapes and dtypes are the base's. A sharded model gives whole tensors, and all ranks must call.
     Raises AptError as `role` does.
     """
-    adapters = role(model, name).adapters()
+    adapters, others = role(model, name).adapters(), differences(model, name or BASE)
     state = {}
     for key, value in model.state_dict().items():
         if ".adapters." in key:
             continue
-        value, layer = _whole(value), key.removesuffix(".weight")
-        state[key] = (value.float() + adapters[layer].delta()).to(value.dtype) if layer in adapters else value
+        layer = key.removesuffix(".weight")
+        changes = [adapters[layer].delta()] if layer in adapters else []
+        state[key] = add(_whole(value), *changes, *([others[key]] if key in others else []))
     return state
 
 
@@ -274,7 +276,11 @@ def fold(model: nn.Module, name: str) -> nn.Module:
     """Remove the adapters from `model` and add the role's to its weights, in place; return the model. Sums in
     fp32, as `merged_state`.
     """
-    adapters = role(model, name).adapters()
+    adapters, others = role(model, name).adapters(), differences(model, name)
+    parameters = dict(model.named_parameters())
+    for key, change in others.items():
+        parameters[key].copy_(add(parameters[key], change))
+    clear_differences(model, name)
     for layer, module in list(model.named_modules()):
         if not isinstance(module, AdaptedLinear):
             continue
@@ -290,8 +296,9 @@ def fold(model: nn.Module, name: str) -> nn.Module:
 @torch.no_grad()
 def lora_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The role as the tensors of a LoRA file: `diffusion_model.<official name>.lora_A.weight` and
-    `.lora_B.weight`. alpha / rank is multiplied into B, so that strength 1 is right without an alpha. A
-    sharded model gives whole tensors, and all ranks must call.
+    `.lora_B.weight`. alpha / rank is multiplied into B, so that strength 1 is right without an alpha. The
+    role's differences come with them (see `difference_state`). A sharded model gives whole tensors, and all
+    ranks must call.
 
     An MMDiT has only its own names, and no other program reads them. Raises AptError as `role` does.
     """
@@ -300,6 +307,18 @@ def lora_state(model: nn.Module, name: str) -> dict[str, Tensor]:
         official = LORA_PREFIX + official_name(layer)
         state[f"{official}.lora_A.weight"] = _whole(adapter.lora_A.weight)
         state[f"{official}.lora_B.weight"] = _whole(adapter.lora_B.weight) * adapter.scale
+    return state | difference_state(model, name)
+
+
+def difference_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The role's differences as the tensors of a LoRA file, `diffusion_model.<official name>.diff` and
+    `.diff_b`; {} where it has none.
+    """
+    state, official_name = {}, as_backbone(model).official_name
+    for key, change in differences(model, name).items():
+        official = LORA_PREFIX + official_name(key)
+        layer = official.removesuffix(".bias")
+        state[f"{layer}.diff_b" if layer != official else f"{official.removesuffix('.weight')}.diff"] = change
     return state
 
 
@@ -326,13 +345,16 @@ def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
 
     A file of lower rank than the role's fills the first directions of each adapter. The other directions, and
     layers that the file does not change, add zero: B is zero there and A stays as it is, so that they can
-    learn.
+    learn. What the file changes beside the layers that the role adapts becomes the role's differences, which
+    are not trained. On "meta" only the shapes of these are set.
     Raises AptError for a damaged file, for one that is not a LoRA, and for one that the role cannot hold (see
     `check_lora`); it then changes nothing.
     """
-    lora = check_lora(path, model, name)
-    deltas, official_name = lora.load(), as_backbone(model).official_name
-    for layer, adapter in role(model, name).adapters().items():
+    lora, on_meta = check_lora(path, model, name), next(model.parameters()).is_meta
+    official_name, adapters = as_backbone(model).official_name, role(model, name).adapters()
+    adapted = {official_name(layer) for layer in adapters}
+    deltas = {} if on_meta else lora.load()
+    for layer, adapter in ({} if on_meta else adapters).items():
         delta = deltas.get(f"{official_name(layer)}.weight", Delta())
         adapter.lora_B.weight.zero_()
         if delta.up is not None and delta.down is not None:
@@ -341,15 +363,28 @@ def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
             adapter.lora_B.weight[:, :rank] = (
                 delta.up.to(adapter.lora_B.weight.dtype) * delta.scale / adapter.scale
             )
+    parameters = {
+        official_name(key): (key, p) for key, p in model.named_parameters() if ".adapters." not in key
+    }
+    changes = {}
+    for layer, parts in lora.parts.items():
+        weight = weight_of(layer, lora.own)
+        if "diff" in parts or ("down" in parts and layer not in adapted):
+            delta = deltas.get(weight, Delta())
+            beside = Delta(delta.full) if layer in adapted else delta
+            changes[parameters[weight][0]] = beside.change(parameters[weight][1])
+        if parts.keys() & {"up_bias", "diff_b"}:
+            key, p = parameters[f"{layer}.bias"]
+            changes[key] = deltas.get(f"{layer}.bias", Delta()).change(p)
+    set_differences(model, cast(_Blocks, model.blocks).switch, name, changes)
 
 
 def check_lora(path: str | Path, model: nn.Module, name: str, base: object = "the base") -> LoraFile:
-    """Check that the role's adapters can hold the LoRA file exactly, and return the file. Only headers are
-    read, and the model may be on "meta". base: what the messages call the model.
+    """Check that the role can hold the LoRA file exactly, and return the file. Only headers are read, and the
+    model may be on "meta". base: what the messages call the model.
 
-    Raises AptError, which says what to do, for a whole model, for the LoRA of another model, for a higher
-    rank than the role's, and for changes of weights that the role does not adapt (norms, biases, whole
-    differences).
+    Raises AptError, which says what to do, for a whole model, for the LoRA of another model, and for a higher
+    rank than that of the role's adapters.
     """
     header = read_header(path)
     kind = metadata_json(path, header.metadata, "apt").get("kind", "lora")
@@ -357,22 +392,9 @@ def check_lora(path: str | Path, model: nn.Module, name: str, base: object = "th
         raise AptError(f"{path} is a whole transformer, not a LoRA: load it as the base.")
     lora = read_lora_for(path, model, base)
     official_name = as_backbone(model).official_name
-    ranks = {
-        official_name(layer): len(adapter.lora_A.weight)
-        for layer, adapter in role(model, name).adapters().items()
-    }
-    beyond = [
-        change
-        for change, _ in lora.changes
-        if change.removesuffix(".weight") not in ranks or change.removesuffix(".weight") not in lora.ranks
-    ] + [weight_of(layer, lora.own) for layer, parts in lora.parts.items() if "diff" in parts]
-    if beyond := list(dict.fromkeys(beyond)):
-        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
-        raise AptError(
-            f"{path} changes {beyond[0]}{more}, which adapters of {len(ranks)} linear layers cannot hold: "
-            "give a LoRA of such layers alone, or merge it into its base (`export --form file`) and take the sum as the base."
-        )
-    if high := {layer: rank for layer, rank in lora.ranks.items() if rank > ranks[layer]}:
+    adapters = role(model, name).adapters().items()
+    ranks = {official_name(layer): len(adapter.lora_A.weight) for layer, adapter in adapters}
+    if high := {layer: rank for layer, rank in lora.ranks.items() if rank > ranks.get(layer, rank)}:
         layer, rank = max(high.items(), key=lambda pair: pair[1])
         raise AptError(
             f"{path} has rank {rank} at {layer}, and the adapters have {ranks[layer]}: take rank {rank} "

@@ -93,11 +93,6 @@ class LoraFile:
         """Official names of the weights and biases that it changes."""
         return tuple(dict.fromkeys(name for name, _ in self.changes))
 
-    @property
-    def only_factors(self) -> bool:
-        """Whether it consists of products of two factors and nothing else."""
-        return all(set(parts) <= {"down", "up", "alpha"} for parts in self.parts.values())
-
     def check(self, shapes: Mapping[str, Sequence[int]], base: object = "the base") -> None:
         """Raise AptError unless it was trained on a model of these official names and shapes. base: what the
         message calls that model.

@@ -364,8 +364,9 @@ def test_file_round_trip(double, shared, batch, tmp_path):
         AptError, match=r"has rank 3 at .*, and the adapters have 2: take rank 3 \(lora_rank=3\)"
     ):
         load_lora(path, shared(rank=2), "generator")
-    with pytest.raises(AptError, match=r"which adapters of \d+ linear layers cannot hold"):
-        load_lora(path, shared(targets=["to_q"]), "generator")
+    few = shared(targets=["to_q"]).double()  # other layers of the file become differences
+    load_lora(path, few, "generator")
+    close(one_step(role(few, "generator"), x, text), one_step(role(model, "generator"), x, text))
     save_generator(path, merged_state(model, "generator"), model.config, {})
     assert torch.equal(
         load_transformer(path).blocks[0].ffn.net[2].weight,

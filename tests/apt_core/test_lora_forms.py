@@ -31,7 +31,7 @@ def test_every_form_merges_to_the_same_weights(wan, tmp_path, form, dtype):
     expected = reference(model, change)
     save_file({key: value.to(dtype) for key, value in FORMS[form](change).items()}, path)
     lora = read_lora(path)
-    assert lora.form == form.partition(",")[0] and set(lora.ranks.values()) == {2, 4} and lora.only_factors
+    assert lora.form == form.partition(",")[0] and set(lora.ranks.values()) == {2, 4}
     assert sorted(lora.targets) == sorted(f"{layer}.weight" for layer in change) and len(change) == 36
     lora.check(official_shapes(model))
     close(state_of(merge(model, lora.load())), expected)
@@ -158,11 +158,10 @@ def test_whole_differences_and_biases(wan, tmp_path):
     )
     save_file({f"diffusion_model.{key}": value for key, value in tensors.items()}, path)
     lora = read_lora(path)
-    assert (
-        set(lora.targets) == {*whole.values(), f"{layer}.bias"}
-        and lora.ranks == {layer: 3, "patch_embedding": 2}
-        and not lora.only_factors
-    )
+    assert set(lora.targets) == {*whole.values(), f"{layer}.bias"} and lora.ranks == {
+        layer: 3,
+        "patch_embedding": 2,
+    }
     assert lora.alpha == "in the file, elsewhere taken as the rank"
     lora.check(official_shapes(model))
     close(state_of(merge(model, lora.load())), state)

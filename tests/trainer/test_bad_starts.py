@@ -30,13 +30,12 @@ def starts(tmp_path_factory) -> Path:
     """Files of each kind of mistake, by name."""
     folder = tmp_path_factory.mktemp("starts")
 
-    def lora(name, rank=2, width=128, **more):
+    def lora(name, rank=2, width=128):
         down, up = torch.ones(rank, width), torch.ones(width, rank)
-        save_file({f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up} | more, folder / name)
+        save_file({f"{LAYER}.lora_A.weight": down, f"{LAYER}.lora_B.weight": up}, folder / name)
 
     lora("wide.safetensors", width=1536)
     lora("high.safetensors", rank=3)
-    lora("biases.safetensors", **{f"{LAYER}.diff_b": torch.ones(128)})
     base = load_backbone(SHIPPED["base"])
     save_generator(folder / "late.safetensors", base, base.config, {"timestep": 750})
     save_generator(folder / "whole.safetensors", base, base.config, {})
@@ -59,8 +58,6 @@ def starts(tmp_path_factory) -> Path:
                         "of width 1536 (that of Wan 2.1 1.3B)."]),
         ("wide", [], ["give as the base the model that this LoRA was trained on"]),
         ("high", LORA, ["has rank 3 at blocks.0.self_attn.q", "(lora_rank=3) or more, or a LoRA of lower rank."]),
-        ("biases", LORA, ["changes blocks.0.self_attn.q.bias, which adapters of 60 linear layers cannot hold",
-                          "merge it into its base (`export --form file`) and take the sum as the base."]),
         ("late", [], ["is for timestep 750, and one step from noise is a call at 1000", "(`distill`, with them as the base)."]),
         ("whole", LORA, ["is a whole model, and adapters over", "train with mode=full, or give base="]),
         ("shallow", [], ["--start-from", "is not the model of preset tiny (blocks 5 instead of 6)"]),

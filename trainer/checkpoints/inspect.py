@@ -39,7 +39,7 @@ from trainer.data.shards import INDEX, ShardDataset
 from trainer.run.folders import is_state, resolve
 from trainer.run.state import score_of
 
-ADAPTED = re.compile(r"blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
+ADAPTED = re.compile(r"blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]|ffn\.[02])")
 """What adapters lie on in a Wan: the linear layers of its blocks."""
 
 
@@ -166,13 +166,13 @@ def _lora_facts(lora: LoraFile) -> dict[str, str]:
 
 def _as_start(lora: LoraFile) -> str:
     """What `--start-from` of stage 2 makes of it; see apt_core.models.lora.check_lora."""
-    beyond = [name for name, _ in lora.changes if not ADAPTED.fullmatch(name)]
-    beyond += [f"{layer} (a whole difference)" for layer, parts in lora.parts.items() if "diff" in parts]
     times = "stage 2 calls it once, at timestep 1000, whatever times it was trained for"
-    if not beyond:
-        return f"with mode=lora and lora_rank={max(lora.ranks.values())} or more, or mode=full; {times}"
-    more = f" and {len(set(beyond)) - 1} more" if len(set(beyond)) > 1 else ""
-    return f"with mode=full: adapters cannot hold {beyond[0]}{more}; {times}"
+    ranks = [rank for layer, rank in lora.ranks.items() if ADAPTED.fullmatch(layer)]
+    others = {name for name in lora.targets if not ADAPTED.fullmatch(name.removesuffix(".weight"))}
+    others |= {layer for layer, parts in lora.parts.items() if "diff" in parts and ADAPTED.fullmatch(layer)}
+    rank = f" and lora_rank={max(ranks)} or more" if ranks else ""
+    stay = f" ({len(others)} other changes stay as they are)" if others else ""
+    return f"with mode=lora{rank}{stay}, or mode=full; {times}"
 
 
 def _note(path: Path) -> dict[str, str]:

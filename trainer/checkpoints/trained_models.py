@@ -25,7 +25,7 @@ from apt_core.models.lora_files import LoraFile, merge, read_lora, read_lora_for
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.checkpoints.starting_models import locate, read_about
 from trainer.config import Files
-from trainer.run.folders import ABOUT, FACTS, is_state, resolve
+from trainer.run.folders import ABOUT, DIFFERENCES, FACTS, is_state, resolve
 from trainer.run.state_files import REMEDY, StateReader, check_digests, read_facts
 from trainer.stages.networks import make_discriminator
 
@@ -82,8 +82,10 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
 
 
 def _like_ours(lora: LoraFile, base: Path) -> bool:
-    """Whether it fits our trainer's adapters: factors of one rank, on all linear layers of the blocks."""
-    if not lora.only_factors or len(set(lora.ranks.values())) != 1:
+    """Whether it fits our trainer's adapters: factors of one rank, on all linear layers of the blocks. What
+    else it changes are differences.
+    """
+    if len(set(lora.ranks.values())) != 1:
         return False
     model = add_adapters(load_backbone(base, device="meta"), (ROLE,), 1)
     return {model.official_name(layer) for layer in role(model, ROLE).adapters()} == set(lora.ranks)
@@ -132,12 +134,21 @@ def open_discriminator(path: str | Path, base: str | Path | None = None) -> tupl
     backbone = load_backbone(base_of(state.path, state.about, base))
     if state.about["lora"]:
         rank, alpha = state.about["lora"]
-        backbone = role(add_adapters(backbone, ("discriminator",), rank, alpha), "discriminator")
+        backbone = add_adapters(backbone, ("discriminator",), rank, alpha)
+        if state.identity.get("discriminator_start") == "start":
+            _add_differences(state.path, backbone, "discriminator")
+        backbone = role(backbone, "discriminator")
     model = make_discriminator(
         backbone, state.identity.get("taps", PAPER_FRACTIONS), state.identity.get("head_width")
     )
     fill(model, state.tensors("discriminator.weights/"), state.path)
     return model.eval().requires_grad_(False), state.identity
+
+
+def _add_differences(state: Path, model: nn.Module, name: str) -> None:
+    """What the role has of the run's start beside adapters, which lies beside the states."""
+    if (beside := state.parent / DIFFERENCES).is_file():
+        load_lora(beside, model, name)
 
 
 class State:
@@ -223,6 +234,7 @@ def _from_state(path: Path, ema: float | None, given: str | Path | None) -> Gene
         return Generator(base, None, metadata)
     rank, alpha = about["lora"]
     model = add_adapters(base, (ROLE,), rank, alpha)
+    _add_differences(path, model, ROLE)
     adapters = role(model, ROLE)
     fill(adapters, weights, path)
     return Generator(adapters, model, metadata | {"kind": "lora"})

@@ -7,6 +7,7 @@ from apt_core.errors import AptError
 from apt_core.loading.sources import MINI, SHIPPED
 
 ABOUT = "about.json"  # beside the training states of a stage: what an export of them needs
+DIFFERENCES = "differences.safetensors"  # there too: what a LoRA's start has beside adapters
 # what the stages before the last one leave in a run's folder
 DISTILLED, IMAGE = (
     "distilled.safetensors",

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from apt_core.errors import AptError
+from apt_core.files.tensorfile import write_tensors
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import one_step
@@ -18,6 +20,7 @@ from trainer.data.batches import Batches, Micro
 from trainer.data.sampling import discriminator_times, split
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel
+from trainer.run.folders import DIFFERENCES
 from trainer.run.state import Keep, Run
 from trainer.stages.averages import Averages
 from trainer.stages.networks import Load, Lora, adversarial_networks
@@ -110,6 +113,7 @@ def adversarial(
         "lora": str(lora),
         "head_width": head_width,
         "ema_decays": list(ema_decays),
+        "differences": networks.differences_digest(),
     }
     # These two may change when a run goes on: what it has computed so far does not depend on them.
     identity |= settings.model_dump(exclude={"updates", "discriminator_step"})
@@ -128,6 +132,8 @@ def adversarial(
             measures,
         )
         watch.begin(generator)  # before a state is loaded
+    if keep:
+        keep = replace(keep, describe=partial(_describe, keep, networks.differences()))
     run = Run(keep, world, identity, {"generator": g, "discriminator": d, "averages": averages}, resume)
 
     def take(role: str, update: int):
@@ -216,6 +222,17 @@ def adversarial(
     facts = {"kind": "generator", "phase": phase, "updates": settings.updates}
     averages.save(out, metadata | facts, world)
     return run.rows
+
+
+def _describe(keep: Keep, others: Mapping[str, Tensor]) -> None:
+    """What belongs beside the states, and what the generator has beside its adapters."""
+    if keep.describe:
+        keep.describe()
+    if others:
+        tensors = {name: value.detach().cpu() for name, value in others.items()}
+        write_tensors(keep.folder / DIFFERENCES, tensors, {})
+    else:
+        (keep.folder / DIFFERENCES).unlink(missing_ok=True)
 
 
 def discriminator_groups(discriminator: nn.Module, settings: Adversarial) -> list[dict]:

@@ -1,11 +1,12 @@
 """The networks of each stage, whole or as LoRA adapters over one shared base, placed on a run's processes."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apt_core.errors import AptError
 from apt_core.files.contract import metadata_strings
@@ -14,7 +15,7 @@ from apt_core.files.tensorfile import read_header, write_tensors
 from apt_core.loading.backbones import kind_of
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.ema import Ema
-from apt_core.models.lora import Role, add_adapters, check_lora, load_lora, lora_state, role
+from apt_core.models.lora import Role, add_adapters, check_lora, difference_state, load_lora, lora_state, role
 from apt_core.models.lora_files import merge, read_lora_for
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.machines.distributed import World
@@ -68,6 +69,19 @@ class Networks:
             )
         )
 
+    def differences(self) -> dict[str, Tensor]:
+        """What the generator has of its start beside adapters, as the tensors of a LoRA file; {} mostly."""
+        return difference_state(self.base, "generator") if isinstance(self.generator, Role) else {}
+
+    def differences_digest(self) -> str | None:
+        """Of `differences`, None where there are none: a run is another one with others."""
+        if not (found := self.differences()):
+            return None
+        digest = hashlib.sha256()
+        for name, value in sorted(found.items()):
+            digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def save(self, path: Path, average: Ema, metadata: Mapping, world: World) -> None:
         """Write the generator with its averaged weights to one file: a whole model, or a LoRA file in LoRA
         mode. The main process writes; all processes must call this together.
@@ -107,7 +121,8 @@ def adversarial_networks(
     discriminator's heads draw their first weights from torch's random state.
 
     start: a whole model, or a LoRA file over `base`, which is merged into it. With `lora`: `base` itself, or a
-        LoRA over it that the adapters can hold (apt_core.models.lora.check_lora); they continue from it.
+        LoRA over it of at most that rank. The adapters continue from it, and what else it changes stays as it
+        is (apt_core.models.lora.load_lora).
     head_width: width of the heads' attention, a multiple of the base's attention head; by default the base's
         own width.
     taps, discriminator_start, train_backbone: see trainer.config.Adversarial. With `lora` the last two are
@@ -235,7 +250,7 @@ def _shared_base(
         model = load(base, device=device, dtype=dtype)
         add_adapters(model, tuple(starts), lora.rank, lora.alpha)
         for name, start in starts.items():
-            if start != base and device.type != "meta":
+            if start != base:
                 load_lora(start, model, name)
         for name in still:  # before sharding: gathered copies keep the requires_grad they were made with
             role(model, name).requires_grad_(False)
