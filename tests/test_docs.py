@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import typer
 
+import trainer.cli.training
+import trainer.jobs.training
 from trainer.__main__ import app
+from trainer.config import load_preset
+from trainer.proof.variants import all_variants
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -23,8 +27,11 @@ PAGES = [
 ]
 PROSE = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "nodes" / "web" / "docs").rglob("*.md"))]
 WIDEST = 110
+STAGES = {"precompute": "run_precompute", "distill": "run_distill", "adversarial": "run_adversarial"}
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-TERMINAL = re.compile(r"```sh\n(.*?)```", re.S)
+TERMINAL = re.compile(r"^```sh\n(.*?)^```", re.S | re.M)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+INLINE = re.compile(r"`(?:python )?-m trainer ([^`]+)`")
 COMMAND = re.compile(r"-m trainer\s+(.+)$")
 
 
@@ -56,6 +63,11 @@ def test_long_lines_are_found_where_they_can_be_broken():
 @pytest.mark.parametrize("page", PROSE, ids=[page.relative_to(ROOT).as_posix() for page in PROSE])
 def test_lines_of_pages_are_not_too_long(page):
     assert long_lines(text_of(page)) == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=[page.relative_to(ROOT).as_posix() for page in PROSE])
+def test_no_merge_was_left_unfinished(page):
+    assert re.findall(r"^(?:<{7}|>{7})|={7}$", text_of(page), re.M) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -99,23 +111,33 @@ def test_every_function_and_every_test_of_the_method_exists(row):
 
 
 def commands_of(page: Path) -> list[str]:
-    """What follows `-m trainer` in the page's blocks of shell lines, variables that the block sets filled in."""
-    found = []
+    """What follows `-m trainer` in the page's blocks of shell lines and in its sentences, with the variables that
+    the page has set so far filled in, as a shell does. A command's name alone is no command.
+    """
+    found, variables = [], {}
     for block in TERMINAL.findall(text_of(page).replace("\\\n", "")):
-        variables = dict(re.findall(r'^(\w+)="?([^"\n]*?)"?$', block, re.M))
+        variables |= dict(re.findall(r'^(\w+)="?([^"\n]*?)"?$', block, re.M))
         for line in block.splitlines():
             for _ in range(3):
                 line = re.sub(r"\$(\w+)", lambda match: variables.get(match[1], match[0]), line)
             if match := COMMAND.search(line.partition("  #")[0]):
                 found.append(match[1].strip().rstrip("'"))
-    return found
+    prose = BLOCK.sub("", text_of(page)).replace("\n", " ")
+    return found + [command for command in INLINE.findall(prose) if " " in command and "..." not in command]
 
 
 ALL = [(name, command) for page, name in zip(PAGES, NAMES) for command in commands_of(page)]
 
 
 def test_there_are_commands():
-    assert len(ALL) >= 20
+    assert len(ALL) >= 60
+    assert ("docs/results.md", "probe mini") in ALL  # in the middle of a sentence
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_no_block_hides_a_command(page):
+    hidden = [body for language, body in BLOCK.findall(text_of(page)) if language != "sh"]
+    assert [body for body in hidden if re.search(r"^\s*\S*(python|torchrun|pip)\b.* -\w", body, re.M)] == []
 
 
 def stubbed(command, seen: list):
@@ -132,6 +154,44 @@ def test_every_command_is_one_that_the_command_line_takes(name, command):
     seen: list = []
     stubbed(typer.main.get_command(app), seen).main(shlex.split(command), standalone_mode=False)
     assert len(seen) == 1
+
+
+TRAINING = [
+    (name, command) for name, command in ALL if command.split()[0] in STAGES and ".toml" not in command
+]
+
+
+@pytest.mark.parametrize(
+    "name, command", TRAINING, ids=[f"{name}-{command[:50]}" for name, command in TRAINING]
+)
+def test_every_preset_recipe_and_setting_of_a_command_exists(name, command, monkeypatch):
+    (preset,) = run_without_work(command, monkeypatch)
+    assert preset.name == command.split()[1]
+
+
+@pytest.mark.parametrize("wrong", ["mini updats=3", "mini --recipe weekend", "minni", "mini updates=many"])
+def test_a_setting_that_is_none_is_noticed(wrong, monkeypatch, capsys):
+    assert run_without_work(f"adversarial {wrong} --phase image", monkeypatch) == []
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def run_without_work(command: str, monkeypatch) -> list:
+    """The preset that a command of training arrives with, its recipe and settings in it, where it would begin."""
+    seen: list = []
+    for stage in STAGES.values():
+        monkeypatch.setattr(
+            trainer.jobs.training, stage, lambda preset, *args, **options: seen.append(preset)
+        )
+    monkeypatch.setattr(trainer.cli.training, "_show", lambda preset, *args: seen.append(preset))
+    typer.main.get_command(app).main(shlex.split(command), standalone_mode=False)
+    return seen
+
+
+def test_the_rows_of_the_ablations_are_said_as_the_program_says_them():
+    table = text_of(ROOT / "docs" / "results.md").split("| row | what it changes |")[1].split("\n\n")[0]
+    said = dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", table, re.M))
+    rows = all_variants(load_preset("mini"), "proof", "image")
+    assert len(said) >= 20 and said == {name: rows[name].what for name in said}
 
 
 def test_a_command_that_is_none_is_noticed():

@@ -105,6 +105,9 @@ def generate(
                 pipe.write_sample(request, number, text, path if writes else None)
             written += [path] if writes else []
             report(done + 1, len(mine))
+    if world.main:
+        where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} samples go to {out}"
+        console.print(f"{where}.", markup=False, highlight=False, soft_wrap=True)
     return written
 
 

@@ -31,7 +31,7 @@ def demo(
         bool, typer.Option("--truncate-captions", help="Cut captions that are too long for the text encoder.")
     ] = False,
 ) -> None:
-    """The whole method in miniature: clips in, one-step video and a weights file for ComfyUI out. About 8
+    """The whole method in miniature: clips in, one-step video and a weights file for ComfyUI out. About ten
     minutes on two cores.
     """
     from trainer.config import load_preset
