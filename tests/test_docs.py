@@ -187,6 +187,39 @@ def run_without_work(command: str, monkeypatch) -> list:
     return seen
 
 
+def quoted_messages() -> list[str]:
+    """What the first column of docs/troubleshooting.md quotes of a message."""
+    rows = re.findall(r"^\| (.+?) \|", text_of(ROOT / "docs" / "troubleshooting.md"), re.M)
+    return [message for row in rows for message in re.findall(r"`([^`]*\.\.\.[^`]*)`", row) if " " in message]
+
+
+def sentences_of_the_program() -> list[str]:
+    """Every string of the code, `\0` in the place of a value."""
+    found = []
+    for path in (file for room in ("apt_core", "trainer") for file in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(text_of(path))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def is_said(message: str, sentences: list[str]) -> bool:
+    """Whether one sentence holds all words of a message, in order, between its gaps."""
+    parts = [part for part in re.split(r"\.\.\.+", message) if part.strip(" .,:()")]
+    pattern = re.compile(".*".join(re.escape(part.strip()) for part in parts), re.S)
+    return any(pattern.search(sentence) for sentence in sentences)
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_that_the_program_says():
+    messages, sentences = quoted_messages(), sentences_of_the_program()
+    assert len(messages) >= 16
+    assert [message for message in messages if not is_said(message, sentences)] == []
+    assert not is_said("... holds the status of a run", sentences)
+
+
 def test_the_rows_of_the_ablations_are_said_as_the_program_says_them():
     table = text_of(ROOT / "docs" / "results.md").split("| row | what it changes |")[1].split("\n\n")[0]
     said = dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", table, re.M))
