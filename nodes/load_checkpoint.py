@@ -15,7 +15,7 @@ from ..apt_core.files.checkpoint_header import read_header
 from ..apt_core.files.contract import claims_lora, is_adversarial, metadata_json, native, read_apt
 from ..apt_core.files.lora_keys import is_lora
 from ..apt_core.files.tensorfile import FLOATS, Header
-from ..apt_core.loading.checkpoint import ASSUMED, transformer_config_from
+from ..apt_core.loading.wan_config import ASSUMED, transformer_config_from
 from . import folders
 from .wan_model import ATTACHMENT
 from .warn import warn

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..apt_core.errors import AptError
 from ..apt_core.files.contract import claims_lora, metadata_strings
 from ..apt_core.files.tensorfile import write_tensors
-from ..apt_core.loading.checkpoint import ASSUMED, cast_tensors, unguessed
+from ..apt_core.loading.checkpoint import cast_tensors
+from ..apt_core.loading.wan_config import ASSUMED, unguessed
 from . import folders
 from .wan_model import apt_of, read_model
 from .warn import show

@@ -10,7 +10,7 @@ from ..apt_core.errors import AptError
 from ..apt_core.files import contract
 from ..apt_core.files.checkpoint_header import read_metadata
 from ..apt_core.files.contract import metadata_json
-from ..apt_core.loading.checkpoint import ASSUMED
+from ..apt_core.loading.wan_config import ASSUMED
 
 ATTACHMENT = "apt"
 """The name under which a MODEL carries the `apt` metadata of its file."""

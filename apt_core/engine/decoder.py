@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..errors import AptError, OutOfMemory
-from ..models.vae import denormalize
+from ..models.latents import denormalize
 from .decoder_layers import Bands, Stream, Whole, decoder_layers
 from .decoder_memory import Plan, choose
 from .parallel_vae import Rows, Shapes, any_failed

@@ -9,7 +9,7 @@ from typing import cast
 from ..errors import AptError
 from ..loading.sources import Sources
 from ..method.noise import APT, check_noise
-from ..models.vae import check_size
+from ..models.latents import check_size
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,10 @@ the argument names of ComfyUI's WanModel, written only where ComfyUI would guess
 The second form is a diffusers folder: transformer and scheduler.
 """
 
-import inspect
 import json
-import math
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +19,7 @@ from ..errors import AptError, NotFinite
 from ..files import keys
 from ..files.atomic import replacing_folder
 from ..files.checkpoint_header import read_header
-from ..files.contract import claims_lora, metadata_json, metadata_strings, read_apt
+from ..files.contract import claims_lora, metadata_strings, read_apt
 from ..files.folders import pickle_hint, refuse_shard, transformer_folder, weight_files
 from ..files.jsonfile import read_object
 from ..files.lora_keys import is_lora
@@ -39,13 +36,9 @@ from ..files.tensorfile import (
 from ..models.backbone import as_backbone
 from ..models.precision import cast, weight_dtype
 from .backbones import WAN, Kind
+from .wan_config import comfy_config, known_arguments, layout_of, transformer_config_from
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-# What ComfyUI takes for granted (comfy/model_detection.py, "wan2.1"). Its WanModel and diffusers have the
-# same names for these.
-HEAD_DIM = 128
-ASSUMED = {"text_dim": 4096, "freq_dim": 256, "patch_size": [1, 2, 2], "eps": 1e-6, "cross_attn_norm": True}
 
 
 def save_generator(
@@ -65,8 +58,8 @@ def save_generator(
     stays.
     """
     state = model.state_dict() if isinstance(model, torch.nn.Module) else dict(model)
-    config = _known_arguments(transformer_config)
-    layout, prefix = _layout(path, state)
+    config = known_arguments(transformer_config)
+    layout, prefix = layout_of(path, state)
     state = {key.removeprefix(prefix): value for key, value in state.items()}
     if layout == "diffusers":
         state = {_renamed(path, key, keys.transformer_to_official): value for key, value in state.items()}
@@ -83,108 +76,6 @@ def save_generator(
         strings["config"] = json.dumps({"transformer": comfy})
     check_finite(path, state)
     write_tensors(path, cast_tensors(path, state, dict.fromkeys(state, dtype)), strings)
-
-
-def comfy_config(config: Mapping) -> dict:
-    """The WanModel arguments that ComfyUI would guess wrong from the shapes of a model with this diffusers
-    config; in most cases {}.
-    """
-    full = {name: p.default for name, p in _arguments().items()} | dict(config)
-    heads, head_dim = full["num_attention_heads"], full["attention_head_dim"]
-    values, out_channels = {name: full[name] for name in ASSUMED}, full["out_channels"] or full["in_channels"]
-    return unguessed(heads, head_dim, values, out_channels)
-
-
-def unguessed(heads: int, head_dim: int, values: Mapping, out_channels: int) -> dict:
-    """As `comfy_config`, from the number and width of heads, `values` with the names of ASSUMED, and the
-    number of output channels.
-    """
-    out: dict[str, Any] = {"num_heads": heads} if head_dim != HEAD_DIM else {}
-    for name, assumed in ASSUMED.items():
-        value = list(values[name]) if name == "patch_size" else values[name]
-        if value != assumed:
-            out[name] = value
-    if "patch_size" in out:
-        out["out_dim"] = out_channels
-    return out
-
-
-def transformer_config_from(
-    shapes: Mapping[str, tuple], metadata: Mapping[str, str], path: str | Path = "the file"
-) -> dict:
-    """WanTransformer3DModel's arguments, from the shapes of a file in either layout (with or without a
-    prefix) and its string metadata.
-
-    The shapes tell everything but the number of heads and eps. Those come from `config`, or else are what
-    ComfyUI guesses: 128 channels per head, 1e-6.
-    Raises AptError when a defining key is missing or misshapen, or when the number of heads is unknown.
-    """
-    layout, prefix = _layout(path, shapes)
-
-    def name_in_file(official: str) -> str:
-        return prefix + official if layout == "official" else keys.transformer_to_diffusers(official)
-
-    def optional(official: str, rank: int) -> tuple[int, ...] | None:
-        return shape(official, rank) if name_in_file(official) in shapes else None
-
-    def shape(official: str, rank: int) -> tuple[int, ...]:
-        key = name_in_file(official)
-        if key not in shapes:
-            raise AptError(
-                f"{path}: {key} missing: the file is not a whole Wan transformer, export or download it again."
-            )
-        if len(shapes[key]) != rank or min(shapes[key]) < 1:
-            raise AptError(
-                f"{path}: {key} has shape {tuple(shapes[key])}, not that of a Wan transformer: export or download it again."
-            )
-        return tuple(shapes[key])
-
-    given = metadata_json(path, metadata, "config").get("transformer", {})
-    dim, in_channels, *patch = shape("patch_embedding.weight", 5)
-    heads = (
-        given.get("num_heads", dim // HEAD_DIM if dim % HEAD_DIM == 0 else None)
-        if isinstance(given, dict)
-        else None
-    )
-    if not isinstance(heads, int) or heads < 1 or dim % heads or dim // heads % 2:
-        raise AptError(
-            f"{path}: {dim} channels do not tell the number of heads: its metadata entry `config` must name a fitting num_heads."
-        )
-    eps = given.get("eps", ASSUMED["eps"])
-    if not isinstance(eps, float) or not 0 < eps < 1:
-        raise AptError(
-            f"{path}: its metadata entry `config` has eps {eps!r}: it must be a small positive number."
-        )
-    image, position = (
-        optional("img_emb.proj.0.weight", 1),
-        optional("img_emb.emb_pos", 3),
-    )
-    added = optional("blocks.0.cross_attn.k_img.weight", 2)
-    blocks = Counter(
-        key.removeprefix(prefix).split(".")[1]
-        for key in shapes
-        if key.removeprefix(prefix).startswith("blocks.")
-    )
-    if len(blocks) * blocks["0"] > 2 * len(shapes):
-        raise AptError(
-            f"{path} names {len(blocks)} blocks, but only the first ones have tensors: export or download it again."
-        )
-    return {
-        "patch_size": tuple(patch),
-        "num_attention_heads": heads,
-        "attention_head_dim": dim // heads,
-        "in_channels": in_channels,
-        "out_channels": shape("head.head.bias", 1)[0] // math.prod(patch),
-        "text_dim": shape("text_embedding.0.weight", 2)[1],
-        "freq_dim": shape("time_embedding.0.weight", 2)[1],
-        "ffn_dim": shape("blocks.0.ffn.0.weight", 2)[0],
-        "num_layers": len(blocks),
-        "cross_attn_norm": optional("blocks.0.norm3.weight", 1) is not None,
-        "eps": eps,
-        "image_dim": image and image[0],
-        "added_kv_proj_dim": added and added[1],
-        "pos_embed_seq_len": position and position[1],
-    }
 
 
 def read_config(path: str | Path) -> dict:
@@ -215,7 +106,7 @@ def load_transformer(
     """
     path = Path(path)
     files, shapes, config = _parts(path)
-    layout, prefix = _layout(path, shapes)
+    layout, prefix = layout_of(path, shapes)
     check_count(path, "num_layers", config.get("num_layers", 1), shapes)
     model = _meta_transformer(path, cls, config)
     official = layout == "official"
@@ -260,7 +151,7 @@ def save_diffusers_folder(path: str | Path, model: torch.nn.Module, metadata: Ma
     path, state = Path(path), model.state_dict()
     if path.exists() and not ((path / "apt.json").is_file() or (path.is_dir() and not any(path.iterdir()))):
         raise AptError(f"{path} exists and is not an earlier export: give a new folder.")
-    stock = _meta_transformer(path, WanTransformer3DModel, _known_arguments(as_backbone(model).config))
+    stock = _meta_transformer(path, WanTransformer3DModel, known_arguments(as_backbone(model).config))
     expected = {key: value.shape for key, value in stock.state_dict().items()}
     check_shapes(
         path, {key: value.shape for key, value in state.items()}, expected, "Wan transformer of its config"
@@ -320,7 +211,7 @@ def _folder(path: Path) -> tuple[list[Path], dict | None, dict | None]:
     except AptError:
         pass
     if kind in ("WanTransformer3DModel", "WanBackbone"):
-        return weight_files(folder), _known_arguments(config), None
+        return weight_files(folder), known_arguments(config), None
     if kind == "WanModel":
         known = {name: config[name] for name in ("num_heads", "eps") if name in config}
         return weight_files(folder), None, {"config": json.dumps({"transformer": known})}
@@ -328,20 +219,6 @@ def _folder(path: Path) -> tuple[list[Path], dict | None, dict | None]:
         f"{folder} is not a folder of a Wan transformer, of diffusers or of Wan-AI{pickle_hint(folder)}: "
         "give one with its config.json, or a .safetensors file."
     )
-
-
-def _arguments() -> Mapping[str, inspect.Parameter]:
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
-
-    return {
-        name: p
-        for name, p in inspect.signature(WanTransformer3DModel.__init__).parameters.items()
-        if name != "self"
-    }
-
-
-def _known_arguments(config: Mapping) -> dict:
-    return {name: config[name] for name in _arguments() if name in config}
 
 
 def _meta_transformer(path, cls: type | None, config: Mapping):
@@ -373,13 +250,6 @@ def cast_tensors(
         if dtypes[key] == torch.float16 and not torch.isfinite(out[key]).all():
             raise NotFinite(f"{path}: {key} has weights beyond what fp16 can hold: use bf16 or fp32.")
     return out
-
-
-def _layout(path, state: Mapping) -> tuple[str, str]:
-    try:
-        return keys.detect_layout(state)
-    except AptError as error:
-        raise AptError(f"{path}: {error}") from None
 
 
 def _renamed(path, key: str, rename) -> str:

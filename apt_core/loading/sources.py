@@ -16,10 +16,11 @@ from ..files.contract import is_few_step, metadata_json
 from ..files.folders import half_note
 from ..files.lora_keys import is_lora
 from ..models.backbone import as_backbone
+from ..models.latents import stride
 from ..models.lora_files import merge, read_lora, read_lora_for
 from ..models.text import TextEncoder, Tokenizer
 from ..models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
-from ..models.vae import load_vae, read_vae, stride
+from ..models.vae import load_vae, read_vae
 from .backbones import load_backbone
 from .text_files import TextFacts, load_text_encoder_files, read_spiece, read_text_encoder
 

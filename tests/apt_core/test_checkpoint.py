@@ -17,13 +17,9 @@ from safetensors.torch import load_file, save_file
 from apt_core.errors import AptError, NotFinite
 from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.files.tensorfile import write_tensors
-from apt_core.loading import checkpoint
-from apt_core.loading.checkpoint import (
-    load_transformer,
-    save_diffusers_folder,
-    save_generator,
-    transformer_config_from,
-)
+from apt_core.loading import wan_config
+from apt_core.loading.checkpoint import load_transformer, save_diffusers_folder, save_generator
+from apt_core.loading.wan_config import transformer_config_from
 from apt_core.models.wan import WanBackbone
 
 Q = "blocks.1.self_attn.q.weight"
@@ -99,16 +95,16 @@ def test_metadata_extends_the_contract(model, tmp_path):
 
 
 def test_released_shapes_need_no_config():
-    assert checkpoint.comfy_config({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}) == {}
-    assert checkpoint.comfy_config({"num_attention_heads": 24, "in_channels": 48, "out_channels": 48}) == {}
+    assert wan_config.comfy_config({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}) == {}
+    assert wan_config.comfy_config({"num_attention_heads": 24, "in_channels": 48, "out_channels": 48}) == {}
 
 
 def test_config_names_only_what_comfyui_would_guess_wrong():
-    assert checkpoint.comfy_config({"num_attention_heads": 1, "attention_head_dim": 192}) == {"num_heads": 1}
-    assert checkpoint.comfy_config({"num_attention_heads": 4, "attention_head_dim": 64}) == {"num_heads": 4}
-    assert checkpoint.comfy_config({"num_attention_heads": 2, "text_dim": 64}) == {"text_dim": 64}
+    assert wan_config.comfy_config({"num_attention_heads": 1, "attention_head_dim": 192}) == {"num_heads": 1}
+    assert wan_config.comfy_config({"num_attention_heads": 4, "attention_head_dim": 64}) == {"num_heads": 4}
+    assert wan_config.comfy_config({"num_attention_heads": 2, "text_dim": 64}) == {"text_dim": 64}
     patches = {"num_attention_heads": 2, "patch_size": (1, 1, 1), "eps": 1e-5}
-    assert checkpoint.comfy_config(patches) == {"patch_size": [1, 1, 1], "eps": 1e-5, "out_dim": 16}
+    assert wan_config.comfy_config(patches) == {"patch_size": [1, 1, 1], "eps": 1e-5, "out_dim": 16}
 
 
 def test_round_trip_is_exact(file, model, count_built, same):

@@ -9,19 +9,16 @@ from safetensors.torch import load_file, save_file
 
 from apt_core.errors import AptError
 from apt_core.files.tensorfile import read_header
-from apt_core.models.vae import (
+from apt_core.models.latents import (
     LATENTS_MEAN,
     LATENTS_STD,
     check_size,
-    decode,
     denormalize,
-    encode,
     fold_statistics,
-    load_vae,
     normalize,
-    save_vae,
     stride,
 )
+from apt_core.models.vae import decode, encode, load_vae, save_vae
 
 SMALL_22 = dict(
     base_dim=4,

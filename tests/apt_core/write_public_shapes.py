@@ -15,9 +15,9 @@ from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from apt_core.files import keys
 from apt_core.files.text_keys import BLOCK, TOP
+from apt_core.models.latents import LATENTS_MEAN
 from apt_core.models.text import TIED_KEY
 from apt_core.models.tiny_decoder import TinyDecoder
-from apt_core.models.vae import LATENTS_MEAN
 
 PLACE = Path(__file__).with_name("public_shapes.json")
 XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}

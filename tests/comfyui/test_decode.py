@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD, save_vae
+from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD
+from apt_core.models.vae import save_vae
 
 PACK = Path(__file__).parents[2]
 WAN_22 = dict(

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
 from apt_core.method.generator import one_step
-from apt_core.models.vae import normalize
+from apt_core.models.latents import normalize
 from apt_core.models.wan import WanBackbone
 from trainer.checkpoints.export import FP8, save_fp8
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from apt_core.files import keys
 from apt_core.loading.checkpoint import save_generator
 from apt_core.method.generator import one_step
-from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD, decode, encode, normalize, save_vae
+from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD, normalize
+from apt_core.models.vae import decode, encode, save_vae
 from apt_core.models.wan import WanBackbone
 
 

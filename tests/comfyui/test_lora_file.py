@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 
 from apt_core.loading.checkpoint import save_generator
 from apt_core.method.generator import one_step
+from apt_core.models.latents import normalize
 from apt_core.models.lora import add_adapters, merged_state, role, save_lora
 from apt_core.models.lora_files import merge, read_lora_for
-from apt_core.models.vae import normalize
 from apt_core.models.wan import WanBackbone
 
 EVERY_LAYER = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "proj_out", "time_proj"]

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from apt_core.files.keys import transformer_to_official
-from apt_core.loading.checkpoint import comfy_config, load_transformer, save_generator
+from apt_core.loading.checkpoint import load_transformer, save_generator
+from apt_core.loading.wan_config import comfy_config
 from apt_core.method.generator import one_step
-from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD
+from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD
 from apt_core.models.wan import WanBackbone
 from trainer.mini import VAE
 

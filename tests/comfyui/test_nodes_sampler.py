@@ -18,7 +18,7 @@ from apt_core.loading.sources import Sources, TextSource, VaeSource, read_transf
 from apt_core.loading.text_files import TextFacts
 from apt_core.method.generator import few_step, one_step
 from apt_core.method.noise import draw
-from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD
+from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD
 from apt_core.models.wan import WanBackbone
 
 PACK = Path(__file__).parents[2]

@@ -32,8 +32,8 @@ from server import Rejected, failure
 from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.generator import one_step
+from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD
 from apt_core.models.text import load_text_encoder
-from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD
 from trainer.mini import ASSETS, GENERATOR, VAE
 from trainer.mini.clips import scene
 from trainer.mini.judge import read_clip

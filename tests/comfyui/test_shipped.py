@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.generator import one_step
+from apt_core.models.latents import denormalize, normalize
 from apt_core.models.text import load_text_encoder
-from apt_core.models.vae import decode, denormalize, load_vae, normalize
+from apt_core.models.vae import decode, load_vae
 from trainer.mini import ASSETS, VAE
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,9 @@ from server import failure
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.generator import predict_velocity
 from apt_core.method.noise import draw
+from apt_core.models.latents import normalize
 from apt_core.models.text import load_text_encoder
-from apt_core.models.vae import load_vae, normalize
+from apt_core.models.vae import load_vae
 from trainer.mini import ASSETS, GENERATOR, VAE
 from trainer.mini.judge import read_clip
 

@@ -11,9 +11,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 from apt_core.errors import AptError
 from apt_core.loading.sources import SHIPPED, Sources, TextSource, TransformerSource, VaeSource
 from apt_core.loading.text_files import TextFacts
+from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD, stride
 from apt_core.models.precision import cast
 from apt_core.models.text import TextEncoder, load_text_encoder
-from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD, load_vae, stride
+from apt_core.models.vae import load_vae
 from trainer.checkpoints.starting_models import build
 from trainer.config import Model, Preset, load_preset
 

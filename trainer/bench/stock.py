@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apt_core.engine.decoder import Decoder, psnr
 from apt_core.method.generator import one_step
-from apt_core.models.vae import denormalize
+from apt_core.models.latents import denormalize
 from trainer.bench.rates import median_seconds, peak_memory
 from trainer.bench.shapes import Shapes
 

@@ -14,11 +14,8 @@ from apt_core.files.contract import metadata_strings
 from apt_core.files.lora_keys import is_lora
 from apt_core.files.tensorfile import read_header, write_tensors
 from apt_core.loading.backbones import kind_of
-from apt_core.loading.checkpoint import (
-    comfy_config,
-    save_diffusers_folder,
-    save_generator,
-)
+from apt_core.loading.checkpoint import save_diffusers_folder, save_generator
+from apt_core.loading.wan_config import comfy_config
 from apt_core.models.lora import merged_state, save_lora
 from apt_core.models.wan import WanBackbone
 from trainer.checkpoints.trained_models import ROLE, Generator, cast, open_generator

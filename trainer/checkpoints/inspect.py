@@ -21,7 +21,7 @@ from apt_core.files.quantised import BESIDE, form_of, plain_header
 from apt_core.files.tensorfile import Header, check_finite, read_header, read_tensors
 from apt_core.files.text_keys import is_t5, is_text_encoder
 from apt_core.loading.backbones import WAN, kind_of_file, load_backbone
-from apt_core.loading.checkpoint import comfy_config, read_config
+from apt_core.loading.checkpoint import read_config
 from apt_core.loading.sources import (
     check_text_to_video,
     locate,
@@ -30,10 +30,12 @@ from apt_core.loading.sources import (
     read_vae_source,
 )
 from apt_core.loading.text_files import find_text_encoder, read_spiece
+from apt_core.loading.wan_config import comfy_config
+from apt_core.models.latents import LATENTS_MEAN
 from apt_core.models.lora_files import LoraFile, official_shapes, own_names, read_lora
 from apt_core.models.text import Tokenizer
 from apt_core.models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, other_tiny_decoder
-from apt_core.models.vae import LATENTS_MEAN, load_vae
+from apt_core.models.vae import load_vae
 from trainer.checkpoints.trained_models import State, base_of
 from trainer.data.shards import INDEX, ShardDataset
 from trainer.run.folders import is_state, resolve

@@ -7,7 +7,7 @@ from itertools import pairwise, product
 import numpy as np
 
 from apt_core.errors import AptError
-from apt_core.models.vae import check_size
+from apt_core.models.latents import check_size
 from trainer.data.captions import Item
 from trainer.data.media import check_image, probe, read_image, read_video, shown, too_short
 from trainer.data.stills import Note, silent

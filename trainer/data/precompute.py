@@ -13,8 +13,9 @@ import torch
 
 from apt_core.errors import AptError, NotFinite
 from apt_core.files.atomic import make_folder
+from apt_core.models.latents import stride
 from apt_core.models.text import check_tokens
-from apt_core.models.vae import encode, stride
+from apt_core.models.vae import encode
 from trainer.data.captions import Bad, Item, find_items, item_id, refuse_bad
 from trainer.data.cuts import Clip, Cut
 from trainer.data.prompts import write_prompts

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apt_core.models.vae import decode, encode, fold_statistics, load_vae, save_vae
+from apt_core.models.latents import fold_statistics
+from apt_core.models.vae import decode, encode, load_vae, save_vae
 from trainer.stages.muon import Muon
 
 from .clips import draw

@@ -8,8 +8,9 @@ import torch
 
 from apt_core.errors import AptError
 from apt_core.loading.checkpoint import load_transformer
+from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD
 from apt_core.models.text import load_text_encoder
-from apt_core.models.vae import LATENTS_MEAN, LATENTS_STD, decode, encode, load_vae
+from apt_core.models.vae import decode, encode, load_vae
 from trainer.mini import ASSETS, VAE, train_base, train_vae
 from trainer.mini.clips import draw
 from trainer.mini.features import load_features, train_features
