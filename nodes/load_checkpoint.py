@@ -12,8 +12,14 @@ from comfy_api.latest import io
 from ..apt_core.errors import AptError
 from ..apt_core.files import keys
 from ..apt_core.files.checkpoint_header import read_header
-from ..apt_core.files.contract import claims_lora, is_adversarial, metadata_json, native, read_apt
-from ..apt_core.files.lora_keys import is_lora
+from ..apt_core.files.contract import (
+    check_sizes,
+    is_adversarial,
+    is_distilled,
+    is_lora_file,
+    metadata_json,
+    read_apt,
+)
 from ..apt_core.files.tensorfile import FLOATS, Header
 from ..apt_core.loading.wan_config import ASSUMED, transformer_config_from
 from . import folders
@@ -118,7 +124,7 @@ def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
     """The prefix of the keys, and whether they are diffusers' names. Raises AptError for a file that ComfyUI
     would load incorrectly.
     """
-    if claims_lora(apt) or is_lora(header.shapes):
+    if is_lora_file(apt, header.shapes):
         raise AptError(
             f"{path} is a LoRA, not a whole model: load the model that it belongs to, and the LoRA with Load LoRA (Model Only)."
         )
@@ -126,7 +132,7 @@ def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
         layout, prefix = keys.detect_layout(header.shapes)
     except AptError as error:
         raise AptError(f"{path}: {error}") from None
-    native(path, apt)
+    check_sizes(path, apt)
     if set(header.dtypes.values()) <= FLOATS:
         config = transformer_config_from(header.shapes, header.metadata, path)
         given = ASSUMED | metadata_json(path, header.metadata, "config").get("transformer", {})
@@ -161,7 +167,7 @@ def _untrained(checkpoint: str, apt: dict) -> list[str]:
         return []
     what = (
         "was distilled but not adversarially trained"
-        if apt.get("phase") == "distilled"
+        if is_distilled(apt)
         else "is a base model, not adversarially trained"
     )
     if not apt:

@@ -14,7 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..apt_core.errors import AptError
-from ..apt_core.files.contract import claims_lora, metadata_strings
+from ..apt_core.files.contract import as_whole, claims_lora, metadata_strings
 from ..apt_core.files.tensorfile import write_tensors
 from ..apt_core.loading.checkpoint import cast_tensors
 from ..apt_core.loading.wan_config import ASSUMED, unguessed
@@ -141,7 +141,7 @@ def _strings(path: str, model: ModelPatcher, hidden) -> dict[str, str]:
             "save it with stock Save Model, or start from a checkpoint or a LoRA that the trainer exported."
         )
     if claims_lora(apt):
-        apt = {name: value for name, value in apt.items() if name != "rank"} | {"kind": "generator"}
+        apt = as_whole(apt)
     if model.patches:
         apt = apt | {"edited": "ComfyUI"}
     network = model.model.diffusion_model

@@ -15,12 +15,6 @@ from ..apt_core.loading.wan_config import ASSUMED
 ATTACHMENT = "apt"
 """The name under which a MODEL carries the `apt` metadata of its file."""
 
-# By latent channels: the sizes that Wan 2.1 and Wan 2.2 5B were released for, used when no metadata says more.
-RELEASED = {
-    16: {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
-    48: {"width": 1280, "height": 704, "frames": 121, "fps": 24.0},
-}
-
 
 @dataclass(frozen=True)
 class WanModel:
@@ -57,19 +51,17 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
         )
     format, network, apt = model.model.latent_format, model.model.diffusion_model, apt_of(node, model)
     released = network.text_dim == ASSUMED["text_dim"]
-    text_length = apt.get("text_length")
-    if not isinstance(text_length, int):
-        text_length = contract.TEXT_LENGTH if released else None
+    native, text_length = contract.native(node, apt), contract.text_length(node, apt)
     return WanModel(
         channels=format.latent_channels,
         spatial=format.spacial_downscale_ratio,
         temporal=format.temporal_downscale_ratio,
         patch=network.patch_size[-1],
         text_dim=network.text_dim,
-        native=contract.native(node, apt) or RELEASED[format.latent_channels],
+        native=native or contract.RELEASED[format.latent_channels],
         second_time=contract.second_time(node, apt),
-        text_length=text_length,
-        guessed=not apt.get("native") and not released,
+        text_length=text_length or (contract.TEXT_LENGTH if released else None),
+        guessed=native is None and not released,
     )
 
 
@@ -86,8 +78,7 @@ def apt_of(node: str, model: ModelPatcher) -> dict:
     # With a LoRA on a base, the LoRA says what the model has become.
     what = f"{node}: the LoRA"
     lora = metadata_json(what, model.get_attachment("lora_metadata") or {}, "apt")
-    contract.native(what, lora)
-    contract.second_time(what, lora)
+    contract.check_sizes(what, lora)
     return {**file, **lora}
 
 
@@ -99,8 +90,7 @@ def _of_stock_loader(model: ModelPatcher) -> dict:
         case (comfy.sd.load_diffusion_model, (path, *_)):
             try:
                 apt = read_metadata(path)
-                contract.native(path, apt)
-                contract.second_time(path, apt)
+                contract.check_sizes(path, apt)
             except AptError:  # the file was replaced or removed, or is not safetensors: it says nothing
                 return {}
             return apt

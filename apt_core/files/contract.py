@@ -7,12 +7,13 @@ here.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import cast
 
 from ..errors import AptError
+from .lora_keys import is_lora
 
 FORMAT = 1
 KINDS = ("generator", "base", "lora")
@@ -23,7 +24,14 @@ state the value that it uses.
 TEXT_LENGTH = 512
 """The rows of text that every released Wan was trained with."""
 NATIVE = {"height": 480, "width": 832, "frames": 49, "fps": 16}
-"""The sizes to use when a checkpoint does not say what it was trained for."""
+"""The sizes that a pipeline uses when a checkpoint does not say what it was trained for."""
+RELEASED = {
+    16: {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
+    48: {"width": 1280, "height": 704, "frames": 121, "fps": 24.0},
+}
+"""The sizes that the ComfyUI nodes use in that case: what Wan 2.1 and Wan 2.2 5B were released for, by latent
+channels.
+"""
 MAX_FPS = 1000
 
 
@@ -39,9 +47,19 @@ def claims_lora(apt: Mapping) -> bool:
     return apt.get("kind") == "lora"
 
 
+def is_lora_file(apt: Mapping, keys: Iterable[str]) -> bool:
+    """Whether a file is a LoRA: its `apt` object says so, or the names of its weights show it."""
+    return claims_lora(apt) or is_lora(keys)
+
+
+def is_distilled(apt: Mapping) -> bool:
+    """Whether the generator or LoRA was only distilled (stage 1) and not trained adversarially."""
+    return apt.get("phase") == "distilled"
+
+
 def is_adversarial(apt: Mapping) -> bool:
     """Whether the generator was trained adversarially, and not only distilled."""
-    return apt.get("kind") == "generator" and apt.get("phase") != "distilled"
+    return apt.get("kind") == "generator" and not is_distilled(apt)
 
 
 def second_time(what: object, apt: Mapping) -> float:
@@ -86,6 +104,13 @@ def text_length(what: object, apt: Mapping) -> int | None:
     return value
 
 
+def check_sizes(what: object, apt: Mapping) -> None:
+    """Raise AptError, which begins with `what`, for impossible entries native, text_length or second_time."""
+    native(what, apt)
+    text_length(what, apt)
+    second_time(what, apt)
+
+
 def check_apt(what: object, apt: Mapping) -> None:
     """Raise AptError for a newer format, an unknown kind and impossible values. An empty object, from a file
     of another program, passes.
@@ -103,6 +128,16 @@ def check_apt(what: object, apt: Mapping) -> None:
             f"{what}: its metadata entry `apt` has kind {apt.get('kind')!r}: it must be one of {', '.join(KINDS)}."
         )
     second_time(what, apt)
+
+
+def as_lora(apt: Mapping, rank: int) -> dict:
+    """The entries with those of a LoRA of this rank."""
+    return {**apt, "kind": "lora", "rank": rank}
+
+
+def as_whole(apt: Mapping) -> dict:
+    """The entries of a LoRA after it was added to its base: a whole generator, which has no rank."""
+    return {name: value for name, value in apt.items() if name != "rank"} | {"kind": "generator"}
 
 
 def metadata_strings(path: str | Path, metadata: Mapping) -> dict[str, str]:

@@ -19,10 +19,9 @@ from ..errors import AptError, NotFinite
 from ..files import keys
 from ..files.atomic import replacing_folder
 from ..files.checkpoint_header import read_header
-from ..files.contract import claims_lora, metadata_strings, read_apt
+from ..files.contract import is_lora_file, metadata_strings, read_apt
 from ..files.folders import pickle_hint, refuse_shard, transformer_folder, weight_files
 from ..files.jsonfile import read_object
-from ..files.lora_keys import is_lora
 from ..files.origins import convolution_shapes, sparse_attention
 from ..files.quantised import plain_header, restore
 from ..files.tensorfile import (
@@ -182,7 +181,7 @@ def _parts(path: Path) -> _Parts:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         header = read_header(file)
-        if claims_lora(read_apt(file, header.metadata)) or is_lora(header.shapes):
+        if is_lora_file(read_apt(file, header.metadata), header.shapes):
             raise AptError(
                 f"{file} is a LoRA, not a whole Wan transformer: give a whole model here; "
                 "`python -m trainer export LORA --base MODEL` makes one of both."

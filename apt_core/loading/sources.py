@@ -12,9 +12,8 @@ from torch import nn
 from ..errors import AptError
 from ..files import contract
 from ..files.checkpoint_header import read_folder_metadata, read_header, read_metadata
-from ..files.contract import is_few_step, metadata_json
+from ..files.contract import is_few_step, is_lora_file, metadata_json
 from ..files.folders import half_note
-from ..files.lora_keys import is_lora
 from ..models.backbone import as_backbone
 from ..models.latents import stride
 from ..models.lora_files import merge, read_lora, read_lora_for
@@ -73,9 +72,7 @@ class TransformerSource:
     note: str = ""
 
     def __post_init__(self) -> None:
-        contract.native(self.name, self.metadata)
-        contract.text_length(self.name, self.metadata)
-        contract.second_time(self.name, self.metadata)
+        contract.check_sizes(self.name, self.metadata)
 
     @property
     def few_step(self) -> bool:
@@ -114,7 +111,7 @@ def read_transformer(path: Path, base: str | Path | None = None) -> TransformerS
     else:
         header = read_header(path)
         metadata = metadata_json(path, header.metadata, "apt")
-        if metadata.get("kind") == "lora" or is_lora(header.shapes):
+        if is_lora_file(metadata, header.shapes):
             return _read_lora(path, metadata, base)
     model = load_backbone(path, device="meta")
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import AptError
 from ..files.checkpoint_header import read_header
-from ..files.contract import metadata_json, metadata_strings
+from ..files.contract import as_lora, claims_lora, metadata_json, metadata_strings
 from ..files.lora_keys import is_lora, weight_of
 from ..files.tensorfile import write_tensors
 from .backbone import as_backbone
@@ -334,7 +334,7 @@ def save_lora(
     """
     state = lora_state(model, name)
     rank = next(iter(state.values())).shape[0]
-    strings = metadata_strings(path, {**metadata, "kind": "lora", "rank": rank})
+    strings = metadata_strings(path, as_lora(metadata, rank))
     write_tensors(path, {key: value.to(dtype) for key, value in state.items()}, strings)
 
 
@@ -387,8 +387,8 @@ def check_lora(path: str | Path, model: nn.Module, name: str, base: object = "th
     rank than that of the role's adapters.
     """
     header = read_header(path)
-    kind = metadata_json(path, header.metadata, "apt").get("kind", "lora")
-    if kind != "lora" or not is_lora(header.shapes):
+    apt = metadata_json(path, header.metadata, "apt")
+    if (apt and not claims_lora(apt)) or not is_lora(header.shapes):
         raise AptError(f"{path} is a whole transformer, not a LoRA: load it as the base.")
     lora = read_lora_for(path, model, base)
     official_name = as_backbone(model).official_name

@@ -14,8 +14,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from apt_core.errors import AptError
 from apt_core.files.checkpoint_header import read_folder_metadata, read_header
-from apt_core.files.contract import metadata_json
-from apt_core.files.lora_keys import is_lora
+from apt_core.files.contract import is_lora_file, metadata_json
 from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.loading.sources import base_metadata
@@ -65,7 +64,7 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
         return Generator(load_transformer(path), None, metadata)
     header = read_header(path)
     metadata = metadata_json(path, header.metadata, "apt")
-    if metadata.get("kind") != "lora" and not is_lora(header.shapes):
+    if not is_lora_file(metadata, header.shapes):
         return Generator(load_backbone(path), None, metadata)
     if not base:
         if not metadata:

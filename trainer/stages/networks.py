@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.errors import AptError
-from apt_core.files.contract import metadata_strings
+from apt_core.files.contract import as_lora, metadata_strings
 from apt_core.files.lora_keys import is_lora
 from apt_core.files.tensorfile import read_header, write_tensors
 from apt_core.loading.backbones import kind_of
@@ -100,7 +100,7 @@ class Networks:
                 }
             if world.main:
                 rank = next(iter(state.values())).shape[0]
-                write_tensors(path, state, metadata_strings(path, {**metadata, "kind": "lora", "rank": rank}))
+                write_tensors(path, state, metadata_strings(path, as_lora(metadata, rank)))
         world.barrier()
 
 
