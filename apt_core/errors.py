@@ -1,5 +1,7 @@
 """The exceptions that a user's own input may raise: one, and two kinds of it that a caller may tell apart."""
 
+from collections.abc import Sequence
+
 LONGEST = 1000
 
 
@@ -25,6 +27,11 @@ class NotFinite(AptError):
     """A weight, latent, loss or gradient is NaN or infinite, or would be in the dtype asked for. Nothing was
     written, and no weight has moved.
     """
+
+
+def and_more(names: Sequence[str]) -> str:
+    """The first of the names, and how many others there are: "a", or "a and 2 more"."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def readable(text: str, longest: int = LONGEST) -> str:

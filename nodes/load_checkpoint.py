@@ -9,7 +9,7 @@ from comfy import model_management
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..apt_core.errors import AptError
+from ..apt_core.errors import AptError, and_more
 from ..apt_core.files import keys
 from ..apt_core.files.checkpoint_header import read_header
 from ..apt_core.files.contract import (
@@ -111,9 +111,8 @@ def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False
     ]
     missing = [name for name in expected if name not in names]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise AptError(
-            f"{path}: {missing[0]}{more} missing: the file is not a whole Wan transformer, export or download it again."
+            f"{path}: {and_more(missing)} missing: the file is not a whole Wan transformer, export or download it again."
         )
     model.set_attachments(ATTACHMENT, apt)
     model.cached_patcher_init = (load, (path, weight_dtype))

@@ -39,7 +39,8 @@ class Decoder:
     When memory runs out all the same, the decoder takes a smaller plan: fewer latent frames per call, then
     bands of rows (not with a group), then the past frames that it remembers go to the CPU. A group does this
     together when any of its processes runs out. The pixels stay the same.
-    `steps_taken` holds one sentence for each such change.
+    `steps_taken` holds one sentence for each such change, `plans` the plan by the shape of latents (channels
+    last) for which memory once ran out, and `layers` the two lists of `decoder_layers`.
     """
 
     def __init__(
@@ -57,9 +58,9 @@ class Decoder:
             )
         self.vae, self.frames_per_call, self.budget, self.group = vae, frames_per_call, budget, group
         self.steps_taken: list[str] = []
-        self._low, self._high = decoder_layers(vae)
+        self.layers = decoder_layers(vae)
         self._kernels = _kernels_for(vae.device)
-        self._plans: dict[torch.Size, Plan] = {}  # for the sizes at which memory once ran out
+        self.plans: dict[torch.Size, Plan] = {}
         self._compiled = compile and not group
         if self._compiled:
             allow_many_graphs()
@@ -109,7 +110,7 @@ class Decoder:
             if pixels is None or failed:
                 pixels = slices = None
                 at = 0
-                plan = self._plans[latents.shape] = self._step_down(plan, latents.shape[2], report)
+                plan = self.plans[latents.shape] = self._step_down(plan, latents.shape[2], report)
                 continue
             new = pixels[:, max(given - at, 0) :]
             at += pixels.shape[1]
@@ -122,14 +123,20 @@ class Decoder:
         return torch.cat(list(self.stream(latents, uint8=uint8)), dim=1)
 
     def _plan(self, latents: Tensor) -> Plan:
-        if latents.shape in self._plans:
-            return self._plans[latents.shape]
+        if latents.shape in self.plans:
+            return self.plans[latents.shape]
         clips, f, h, w, _ = latents.shape
         if self.group:
             h = -(-h // self.group.size())
-        layers, bands = (self._low, self._high), self.group is None
+        bands = self.group is None
         plan = choose(
-            layers, (clips, f, h, w), latents.dtype, self.frames_per_call, self.budget, latents.device, bands
+            self.layers,
+            (clips, f, h, w),
+            latents.dtype,
+            self.frames_per_call,
+            self.budget,
+            latents.device,
+            bands,
         )
         if self.group:
             least = torch.tensor(0 if plan.offload else plan.frames, device=latents.device)
@@ -164,12 +171,13 @@ class Decoder:
                 next(slices)
 
     def _call(self, z: Tensor, stream: Stream, plan: Plan) -> Tensor:
+        low, high = self.layers
         if plan.bands == 1:
-            return self._run(self._low + self._high, z, stream)
-        x = self._run(self._low, z, stream)
+            return self._run(low + high, z, stream)
+        x = self._run(low, z, stream)
         stream.rows, pixels = Bands(plan.bands), []
         for stream.rows.index, band in enumerate(x.tensor_split(plan.bands, dim=1)):
-            pixels.append(_run(self._high, band, stream))
+            pixels.append(_run(high, band, stream))
         stream.rows = Whole()
         return torch.cat(pixels, dim=1)
 

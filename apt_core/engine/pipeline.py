@@ -74,7 +74,7 @@ class OneStepPipeline:
     processes that make each sample together; all must make the same calls. report: called with a sentence
     when the pipeline uses less memory after running out, when it assumes something about a LoRA without
     metadata, and when it picks one half of a Wan 2.2 A14B. By default the sentence is a warning of the logger
-    apt_core.
+    apt_core. `residence` holds the networks that have been read.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class OneStepPipeline:
         self.report = report or (lambda sentence: LOG.warning("%s", sentence))
         if sources.transformer.note and not (dist.is_initialized() and dist.get_rank()):
             self.report(sources.transformer.note)
-        self._residence = Residence(self.device, self._first_level(), self.report, self._left)
+        self.residence = Residence(self.device, self._first_level(), self.report, self._left)
         self._text_cache: TextCache | None = None
         self._decoder: Decoder | None = None
         self._given_up: list[str] = []
@@ -153,7 +153,7 @@ class OneStepPipeline:
         """What the pipeline gave up for lack of memory, one sentence for each step."""
         return list(
             dict.fromkeys(
-                self._residence.steps_taken
+                self.residence.steps_taken
                 + self._given_up
                 + (self._decoder.steps_taken if self._decoder else [])
             )
@@ -218,7 +218,7 @@ class OneStepPipeline:
 
         def encode(texts: list[str]) -> list[Tensor]:
             source.check(texts, length)
-            return self._residence.run(
+            return self.residence.run(
                 "text encoder",
                 lambda device: source.load(length, device),
                 lambda encoder: encoder.encode(texts, batch=1),
@@ -261,14 +261,14 @@ class OneStepPipeline:
                 request.shift,
             )
 
-        return self._residence.run("transformer", self._load_transformer, sample, alone=self.group is None)
+        return self.residence.run("transformer", self._load_transformer, sample, alone=self.group is None)
 
     def frames(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Latents `[1, C, f, h, w]` -> frames while they are decoded, uint8 `[n, H, W, 3]`."""
         return map(Tensor.numpy, on_the_cpu(part[0] for part in self._decode(latents)))
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
-        decoder = self._residence.run(
+        decoder = self.residence.run(
             "vae", lambda device: self.sources.vae.load(self.dtype, device), self._decoder_of
         )
         yield from decoder.stream(latents, uint8=True, report=self.report)
@@ -347,7 +347,7 @@ class OneStepPipeline:
     def _beside_weights(self) -> int | None:
         """How much of `memory` a decode may use."""
         weights = self._weights()
-        there = sum(weights.values()) if self._residence.level == ALL else weights["vae"]
+        there = sum(weights.values()) if self.residence.level == ALL else weights["vae"]
         return None if self.memory is None else max(self.memory - there, 0)
 
     def _first_level(self) -> int:

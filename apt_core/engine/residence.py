@@ -28,7 +28,7 @@ class Residence:
     only what it needs at the moment. When memory runs out it moves to the next level for good, tells `report`
     so in a sentence, and tries again. leaves: called with the name of each network that has left the device,
     so that anything else made from its weights there can go too.
-    steps_taken: the sentences so far.
+    networks: those that have been loaded, by name; steps_taken: the sentences so far.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Residence:
     ) -> None:
         self.device, self.level, self.report, self.leaves = device, level, report, leaves
         self.steps_taken: list[str] = []
-        self._networks: dict[str, Any] = {}
+        self.networks: dict[str, Any] = {}
         self._streams: dict[str, BlockStream] = {}
         self._here: set[str] = set()
 
@@ -69,9 +69,9 @@ class Residence:
         if self.level >= PARTS:
             for other in self._here - {name}:
                 self._leave(other)
-        if name not in self._networks:
-            self._networks[name] = load(torch.device("cpu") if self.level == BLOCKS else self.device)
-        network = self._networks[name]
+        if name not in self.networks:
+            self.networks[name] = load(torch.device("cpu") if self.level == BLOCKS else self.device)
+        network = self.networks[name]
         self._here.add(name)
         if self.level < BLOCKS or not blocks_of(network):
             if self.level > ALL:  # at level ALL it never left
@@ -86,8 +86,8 @@ class Residence:
         """Take a network off the device, with any blocks that a failed pass has left there."""
         if name in self._streams:
             self._streams[name].end()
-        elif name in self._networks:
-            self._networks[name].to("cpu")
+        elif name in self.networks:
+            self.networks[name].to("cpu")
         self._here.discard(name)
         if self.leaves:
             self.leaves(name)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import AptError, NotFinite
+from ..errors import AptError, NotFinite, and_more
 from .atomic import replacing
 
 FLOATS = {"F32", "F16", "BF16"}
@@ -227,14 +227,12 @@ def check_shapes(
     missing = [key for key in expected if key not in found]
     extra = [key for key in found if key not in expected]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise AptError(
-            f"{path}: {missing[0]}{more} missing: the file is not a whole {what}, export or download it again."
+            f"{path}: {and_more(missing)} missing: the file is not a whole {what}, export or download it again."
         )
     if extra:
-        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise AptError(
-            f"{path}: {extra[0]}{more} not known in a {what}: give a file of that kind, or remove the extra keys."
+            f"{path}: {and_more(extra)} not known in a {what}: give a file of that kind, or remove the extra keys."
         )
     for key, shape in expected.items():
         if tuple(found[key]) != tuple(shape):

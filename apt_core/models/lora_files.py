@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import AptError, NotFinite
+from ..errors import AptError, NotFinite, and_more
 from ..files.checkpoint_header import read_header
 from ..files.contract import metadata_json
 from ..files.jsonfile import read_object
@@ -167,7 +167,6 @@ def read_lora(path: str | Path, own: Sequence[str] = ()) -> LoraFile:
     places = {key: place for key, place in found.items() if place is not None}
     unknown = [key for key in found if key not in places]
     if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         if model := foreign_model(unknown):
             raise AptError(
                 f"{path} is a LoRA of {model[1]} ({model[0]}), not of a Wan transformer alone: "
@@ -177,7 +176,7 @@ def read_lora(path: str | Path, own: Sequence[str] = ()) -> LoraFile:
         remedy = "give a LoRA of this model, without other weights in it"
         if apt and not own:
             remedy = "add the base that it belongs to, if that is no Wan"
-        raise AptError(f"{path}: {unknown[0]}{more} cannot be placed in {what}: {remedy}.")
+        raise AptError(f"{path}: {and_more(unknown)} cannot be placed in {what}: {remedy}.")
     if not places:
         raise AptError(f"{path} holds no tensors: copy or download it again.")
 

@@ -82,11 +82,11 @@ class TextEncoder:
     def __init__(self, model, spiece: bytes, text_length: int):
         self.model = model.eval()
         self.text_length = text_length
-        self._tokenizer = Tokenizer(spiece)
-        self._pieces = self._tokenizer.pieces
-        if self._pieces.get_piece_size() > model.config.vocab_size:
+        self.tokenizer = Tokenizer(spiece)
+        size = self.tokenizer.pieces.get_piece_size()
+        if size > model.config.vocab_size:
             raise AptError(
-                f"the tokenizer has {self._pieces.get_piece_size()} pieces, but the text encoder has embeddings for {model.config.vocab_size}: "
+                f"the tokenizer has {size} pieces, but the text encoder has embeddings for {model.config.vocab_size}: "
                 "use the tokenizer that it was trained with."
             )
 
@@ -105,7 +105,7 @@ class TextEncoder:
         """
         return [
             row[: self.text_length - 1] + [EOS] if truncate and len(row) > self.text_length else row
-            for row in self._tokenizer.rows(texts)
+            for row in self.tokenizer.rows(texts)
         ]
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def by_conv3d(decoder: Decoder) -> None:
     """As on a GPU: one 3-D convolution each."""
-    for layer in decoder._low + decoder._high:
+    for layer in sum(decoder.layers, []):
         for conv in (layer, *vars(layer).values()):
             if isinstance(conv, CausalConv):
                 conv.by_taps = False
@@ -113,7 +113,7 @@ def test_bytes(vae):
 def test_bands_and_memory_on_the_cpu_are_exact(double, vae, bands):
     z = latents(vae, 3, 9, 3, clips=2)
     decoder = Decoder(vae)
-    decoder._plans[z.movedim(1, -1).shape] = Plan(2, bands, offload=True)
+    decoder.plans[z.movedim(1, -1).shape] = Plan(2, bands, offload=True)
     close(decoder.decode(z), stock(vae, z))
 
 
@@ -121,7 +121,7 @@ def test_out_of_memory_in_the_middle_loses_and_doubles_no_frame(double, vae):
     z = latents(vae, 7, 6, 2)
     decoder = Decoder(vae, frames_per_call=3)
     # the second slice at 3 frames, then the third at 1
-    decoder._high[2] = Failing(decoder._high[2], calls=(2, 5))
+    decoder.layers[1][2] = Failing(decoder.layers[1][2], calls=(2, 5))
     told = []
     slices = list(decoder.stream(z, report=told.append))
     close(torch.cat(slices, dim=1), stock(vae, z))
@@ -141,20 +141,20 @@ def test_out_of_memory_in_the_middle_loses_and_doubles_no_frame(double, vae):
 
 def test_out_of_memory_in_cudnns_words(vae):
     z, decoder = latents(vae, 2, 6, 2), Decoder(vae, frames_per_call=2)
-    decoder._low[1] = Failing(
-        decoder._low[1],
+    decoder.layers[0][1] = Failing(
+        decoder.layers[0][1],
         calls=(1,),
         error=RuntimeError("GET was unable to find an engine to execute this computation"),
     )
     assert decoder.decode(z).shape[1] == 5 and len(decoder.steps_taken) == 1
-    decoder._low[1] = Failing(decoder._low[1], calls=(1,), error=RuntimeError("something else"))
+    decoder.layers[0][1] = Failing(decoder.layers[0][1], calls=(1,), error=RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         decoder.decode(z)
 
 
 def test_out_of_memory_to_the_end_is_a_sentence(vae):
     decoder = Decoder(vae, frames_per_call=2)
-    decoder._low[0] = Failing(decoder._low[0], calls=range(100))
+    decoder.layers[0][0] = Failing(decoder.layers[0][0], calls=range(100))
     with pytest.raises(
         OutOfMemory,
         match=r"with 1 latent frame per call in 2 bands of rows, what it remembers on the CPU: free memory",
@@ -172,7 +172,7 @@ def test_account(version, plan):
     with torch.inference_mode(), LiveBytes() as live:
         for pixels in decoder._slices(z, plan, Whole()):
             pixels.float()
-    told = account((decoder._low, decoder._high), z.shape[:4], plan, torch.float32)
+    told = account(decoder.layers, z.shape[:4], plan, torch.float32)
     assert live.peak <= told <= 1.3 * live.peak
 
 
@@ -316,7 +316,7 @@ def test_the_vae_keeps_its_weights_without_a_copy():
     before = {key: value.clone() for key, value in vae.state_dict().items()}
     decoder = Decoder(vae)
     assert all(torch.equal(value, before[key]) for key, value in vae.state_dict().items())
-    assert decoder._low[1].weight is vae.decoder.conv_in.weight
+    assert decoder.layers[0][1].weight is vae.decoder.conv_in.weight
 
 
 def test_refuses(vae):

@@ -66,15 +66,15 @@ def fail_everywhere(group, folder) -> None:
     something, or in the second before.
     """
     results, vae, z = {}, build("2.2"), latents("2.2", 6)[..., :2]
-    for part in ("_low", "_high"):
-        for index in range(len(getattr(Decoder(vae), part))):
+    for part in (0, 1):
+        for index in range(len(Decoder(vae).layers[part])):
             decoder, late = Decoder(vae, frames_per_call=2, group=group), index % 2 == 0
             if group.rank() == group.size() - 1:
-                layers = getattr(decoder, part)
+                layers = decoder.layers[part]
                 layers[index] = Failing(layers[index], calls=(1 if late else 2,), late=late)
             results[part, index] = decoder.decode(z), decoder.steps_taken
     hopeless = Decoder(vae, group=group)
-    hopeless._high[0] = Failing(hopeless._high[0], calls=range(100) if group.rank() == 0 else ())
+    hopeless.layers[1][0] = Failing(hopeless.layers[1][0], calls=range(100) if group.rank() == 0 else ())
     with pytest.raises(
         OutOfMemory,
         match="out of memory even with 1 latent frame per call, what it remembers on the CPU: free memory",

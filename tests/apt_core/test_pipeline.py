@@ -359,7 +359,7 @@ def test_out_of_memory_in_the_transformer(double, times, level, monkeypatch, tmp
     fail_times(monkeypatch, times)
     latents = pipe.latents(request, 0, text)
     exactly(latents, by_hand(dtype=torch.float64))
-    assert pipe._residence.level == level and len(said) == times and pipe.steps_taken == said
+    assert pipe.residence.level == level and len(said) == times and pipe.steps_taken == said
     # it stays there, and says nothing twice
     assert torch.equal(pipe.latents(request, 0, text), latents) and len(said) == times
     assert close(pipe(PROMPT, **SIZE).frames, as_bytes(by_hand(dtype=torch.float64)))
@@ -368,7 +368,7 @@ def test_out_of_memory_in_the_transformer(double, times, level, monkeypatch, tmp
 def test_a_budget_is_for_weights_and_decode_together(tmp_path):
     for memory, level in ((1.0, ALL), (0.015, PARTS)):
         pipe = OneStepPipeline.from_checkpoint("mini", cache=tmp_path, memory=memory)
-        assert pipe._residence.level == level
+        assert pipe.residence.level == level
         pipe(PROMPT, **SIZE | {"frames": 1})
         weights = pipe._weights()
         assert pipe._beside_weights() == int(memory * 2**30) - (

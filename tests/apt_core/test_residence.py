@@ -89,8 +89,8 @@ def test_many_samples_and_requests_one_after_another(level, card, tmp_path):
         for a, b in zip(expected, found, strict=True):
             assert a.prompt == b.prompt and a.frames.shape == b.frames.shape
             assert np.abs(a.frames.astype(int) - b.frames).max() <= 1
-    assert low._residence.level == level
-    assert all(places(network) == {True} for network in low._residence._networks.values()) or level > ALL
+    assert low.residence.level == level
+    assert all(places(network) == {True} for network in low.residence.networks.values()) or level > ALL
 
 
 @pytest.mark.parametrize("level", [PARTS, BLOCKS])
@@ -99,7 +99,7 @@ def test_only_the_network_in_use_is_on_the_card(level, card, tmp_path, monkeypat
 
     def run(self, name, load, work, alone=True):
         def look(network):
-            others = [other for key, other in self._networks.items() if key != name]
+            others = [other for key, other in self.networks.items() if key != name]
             assert all(places(other) == {False} for other in others)
             seen.append((name, places(network)))
             return work(network)
@@ -112,7 +112,7 @@ def test_only_the_network_in_use_is_on_the_card(level, card, tmp_path, monkeypat
     some = {True} if level == PARTS else {True, False}
     each = [("transformer", some), ("vae", {True})]
     assert seen == [("text encoder", some), *each, *each] * 2
-    network = pipe._residence._networks["transformer"]
+    network = pipe.residence.networks["transformer"]
     if level == BLOCKS:
         assert all(places(block) == {False} for block in blocks_of(network))
 
@@ -125,7 +125,7 @@ def test_what_a_decoder_made_of_the_weights_leaves_with_them(card, tmp_path):
     del stream
     assert pipe._decoder is not None
     pipe.latents(pipe.request("a green star", **SIZE), 0, pipe.embed(pipe.request("a green star", **SIZE)))
-    transformer = pipe._residence._networks["transformer"]
+    transformer = pipe.residence.networks["transformer"]
     assert pipe._decoder is None and card.held() < 1.1 * sum(
         t.numel() * 4 for t in (*transformer.parameters(), *transformer.buffers())
     )
@@ -171,7 +171,7 @@ def test_work_that_others_wait_for_is_not_tried_again(card):
 
     residence = Residence(CARD)
     with pytest.raises(
-        OutOfMemory, match=f"^{CARD} runs out of memory: add processes, or give all of them a"
+        OutOfMemory, match=f"^{CARD} runs out of memory: add processes, or let all of them keep"
     ):
         residence.run("a", lambda device: nn.Linear(2, 2).to(device), work, alone=False)
     assert len(calls) == 1 and residence.level == ALL and not residence.steps_taken

@@ -71,7 +71,7 @@ def test_tokens(text):
 def test_any_text_has_tokens_and_comes_back(text, caption):
     (row,) = text.tokenize([caption])
     assert 2 not in row and 0 not in row and row.count(1) == 1
-    assert text._pieces.decode(row[:-1]) == unicodedata.normalize("NFKC", caption)
+    assert text.tokenizer.pieces.decode(row[:-1]) == unicodedata.normalize("NFKC", caption)
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_embeddings_equal_the_stock_pipeline(double, no_ftfy, text, model, piece
     prompts = ["a red circle moving left", "a  blue &amp; green square", ""]
 
     def tokenizer(texts, max_length, **_):
-        rows = [[*text._pieces.encode(t), 1] for t in texts]
+        rows = [[*text.tokenizer.pieces.encode(t), 1] for t in texts]
         ids = torch.tensor([row + [0] * (max_length - len(row)) for row in rows])
         return SimpleNamespace(input_ids=ids, attention_mask=(ids != 0).long())
 

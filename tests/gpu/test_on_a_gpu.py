@@ -91,7 +91,7 @@ def test_kernel_beyond_32_bits():
 def test_bands_give_the_same_picture(plan, vae, exact):
     z, wide, stock = exact
     decoder = Decoder(vae)
-    decoder._plans[z.movedim(1, -1).shape] = plan
+    decoder.plans[z.movedim(1, -1).shape] = plan
     assert psnr(decoder.decode(z), wide) > stock - 1
 
 
@@ -107,7 +107,7 @@ def test_account_of_memory(frames, vae):
     for _ in decoder.stream(z, uint8=True):
         pass
     took = torch.cuda.max_memory_allocated() - before
-    told = account((decoder._low, decoder._high), (1, 4, 44, 80), Plan(frames), torch.bfloat16)
+    told = account(decoder.layers, (1, 4, 44, 80), Plan(frames), torch.bfloat16)
     assert 0.6 * told < took < 1.1 * told
 
 
@@ -118,7 +118,7 @@ def test_real_out_of_memory(vae):
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     decoder = Decoder(vae, budget=2**50)  # so that nothing is foreseen
-    one = account((decoder._low, decoder._high), (1, 6, 44, 80), Plan(1), torch.bfloat16)
+    one = account(decoder.layers, (1, 6, 44, 80), Plan(1), torch.bfloat16)
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 1.3 * one) / total)
     try:
         found = decoder.decode(z, uint8=True)
@@ -138,10 +138,10 @@ def make(tmp_path, dtype=torch.bfloat16, **options) -> tuple[torch.Tensor, np.nd
 
 def test_pipeline_where_memory_is_short(tmp_path):
     latents, frames, pipe = make(tmp_path)
-    assert pipe._residence.level == ALL and frames.shape == (9, 48, 48, 3)
+    assert pipe.residence.level == ALL and frames.shape == (9, 48, 48, 3)
     for memory, level in ((0.006, PARTS), (1e-4, BLOCKS)):
         found, shown, pipe = make(tmp_path, memory=memory)
-        assert pipe._residence.level == level
+        assert pipe.residence.level == level
         torch.testing.assert_close(found, latents, rtol=0, atol=1e-6)
         assert np.abs(shown.astype(int) - frames).max() <= 4
         again = pipe(PROMPT, seed=3)
