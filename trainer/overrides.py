@@ -53,9 +53,13 @@ def known_names(cls: type[BaseModel], values: dict, prefix: str = "") -> list[st
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean X?)" for a misspelled name, "" when nothing is near."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {found[0]}?)" if found else ""
+    """ " (did you mean X?)" for a mistyped name, "" if nothing is near. If the name is the beginning of known
+    ones, all of these are given: wan2.1-1.3b is short for wan2.1-1.3b-480p rather than a typo of wan2.1-14b.
+    """
+    known = list(dict.fromkeys(known))
+    longer = [other for other in known if len(name) > 2 and other.startswith(name)]
+    found = longer or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean {' or '.join(found[:3])}?)" if found else ""
 
 
 def _full_name(key: str, known: Sequence[str], sections: Sequence[str]) -> str:

@@ -288,7 +288,7 @@ def test_two_runs_in_one_folder(files, tmp_path):
     half.mkdir()
     with pytest.raises(
         AptError,
-        match=rf"states is in use by another run \(process {first.pid} on .*since .*\): wait for its end",
+        match=rf"states is in use by another run \(process {first.pid} on .*since .*\): wait until it ends",
     ):
         Checkpoints(Keep(tmp_path / "states"), World(), {})
     assert half.exists()
@@ -339,11 +339,11 @@ def test_digests_are_of_the_states_own_files(name, run):
     if name == "pipe":
         os.mkfifo(state(run) / "pipe")
     path.write_text(json.dumps(facts | {"files": facts["files"] | {name: "00"}}), encoding="utf-8")
-    with pytest.raises(AptError, match="is to have a file"):
+    with pytest.raises(AptError, match="should have a file"):
         open_generator(state(run))
     del facts["files"]["__0_0.distcp"]
     path.write_text(json.dumps(facts), encoding="utf-8")
-    with pytest.raises(AptError, match="of which run.json has no digest"):
+    with pytest.raises(AptError, match="but run.json has no digest for it"):
         open_generator(state(run))
 
 
@@ -354,7 +354,7 @@ def test_a_run_does_not_go_on_from_a_file_without_a_digest(run):
     del facts["files"]["__0_0.distcp"]
     held = Checkpoints(Keep(run / "states"), World(), facts["identity"])
     tensors = {name: torch.zeros(1) for name in ()}
-    with pytest.raises(AptError, match="names __0_0.distcp, of which run.json has no digest"):
+    with pytest.raises(AptError, match="names __0_0.distcp, but run.json has no digest for it"):
         held.load(state(run), {"generator": tensors}, facts)
     held.release()
 

@@ -567,6 +567,11 @@ def test_inspect_says_what_it_is_and_whether_it_loads(run, tmp_path):
         and shards["loads"] == "yes"
     )
     assert state["what"] == "training state" and state["update"] == "2"
+    settings = dict(line.split(maxsplit=1) for line in state["settings"].splitlines())
+    about = json.loads((run / "states" / "image" / "step-000002" / "run.json").read_text())["identity"]
+    assert settings["phase"] == "image" and settings["batch"] == str(about["batch"])
+    assert settings["taps"] == ", ".join(map(str, about["taps"])) and settings["lr_heads"] == "none"
+    assert "{" not in state["settings"] and settings["train_backbone"] == "true"
     tensors, header = read_tensors(run / "apt-tiny.safetensors")
     del tensors["head.head.weight"]
     write_tensors(tmp_path / "part.safetensors", tensors, header.metadata)

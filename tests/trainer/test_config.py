@@ -36,6 +36,10 @@ def test_the_stable_variant_is_relativistic_with_both_penalties():
 def test_unknown_names_are_refused_with_what_there_is():
     with pytest.raises(AptError, match="no preset 'nope'; use one of .*mini"):
         load_preset("nope")
+    with pytest.raises(
+        AptError, match=r"'wan2.1-1.3b' \(did you mean wan2.1-1.3b-480p or wan2.1-1.3b-720p\?\)"
+    ):
+        load_preset("wan2.1-1.3b")
     with pytest.raises(AptError, match="no stage 2 named 'wild'; it has demo, proof, paper, stable, dmd"):
         load_preset("mini").phases("wild")
 

@@ -248,6 +248,25 @@ def test_a_repeated_run_encodes_what_is_new_or_changed_only(data, tmp_path):
     assert run(data, out, vae).encoded == 0 and vae.seen == 3
 
 
+def test_samples_that_leave_the_index_are_counted_and_said(data, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other"
+    first = run(data, out)
+    assert first.dropped == 0 and run(data, out).dropped == 0
+    other.mkdir()
+    for name in ("clip0.mp4", "clip0.txt"):
+        (other / name).write_bytes((data / name).read_bytes())
+    write_video(other / "new.mp4", clip(3), 8)
+    (other / "new.txt").write_text("another folder")
+    made = run(other, out)
+    assert made.samples == {"image": 0, "video": 2}
+    assert made.dropped == sum(first.samples.values()) - 1  # clip0.mp4 is there again
+    tell_precomputed(made, out)
+    said = f"{made.dropped} samples of the index before are not in this data and are no longer trained on"
+    assert said in capsys.readouterr().out
+    tell_precomputed(run(other, out), out)
+    assert "no longer trained on" not in capsys.readouterr().out
+
+
 def test_other_models_or_sizes_are_refused_and_change_nothing(data, tmp_path):
     out = tmp_path / "out"
     run(data, out)

@@ -27,7 +27,9 @@ def test_states_are_in_the_order_of_their_numbers(tmp_path):
 
 def test_two_precomputes_in_one_folder(tmp_path):
     with held(tmp_path / LATENTS, World()):
-        with pytest.raises(AptError, match="latents is in use by another run .process .*: wait for its end"):
+        with pytest.raises(
+            AptError, match="latents is in use by another run .process .*: wait until it ends"
+        ):
             run_precompute(load_preset(str(TINY)), None, tmp_path)
     with held(tmp_path / LATENTS, World()):
         pass

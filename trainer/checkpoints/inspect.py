@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -329,7 +330,32 @@ def _state(path: Path, deep: bool) -> dict[str, str]:
     return what | {
         "update": str(state.facts["update"]),
         **judged,
-        "of": json.dumps(state.identity),
+        "settings": "\n".join(setting_lines(state.identity)),
         **numbers,
         "loads": "yes",
     }
+
+
+def setting_lines(settings: Mapping) -> list[str]:
+    """One line per setting, `name  value`, with the values below each other: numbers and text as on the command
+    line, `none` for what is not set, settings within settings by their full name.
+    """
+
+    def flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                yield from flat(value, f"{prefix}{name}.")
+            elif isinstance(value, list | tuple):
+                yield prefix + name, ", ".join(map(_plain, value)) or "none"
+            else:
+                yield prefix + name, _plain(value)
+
+    lines = list(flat(settings))
+    width = max((len(name) for name, _ in lines), default=0)
+    return [f"{name:<{width}}  {value}" for name, value in lines]
+
+
+def _plain(value) -> str:
+    if value is None or value == "":
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)

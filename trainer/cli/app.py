@@ -74,53 +74,80 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train, sample and measure APT models.",
 )
-Out = Annotated[Path, typer.Option(help="Folder for everything that the run makes.")]
-MAX_SEED = 2**32 - 1
 RUNS = Path("runs")
+MAX_SEED = 2**32 - 1
+
+# Panels of the list of commands, and of each command's options.
+TRAIN, USE, INSIDE, PROOF = "Train", "Use a model", "Look inside", "The miniature: proof and files"
+SIZE, FILES, BASE, ENGINE, PLANNING = "Size", "Files of the model", "Base models only", "Engine", "Dry run"
+
+
+def option(help: str, *names: str, panel: str | None = None, **more):
+    """A typer option that stands in this panel of `--help`."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+# Options and arguments that several commands have.
+Out = Annotated[Path, option("Folder for everything that the run makes.")]
 Preset = Annotated[
     str, typer.Argument(help="A preset's name (mini, wan2.1-1.3b-480p, ...), or a .toml file.")
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example updates=100 base=PATH."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings to change, for example updates=100 base=PATH; `settings` lists them all.",
+    ),
 ]
 Recipe = Annotated[
-    str | None,
-    typer.Option(help="paper, stable, budget or weekend, whichever the preset has; by default its first."),
+    str | None, option("paper, stable, budget or weekend, whichever the preset has; by default its first.")
 ]
 Run = Annotated[
     Path | None,
-    typer.Option(
-        "--out", help="The run's folder, which all its stages share; by default runs/NAME of the preset."
-    ),
+    option("The run's folder, which all its stages share; by default runs/NAME of the preset.", "--out"),
 ]
-Seed = Annotated[
-    int, typer.Option(min=0, max=MAX_SEED, help="Every random number of the run derives from it.")
-]
+Seed = Annotated[int, option("All random numbers of the run are derived from it.", min=0, max=MAX_SEED)]
 Shards = Annotated[
-    Path | None, typer.Option(help="Folder of shards; by default the one that precompute made in --out.")
+    Path | None, option("Folder of shards; by default the one that precompute wrote to --out.")
+]
+Phase = Annotated[str, option("image or video.")]
+SkipBad = Annotated[bool, option("Leave out files that cannot be used, and list them.", "--skip-bad")]
+TruncateCaptions = Annotated[
+    bool, option("Cut captions that are too long for the text encoder.", "--truncate-captions")
 ]
 DryRun = Annotated[
     bool,
-    typer.Option(
-        "--dry-run", help="Only print what it needs: parameters, FLOPs, memory, hours. No weight is touched."
+    option(
+        "Only print what the stage needs: parameters, FLOPs, memory, hours. Reads no weights.",
+        "--dry-run",
+        panel=PLANNING,
     ),
 ]
-Gpus = Annotated[int | None, typer.Option(help="With --dry-run: for so many GPUs instead of this machine's.")]
-Memory = Annotated[float, typer.Option(help="With --dry-run --gpus: GiB of each.")]
-Tflops = Annotated[float, typer.Option(help="With --dry-run --gpus: the matrix peak of each.")]
+Gpus = Annotated[int | None, option("For this many GPUs instead of this machine.", panel=PLANNING)]
+Memory = Annotated[float, option("With --gpus: GiB of each.", panel=PLANNING)]
+Tflops = Annotated[float, option("With --gpus: peak TFLOP/s of matrix products of each.", panel=PLANNING)]
 File = Annotated[
-    str, typer.Option(help="A diffusers folder or a .safetensors file; the miniature's own is called mini.")
+    str,
+    option("A diffusers folder or a .safetensors file; mini is the miniature's own.", panel=FILES),
 ]
-Seen = Annotated[
+Checkpoint = Annotated[
     Path,
     typer.Argument(
-        help="What generate takes: a checkpoint or LoRA file, a diffusers folder, a training state, a run's folder, or mini."
+        help="A checkpoint or LoRA file, a diffusers folder, a training state, a run's folder, or mini."
     ),
 ]
 Ema = Annotated[
     float | None,
-    typer.Option(help="Of a training state: the decay of the average to take; 0 for the raw weights."),
+    option("For a training state: the decay of the average to use; 0 for the raw weights.", panel=FILES),
 ]
-Noise = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the noise.")]
-Json = Annotated[Path | None, typer.Option(help="Write the figures here as JSON too.")]
+Prompts = Annotated[Path | None, option("Text file with one prompt per line.")]
+Height = Annotated[int | None, option("Pixels; by default the checkpoint's own.", panel=SIZE)]
+Width = Annotated[int | None, option("Pixels; by default the checkpoint's own.", panel=SIZE)]
+Frames = Annotated[int | None, option("By default the checkpoint's own; 1 makes pictures.", panel=SIZE)]
+Fps = Annotated[float | None, option("Frames per second; by default the checkpoint's own.", panel=SIZE)]
+Guidance = Annotated[float, option("Scale of classifier-free guidance.", panel=BASE)]
+Shift = Annotated[float, option("Shift of the sampling times.", panel=BASE)]
+Negative = Annotated[str, option("Negative prompt.", panel=BASE)]
+Device = Annotated[str, option("auto, cpu, cuda, cuda:1, ...", panel=ENGINE)]
+Noise = Annotated[int, option("Seed of the noise.", min=0, max=2**64 - 1)]
+Json = Annotated[Path | None, option("Write the figures here as JSON too.")]

@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli.app import Json, Overrides, Preset, app
+from trainer.cli.app import USE, Device, Json, Overrides, Phase, Preset, app
 
 bench = typer.Typer(
     no_args_is_help=True, help="Speed and memory on this machine, with random weights of the true shapes."
 )
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", rich_help_panel=USE)
 
 
 @bench.command("inference")
@@ -18,7 +18,7 @@ def bench_inference(
         str, typer.Option(help="mini, wan2.2-5b, wan2.1-1.3b, wan2.1-14b or seaweed-8b.")
     ] = "mini",
     json: Json = None,
-    device: str = "auto",
+    device: Device = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each part; their median counts.")] = 5,
     compiled: Annotated[
         bool,
@@ -43,7 +43,7 @@ def bench_train(
     preset: Preset = "mini",
     overrides: Overrides = None,
     json: Json = None,
-    phase: Annotated[str, typer.Option(help="image or video.")] = "video",
+    phase: Phase = "video",
     updates: Annotated[int, typer.Option(min=2, help="Updates of each mode; the first does not count.")] = 3,
 ) -> None:
     """Seconds per update of stage 2, whole and as a LoRA: its share of the matrix peak, and its memory beside

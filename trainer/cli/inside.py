@@ -5,12 +5,24 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli.app import Ema, File, Noise, Seen, app
+from trainer.cli.app import (
+    INSIDE,
+    Checkpoint,
+    Device,
+    Ema,
+    File,
+    Frames,
+    Height,
+    Noise,
+    Prompts,
+    Width,
+    app,
+)
 
 
-@app.command()
+@app.command(rich_help_panel=INSIDE)
 def probe(
-    checkpoint: Seen = Path("mini"),
+    checkpoint: Checkpoint = Path("mini"),
     out: Annotated[Path, typer.Option(help="Folder for probe.png and probe.json.")] = Path("inside"),
     samples: Annotated[int, typer.Option(min=1, help="Samples that the probes are fitted on.")] = 512,
     held_out: Annotated[int, typer.Option(min=2, help="Other samples, which they are judged on.")] = 128,
@@ -18,16 +30,16 @@ def probe(
         Path | None,
         typer.Option(help="Folder of shards, whose captions are sampled; the miniature draws its own."),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line instead.")] = None,
+    prompts: Prompts = None,
     vae: File = "",
     text_encoder: File = "",
     tokenizer: File = "",
     base: File = "",
-    height: int | None = None,
-    width: int | None = None,
-    frames: int | None = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     ema: Ema = None,
-    device: str = "auto",
+    device: Device = "auto",
     seed: Noise = 0,
 ) -> None:
     """What each block of the generator holds of the final sample, by a linear probe (the paper's fig. 10): a
@@ -57,9 +69,9 @@ def probe(
     print(out / "probe.png")
 
 
-@app.command()
+@app.command(rich_help_panel=INSIDE)
 def walk(
-    checkpoint: Seen = Path("mini"),
+    checkpoint: Checkpoint = Path("mini"),
     prompt: Annotated[
         str | None, typer.Argument(help="One prompt; the miniature has one of its own.")
     ] = None,
@@ -81,10 +93,10 @@ def walk(
     text_encoder: File = "",
     tokenizer: File = "",
     base: File = "",
-    height: int | None = None,
-    width: int | None = None,
+    height: Height = None,
+    width: Width = None,
     ema: Ema = None,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """One prompt, and noise that goes from seed to seed (the paper's fig. 11): a video, a sheet, and the
     change from sample to sample.
@@ -112,7 +124,7 @@ def walk(
         print(path)
 
 
-@app.command()
+@app.command(rich_help_panel=INSIDE)
 def attention(
     state: Annotated[
         Path, typer.Argument(help="A training state of stage 2 (states/video/step-...), or a run's folder.")
@@ -135,7 +147,7 @@ def attention(
     tokenizer: File = "",
     base: File = "",
     ema: Ema = None,
-    device: str = "auto",
+    device: Device = "auto",
     seed: Noise = 0,
 ) -> None:
     """Where the discriminator looks: its heads' attention over real and generated samples, at its three

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli.app import Out, Seed, app
+from trainer.cli.app import PROOF, Device, Json, Out, Phase, Seed, SkipBad, TruncateCaptions, app
 
 
-@app.command()
+@app.command(rich_help_panel=PROOF)
 def demo(
     out: Out = Path("runs/demo"),
     data: Annotated[
@@ -24,12 +24,8 @@ def demo(
     ] = "demo",
     seed: Seed = 0,
     samples: Annotated[int, typer.Option(min=2, help="Samples per column of the report.")] = 128,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out clips that cannot be used, and list them.")
-    ] = False,
-    truncate_captions: Annotated[
-        bool, typer.Option("--truncate-captions", help="Cut captions that are too long for the text encoder.")
-    ] = False,
+    skip_bad: SkipBad = False,
+    truncate_captions: TruncateCaptions = False,
 ) -> None:
     """The whole method in miniature: clips in, one-step video and a weights file for ComfyUI out. About ten
     minutes on two cores.
@@ -58,11 +54,11 @@ def _spelled_anew(preset: str, recipe: str) -> tuple[str, str]:
     return old
 
 
-@app.command()
+@app.command(rich_help_panel=PROOF)
 def measure(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished demo runs.")],
     samples: Annotated[int, typer.Option(min=2, help="Samples per column and run.")] = 1024,
-    out: Annotated[Path | None, typer.Option(help="Write the figures here as JSON too.")] = None,
+    out: Json = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="With the APT model's blocks in 8 bits.")] = False,
 ) -> None:
     """Judge finished runs on many fresh samples and print one table: means over the runs."""
@@ -71,7 +67,7 @@ def measure(
     measure_runs(runs, samples, out, fp8)
 
 
-@app.command()
+@app.command(rich_help_panel=PROOF)
 def ablate(
     only: Annotated[
         list[str] | None,
@@ -106,8 +102,8 @@ def ablate(
         str | None,
         typer.Option(help="Preset with the numbers: a name, or a .toml file; by default the runs', or mini."),
     ] = None,
-    phase: Annotated[str, typer.Option(help="image or video.")] = "image",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "cpu",
+    phase: Phase = "image",
+    device: Device = "cpu",
 ) -> None:
     """The paper's ablations on the miniature: every variant over several seeds, with the paper's claim and
     whether it holds here.
@@ -126,7 +122,7 @@ def ablate(
     made.run(seeds, names, shlex.join(["python", "-m", "trainer", *sys.argv[1:]]))
 
 
-@app.command()
+@app.command(rich_help_panel=PROOF)
 def plot(
     run: Annotated[Path, typer.Argument(help="A run's folder, of the demo or of the trainer.")],
     out: Annotated[
@@ -142,7 +138,7 @@ def plot(
         print(path)
 
 
-@app.command("pretrain-mini")
+@app.command("pretrain-mini", rich_help_panel=PROOF)
 def pretrain_mini(
     part: Annotated[
         str,
@@ -152,7 +148,7 @@ def pretrain_mini(
     ] = "all",
     out: Out = Path("runs/pretrain-mini"),
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
+    device: Device = "cpu",
     amp: Annotated[
         bool,
         typer.Option(

@@ -6,81 +6,90 @@ from typing import Annotated
 import typer
 
 from apt_core.errors import AptError
-from trainer.cli.app import MAX_SEED, Ema, File, Noise, app
+from trainer.cli.app import (
+    BASE,
+    ENGINE,
+    FILES,
+    MAX_SEED,
+    USE,
+    Checkpoint,
+    Device,
+    Ema,
+    File,
+    Fps,
+    Frames,
+    Guidance,
+    Height,
+    Negative,
+    Noise,
+    Prompts,
+    Shift,
+    Width,
+    app,
+    option,
+)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def generate(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint or LoRA file, a diffusers folder, a training state, or a run's folder."
-        ),
-    ],
+    checkpoint: Checkpoint,
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the samples.")] = Path("samples"),
+    prompts: Prompts = None,
+    out: Annotated[Path, option("Folder for the samples.")] = Path("samples"),
     vae: File = "",
     text_encoder: File = "",
     tokenizer: File = "",
     base: File = "",
-    height: int | None = None,
-    width: int | None = None,
-    frames: int | None = None,
-    fps: float | None = None,
-    count: Annotated[int, typer.Option(help="Samples of each prompt.")] = 1,
-    steps: Annotated[
-        int, typer.Option(help="Calls of the network: by re-noising; of a base model, Euler steps.")
-    ] = 1,
-    guidance: Annotated[float, typer.Option(help="Of base models: the scale of CFG.")] = 1.0,
-    shift: Annotated[float, typer.Option(help="Of base models: of the times.")] = 5.0,
-    negative: Annotated[str, typer.Option(help="Of base models: the negative prompt.")] = "",
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    count: Annotated[int, option("Samples per prompt.")] = 1,
+    steps: Annotated[int, option("Network calls per sample. With a base model, Euler steps.")] = 1,
+    guidance: Guidance = 1.0,
+    shift: Shift = 5.0,
+    negative: Negative = "",
     ema: Ema = None,
     context_parallel: Annotated[
-        int, typer.Option(min=1, help="Under torchrun: so many processes make each sample together.")
+        int, option("Under torchrun: how many processes make each sample together.", panel=ENGINE, min=1)
     ] = 1,
     backend: Annotated[
         str | None,
-        typer.Option(help="Attention backend, diffusers' name; by default the best one installed."),
+        option("Attention backend by diffusers' name; by default the best that is installed.", panel=ENGINE),
     ] = None,
     compiled: Annotated[
         bool,
-        typer.Option(
-            "--compile", help="Compile transformer and decoder; what is compiled is kept for the next start."
+        option(
+            "Compile transformer and decoder. The result is kept for the next start.",
+            "--compile",
+            panel=ENGINE,
         ),
     ] = False,
     fp8: Annotated[
         bool,
-        typer.Option(
-            "--fp8",
-            help="Weights and products of the transformer's blocks in 8 bits, where the card has them.",
-        ),
+        option("Compute the transformer's blocks in 8 bits, if the GPU can.", "--fp8", panel=ENGINE),
     ] = False,
     memory: Annotated[
-        float | None, typer.Option(help="GiB of the device to keep within; by default what is free.")
+        float | None, option("GiB of the device to use at most; by default all that is free.", panel=ENGINE)
     ] = None,
     tiny_decoder: Annotated[
         str,
-        typer.Option(
-            help="taew2_1 or taew2_2 (.safetensors) in the VAE's place: fast, and only near its pictures."
-        ),
+        option("taew2_1 or taew2_2 (.safetensors) instead of the VAE: faster, less exact.", panel=FILES),
     ] = "",
-    device: str = "auto",
+    device: Device = "auto",
     seed: Annotated[
-        int, typer.Option(min=0, max=2**64 - 1, help="Of the noise: sample n's derives from seed and n.")
+        int, option("Seed of the noise; sample n depends on the seed and n.", min=0, max=2**64 - 1)
     ] = 0,
     noise: Annotated[
         str,
-        typer.Option(
-            help="apt: every sample's own, the default; comfyui: sample n has ComfyUI's noise of seed + n."
-        ),
+        option("apt: no two samples share noise; comfyui: sample n has ComfyUI's noise of seed + n."),
     ] = "apt",
 ) -> None:
-    """Prompts to videos (.mp4) or pictures (.png). Under torchrun the prompts are shared out, and the samples
-    stay the same.
+    """Make videos (.mp4) or pictures (.png) from prompts. Under torchrun the prompts are divided over the
+    processes; the samples stay the same.
 
-    By default no two samples share noise, whatever the seeds, the batch and the processes. --noise comfyui
-    makes what the same seed makes in ComfyUI.
+    By default no two samples share noise, whatever the seeds and the number of processes. --noise comfyui
+    makes what ComfyUI makes of the same seed.
     """
     from apt_core.engine.request import Request
     from trainer.checkpoints.generate import generate, read_prompts
@@ -102,56 +111,55 @@ def generate(
         generate(checkpoint, request, out, files, world, ema, **fast)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def evaluate(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CHECKPOINT...", help="What generate takes, one or more: files, folders, states, mini."
+            metavar="CHECKPOINT...", help="One or more of what generate takes: files, folders, states, mini."
         ),
     ],
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file with one prompt a line; by default the captions of --data.")
+        Path | None, option("Text file with one prompt per line; by default the captions of --data.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Real clips: a folder of media, or the shards that precompute made.")
-    ] = None,
+    data: Annotated[Path | None, option("Real clips: a folder of media, or precompute's shards.")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="Some of them, with commas between; by default all that can be had.")
+        str | None, option("Names of metrics, separated by commas; by default all that are possible.")
     ] = None,
     features: Annotated[
-        Path | None, typer.Option(help="Of fd: a TOML file that names networks, see docs/evaluate.md.")
+        Path | None, option("For the metric fd: a TOML file that names networks, see docs/evaluate.md.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for figures, page and clips.")] = Path("evaluation"),
+    out: Annotated[Path, option("Folder for figures, page and clips.")] = Path("evaluation"),
     seed: Noise = 0,
-    count: Annotated[int, typer.Option(min=1, help="Samples of each prompt; 2 or more show diversity.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Calls of APT and distilled models.")] = 1,
-    base_steps: Annotated[int, typer.Option(min=1, help="Of base models: Euler steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Of base models: the scale of CFG.")] = 7.5,
-    shift: Annotated[float, typer.Option(help="Of base models: of the times.")] = 5.0,
-    negative: Annotated[str, typer.Option(help="Of base models: the negative prompt.")] = "",
+    count: Annotated[int, option("Samples per prompt; diversity needs 2 or more.", min=1)] = 1,
+    steps: Annotated[int, option("Network calls of APT and distilled models.", min=1)] = 1,
+    base_steps: Annotated[int, option("Euler steps.", panel=BASE, min=1)] = 25,
+    guidance: Guidance = 7.5,
+    shift: Shift = 5.0,
+    negative: Negative = "",
     ema: Annotated[
         list[float] | None,
-        typer.Option(
-            help="Of training states: a decay to take, 0 for the raw weights; several times for more."
+        option(
+            "For training states: the decay of an average, 0 for the raw weights. Can be given several times.",
+            panel=FILES,
         ),
     ] = None,
     reals: Annotated[
         int | None,
-        typer.Option(min=1, help="Real clips to take; by default as many as there are samples of one model."),
+        option("How many real clips to use; by default as many as each model has samples.", min=1),
     ] = None,
     vae: File = "",
     text_encoder: File = "",
     tokenizer: File = "",
     base: File = "",
-    height: int | None = None,
-    width: int | None = None,
-    frames: int | None = None,
-    fps: float | None = None,
-    device: str = "auto",
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    fps: Fps = None,
+    device: Device = "auto",
 ) -> None:
-    """Several models at the same prompts and seeds: figures as JSON and CSV, and a page that plays them side
-    by side.
+    """Compare models at the same prompts and seeds: figures as JSON and CSV, and a page that plays the clips
+    side by side.
 
     Under torchrun the samples are shared out. The same command goes on with one that was stopped.
     """
@@ -178,20 +186,22 @@ def evaluate(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def preference(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="A B | VOTES...", help="Two folders of samples; with --votes raters' files."),
+        typer.Argument(
+            metavar="A B | VOTES...", help="Two folders of samples; with --votes, the raters' files."
+        ),
     ],
-    votes: Annotated[bool, typer.Option("--votes", help="Count votes instead of making a page.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The page, or a file for the figures.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the pairs' order and sides.")] = 0,
-    link: Annotated[bool, typer.Option("--link", help="Samples beside the page, not in it.")] = False,
-    key: Annotated[Path | None, typer.Option(help="With --votes: the page's .key.json.")] = None,
-    unfinished: Annotated[bool, typer.Option("--unfinished", help="With --votes: partial ones too.")] = False,
+    votes: Annotated[bool, option("Count votes instead of making a page.", "--votes")] = False,
+    out: Annotated[Path | None, option("The page to write; with --votes, a file for the figures.")] = None,
+    seed: Annotated[int, option("Seed of the order and sides of the pairs.", min=0, max=MAX_SEED)] = 0,
+    link: Annotated[bool, option("Keep the samples beside the page instead of in it.", "--link")] = False,
+    key: Annotated[Path | None, option("With --votes: the page's .key.json.")] = None,
+    unfinished: Annotated[bool, option("With --votes: count unfinished files too.", "--unfinished")] = False,
 ) -> None:
-    """The paper's user study: a blind page that compares two models' samples, and the votes' scores."""
+    """The paper's user study: make a blind page that compares two models' samples, or score the votes."""
     from trainer.preference.page import make_page
     from trainer.preference.votes import show_votes
 
@@ -209,37 +219,33 @@ def preference(
     make_page(*paths, out or Path("preference.html"), seed, link)
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def export(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint or LoRA file, a diffusers folder, a training state, or a run's folder."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="The file to write (.safetensors), or for diffusers the folder.")],
-    form: Annotated[str, typer.Option(help="file, lora or diffusers.")] = "file",
-    dtype: Annotated[str, typer.Option(help="fp32, fp16, bf16, or fp8 for ComfyUI.")] = "bf16",
+    source: Checkpoint,
+    out: Annotated[Path, option("The file to write (.safetensors), or for diffusers the folder.")],
+    form: Annotated[str, option("file, lora or diffusers.")] = "file",
+    dtype: Annotated[str, option("fp32, fp16, bf16, or fp8 for ComfyUI.")] = "bf16",
     base: Annotated[
         str | None,
-        typer.Option(help="Of a LoRA file: the transformer that it belongs to (mini for the miniature's)."),
+        option("For a LoRA file: the transformer it belongs to (mini for the miniature's)."),
     ] = None,
     ema: Ema = None,
 ) -> None:
-    """A trained generator for other programs: one file that ComfyUI opens, a LoRA, or a diffusers folder."""
+    """Write a trained generator for other programs: one file for ComfyUI, a LoRA, or a diffusers folder."""
     from trainer.checkpoints.export import export
 
     print(export(source, out, form, dtype, base, ema))
 
 
-@app.command()
+@app.command(rich_help_panel=USE)
 def inspect(
     path: Annotated[Path, typer.Argument(help="A file or folder of weights, shards or training states.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every weight too, to find NaN.")] = False,
-    base: Annotated[str | None, typer.Option(help="Of a LoRA: the transformer to compare it with.")] = None,
+    deep: Annotated[bool, option("Also read every weight, to find NaN.", "--deep")] = False,
+    base: Annotated[str | None, option("For a LoRA: the transformer to compare it with.")] = None,
 ) -> None:
-    """What is in a checkpoint, and whether it would load."""
+    """Show what is in a checkpoint or training state, and whether it can be loaded."""
     from trainer.checkpoints.inspect import inspect
 
     for name, value in inspect(path, deep, base).items():
-        print(f"{name:<16} {value}")
+        first, *rest = value.split("\n")
+        print("\n".join([f"{name:<16} {first}", *(f"{'':<16} {line}" for line in rest)]))

@@ -3,26 +3,29 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from apt_core.errors import AptError
 from trainer.cli.app import (
     RUNS,
+    TRAIN,
     DryRun,
     Gpus,
     Memory,
     Overrides,
+    Phase,
     Preset,
     Recipe,
     Run,
     Seed,
     Shards,
+    SkipBad,
     Tflops,
+    TruncateCaptions,
     app,
+    option,
 )
 
 
-@app.command("precompute")
+@app.command("precompute", rich_help_panel=TRAIN)
 def precompute_command(
     preset: Preset,
     overrides: Overrides = None,
@@ -30,21 +33,17 @@ def precompute_command(
     recipe: Recipe = None,
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of captioned videos and images, or a list of them (.jsonl, .csv). mini draws its own without."
+        option(
+            "Folder of captioned videos and images, or a list of them (.jsonl, .csv). Without it, mini draws its own."
         ),
     ] = None,
-    kinds: Annotated[str, typer.Option(help="image, video, or both: image,video.")] = "image,video",
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out files that cannot be used, and list them.")
-    ] = False,
-    truncate_captions: Annotated[
-        bool, typer.Option("--truncate-captions", help="Cut captions that are too long for the text encoder.")
-    ] = False,
+    kinds: Annotated[str, option("image, video, or both: image,video.")] = "image,video",
+    skip_bad: SkipBad = False,
+    truncate_captions: TruncateCaptions = False,
     seed: Seed = 0,
 ) -> None:
-    """Videos and images with captions to shards of latents and text embeddings. Resumable; under torchrun
-    each process takes its share.
+    """Encode captioned videos and images into shards of latents and text embeddings. Can be resumed; under
+    torchrun the work is divided over the processes.
     """
     from trainer.jobs.training import run_precompute
 
@@ -63,7 +62,7 @@ def precompute_command(
     )
 
 
-@app.command("distill")
+@app.command("distill", rich_help_panel=TRAIN)
 def distill_command(
     preset: Preset,
     overrides: Overrides = None,
@@ -76,9 +75,7 @@ def distill_command(
     gpu_memory: Memory = 80,
     gpu_tflops: Tflops = 800,
 ) -> None:
-    """Stage 1: distillation of the base into one step, by consistency or by distribution matching
-    (method=dmd).
-    """
+    """Stage 1: distil the base model into one step, by consistency or by distribution matching (method=dmd)."""
     loaded = _load(preset, recipe, overrides, ("distill", "train", "files", "data", "sampling", "model"))
     if dry_run:
         _show(loaded, "distill", None, gpus, gpu_memory, gpu_tflops)
@@ -88,19 +85,20 @@ def distill_command(
     run_distill(loaded, out or RUNS / loaded.name, seed=seed, shards=shards)
 
 
-@app.command("adversarial")
+@app.command("adversarial", rich_help_panel=TRAIN)
 def adversarial_command(
     preset: Preset,
     overrides: Overrides = None,
-    phase: Annotated[str, typer.Option(help="image or video.")] = ...,
+    phase: Phase = ...,
     out: Run = None,
     recipe: Recipe = None,
     start: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "The generator's first weights; by default the result of the previous stage in --out. (Under torchrun "
+            "use the long name.)",
             "--start-from",
             "--start",
-            help="The generator's first weights; by default what the stage before left in --out. (torchrun takes --start for its own.)",
         ),
     ] = None,
     seed: Seed = 0,
@@ -110,7 +108,7 @@ def adversarial_command(
     gpu_memory: Memory = 80,
     gpu_tflops: Tflops = 800,
 ) -> None:
-    """Stage 2: one phase of adversarial post-training. The same command goes on where it was stopped."""
+    """Stage 2: one phase of adversarial post-training. The same command continues a run that was stopped."""
     from trainer.config import load_preset
 
     if phase not in ("image", "video"):

@@ -19,7 +19,7 @@ from apt_core.models.vae import encode
 from trainer.data.captions import Bad, Item, find_items, item_id, refuse_bad
 from trainer.data.cuts import Clip, Cut
 from trainer.data.prompts import write_prompts
-from trainer.data.shards import Sample, ShardWriter
+from trainer.data.shards import Sample, ShardWriter, indexed_names
 from trainer.files import write_json
 from trainer.machines.distributed import World
 
@@ -32,7 +32,8 @@ PROBE = "A red circle, moving left: 3 \u00e9toiles \u5728\u5929\u7a7a."  # its t
 class Report:
     """What a run did. samples: in the index, by kind; encoded: by this run, the others were there; skipped:
     what was left out and why; seconds: of encoding alone; clips_per_second: clips and images encoded in a
-    second; converted: what this run did to a file beyond reading it, by the file's name in the index.
+    second; converted: what this run did to a file beyond reading it, by the file's name in the index;
+    dropped: samples of the index before that are no longer in it.
     """
 
     samples: dict[str, int]
@@ -41,6 +42,7 @@ class Report:
     seconds: float
     clips_per_second: float
     converted: dict[str, list[str]] = field(default_factory=dict)
+    dropped: int = 0
 
 
 def precompute(
@@ -136,7 +138,9 @@ def precompute(
     present = [sample for _, _, sample in placed]
     bad = [entry for part in everyone for entry in part[1]]
     _refuse_nothing(folder, len(present), bad, kinds)
+    dropped = 0
     if world.main:
+        dropped = len(indexed_names(out) - {sample.id for sample in present})
         writer = ShardWriter(out, settings, dtype=dtype) if world.size > 1 else writer
         facts = {
             "vae": {"stride": list(stride(vae)), "channels": writer.done[present[0].key].bucket[0]},
@@ -152,7 +156,8 @@ def precompute(
     counts = {kind: sum(sample.kind == kind for sample in present) for kind in ("image", "video")}
     encoded, seconds = sum(part[2] for part in everyone), max(part[3] for part in everyone)
     converted = dict(sorted(entry for part in everyone for entry in part[4].items()))
-    return Report(counts, encoded, bad, seconds, encoded / seconds if seconds > 0 else 0.0, converted)
+    speed = encoded / seconds if seconds > 0 else 0.0
+    return Report(counts, encoded, bad, seconds, speed, converted, dropped)
 
 
 def fingerprint(model) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from apt_core.errors import AptError
 from apt_core.files.contract import metadata_json
+from apt_core.files.jsonfile import read_object
 from apt_core.files.tensorfile import Header, read_header, write_tensors
 from trainer.files import write_json
 
@@ -352,6 +353,14 @@ def _digest(strings: Mapping[str, str], parts: Iterable) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
+
+
+def indexed_names(folder: Path) -> set[str]:
+    """The names of the samples in a folder's index; none if there is no index, or it cannot be read."""
+    try:
+        return {entry["id"] for entry in read_object(folder / INDEX, AGAIN)["samples"]}
+    except (AptError, KeyError, TypeError):
+        return set()
 
 
 def fingerprint_of(settings: Mapping, samples: Sequence[Sample]) -> str:

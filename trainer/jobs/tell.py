@@ -64,5 +64,10 @@ def tell_precomputed(made: Report, folder: Path) -> None:
         say(f"{name}: {', '.join(done)}.")
     if made.skipped:
         say(f"{len(made.skipped)} left out, listed in {folder / SKIPPED}")
+    if made.dropped:
+        say(
+            f"{made.dropped} samples of the index before are not in this data and are no longer trained on: "
+            "give another --out to keep both."
+        )
     counts = ", ".join(f"{count} {kind}s" for kind, count in made.samples.items())
     say(f"{counts} in {folder}; {made.encoded} encoded now, {made.clips_per_second:.2f} a second.")

@@ -1,4 +1,4 @@
-"""Where things lie in the folders that runs leave."""
+"""The layout of a run's folder: where files and training states are."""
 
 import re
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 from apt_core.errors import AptError
 from apt_core.loading.sources import MINI, SHIPPED
 
-ABOUT = "about.json"  # beside the training states of a stage: what an export of them needs
-DIFFERENCES = "differences.safetensors"  # there too: what a LoRA's start has beside adapters
-# what the stages before the last one leave in a run's folder
+ABOUT = "about.json"  # beside the training states of a stage: what is needed to export them
+DIFFERENCES = "differences.safetensors"  # there too: what a LoRA's start changes besides the adapted layers
+# results of the earlier stages
 DISTILLED, IMAGE = (
     "distilled.safetensors",
     "apt-image.safetensors",
@@ -16,34 +16,34 @@ DISTILLED, IMAGE = (
 STATE = ".metadata"  # what torch.distributed.checkpoint calls its index
 FACTS = "run.json"  # in each training state, written last
 STEP = re.compile(r"step-(\d{6,})(-half)?")
-"""Names of training states. Nothing else in their folder is the trainer's."""
-UNFINISHED = ".part"  # after the name of a state in writing
+"""Names of training states. The trainer touches nothing else in their folder."""
+UNFINISHED = ".part"  # suffix of a state that is still being written
 
 
 def is_state(path: Path) -> bool:
-    """Whether this is a training state of the trainer, by the files that each one has."""
+    """Whether this folder is a training state: it has the files that every state has."""
     return path.is_dir() and (path / FACTS).is_file() and (path / STATE).is_file()
 
 
 def whole_states(folder: Path) -> list[Path]:
-    """The complete training states in the folder of a stage, the oldest first."""
+    """The complete training states in a stage's folder, oldest first."""
     found = (path for path in folder.glob("step-*") if STEP.fullmatch(path.name) and is_state(path))
     return sorted(found, key=_age)
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The last of the complete training states in the folder of a stage."""
+    """The newest complete training state in a stage's folder, if there is one."""
     return next(reversed(whole_states(folder)), None)
 
 
 def _age(path: Path) -> tuple[int, bool]:
-    """By number: by name, step-1000000 would come before step-999999."""
+    """Sort key: the number. Sorted by name, step-1000000 would come before step-999999."""
     number, half = STEP.fullmatch(path.name).groups()
     return int(number), half is not None
 
 
 def unfinished_states(folder: Path) -> list[Path]:
-    """What is left there of states that were never completed, or were being deleted."""
+    """Remains of states that were never completed, or whose deletion was interrupted."""
     names = (
         (path, path.name.removesuffix(UNFINISHED))
         for path in folder.glob("step-*")

@@ -1,6 +1,4 @@
-"""A number for how good a generator is at the moment, cheap and the same for any model: which of a run's
-states to keep.
-"""
+"""A cheap score of the current generator, defined for any model. It decides which training states to keep."""
 
 from collections.abc import Iterable, Iterator
 
@@ -13,20 +11,21 @@ from trainer.data.batches import Batches
 from trainer.data.sampling import EpochSampler
 from trainer.machines.distributed import World
 
-LEAST_MOTION = (
-    0.01  # of the real samples': what stands still is a hundred times as far away, and still a number
-)
+# of the real samples' motion: clips that stand still count as a hundred times as far away, not infinitely
+LEAST_MOTION = 0.01
 
 
 class LatentJudge:
-    """Distance between real latents and one-step samples of their captions from fixed noise, in statistics of
-    each sample, made larger where the samples move less than the real ones; see `guarded`.
+    """The distance between real latents and one-step samples of their captions, in statistics of each sample.
+    It is increased if the samples move less than the real clips, see `guarded`.
 
-    count: samples of `kind` to compare, or all where there are fewer; which ones, and their noise, follow
-    from the seed. It is called by all processes alike, which share the samples, and gives all of them the
-    same numbers: `judged`, the lower the better, and for clips `judged_motion`, their motion as a share of
-    the real ones'. It costs a forward pass a sample, and ranks the states
-    of one run: between models or data sets it means nothing.
+    count: how many samples of `kind` to compare (all, if there are fewer). The seed decides which ones, and
+        their noise.
+
+    All processes must call this together; they divide the samples, and all get the same numbers: `judged`,
+    lower is better, and for clips `judged_motion`, their motion divided by that of the real clips. It costs
+    one forward pass per sample. The numbers rank the states of one run; they mean nothing between models or
+    data sets.
     """
 
     def __init__(self, batches: Batches, kind: str, count: int, seed: int, world: World) -> None:
@@ -53,15 +52,16 @@ class LatentJudge:
             yield one_step(generator, z.to(self.world.device), text.to(self.world.device))[0].float().cpu()
 
     def _measure(self, mine: Iterable[Tensor]) -> tuple[Tensor, float]:
-        """Of everybody's latents the statistics `[count, features]`, and the mean motion."""
+        """The statistics `[count, features]` of the latents of all processes, and their mean motion."""
         rows = [torch.cat([statistics(x), motion(x[None])]) for x in mine]
         found = self.world.gather_rows(torch.stack(rows), self.count)
         return found[:, :-1], float(found[:, -1].mean())
 
 
 def statistics(x: Tensor) -> Tensor:
-    """Latent `[C, F, h, w]` to `[4 C]`: of each channel the mean, the standard deviation, and the root mean
-    square of its differences in space (detail) and from frame to frame (motion; 0 for an image).
+    """Four statistics of each channel of a latent `[C, F, h, w]`, as `[4 C]`: the mean, the standard
+    deviation, and the root mean square of differences between neighbouring places (detail) and between
+    neighbouring frames (motion; 0 for an image).
     """
     flat = x.flatten(1)
     space = (x.diff(dim=2).square().flatten(1).mean(1) + x.diff(dim=3).square().flatten(1).mean(1)).sqrt()
@@ -70,11 +70,11 @@ def statistics(x: Tensor) -> Tensor:
 
 
 def distance(made: Tensor, real: Tensor) -> float:
-    """Frechet distance between Gaussians of independent features, in units of the real ones' spread, mean
-    over features.
+    """Squared Frechet distance between Gaussians with independent features, each feature in units of its
+    standard deviation over the real samples, averaged over features.
 
-    made, real: `[n, features]`. With independent features it asks for few samples; samples that are all alike
-    show as missing spread.
+    made, real: `[n, features]`. With independent features few samples are enough. Samples that are all alike
+    differ from real ones in their standard deviation.
     """
     made, real = made.double(), real.double()
     unit = real.std(0).clamp(min=1e-6) if len(real) > 1 else torch.ones_like(real[0])
@@ -83,12 +83,12 @@ def distance(made: Tensor, real: Tensor) -> float:
 
 
 def motion(x: Tensor) -> Tensor:
-    """Dynamic degree of latents `[B, C, F, h, w]` without optical flow, `[B]`: the standard deviation of each
-    latent over time (root of the mean variance), over that of all latents of its channel. 0 for images.
+    """Dynamic degree of latents `[B, C, F, h, w]` without optical flow, as `[B]`: the standard deviation of a
+    latent over time (root of the variance's mean), divided by that over the whole channel. 0 for images.
 
-    The twin of `trainer.evaluate.metrics.motion`, free of contrast as that is. The first latent frame counts
-    only where there are two: it holds one frame and not four, so that it differs from the others in a clip
-    that stands still, too. Even so a still clip has more than 0, by what the VAE makes of it.
+    It is `trainer.evaluate.metrics.motion` in latents, and like that does not depend on contrast. The first
+    latent frame encodes one frame instead of four, so it differs from the others even in a still clip; it is
+    only used if there are just two. A still clip has a little more than 0 all the same, because of the VAE.
     """
     if x.shape[2] < 2:
         return torch.zeros(len(x))
@@ -98,7 +98,7 @@ def motion(x: Tensor) -> Tensor:
 
 
 def guarded(distance: float, share: float) -> float:
-    """A distance, times as much larger as the samples move less than the real ones. share: of their mean
-    motion; above 1 it earns nothing.
+    """A distance, divided by `share`, the samples' mean motion relative to that of the real clips. A share
+    above 1 counts as 1, so more motion than the real clips' does not lower the distance.
     """
     return distance / min(1.0, max(LEAST_MOTION, share))

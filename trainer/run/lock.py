@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""A lock on a run's folder, so that only one run at a time works in it."""
 
 import json
 import os
@@ -17,8 +17,8 @@ from trainer.machines.distributed import World
 
 
 class Lock:
-    """A folder's lock, which lies beside it. The system releases it when the process that has taken it dies,
-    however that happens.
+    """The lock of a folder: a file beside it. The system releases the lock when the process that holds it
+    ends, for whatever reason.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,14 +27,15 @@ class Lock:
         self._lock = FileLock(str(self._path), thread_local=False)
 
     def take(self) -> None:
-        """Raises AptError, with the name of the holder, when another process has it, and for a place that
+        """Take the lock. Raises AptError if another process holds it, and says which one, or if the lock file
         cannot be written.
         """
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise AptError(
-                f"{self.folder} is in use by another run ({self._holder()}): wait for its end, or give another --out."
+                f"{self.folder} is in use by another run ({self._holder()}): wait until it ends, or give "
+                "another --out."
             ) from None
         except OSError as error:
             raise AptError(
@@ -50,7 +51,9 @@ class Lock:
         )
 
     def take_together(self, world: World) -> None:
-        """The main process makes the folder and takes its lock; all call alike, and all raise what it raises."""
+        """The main process creates the folder and takes its lock. All processes must call this together; if
+        it fails, all raise the same AptError.
+        """
         problem = None
         if world.main:
             try:
@@ -62,7 +65,7 @@ class Lock:
             raise AptError(found[0])
 
     def release(self) -> None:
-        """Does nothing where it is not taken."""
+        """Release the lock, if it is taken."""
         if self._lock.is_locked:
             self._note.unlink(missing_ok=True)
             self._lock.release()
@@ -72,12 +75,12 @@ class Lock:
             holder = json.loads(self._note.read_text(encoding="utf-8"))
             return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
         except (OSError, ValueError, KeyError, TypeError):
-            return "whose name it has not written yet"
+            return "it has not written its name yet"
 
 
 @contextmanager
 def held(folder: Path, world: World) -> Iterator[None]:
-    """The folder is this run's own meanwhile. Raises AptError as `Lock.take_together`."""
+    """Hold the folder's lock inside the block. Raises AptError as `Lock.take_together` does."""
     lock = Lock(folder)
     lock.take_together(world)
     try:

@@ -34,8 +34,8 @@ FLOOR = 0.1  # of the penalty: more than this from rounding alone is said
 
 @dataclass(frozen=True)
 class Work:
-    """What one update is, for speed: samples in it, its FLOPs, and the matrix peak of the whole run's
-    machines in FLOP/s (0: not known).
+    """The work of one update, to compute speed: its samples, its FLOPs, and the peak FLOP/s of matrix
+    products of all GPUs together (0 if not known).
     """
 
     samples: int
@@ -44,13 +44,14 @@ class Work:
 
 
 class Monitor(AbstractContextManager):
-    """A `report` for distill and adversarial: call it with (done, total, row) after each update, in the main
-    process.
+    """The `report` argument of distill and adversarial: the main process calls it with (done, total, row)
+    after each update. Use it in a `with` statement. A resumed run replaces the rows that it computes again.
 
-    folder: for history.csv and TensorBoard's files; work: see Work, None where updates differ; relativistic:
-    the objective's, for the warning; wandb: name of a Weights & Biases project, used where the package is
-    installed; forward: called with what it gets, a progress bar for example. A resumed run replaces the rows
-    that it does again. Use it in a `with` statement.
+    folder: where history.csv and TensorBoard's files are written.
+    work: see Work; None if updates differ in their work.
+    relativistic: whether the objective is, for the warning about a discriminator that has won.
+    wandb: name of a Weights & Biases project, used if the package is installed.
+    forward: called with the same arguments, a progress bar for example.
     """
 
     def __init__(
@@ -142,9 +143,9 @@ class Monitor(AbstractContextManager):
 
 
 class CollapseWarning:
-    """Watches the discriminator's adversarial loss, smoothed over some ten updates, on its way to zero (5.1:
-    then the generator gets no gradient and makes coloured plates). It warns once, and again after the loss
-    has been well above.
+    """Warns when the discriminator's adversarial loss, smoothed over about ten updates, approaches zero. Then
+    the generator gets no gradient and its samples become coloured plates (section 5.1). It warns once, and
+    again if the loss has recovered in between.
     """
 
     def __init__(self, equal: float) -> None:
@@ -168,10 +169,10 @@ class CollapseWarning:
 
 
 class ChanceWarning:
-    """Watches whether the discriminator tells real from fake at all: the share of pairs it orders rightly, on
-    held-out samples where the row has them. One that guesses gives the generator noise, which RMSProp scales
-    up to full steps, and no picture shows it.
-    It warns after PATIENCE updates at chance, and again as long after that.
+    """Warns when the discriminator no longer tells real from fake, by the share of pairs that it orders
+    correctly (on held-out samples, if the row has them). A discriminator that guesses gives the generator
+    only noise, which RMSProp scales up to full steps, and the pictures do not show it. It warns after
+    PATIENCE updates at chance, and again every PATIENCE updates.
     """
 
     def __init__(self) -> None:
@@ -202,7 +203,7 @@ class ChanceWarning:
 
 
 class FloorWarning:
-    """Says once how much of aR1 is rounding (objectives.penalty_floor), where it is a large part."""
+    """Warns once if a large part of aR1 is rounding (objectives.penalty_floor)."""
 
     def see(self, done: int, row: dict[str, float]) -> str | None:
         """The warning, if this row calls for it."""
@@ -215,10 +216,10 @@ class FloorWarning:
 
 
 class MotionWarning:
-    """Watches how much clips of one step move, as a share of real ones and of those of the weights that the
-    run started from (see trainer.stages.watch; in stage 1 the judge has the first share). They lose motion in
-    distillation, or slowly afterwards, while each single frame looks good. It warns once, and again after
-    they have moved well.
+    """Warns when one-step clips move too little, compared with real clips or with those of the run's first
+    weights (see trainer.stages.watch; in stage 1 the judge measures the first). Clips lose motion in
+    distillation, or slowly afterwards, while every single frame looks good. It warns once, and again if the
+    motion has recovered in between.
     """
 
     def __init__(self) -> None:
@@ -246,8 +247,8 @@ class MotionWarning:
 
 
 def _read(path: Path) -> list[dict]:
-    """The rows that are there. A file that somebody's hand or a crash has spoilt is put aside and said, and a
-    new one begun.
+    """The rows of an existing history. A damaged file is renamed, with a warning, and a new one is
+    started.
     """
     if not path.exists():
         return []
@@ -264,7 +265,7 @@ def _read(path: Path) -> list[dict]:
         return rows
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
         kept = path.with_name(f"{path.stem}-damaged{path.suffix}")
-        warn(f"{path} is damaged: it is kept as {kept.name}, and a new one is begun.")
+        warn(f"{path} is damaged: it is kept as {kept.name}, and a new one is started.")
         Aside(f"{path}")(path.replace, kept)
         return []
 

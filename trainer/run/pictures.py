@@ -1,4 +1,4 @@
-"""The pictures that a run leaves: comparison sheets and the sample video."""
+"""Comparison sheets and the sample video of a run."""
 
 from pathlib import Path
 
@@ -23,9 +23,8 @@ def filmstrip(clip: np.ndarray, factor: int = 2) -> np.ndarray:
 
 
 def comparison(path: Path, titles: list[str], prompts: list[str], cells: list[list[np.ndarray]]) -> None:
-    """A sheet with one row a prompt and one column a model; `cells[row][column]` are uint8 `[F, H, W, 3]`.
-
-    Raises AptError for a place that cannot be written.
+    """Write a sheet with one row per prompt and one column per model. `cells[row][column]` are clips, uint8
+    `[F, H, W, 3]`. Raises AptError if `path` cannot be written.
     """
     strips = [[filmstrip(cell, factor=2 if len(cell) > 1 else 3) for cell in row] for row in cells]
     height, width = strips[0][0].shape[:2]
@@ -51,10 +50,8 @@ def _fit(text: str, font, width: int) -> str:
 
 
 def sample_video(path: Path, clips: np.ndarray, fps: float, factor: int = 4, loops: int = 4) -> None:
-    """Up to 16 clips `[n, F, H, W, 3]` in a square, repeated so that a player shows more than a second of
-    them.
-
-    Raises AptError when there are none, or for a place that cannot be written.
+    """Write a video of up to 16 clips `[n, F, H, W, 3]` in a square, repeated `loops` times so that it is
+    longer than a second. Raises AptError if there are no clips, or `path` cannot be written.
     """
     side = max(1, min(4, int(len(clips) ** 0.5)))
     if not len(clips):

@@ -1,5 +1,5 @@
-"""Training curves of a run as pictures: what the discriminator knows, what it costs, what reaches the
-generator, and how much its clips move.
+"""Training curves of a run as pictures: the discriminator's accuracy, the losses, the gradient that reaches
+the generator, and how much its clips move.
 """
 
 import csv
@@ -10,7 +10,7 @@ from pathlib import Path
 from apt_core.errors import AptError
 from apt_core.files.atomic import replacing
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes; each also has a line style of its own.
+# Okabe and Ito's colours, which colour-blind people can tell apart; each also has its own line style.
 BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"
 FEW = 20  # points, which show as points: a single one has no line
 
@@ -27,7 +27,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """lines: those that the history has are drawn; level: a horizontal line, and what it means."""
+    """One plot. lines: drawn if the history has their columns. level: height and label of a horizontal
+    line.
+    """
 
     title: str
     lines: tuple[Line, ...]
@@ -124,16 +126,14 @@ TITLES = {"distill": "Stage 1: distillation", "image": "Stage 2: images", "video
 
 
 def plot_run(run: Path, out: Path | None = None) -> list[Path]:
-    """One PNG for each stage that has a history in `run`/log, written to `out` (by default the run's folder)
-    as curves-STAGE.png.
-
-    Raises AptError for a folder without a history, and for one that is damaged.
+    """Write curves-STAGE.png for each stage that has a history in `run`/log, to `out` (by default the run's
+    folder). Returns the paths. Raises AptError if there is no history, or one is damaged.
     """
     histories = {stage: run / "log" / stage / "history.csv" for stage in PANELS}
     found = {stage: path for stage, path in histories.items() if path.is_file()}
     if not found:
         raise AptError(
-            f"{run} holds no log of a training (log/STAGE/history.csv): give the folder that --out named."
+            f"{run} has no training log (log/STAGE/history.csv): give the folder that was --out in training."
         )
     return [
         plot(read_history(path), stage, (out or run) / f"curves-{stage}.png") for stage, path in found.items()
@@ -141,7 +141,7 @@ def plot_run(run: Path, out: Path | None = None) -> list[Path]:
 
 
 def read_history(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Updates and values of every column, where it has one."""
+    """For each column, the updates at which it has a value, and the values."""
     columns: dict[str, tuple[list[int], list[float]]] = {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -152,12 +152,14 @@ def read_history(path: Path) -> dict[str, tuple[list[int], list[float]]]:
                         updates.append(int(row["update"]))
                         values.append(float(value))
     except (OSError, ValueError, KeyError, TypeError, csv.Error):
-        raise AptError(f"{path} is damaged: it is no table of updates.") from None
+        raise AptError(
+            f"{path} is damaged, a row cannot be read as numbers: remove it, or give another run."
+        ) from None
     return columns
 
 
 def plot(history: dict[str, tuple[list[int], list[float]]], stage: str, path: Path) -> Path:
-    """Draw the panels of a stage and return the picture's path."""
+    """Draw the panels of a stage to `path` and return it."""
     from matplotlib.figure import Figure
 
     panels = [panel for panel in PANELS[stage] if any(line.column in history for line in panel.lines)]
@@ -189,7 +191,7 @@ def plot(history: dict[str, tuple[list[int], list[float]]], stage: str, path: Pa
 
 
 def save_figure(figure, path: Path) -> Path:
-    """Write a matplotlib figure as a PNG, whole or not at all. Raises AptError for a place that cannot be
+    """Write a matplotlib figure as a PNG, whole or not at all. Raises AptError if `path` cannot be
     written.
     """
     with replacing(path) as part:

@@ -1,4 +1,4 @@
-"""Progress bars with the losses beside them, and tables, in the terminal (rich)."""
+"""Progress bars with losses, and tables, in the terminal (rich)."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ from trainer.aside import Aside
 
 
 class _Screen:
-    """stdout, which may be full or closed: then it is said once on stderr, and the work goes on unseen."""
+    """stdout. If it fails (a full disk, a closed pipe), that is said once on stderr and work continues."""
 
     def __init__(self) -> None:
         self._aside = Aside("what is shown")
@@ -74,12 +74,12 @@ SHOWN = {
     "mfu": "MFU",
     "memory_gib": "GiB",
 }
-"""Metrics beside the bar, by what they are called there."""
+"""The metrics below the bar: name in the history -> name on screen."""
 LINE_SECONDS = 30.0
 
 
 class _Bar(Progress):
-    """A bar, and under it a line of metrics that may be longer than what is left beside it."""
+    """A bar with the metrics on a line below, where they may take the whole width."""
 
     def get_renderables(self):
         yield from super().get_renderables()
@@ -90,8 +90,8 @@ class _Bar(Progress):
 
 @contextmanager
 def stage_bar(title: str) -> Iterator[Callable[[int, int, dict], None]]:
-    """A bar for one stage: call what it yields with (done, total, metrics). Where there is no terminal (a
-    batch system's log), a line twice a minute instead.
+    """A progress bar for one stage: yields a function to call with (done, total, metrics). Without a
+    terminal, as in a batch system's log, it prints a line twice a minute instead.
     """
     if not console.is_terminal:
         yield _Lines(title)
@@ -113,7 +113,7 @@ def stage_bar(title: str) -> Iterator[Callable[[int, int, dict], None]]:
 
 
 class _Lines:
-    """The first report, the last, and one every LINE_SECONDS in between."""
+    """Prints the first report, the last one, and one every LINE_SECONDS in between."""
 
     def __init__(self, title: str) -> None:
         self.title, self.started, self.next = title, time.monotonic(), 0.0
@@ -161,7 +161,7 @@ def columns_table(title: str, columns: dict[str, dict]) -> Table:
 
 
 def criteria_table(rows: list[dict]) -> Table:
-    """What was asked of a measurement and in how many runs it holds; see trainer.proof.criteria."""
+    """The criteria of a measurement, and in how many runs each one holds; see trainer.proof.criteria."""
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     for name in ("asked", "ratio by run", "holds in"):
         table.add_column(name, justify="left")

@@ -1,5 +1,5 @@
-"""Training states on disk (torch.distributed.checkpoint): saved beside the training, whole or not at all,
-resumed on any number of processes.
+"""Training states on disk (torch.distributed.checkpoint). They are saved in the background, whole or not at
+all, and can be resumed on any number of processes.
 """
 
 import json
@@ -31,18 +31,20 @@ from trainer.run.state_files import StateReader, StateWriter, check_digests, gat
 
 # Windows has no SIGUSR1
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-# a run alone is no mistake
+# a run of a single process is fine
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Where training states go and which of them stay.
+    """Where training states are saved and which of them are kept.
 
-    every: updates between two; last: how many of the newest stay; best: how many of the best by `judge` stay
-    besides, which is called by all processes when a state is due, with the averaged network, and returns what
-    goes into the row, `judged` among it, the lower the better. describe: writes what belongs beside the states; called by the main process
-    once the folder is this run's own.
+    every: updates between two states.
+    last: how many of the newest are kept.
+    best: how many of those with the best score are kept in addition.
+    judge: called by all processes with the averaged network when a state is due; returns metrics for the
+        history's row. One of them is the score, `judged`; lower is better.
+    describe: writes the files beside the states; the main process calls it once it holds the folder's lock.
     """
 
     folder: Path
@@ -54,7 +56,7 @@ class Keep:
 
 
 class Preempted(SystemExit):
-    """The machine asked for its place back, and all is saved: the same command goes on from there. Ends the
+    """The process was told to stop and has saved its state; the same command continues from there. Ends the
     process with code 0.
     """
 
@@ -67,8 +69,8 @@ class Preempted(SystemExit):
 
 
 class Part(Protocol):
-    """Something with a state. tensors(): the live ones by name, which loading writes into; loaded(steps) is
-    called after that.
+    """A part of a training state. tensors() returns the live tensors by name, and loading writes into them;
+    loaded(steps) is called after that.
     """
 
     steps: int
@@ -79,11 +81,11 @@ class Part(Protocol):
 
 
 class Checkpoints:
-    """A folder of states `step-000100` (after a hundred updates; `step-000100-half`: and the first network of
-    the next one), each a DCP checkpoint with a run.json. All processes call alike.
+    """A folder of training states. `step-000100` is the state after 100 updates, `step-000100-half` the one
+    after the discriminator's step of the next update. Each is a DCP checkpoint with a run.json.
 
-    A state is written under another name and renamed when it is complete, so whatever is called step-... can
-    be loaded.
+    A state is written under another name and renamed when it is complete, so every folder named step-... can
+    be loaded. All processes must call the methods together.
     """
 
     def __init__(self, keep: Keep, world: World, identity: Mapping):
@@ -99,16 +101,16 @@ class Checkpoints:
         world.barrier()
 
     def release(self) -> None:
-        """Let another run have the folder."""
+        """Release the folder's lock."""
         self._lock.release()
 
     def newest(self) -> Path | None:
-        """The state that a resumed run goes on from."""
+        """The state that a resumed run continues from."""
         return newest_state(self.keep.folder)
 
     def facts(self, path: Path) -> dict:
-        """What a state's run.json says. Raises AptError when it is damaged, or of a run with another
-        identity.
+        """The contents of a state's run.json. Raises AptError if it is damaged, or belongs to a run with
+        other settings (another identity).
         """
         remedy = f"delete the folder {path.name}, and the run goes on from the state before it"
         facts = read_facts(path, remedy)
@@ -118,8 +120,9 @@ class Checkpoints:
         )
         if new := sorted(self.identity.keys() ^ old.keys()):
             raise AptError(
-                f"{self.keep.folder} holds a run of another version of this program, which {'had no' if new[0] in self.identity else 'had a'} {new[0]!r}: "
-                "give another --out, or go on with that version."
+                f"{self.keep.folder} holds a run of another version of this program, which "
+                f"{'had no' if new[0] in self.identity else 'had a'} {new[0]!r}: give another --out, or "
+                "continue with that version."
             )
         if changed:
             key = changed[0]
@@ -131,8 +134,8 @@ class Checkpoints:
         return facts
 
     def load(self, path: Path, tensors: dict[str, dict[str, Tensor]], facts: Mapping) -> None:
-        """Write a state's tensors into `tensors`, whatever number of processes saved it. Raises AptError for
-        one that does not fit or is damaged.
+        """Load a state into `tensors`. The number of processes that saved it does not matter. Raises AptError
+        if it does not fit or is damaged.
         """
         digests = facts.get("files", {})
         problem = None
@@ -155,8 +158,8 @@ class Checkpoints:
             ) from error
 
     def save(self, name: str, tensors: dict[str, dict[str, Tensor]], facts: Mapping) -> None:
-        """Copy the tensors now and write them while training goes on. Raises AptError when the state before
-        this one could not be written.
+        """Copy the tensors now, and write them while training continues. Raises AptError if the previous
+        state could not be written.
         """
         self.wait()
         part = self.keep.folder / f"{name}{UNFINISHED}"
@@ -170,12 +173,12 @@ class Checkpoints:
         self._writing = part, facts, future
 
     def poll(self) -> None:
-        """Give a state that has been written meanwhile its name."""
+        """If the state in writing is complete, rename it."""
         if self._writing and self.world.main and self._writing[2].done() and not self._writing[2].exception():
             self._publish()
 
     def wait(self) -> None:
-        """Wait until the state in writing is complete. Raises AptError, in all processes, when it cannot be
+        """Wait until the state in writing is complete. Raises AptError in all processes if it cannot be
         written.
         """
         if not self._writing:
@@ -189,12 +192,12 @@ class Checkpoints:
                 problem = error
         self._writing = None
         if reasons := [reason for reason in self.world.gather(problem and _reason(problem)) if reason]:
-            if self.world.main:  # nobody writes there any more, and a full disk needs the room
+            if self.world.main:  # nothing is being written there any more, and a full disk needs the space
                 shutil.rmtree(part, ignore_errors=True)
             last = self.newest()
-            stands = f"{last.name} stands" if last else "there is no earlier one"
+            stands = f"{last.name} is still there" if last else "there is no earlier one"
             raise AptError(
-                f"{part.stem} could not be written to {self.keep.folder} ({reasons[0]}): look for free space there; {stands}."
+                f"{part.stem} could not be written to {self.keep.folder} ({reasons[0]}): make space there; {stands}."
             ) from problem
 
     def _publish(self) -> None:
@@ -220,7 +223,7 @@ class Checkpoints:
 
 
 def score_of(path: Path) -> float | None:
-    """What a state was judged to be; None for one that was not, or whose run.json cannot tell."""
+    """The score of a state; None if it has none, or its run.json cannot be read."""
     try:
         found = read_object(path / FACTS, "").get("score")
     except AptError:
@@ -229,7 +232,7 @@ def score_of(path: Path) -> float | None:
 
 
 def best_state(folder: Path) -> tuple[Path, float] | None:
-    """Of the kept states that were judged, the best with its score."""
+    """The state with the best score, and that score; None if no state has one."""
     scores = {path: score_of(path) for path in whole_states(folder)}
     return min(
         ((path, score) for path, score in scores.items() if score is not None),
@@ -239,7 +242,7 @@ def best_state(folder: Path) -> tuple[Path, float] | None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong in one line; of a failed collective, what the first failing process ran into."""
+    """An error in one line. For a failed collective, the error of the first process that failed."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:300]
@@ -250,11 +253,11 @@ class _Stop(Exception):
 
 
 class Vote:
-    """Whether a flag is up in any process, asked about every `seconds`: an all-reduce at each of a thousand
-    microbatches would hold all of them up.
+    """Tells all processes whether a flag is set in any of them. It communicates only about every `seconds`,
+    because an all-reduce in every one of a thousand microbatches would slow them down.
 
-    All processes call alike and get the same answer at the same call: when they ask again follows from the
-    slowest one's time per call.
+    All processes must call this equally often, and get the same answer at the same call. How many calls pass
+    between two exchanges depends on the slowest process's time per call.
     """
 
     def __init__(self, world: World, seconds: float = 3.0, clock: Callable[[], float] = time.monotonic):
@@ -262,11 +265,11 @@ class Vote:
         self.start()
 
     def start(self) -> None:
-        """Ask at the next call: from here on calls may take longer than they did."""
+        """Exchange flags at the next call, because from here on calls may take longer than before."""
         self._calls, self._every, self._asked = 0, 0, None
 
     def __call__(self, flag: bool) -> bool:
-        """The flag of any process if it is time to ask, else False."""
+        """Whether the flag is set in any process; False if it is not time to exchange flags."""
         if self.world.size == 1:
             return flag
         self._calls += 1
@@ -275,27 +278,29 @@ class Vote:
         now = self.clock()
         pace = 0.0 if self._asked is None else (now - self._asked) / self._calls
         found, slowest = self.world.largest(flag, pace)
-        # Twice as far at most: the first calls may have been shorter than those to come.
+        # At most doubled: the first calls may have been shorter than the next ones.
         self._every = max(1, min(2 * self._every, int(self.seconds / slowest) if slowest else 1))
         self._calls, self._asked = 0, self.clock()
         return bool(found)
 
 
 def _kept(folder: Path) -> str:
-    """What is left when the processes of a run end all at once, for a sentence."""
+    """For the sentence about a lost process: what has been saved."""
     if newest := newest_state(folder):
         return f"{newest.name} in {folder} is saved, and the same command goes on from there"
     return f"{folder} holds no state yet, and the same command begins this stage again"
 
 
 class Run:
-    """The course of one training: rows of metrics, the number of the next update, states on disk, and the end
-    that a signal asks for.
+    """The progress of one training: the rows of metrics, the number of the next update, the states on disk,
+    and the stop when a signal arrives. Use it in a `with` statement around the training loop.
 
-    Use it in a `with` statement around the training loop. keep None: nothing is stored, signals do what they
-    always do.
-    parts: what a state consists of, by name; `averages` among them are what keep.judge is shown. pace: how
-    many steps a part takes in an update, 1 unless given. resume False: refuse a folder that holds a state.
+    keep: None stores nothing and leaves signals alone.
+    identity: settings that must be the same when a run is resumed.
+    parts: the parts of a state, by name; keep.judge gets the network with the weights of the part `averages`.
+    pace: how many steps a part takes per update, 1 unless given.
+    resume: False refuses a folder that has a state.
+
     Raises AptError for a folder with another run.
     """
 
@@ -342,7 +347,7 @@ class Run:
                 self._save(judged=kind is None)
                 self._checkpoints.wait()
                 self.world.barrier()
-            elif self.keep:  # some processes may be gone: nothing that needs them all
+            elif self.keep:  # some processes may be gone: do nothing that needs all of them
                 self._checkpoints.poll()
         finally:
             if self.keep:
@@ -354,14 +359,14 @@ class Run:
             ) from None
 
     def stop(self) -> None:
-        """Leaves the training loop, in all processes at the same call, when one was told to stop; they ask
-        one another every few seconds.
+        """Leave the training loop if any process was told to stop; all processes leave at the same call. They
+        ask each other every few seconds.
         """
         if self.keep and self._vote(self._signalled):
             raise _Stop
 
     def finish_update(self) -> None:
-        """One more update is done; a state is saved when one is due."""
+        """Call after each update. Saves a state if one is due."""
         self.update += 1
         self._vote.start()
         if self.keep:

@@ -1,9 +1,8 @@
-"""The files of a training state: written with a digest of each, and read without ever running what stands in
-them.
+"""The files of a training state: each is written with a digest, and reading them never runs code.
 
-torch.distributed.checkpoint keeps its index as a pickle, and what it calls bytes as another one inside.
-Unpickling either is running a program, so the index is read by an unpickler that knows the index's own
-classes alone, and a state with anything but tensors in it is refused.
+torch.distributed.checkpoint stores its index as a pickle, and what it calls bytes as another pickle inside.
+Unpickling runs whatever the file says. So the index is read by an unpickler that accepts only the index's own
+classes, and a state with anything but tensors in it is refused.
 """
 
 import io
@@ -23,9 +22,9 @@ from apt_core.files.jsonfile import read_object
 from trainer.files import file_digest
 from trainer.run.folders import FACTS, STATE
 
-DIGESTS = "__{}.sha256"  # one of each process, until they are gathered in run.json
+DIGESTS = "__{}.sha256"  # one per process, until they are collected in run.json
 DATA = re.compile(r"__\d+_\d+\.distcp")
-MAX_INDEX = 1 << 30  # bytes; that of 14B parameters on 1,024 GPUs has a fifth of it
+MAX_INDEX = 1 << 30  # bytes; the index for 14B parameters on 1,024 GPUs has a fifth of that
 ALLOWED = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
@@ -48,7 +47,7 @@ ALLOWED = {
     ("pathlib._local", "PosixPath"),
     ("pathlib._local", "WindowsPath"),
 }
-REMEDY = "take another state; a run whose newest one is deleted goes on from the one before it"
+REMEDY = "take another state; if you delete this one, its run continues from the one before it"
 DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
@@ -62,7 +61,7 @@ def _known(module: str, name: str):
     if (module, name) not in ALLOWED:
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no training state of this trainer has")
     if module.startswith("pathlib"):
-        return _path  # where it was saved: of no use, and a path of another system cannot even be made here
+        return _path  # where it was saved, which nobody needs; another system's paths cannot even be created
     return getattr(__import__(module, fromlist=[name]), name)
 
 
@@ -71,8 +70,10 @@ def _path(*parts) -> str:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own, whose memory no wrong number in a file can blow up as it can that of the C one. Also refuses what would run no code and yet do harm: attributes set on a class, and tuples within
-    tuples, whose hash takes for ever.
+    """Python's own unpickler: unlike the C one, a wrong number in a file cannot make it allocate all memory.
+
+    It also refuses what runs no code but does harm: setting attributes of a class, and deeply nested tuples,
+    whose hash takes for ever.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
@@ -108,8 +109,10 @@ def _check_depth(value: tuple, left: int = 4) -> None:
 
 
 class StateReader(FileSystemReader):
-    """A reader of one state's tensors. Raises DamagedState for an index that holds anything else, or that its
-    files do not bear out, and for one that names a file of which `digests`, those of run.json, has none.
+    """Reads the tensors of one state. digests: SHA-256 of its files, from run.json.
+
+    Raises DamagedState if the index has anything but tensors in it, does not match the files, or names a file
+    that is not in `digests`.
     """
 
     def __init__(self, path: Path, digests: dict | None = None) -> None:
@@ -122,7 +125,7 @@ class StateReader(FileSystemReader):
             size = path.stat().st_size
             if size > MAX_INDEX:
                 raise DamagedState(
-                    f"{path} has {size >> 20} MiB, which no index has: give a state that the trainer wrote."
+                    f"{path} has {size >> 20} MiB, too much for an index: give a state that the trainer wrote."
                 )
             raw = path.read_bytes()
             metadata = _Unpickler(io.BytesIO(raw)).load()
@@ -132,7 +135,7 @@ class StateReader(FileSystemReader):
             raise DamagedState(
                 f"{path} cannot be read ({error.strerror or error}): give a state that the trainer wrote."
             ) from None
-        except Exception as error:  # an unpickler raises whatever it stumbles over
+        except Exception as error:  # an unpickler can raise anything
             raise DamagedState(
                 f"{path} is not the index of a training state ({_short(error)}): give one that the trainer wrote."
             ) from None
@@ -150,7 +153,7 @@ class StateReader(FileSystemReader):
 
 
 class StateWriter(FileSystemWriter):
-    """A writer that leaves the digests of its process's files beside them."""
+    """Writes the tensors, and beside them the digests of this process's files."""
 
     def write_data(self, plan, planner):
         future = super().write_data(plan, planner)
@@ -163,8 +166,8 @@ class StateWriter(FileSystemWriter):
 
 
 def read_facts(path: Path, remedy: str) -> dict:
-    """What a state's run.json says: identity, update, the steps of each part, rows and the digests of files.
-    remedy: what would do, for the sentence. Raises AptError when it is missing or damaged.
+    """The contents of a state's run.json: identity, update, the steps of each part, rows, and the digests of
+    the files. Raises AptError if it is missing or damaged. remedy: the end of that message, what to do.
     """
     facts = read_object(path / FACTS, remedy)
     kinds = {"identity": dict, "update": int, "steps": dict, "rows": list}
@@ -182,8 +185,8 @@ def read_facts(path: Path, remedy: str) -> dict:
 
 
 def gather_digests(folder: Path) -> dict[str, str]:
-    """Those of all files of a state that has just been written, the index's too; the processes' own notes of
-    them are gone after it.
+    """The digests of all files of a state that has just been written, including its index. Deletes the files
+    in which the processes noted them.
     """
     found = {STATE: file_digest(folder / STATE)}
     for path in sorted(folder.glob(DIGESTS.format("*"))):
@@ -193,13 +196,13 @@ def gather_digests(folder: Path) -> dict[str, str]:
 
 
 def check_digests(folder: Path, digests: dict, names: Iterable[str]) -> None:
-    """Raises DamagedState for the first of these files that is gone or has changed since it was written. A
-    state from before digests has none.
+    """Raises DamagedState for the first of these files that is missing or has changed since it was written.
+    States of versions without digests have none to check.
     """
     for name in names:
         path = folder / name
         if not (name == STATE or DATA.fullmatch(name)) or path.is_symlink() or not path.is_file():
-            raise DamagedState(f"{folder} is to have a file {_short(name)}, and has not: {REMEDY}.")
+            raise DamagedState(f"{folder} should have a file {_short(name)}, but has not: {REMEDY}.")
         try:
             same = file_digest(path) == digests[name]
         except OSError as error:
@@ -207,20 +210,21 @@ def check_digests(folder: Path, digests: dict, names: Iterable[str]) -> None:
                 f"{folder / name} cannot be read ({error.strerror or error}): {REMEDY}."
             ) from None
         if not same:
-            raise DamagedState(f"{folder / name} is not what was written there: {REMEDY}.")
+            raise DamagedState(f"{folder / name} has changed since it was written: {REMEDY}.")
 
 
 def _check_listed(metadata: Metadata, digests: dict) -> None:
-    """Raises DamagedState when an index names a file of which there is no digest, though there are digests."""
+    """Raises DamagedState if there are digests, but none for a file that the index names."""
     named = {info.relative_path for info in metadata.storage_data.values()}
     if digests and not named | {STATE} <= digests.keys():
         raise DamagedState(
-            f"the index names {min(named - digests.keys(), default=STATE)}, of which run.json has no digest: {REMEDY}."
+            f"the index names {min(named - digests.keys(), default=STATE)}, but run.json has no digest for it: "
+            f"{REMEDY}."
         )
 
 
 def _problem(metadata, folder: Path) -> str:
-    """What an index says that cannot be, or that the files do not bear out; "" for one that can be read."""
+    """What is wrong with an index, or how the files differ from it; "" if it can be read."""
     if (
         not isinstance(metadata, Metadata)
         or not isinstance(metadata.state_dict_metadata, dict)

@@ -200,7 +200,7 @@ def test_a_state_of_another_order_of_samples_is_refused_by_name(files, tmp_path)
     facts.write_text(json.dumps(said))
     with pytest.raises(
         AptError,
-        match=r"holds a run of another version of this program, which had no 'order': give another --out, or go on with that version",
+        match=r"holds a run of another version of this program, which had no 'order': give another --out, or continue with that version",
     ):
         train_adversarial(files, Layout(settings={"updates": 2}), tmp_path)
     facts.write_text(json.dumps(said | {"identity": said["identity"] | {"order": "feistel-0"}}))
