@@ -21,7 +21,7 @@ from ..apt_core.method.flow import interpolate
 from ..apt_core.method.noise import APT, COMFYUI
 from ..apt_core.method.steps import step_times
 from .noise import SeedNoise, WalkNoise
-from .wan_model import WanModel, read_model
+from .wan_model import WanModel, left_out, read_model
 from .warn import warn
 
 NAME = "APT One-Step Sampler"
@@ -129,6 +129,7 @@ class APTSampler(io.ComfyNode):
         latent = _read_latent(wan, model, latent)
         _check_text(wan, positive)
         warnings = [*_too_long(wan, positive), *_ignored(model.model.diffusion_model, wan, positive, latent)]
+        warnings += _half_applied(model)
 
         of_seed = SeedNoise(seed, seed_noise)
         first = noise or of_seed
@@ -248,6 +249,16 @@ def _too_long(wan: WanModel, positive: list) -> list[str]:
     return [
         f"The prompt is too long: {rows} tokens, {wan.text_length} at most in this model's training. The result can be noise, so shorten the "
         "prompt (a word has one to three tokens)."
+    ]
+
+
+def _half_applied(model) -> list[str]:
+    tables = left_out(model)
+    if not tables:
+        return []
+    return [
+        f"{len(tables)} tables (modulation) of a LoRA or merge are left out: ComfyUI cannot apply them. "
+        "`python -m trainer export LORA --base BASE --out FILE` puts a LoRA into its base whole; load that file instead."
     ]
 
 

@@ -65,6 +65,19 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
     )
 
 
+def left_out(model: ModelPatcher) -> list[str]:
+    """Keys of the patches, of LoRAs or merges, that ComfyUI takes for loaded and never applies: of the own
+    weights of a module that has layers inside, in Wan the tables named modulation (`ModelPatcher._load_list`).
+    """
+    modules = dict(model.model.named_modules())
+    inner = {
+        name
+        for name in {key.rpartition(".")[0] for key in model.patches}
+        if name in modules and any("." in leaf for leaf, _ in modules[name].named_parameters())
+    }
+    return [key for key in model.patches if key.rpartition(".")[0] in inner]
+
+
 def apt_of(node: str, model: ModelPatcher) -> dict:
     """What the MODEL's file says about its training, or what an APT LoRA on a base says; {} when unknown.
 

@@ -73,6 +73,11 @@ def run(comfyui, generator, text, files):
         files / "lora.safetensors",
         {"apt": json.dumps({"format": 1, "kind": "lora", "second_time": 0.3})},
     )
+    tables = {
+        f"diffusion_model.{name}.modulation.diff": torch.randn(1, rows, 48)
+        for name, rows in (("blocks.0", 6), ("blocks.1", 6), ("head", 2))
+    }
+    save_file(lora | tables, files / "tables.safetensors")
     merged = {name: value.clone() for name, value in generator.state_dict().items()}
     merged["blocks.1.attn1.to_q.weight"] += up @ down
     save_generator(files / "merged.safetensors", merged, generator.config, {"base": "test"})
@@ -189,12 +194,19 @@ def test_a_lora_on_a_base_brings_its_second_time(run):
 
 def test_what_does_not_reach_the_model_is_told(run):
     no_input = "The {} is ignored: this model has no input for one."
+    tables = (
+        "3 tables (modulation) of a LoRA or merge are left out: ComfyUI cannot apply them. "
+        "`python -m trainer export LORA --base BASE --out FILE` puts a LoRA into its base whole; load that file instead."
+    )
     expected = {
         "a text that fits": [],
         "a text too long": [
             "The prompt is too long: 7 tokens, 6 at most in this model's training. The result can be noise, "
             "so shorten the prompt (a word has one to three tokens)."
         ],
+        "a LoRA with tables": [tables],
+        "a LoRA": [],
+        "a merge": [tables],
         "images": [no_input.format("start image") + "\n" + no_input.format("CLIP vision image")],
         "an encoded picture": [
             "The picture in the latent is ignored: this method starts from noise alone. Take Empty APT Latent."
@@ -238,6 +250,8 @@ def test_noise_given_replaces_that_of_the_seed(run, generator, text):
 
 def test_a_stock_lora_is_the_merged_weights(run):
     latents, _ = run
+    # ComfyUI leaves a LoRA's tables out, which the node says (see "shown").
+    assert torch.equal(latents["lora"], latents["lora with tables"])
     close(latents["lora"], latents["merged"])
     assert (latents["lora"] - latents["one"]).abs().max() > 1e-2
     assert torch.equal(latents["unpatched"], latents["one"])

@@ -16,6 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicGuider, DisableNoise, RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_hunyuan import EmptyHunyuanLatentVideo
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow, ModelSamplingDiscrete, ModelSamplingSD3
+from comfy_extras.nodes_model_merging import ModelMergeSimple
 from comfy_extras.nodes_sd3 import EmptySD3LatentImage
 from safetensors.torch import load_file, save_file
 
@@ -53,8 +54,8 @@ def simple(model) -> list[float]:
     return (1000 * sigmas[:-1]).tolist()
 
 
-def with_lora(model):
-    return nodes.LoraLoaderModelOnly().load_lora_model_only(model, "lora.safetensors", 1.0)[0]
+def with_lora(model, name: str = "lora.safetensors"):
+    return nodes.LoraLoaderModelOnly().load_lora_model_only(model, name, 1.0)[0]
 
 
 def timesteps(steps: int, model, **more) -> list[float]:
@@ -104,6 +105,7 @@ with torch.inference_mode():
         "image": sample(model, EmptySD3LatentImage.execute(WIDTH, HEIGHT).args[0]),
         "shifted": sample(ModelSamplingSD3().patch(model, 3.0)[0], empty(1)),
         "lora": sample(with_lora(model), empty(1)),
+        "lora with tables": sample(with_lora(model, "tables.safetensors"), empty(1)),
         "merged": sample(load("merged.safetensors"), empty(1)),
         "unpatched": sample(model, empty(1)),
     }
@@ -153,6 +155,9 @@ with torch.inference_mode():
         "shown": {
             "a text that fits": shown(load("long enough.safetensors")),
             "a text too long": shown(load("too short.safetensors")),
+            "a LoRA with tables": shown(with_lora(model, "tables.safetensors")),
+            "a LoRA": shown(with_lora(model)),
+            "a merge": shown(ModelMergeSimple().merge(model, load("merged.safetensors"), 0.5)[0]),
             "images": shown(model, positive=[[cond[0][0], images]]),
             "an encoded picture": shown(model, {"samples": filled["samples"]}),
             "a picture to go on with": shown(model, filled),
