@@ -21,6 +21,7 @@ async def comfy_entrypoint():
     from .decode_to_video import APTVAEDecodeToVideo
     from .empty_latent import APTEmptyLatent
     from .load_checkpoint import APTLoadCheckpoint
+    from .load_prompts import APTLoadPrompts
     from .load_text_encoder import APTLoadTextEncoder
     from .noise_walk import APTNoiseWalk
     from .sampler import APTSampler
@@ -38,6 +39,7 @@ async def comfy_entrypoint():
             return [
                 APTLoadCheckpoint,
                 APTLoadTextEncoder,
+                APTLoadPrompts,
                 APTEmptyLatent,
                 APTSampler,
                 APTNoiseWalk,

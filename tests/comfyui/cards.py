@@ -19,17 +19,18 @@ def read_video(path: Path) -> np.ndarray:
 
 def card_of_outputs(files: list[Path], out: Path) -> None:
     """Eight frames in two rows: the first pictures where there are some, else of one video its way through
-    time, of two videos a row each.
+    time, of two videos a row each, of more the middle of each.
     """
     pictures = [file for file in files if file.suffix == ".png"]
     frames = [frame for file in pictures[: 2 * COLUMNS] for frame in read_video(file)]
     for video in files if not pictures else []:
-        pixels, rows = read_video(video), 2 // len(files)
-        frames += list(pixels[np.linspace(0, len(pixels) - 1, rows * COLUMNS).round().astype(int)])
+        pixels, tiles = read_video(video), max(2 // len(files) * COLUMNS, 1)
+        ends = (0, len(pixels) - 1) if tiles > 1 else [len(pixels) // 2] * 2
+        frames += list(pixels[np.linspace(*ends, tiles).round().astype(int)])
     card = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     left = (WIDTH - COLUMNS * TILE - (COLUMNS - 1) * GAP) // 2
     top = (HEIGHT - 2 * TILE - GAP) // 2
-    for i, frame in enumerate(frames):
+    for i, frame in enumerate(frames[: 2 * COLUMNS]):
         tile = Image.fromarray(frame).resize((TILE, TILE), Image.Resampling.LANCZOS)
         card.paste(tile, (left + i % COLUMNS * (TILE + GAP), top + i // COLUMNS * (TILE + GAP)))
     card.save(out, quality=88)

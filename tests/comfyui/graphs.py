@@ -3,7 +3,14 @@ files.
 """
 
 from canvas import DECODE, FIVE, LATENT, MINI, SECOND, SIX, TEXT, VAE, Graph, Node, mini_front, video_out
-from recipes import draft_and_refine, long_clip, scale_up, seed_contact_sheet
+from recipes import (
+    draft_and_refine,
+    long_clip,
+    prompts_from_file,
+    scale_up,
+    seed_contact_sheet,
+    trained_run_compared,
+)
 
 HUB = "https://huggingface.co/Comfy-Org"
 WAN21 = f"{HUB}/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
@@ -214,9 +221,11 @@ WORKFLOWS = {
     "apt_mini_scale_up": scale_up,
     "apt_mini_text_to_video": mini_text_to_video,
     "apt_noise_walk": noise_walk,
+    "apt_prompts_from_file": prompts_from_file,
     "apt_seed_contact_sheet": seed_contact_sheet,
     "apt_stock_nodes": stock_nodes,
     "apt_text_to_image": text_to_image,
+    "apt_trained_run_compared": trained_run_compared,
     "apt_wan21_lora_text_to_video": lora_text_to_video,
     "apt_wan21_text_to_video": wan21_text_to_video,
     "apt_wan22_5b_text_to_video": wan22_text_to_video,
@@ -228,6 +237,7 @@ RUNNABLE = {
     "apt_mini_scale_up",
     "apt_mini_text_to_video",
     "apt_noise_walk",
+    "apt_prompts_from_file",
     "apt_seed_contact_sheet",
     "apt_stock_nodes",
 }
@@ -237,6 +247,11 @@ CARDS = {
         "Wan 2.1: text to image",
         "four pictures of 1024 x 1024",
         "Needs your own APT checkpoint of Wan 2.1",
+    ),
+    "apt_trained_run_compared": (
+        "Your run, side by side",
+        "base, distilled, APT in 1 and 2 steps",
+        "Needs the folder of a run, such as the demo's",
     ),
     "apt_wan21_lora_text_to_video": (
         "Wan 2.1: APT as a LoRA",

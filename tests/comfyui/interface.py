@@ -16,6 +16,7 @@ FILES = (
     "unet_name",
     "clip_name",
     "lora_name",
+    "file",
 )
 
 

@@ -5,12 +5,14 @@ the others.
 from canvas import (
     DECODE,
     FIVE,
+    LATENT,
     MINI,
     MINI_TEXT,
     MINI_VAE,
     SECOND,
     SIX,
     TEXT,
+    VAE,
     Columns,
     Graph,
     mini_front,
@@ -21,6 +23,8 @@ FIXED = {"control_after_generate": "fixed"}
 FPS = 8.0  # the miniature's
 LOWER = 370  # a second row of results
 NARROW = Columns((230, 240, 230, 230, 200, 250))
+SEVEN = Columns((195, 190, 210, 210, 135, 205, 205))
+RUN = "demo"  # its folder, under models/apt
 
 
 def beside(columns: Columns, column: int, away: int = 30) -> int:
@@ -146,5 +150,99 @@ def long_clip() -> Graph:
         "The model sees windows of 9 frames, each overlapping the next by 4, and their samples are blended where they overlap.",
         "The scenery lasts, movement begins anew with each window: good for a view or a motion that repeats, not for a story.",
         "With Wan: *context_length* is the number of frames that your checkpoint was trained for, and *frames* in Empty APT Latent the length you want.",
+    )
+    return g
+
+
+def prompts_from_file() -> Graph:
+    g = Graph()
+    model = g.add("APTLoadCheckpoint", 0, 0, checkpoint=MINI)
+    clip = g.add("APTLoadTextEncoder", 0, SECOND, text_encoder=MINI_TEXT)
+    prompts = g.add("APTLoadPrompts", 0, 276, file="apt_mini_prompts", start=0, count=0)
+    text = g.add("CLIPTextEncode", 1, TEXT, "Each prompt", tall=120, text=prompts, clip=clip)
+    latent = g.add("APTEmptyLatent", 1, LATENT, model=model, size="native")
+    samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=12, steps=2, **FIXED)
+    vae = g.add("VAELoader", 2, VAE, vae_name=MINI_VAE)
+    video_out(g, vae, samples, latent[1], "video/apt_prompts")
+    g.note(
+        "Press **Run**: a clip of **each prompt in a file**, eight in this one",
+        "Your own: a text file with one prompt a line in ComfyUI's *input* folder. Press **R**, then choose it in *Load APT Prompts*.",
+        "The videos are numbered in the order of the lines. All have the same seed: what differs between them comes from the words.",
+        "A long file in parts: *count* says how many prompts to take, *start* how many to leave out before them.",
+    )
+    return g
+
+
+def trained_run_compared() -> Graph:
+    """One picture of two by two clips, in the places that their samplers have in the graph."""
+    g, c = Graph(SEVEN), SEVEN
+    upper, lower = 60, 420  # rows of samplers
+    base, distilled, apt = (
+        g.add("APTLoadCheckpoint", 0, 125 * row, title, checkpoint=f"{RUN}/{file}.safetensors")
+        for row, (title, file) in enumerate(
+            [("Base", "base"), ("Distilled", "distilled"), ("APT", "apt-mini")]
+        )
+    )
+    clip = g.add("APTLoadTextEncoder", 0, 375, text_encoder=MINI_TEXT)
+    vae = g.add("VAELoader", 0, 480, vae_name=MINI_VAE)
+    caption = "a red circle moving left on a green background"
+    text = g.add("CLIPTextEncode", 1, 90, "Prompt", tall=120, text=caption, clip=clip)
+    none = g.add("CLIPTextEncode", 1, 260, "Negative, of the base", tall=80, text="", clip=clip)
+    latent = g.add("APTEmptyLatent", 1, 390, model=apt, size="native")
+    given = {"latent": latent, "seed": 5, **FIXED}
+    many = g.add(
+        "KSampler",
+        2,
+        upper,
+        "Base, 25 steps",
+        model=base,
+        positive=text,
+        negative=none,
+        latent_image=latent,
+        seed=5,
+        **FIXED,
+        steps=25,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="simple",
+    )
+    first = g.add("APTSampler", 3, upper, "Distilled, 1 step", model=distilled, positive=text, **given)
+    one = g.add("APTSampler", 2, lower, "APT, 1 step", model=apt, positive=text, **given)
+    two = g.add("APTSampler", 3, lower, "APT, 2 steps", model=apt, positive=text, **given, steps=2)
+
+    # Lanes above, between and below the rows; what begins left of a column turns off beside it.
+    a, b, d, e = (lambda away, i=i: beside(c, i, away) for i in range(4))
+    g.detour(base, many, (b(30), 16))
+    g.detour(distilled, first, (a(40), 0), (d(14), 0))
+    g.detour(apt, one, (a(42), 400), (a(34), 525), (b(28), 525))
+    g.detour(apt, two, (a(46), 400), (a(38), 535), (b(34), 535), (b(38), 356), (d(10), 356))
+    for sampler in (first, two):
+        g.detour(text, sampler, (b(56), 334), (d(18), 334))
+        g.detour(latent, sampler, (b(50), 345), (d(26), 345))
+    clips = []
+    for row, samples in enumerate((many, first, one, two)):
+        y = (upper if row < 2 else lower) + 100 * (row % 2)
+        clips.append(g.add("VAEDecode", 4, y, "Decode", samples=samples, vae=vae))
+        # A wire straight up swings to whole sides, the more the longer it is.
+        up = [(e(24), 520), (e(24), 380), (e(18), 240), (e(14), 130)] if row < 2 else []
+        g.detour(vae, clips[-1], (a(30), 680), (e(24), 680), *up)
+    g.detour(many, clips[0], (d(30), 367), (e(20), 367), (e(14), 250), (e(14), 130))
+    g.detour(one, clips[2], (d(34), 378), (e(20), 378))
+    pair = {"direction": "right", "spacing_width": 2}
+    above = g.add("ImageStitch", 5, 0, "Above", image1=clips[0], image2=clips[1], **pair)
+    whole = g.add("ImageStitch", 5, 230, "All four", image1=above, direction="down", spacing_width=2)
+    below = g.add("ImageStitch", 5, 460, "Below", image1=clips[2], image2=clips[3], **pair)
+    whole.inputs["image2"] = below
+    left, right = c[5], beside(c, 5, 0)
+    g.detour(above, whole, (right + 14, 110), (right - 10, 182), (left + 10, 182))
+    g.detour(below, whole, (right + 16, 415), (left - 16, 415))
+    video = g.add("CreateVideo", 6, 0, images=whole, fps=FPS)
+    g.add("SaveVideo", 6, 160, tall=420, video=video, filename_prefix="video/apt_run")
+    left, right = c[6], beside(c, 6, 0)
+    g.detour(video, g.nodes[-1], (right + 12, 118), (left + 10, 118))
+    g.note(
+        "What training did: **base**, **distilled**, **APT in 1 and 2 steps**, from one run's folder and one seed",
+        'Needs the run: `python -m trainer demo --out runs/demo`, and `ln -s "$PWD/runs/demo" ComfyUI/models/apt/demo`; press **R**, choose its files on the left.',
+        "The video shows them as the samplers stand: above base and distilled, below APT. With Wan: its own base, VAE and text encoder, and cfg 5 or so for the base.",
     )
     return g

@@ -36,6 +36,7 @@ def test_the_zip_holds_what_the_nodes_need_and_no_more():
     }
     assert assets == {
         "diffusion_models/apt_mini.safetensors",
+        "prompts.txt",
         "text_encoder.safetensors",
         "vae/apt_mini_vae.safetensors",
     }

@@ -72,6 +72,7 @@ def test_the_pack_loads_in_silence(comfyui, tmp_path):
         "nodes": [
             "APTEmptyLatent",
             "APTLoadCheckpoint",
+            "APTLoadPrompts",
             "APTLoadTextEncoder",
             "APTNoiseWalk",
             "APTSampler",

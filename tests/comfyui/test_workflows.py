@@ -226,6 +226,10 @@ def by_name(node: dict) -> list[dict]:
     return sorted(node.get("inputs", []), key=lambda entry: entry["name"])
 
 
+def caption_of_title(prompt: dict, title: str) -> str:
+    return next(node["inputs"]["text"] for node in prompt.values() if node["_meta"]["title"] == title)
+
+
 def caption_of(prompt: dict) -> str:
     return next(node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode")
 
@@ -316,6 +320,43 @@ def test_a_long_clip_keeps_its_scene_beyond_the_trained_length(frontend, server)
     for start in range(0, 33 - 9 + 1, 8):  # windows of 3 latent frames, of 4 frames each
         seen = read_clip(frames[start : start + 9])
         assert (seen.color, seen.background) == ("red", "blue"), start
+
+
+def test_every_prompt_of_the_file_becomes_a_clip_in_its_order(frontend, server):
+    prompt = convert(frontend, "apt_prompts_from_file")
+    lines = (ASSETS / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    ((_, files),) = server.run(prompt).items()
+    assert len(files) == len(lines) == 8
+    seen = [caption_seen(read_video(file)) for file in sorted(files)]
+    assert sum(map(str.__eq__, seen, lines)) >= 7, seen
+    (loader,) = (node for node in prompt.values() if node["class_type"] == "APTLoadPrompts")
+    loader["inputs"] |= {"start": 3, "count": 2}
+    ((_, part),) = server.run(prompt).items()
+    assert [caption_seen(read_video(file)) for file in sorted(part)] == seen[3:5]
+
+
+def test_a_run_is_compared_in_four_clips_of_one_picture(frontend, server):
+    prompt = convert(frontend, "apt_trained_run_compared")
+    one, two = latents(server, prompt, "APT, 1 step", "APT, 2 steps")
+    (whole,) = (key for key, node in prompt.items() if node["_meta"]["title"] == "All four")
+    prompt["pictures"] = {
+        "class_type": "SaveImage",
+        "inputs": {"images": [whole, 0], "filename_prefix": "compared"},
+    }
+    files = server.run(prompt)
+    pixels = np.concatenate([read_video(file) for file in files.pop("pictures")]).astype(int)
+    ((path,),) = files.values()
+    assert read_video(path).shape == pixels.shape == (9, 98, 98, 3)
+    base, distilled, first, second = (pixels[:, y : y + 48, x : x + 48] for y in (0, 50) for x in (0, 50))
+    assert np.array_equal(distilled, first)  # here the distilled model is the APT one too
+    vae = load_vae(VAE)
+    for seen, of in ((first, one), (second, two)):
+        with torch.no_grad():
+            frames = vae.decode(of).sample[0].permute(1, 2, 3, 0) / 2 + 0.5
+        assert np.abs(seen - 255 * frames.clamp(0, 1).numpy()).max() < 2
+    for a, b in ((base, first), (base, second), (first, second)):
+        assert np.abs(a - b).mean() > 4
+    assert caption_seen(base.astype(np.uint8)) == caption_of_title(prompt, "Prompt")
 
 
 def test_stock_nodes_make_the_same_clip(frontend, server):

@@ -13,7 +13,6 @@ import torch
 
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.engine.request import Request
-from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder
 from apt_core.files.folders import half_note
 from apt_core.loading.backbones import load_backbone
@@ -26,20 +25,6 @@ from trainer.config import Files
 from trainer.machines.distributed import World
 from trainer.run.folders import FACTS, is_state, resolve
 from trainer.run.progress import console, stage_bar
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises AptError for a file that is not there, not text or
-    empty.
-    """
-    try:
-        # no other character ends a line of a prompt
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError):
-        raise AptError(f"{path} cannot be read as UTF-8 text: give a file with one prompt a line.") from None
-    if not any(lines):
-        raise AptError(f"{path} holds no prompt: write one a line.")
-    return [line for line in lines if line]
 
 
 def generate(

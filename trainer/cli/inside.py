@@ -45,7 +45,7 @@ def probe(
     """What each block of the generator holds of the final sample, by a linear probe (the paper's fig. 10): a
     picture, and the errors.
     """
-    from trainer.checkpoints.generate import read_prompts
+    from apt_core.files.prompts import read_prompts
     from trainer.checkpoints.starting_models import with_defaults
     from trainer.inside.opening import open_pipeline
     from trainer.inside.probe import run_probe

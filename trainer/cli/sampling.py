@@ -92,7 +92,8 @@ def generate(
     makes what ComfyUI makes of the same seed.
     """
     from apt_core.engine.request import Request
-    from trainer.checkpoints.generate import generate, read_prompts
+    from apt_core.files.prompts import read_prompts
+    from trainer.checkpoints.generate import generate
     from trainer.checkpoints.starting_models import with_defaults
     from trainer.machines.distributed import connect
     from trainer.machines.machine import pick_device

@@ -16,7 +16,7 @@ import torch
 
 from apt_core.errors import AptError
 from apt_core.files.media_write import write_image, write_video
-from trainer.checkpoints.generate import read_prompts
+from apt_core.files.prompts import read_prompts
 from trainer.config import Files
 from trainer.files import write_json
 from trainer.machines.distributed import World

@@ -83,6 +83,7 @@ class Demo:
                     f"preset {self.preset.name} asks for {width}x{height} pixels, but drawn clips have {SIZE}x{SIZE}; give --data."
                 )
         make_folder(self.out)
+        _keep_base(self.out)
         state, latents = RunState(self.out / "state.json", self._identity()), self.out / LATENTS
         # One state of each stage, the last, is enough to go on from, and to look into the discriminator.
         machine = {"device": self.device, "keep_last": 1, "keep_best": 0}
@@ -118,6 +119,14 @@ class Demo:
             "data": str(self.data.resolve()) if self.data else None
         }
         return facts | {"preset": self.preset.model_dump()}
+
+
+def _keep_base(out: Path) -> None:
+    """A copy of the base in the folder, so that whoever compares models finds all of them in one place."""
+    base = out / "base.safetensors"
+    if not base.exists():
+        with replacing(base) as path:
+            shutil.copyfile(ASSETS / "transformer.safetensors", path)
 
 
 class RunState:

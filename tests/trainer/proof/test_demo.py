@@ -81,6 +81,15 @@ def test_the_pictures_and_the_video_open(run):
         assert sum(1 for _ in container.decode(stream)) == 4 * 9
 
 
+def test_the_folder_holds_its_base(run):
+    out, _ = run
+    held, shipped = (
+        load_transformer(file).state_dict()
+        for file in (out / "base.safetensors", ASSETS / "transformer.safetensors")
+    )
+    assert held.keys() == shipped.keys() and all(torch.equal(held[name], shipped[name]) for name in held)
+
+
 def test_the_export_is_a_trained_generator_in_official_keys(run):
     out, _ = run
     header = read_header(out / "apt-tiny.safetensors")
