@@ -10,6 +10,11 @@ from torch import Tensor
 
 from ..errors import AptError
 
+FOREACH_BYTES = 64 * 2**20
+"""More weights than this in a process are stepped one tensor after the other: at a step torch's foreach
+kernels hold one more copy of all second moments, 4 bytes a parameter.
+"""
+
 
 class RMSProp(torch.optim.RMSprop):
     """torch's RMSprop with an optional bias correction of the first steps, which makes it equal to
@@ -84,4 +89,16 @@ def make_rmsprop(
                 raise AptError(
                     f"weights of shape {tuple(p.shape)} are {p.dtype}: train fp32 weights, and compute in lower precision only."
                 )
+    step_in_turn(optimizer)
     return optimizer
+
+
+def step_in_turn(optimizer: torch.optim.Optimizer) -> None:
+    """Turns torch's foreach kernels off in an optimizer of more than FOREACH_BYTES, of this process's shards.
+    What a step does stays the same.
+    """
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    local = [p.to_local() if hasattr(p, "to_local") else p for p in weights]
+    if sum(p.nbytes for p in local) > FOREACH_BYTES:
+        for group in optimizer.param_groups:
+            group["foreach"] = False

@@ -2,10 +2,12 @@ import copy
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import nn
 
 from apt_core.errors import AptError
-from apt_core.method.optim import RMSProp, make_rmsprop
+from apt_core.method import optim
+from apt_core.method.optim import RMSProp, make_rmsprop, step_in_turn
 
 
 def models(n=2):
@@ -130,3 +132,32 @@ def test_fp32_weights_move_and_bf16_weights_do_not():
 def test_bf16_weights_are_refused():
     with pytest.raises(AptError, match="bfloat16"):
         make_rmsprop([nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))], 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["rmsprop", "adam"])
+def test_a_large_optimizer_steps_one_tensor_after_the_other(kind, monkeypatch):
+    """To the same weights, and without a second copy of its state: torch's foreach kernels make one."""
+
+    def make(network):
+        if kind == "rmsprop":
+            return make_rmsprop(network.parameters(), 1e-3)
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-3, foreach=True)
+        step_in_turn(optimizer)
+        return optimizer
+
+    torch.manual_seed(0)
+    small = nn.Sequential(*(nn.Linear(64, 64, dtype=torch.float64) for _ in range(8)))
+    large = copy.deepcopy(small)
+    whole, largest = sum(p.nbytes for p in small.parameters()), 64 * 64 * 8
+    more = {}
+    for name, network, limit in (("small", small, whole), ("large", large, whole - 1)):
+        monkeypatch.setattr(optim, "FOREACH_BYTES", limit)
+        optimizer = make(network)
+        for i in range(5):
+            for p in network.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype)
+            with LiveBytes() as live:
+                optimizer.step()
+        more[name] = live.peak
+    assert whole <= more["small"] and largest <= more["large"] < 4 * largest
+    assert distance(small, large) < 1e-15

@@ -16,10 +16,15 @@ from trainer.machines.flops import adversarial_flops, distill_flops, tokens
 
 STAGES = ("distill", "image", "video")
 TAPS = len(PAPER_FRACTIONS)
-LINEARS_BYTES, FFN_BYTES = 68.0, 4.15
-"""One block keeps LINEARS_BYTES d + FFN_BYTES ffn bytes per token for its backward pass in bf16. The two
-numbers are fitted to measurements of the three Wan models (92 d, 87 d and 79 d for 1.3B, 5B and 14B) and
-reproduce them within 1%.
+BLOCK_BYTES = (68.0, 4.15)
+"""What one block needs in bf16 while it runs forward and backward again from its checkpoint, bytes per token:
+so many times the width, and so many times ffn. The two numbers are fitted to measurements of the three Wan
+models (92 d, 87 d and 79 d for 1.3B, 5B and 14B) and reproduce them within 1%.
+"""
+KEPT_BYTES = {"full": (54.0, 4.0), "lora": (41.0, 4.0), "frozen": (35.0, 2.0)}
+"""What one block keeps without checkpoints until its backward pass, as above: with its own weights trained,
+with adapters trained, and frozen on the way to its input. Counted in tests/trainer/test_live_memory.py, as is
+all else that is in memory.
 """
 
 
@@ -62,7 +67,8 @@ def outer_parameters(model: Model) -> int:
 
 def parameters(model: Model) -> int:
     """Parameters of the transformer."""
-    return model.layers * counts_of(model).block(model) + outer_parameters(model)
+    counts = counts_of(model)
+    return model.layers * counts.block(model) - counts.idle(model) + outer_parameters(model)
 
 
 def head_parameters(model: Model, inner: int, taps: int = TAPS) -> int:
@@ -187,8 +193,9 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
         trained = adapter
         memory = {"frozen base": base_bytes(model, train.compute, gpus)}
     else:
-        output = 4 * model.channels * (model.width + 1) + (2 * model.width if model.kind == "wan" else 0)
-        body_of_d = body - output - (model.layers - taps[-1]) * counts_of(model).block(model)
+        body_of_d = (
+            body - counts_of(model).head(model) - (model.layers - taps[-1]) * counts_of(model).block(model)
+        )
         counted = {"generator": body, "discriminator": body_of_d, "discriminator's heads": heads}
         trained, memory = body, {}
     still = 0 if settings.train_backbone else body_of_d
@@ -207,16 +214,17 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
             [train.generator_zero] if lora else [train.generator_zero, train.discriminator_zero],
         ),
     }
-    kept, block = _activations(preset, n, micro)
-    # the heads compute in fp32, see trainer.machines.parallel.shard
-    at_heads = len(taps) * n / train.context_parallel * micro * 4 * (model.width + 3 * inner)
-    one_pass = kept + at_heads + block
+    kept, judged, block = _activations(preset, n, micro)
+    # The heads compute in fp32, see trainer.machines.parallel.shard. They run behind all blocks, so their
+    # backward passes are over before a block is run again.
+    at_heads = len(taps) * n / train.context_parallel * micro * 4 * (2 * model.width + 3 * inner)
+    largest = max(at_heads, block)
     at_once = {
-        "two_pass": one_pass,
-        "batched": most_passes * one_pass,
-        "separate": most_passes * (kept + at_heads) + block,
+        "two_pass": kept + largest,
+        "batched": most_passes * (kept + largest),
+        "separate": most_passes * kept + (most_passes - 1) * at_heads + largest,
     }
-    memory["activations"] = max(at_once[settings.discriminator_step], 2 * kept + at_heads + block)
+    memory["activations"] = max(at_once[settings.discriminator_step], kept + judged + largest)
     flops = settings.batch * (of_discriminator + of_generator)
     warmup = settings.warmup * settings.batch * of_discriminator
     return Account(counted, flops, memory, settings.updates, warmup)
@@ -254,7 +262,7 @@ def _distill(preset: Preset, gpus: int) -> Account:
     whole_gradients = (
         gpus > 1 and not train.sync_every_microbatch and batch // (gpus // train.context_parallel) > micro
     )
-    kept, block = _activations(preset, tokens(preset, worst), micro)
+    kept, _, block = _activations(preset, tokens(preset, worst), micro)
     memory |= {
         "weights (fp32)": 4 * (trained + target + fake) * shard,
         "optimizer": 8 * (trained + fake) * shard,
@@ -270,16 +278,21 @@ def _microbatch(preset: Preset, batch: int, gpus: int) -> int:
     return preset.train.microbatch or max(1, batch // (gpus // preset.train.context_parallel))
 
 
-def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float]:
-    """Activation bytes: (what one pass through a network keeps until its backward pass, what one block needs
-    in addition while it is recomputed).
+def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float, float]:
+    """Activation bytes: (what one pass through a trained network keeps until its backward pass, what one
+    through a frozen network does, what one block needs in addition while it is recomputed).
     """
     model, train = preset.model, preset.train
     share = n / train.context_parallel * micro * _width(train.compute) / 2
-    block = share * (LINEARS_BYTES * model.width + FFN_BYTES * model.ffn)
+
+    def of_block(of_width: float, of_ffn: float) -> float:
+        return share * (of_width * model.width + of_ffn * model.ffn)
+
     if train.checkpointing == "none":
-        return model.layers * block, 0.0
-    return (2 if train.checkpointing == "offload" else model.layers) * share * 2 * model.width, block
+        trained, frozen = (model.layers * of_block(*KEPT_BYTES[how]) for how in (train.mode, "frozen"))
+        return trained, frozen, 0.0
+    kept = (2 if train.checkpointing == "offload" else model.layers) * share * 2 * model.width
+    return kept, kept, of_block(*BLOCK_BYTES)
 
 
 def _gathered(preset: Preset, gpus: int, largest: int, zeros: Sequence[int]) -> float:

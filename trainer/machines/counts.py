@@ -18,8 +18,16 @@ class Counts(Protocol):
         """Parameters of one block."""
         ...
 
+    def idle(self, model: Model) -> int:
+        """Parameters of a block that the last one does not have."""
+        ...
+
     def outer(self, model: Model) -> int:
         """Parameters of the embedders and the output head, without the time embedder."""
+        ...
+
+    def head(self, model: Model) -> int:
+        """Of those, what only the velocity needs: a discriminator does not have them."""
         ...
 
     def exact(self, model: Model) -> int:
@@ -61,11 +69,17 @@ class WanCounts:
         attention = 4 * (d * d + d) + 2 * d
         return 2 * attention + 2 * d + 2 * d * model.ffn + model.ffn + d + 6 * d
 
+    def idle(self, model: Model) -> int:
+        return 0
+
     def outer(self, model: Model) -> int:
         d, patch = model.width, 4 * model.channels
         return (
             6 * (d * d + d) + model.text_dim * d + d + d * d + d + patch * d + d + d * patch + patch + 2 * d
         )
+
+    def head(self, model: Model) -> int:
+        return 4 * model.channels * (model.width + 1) + 2 * model.width
 
     def exact(self, model: Model) -> int:
         return model.layers * (6 + 2) * model.width + 2 * model.width
@@ -103,9 +117,17 @@ class MMDiTCounts:
         d = model.width
         return 2 * (4 * (d * d + d) + 2 * 4 * d * d + 5 * d + 6 * (d * d + d)) + 4 * model.head_dim
 
+    def idle(self, model: Model) -> int:
+        d = model.width  # of the text: all but keys, values and their share of the modulation
+        return 2 * (d * d + d) + 8 * d * d + 5 * d + 4 * (d * d + d) + model.head_dim
+
     def outer(self, model: Model) -> int:
         d, patch = model.width, 4 * model.channels
         return model.text_dim * d + d + model.text_dim + patch * d + d + 2 * (d * d + d) + d * patch + patch
+
+    def head(self, model: Model) -> int:
+        d = model.width
+        return 4 * model.channels * (d + 1) + 2 * (d * d + d)
 
     def exact(self, model: Model) -> int:
         return 0

@@ -11,6 +11,7 @@ from torch import nn
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.consistency import consistency_backward
 from apt_core.method.flow import sample_noise, sample_uniform
+from apt_core.method.optim import step_in_turn
 from trainer.config import Distill, Preset
 from trainer.data.batches import Batches
 from trainer.data.sampling import split
@@ -128,7 +129,9 @@ def make_optimizer(settings: Distill, parameters: Iterable[nn.Parameter]) -> tor
     """Of the settings' kind; its rate is set before each step."""
     if settings.optimizer == "muon":
         return Muon(parameters, weight_decay=settings.weight_decay)
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+    step_in_turn(optimizer)
+    return optimizer
 
 
 def identity_of(

@@ -1,0 +1,156 @@
+"""The account's bytes against those of real updates: all that torch holds while the trainer's own functions,
+FSDP2 among them, take an update of two microbatches of a small model.
+
+The two may differ by 10%. The account leaves out what does not grow with a model's depth: latents, noise and
+text embeddings, rotary tables, and what single operations return on the way. No figure is of a card: RMSNorm
+is one operation here, as on CUDA, where a CPU would take ten.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from torch import Tensor
+
+from apt_core.method import optim
+from trainer.bench.shapes import build_backbone
+from trainer.bench.train import RandomBatches
+from trainer.config import load_preset
+from trainer.machines.account import account
+from trainer.machines.distributed import connect
+from trainer.machines.parallel import parallel_of
+from trainer.stages import adversarial as stage_2
+from trainer.stages.networks import Lora
+
+SMALL = (
+    "model.layers=4",
+    "model.heads=4",
+    "model.head_dim=32",
+    "model.ffn=746",  # as many widths as in Wan 2.1 1.3B
+    "model.text_dim=128",
+    "model.text_length=16",
+    "height=256",
+    "width=256",
+    "image_height=96",
+    "image_width=96",
+    "frames=9",
+    "lora_rank=8",
+)
+
+
+@torch.library.custom_op("apt_live::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    inverse = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (x.float() * inverse * weight.float()).to(x.dtype), inverse
+
+
+@torch.library.custom_op("apt_live::rms_norm_backward", mutates_args=())
+def rms_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    normed, to_normed = x.float() * inverse, gradient.float() * weight.float()
+    to_x = inverse * (to_normed - normed * (to_normed * normed).mean(-1, keepdim=True))
+    return to_x.to(x.dtype), (gradient.float() * normed).flatten(0, -2).sum(0).to(weight.dtype)
+
+
+rms_norm.register_autograd(
+    lambda ctx, gradient, _: (*rms_norm_backward(gradient.contiguous(), *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2], output[1]),
+)
+
+
+class Done(Exception):
+    pass
+
+
+def measured(preset, phase, monkeypatch) -> int:
+    """The most bytes during one update, once the networks are built."""
+    live, build = LiveBytes(), stage_2.adversarial_networks
+    settings = getattr(preset.phases(preset.variant), phase)
+
+    def built(*args, **kwargs):
+        networks = build(*args, **kwargs)
+        live.peak = live.most = live.now
+        return networks
+
+    def load(path, dtype=torch.float32, device="cpu"):
+        return build_backbone(preset.model, device, dtype).requires_grad_(True)
+
+    def report(*update):
+        raise Done
+
+    monkeypatch.setattr(stage_2, "adversarial_networks", built)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "rms_norm",
+        lambda x, shape, weight, eps: rms_norm(x.contiguous(), weight, eps)[0],
+    )
+    monkeypatch.setattr(optim, "FOREACH_BYTES", 0)  # as a model of true size is stepped
+    with connect("cpu", sharded=True) as world, live, pytest.raises(Done):
+        stage_2.adversarial(
+            phase,
+            Path("base"),
+            Path("base"),
+            RandomBatches(preset, phase),
+            settings,
+            Path("out"),
+            seed=0,
+            metadata={},
+            world=world,
+            parallel=parallel_of(preset, "cpu")[0],
+            lora=Lora(preset.train.lora_rank) if preset.train.mode == "lora" else None,
+            ema_decays=preset.train.ema_decays,
+            load=load,
+            report=report,
+        )
+    return live.peak
+
+
+def check(mode, phase, step, checkpointing, monkeypatch, *more):
+    of_phase = f"stage2.budget.{phase}"
+    preset = load_preset(
+        "wan2.1-1.3b-480p",
+        (
+            *SMALL,
+            f"mode={mode}",
+            f"checkpointing={checkpointing}",
+            f"{of_phase}.discriminator_step={step}",
+            f"{of_phase}.batch=2",
+            f"{of_phase}.warmup=0",
+            *more,
+        ),
+        ("train", "data"),
+    )
+    assert account(preset, phase, "budget").bytes == pytest.approx(
+        measured(preset, phase, monkeypatch), rel=0.1
+    )
+
+
+@pytest.mark.parametrize(
+    "mode, phase",
+    [
+        ("full", "image"),
+        ("lora", "video"),
+        pytest.param("full", "video", marks=pytest.mark.slow),
+        pytest.param("lora", "image", marks=pytest.mark.slow),
+    ],
+)
+def test_an_update_with_two_passes_and_checkpoints(mode, phase, monkeypatch):
+    """In the image phase states are nine tenths of it, in the video phase of a LoRA half."""
+    check(mode, phase, "two_pass", "blocks", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step, checkpointing",
+    [("separate", "blocks"), ("batched", "blocks"), ("two_pass", "none"), ("separate", "none")],
+)
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_other_ways_to_the_same_update(mode, step, checkpointing, monkeypatch):
+    check(mode, "video", step, checkpointing, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["image", "video"])
+def test_an_mmdit(phase, monkeypatch):
+    """Fitted to nothing: its blocks keep what Wan's keep. Text of 64 tokens goes through them too."""
+    check("full", phase, "two_pass", "blocks", monkeypatch, "model.kind=mmdit", "model.ffn=512", "frames=17")
