@@ -51,6 +51,7 @@ def distill(
     settings = preset.distill
     for size in (settings.batch_image, settings.batch_video):
         split(size, world.dp, world.dp_rank, parallel.microbatch)
+    torch.manual_seed(seed)  # the adapters' first weights
     networks = distillation_networks(base, load, world, parallel, lora, target=settings.target_decay > 0)
     student, teacher, target = networks.generator, networks.teacher, networks.target
     negative = batches.embed([preset.sampling.negative_prompt]).to(world.device)

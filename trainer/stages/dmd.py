@@ -5,6 +5,8 @@ sample is looked at, only captions. See apt_core.method.dmd. Its EMA starts the 
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.dmd import DmdSettings, dmd_backward, fake_backward, noise_times
 from apt_core.method.flow import sample_noise, sample_uniform
@@ -49,6 +51,7 @@ def match_distributions(
     settings, count = preset.distill, preset.distill.fake_updates
     for size in (settings.batch_image, settings.batch_video):
         split(size, world.dp, world.dp_rank, parallel.microbatch)
+    torch.manual_seed(seed)  # the adapters' first weights
     own = Lora(preset.train.lora_rank, preset.train.lora_alpha)
     networks = matching_networks(base, load, world, parallel, lora, own)
     generator, real, fake = networks.generator, networks.teacher, networks.fake

@@ -101,6 +101,17 @@ def test_what_it_leaves_is_a_generator_whole_or_as_a_lora(lora, files, tmp_path)
         assert any(not torch.equal(value, base[key]) for key, value in opened.items())
 
 
+@pytest.mark.parametrize("method, network", [("dmd", "fake"), ("consistency", "student")])
+def test_adapters_start_from_the_seed_whatever_was_drawn_before(method, network, files, tmp_path):
+    """The first gradient of B is made by A."""
+    found = []
+    for drawn in (1, 2):
+        torch.manual_seed(drawn)
+        rows, _ = train(files, tmp_path / str(drawn), {"lora": Lora(3, 6.0)}, method=method)
+        found.append(rows[0][f"{network}_gradient"])
+    assert found[0] > 0 and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def stop_at(call: int, calls: list, *args, **kwargs):
     calls.append(1)
     if len(calls) == call:
