@@ -6,8 +6,11 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from apt_core.errors import AptError
+from trainer.data import shards
 from trainer.data.shards import Sample, ShardDataset, ShardWriter
 
 FACTS = {"vae": {"stride": [4, 8, 8], "channels": 2}, "text": {"dim": 5, "length": 7}, "fps": 8}
@@ -170,3 +173,33 @@ def test_damaged_indices_are_named(folder):
     path.unlink()
     with pytest.raises(AptError, match="run precompute on a folder"):
         ShardDataset(folder, "video")
+
+
+@pytest.mark.parametrize("says_so", [True, False])
+def test_shards_of_another_version_are_neither_read_nor_added_to(says_so, folder, monkeypatch):
+    """One sentence with both versions and what would do, and no file is touched; shards from before they said
+    their version are of the first, and go on.
+    """
+    if not says_so:
+        for path in folder.glob("shard-*"):
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                strings = {k: v for k, v in file.metadata().items() if k != "version"}
+            save_file(tensors, path, metadata=strings)
+    before = files(folder)
+    with ShardWriter(folder, SETTINGS) as writer:
+        assert len(writer.done) == 12
+    monkeypatch.setattr(shards, "VERSION", 2)
+    with pytest.raises(AptError) as error:
+        ShardWriter(folder, SETTINGS)
+    assert str(error.value) == (
+        f"{folder} holds shards of apt-shards version 1, and this program writes version 2: "
+        "give another folder, or delete it to start over."
+    )
+    with pytest.raises(AptError) as error:
+        ShardDataset(folder, "video")
+    assert str(error.value) == (
+        f"{folder / 'index.json'} is of apt-shards version 1, and this program reads version 2: "
+        "run precompute again into another folder."
+    )
+    assert files(folder) == before

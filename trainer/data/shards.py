@@ -4,7 +4,8 @@ all samples.
 A shard holds samples of one kind and one latent shape: `latents` [N, C, F, h, w], `text` [sum of L, d] (each
 embedding at its true length, one after the other) and `offsets` [N + 1] into its rows. Its metadata repeats
 what the index says of its samples, so that a run which was stopped before its index was written can go on
-from its shards, and has a digest of all of it, which is compared before the first of its rows is used.
+from its shards, and has the format's version and a digest of all of it, which is compared before the first of
+its rows is used.
 """
 
 import hashlib
@@ -121,6 +122,15 @@ class ShardWriter:
         try:
             header = read_header(path)
             metadata = header.metadata
+            version = int(metadata.get("version", 1))  # those of version 1 did not say so at first
+        except (AptError, ValueError, OSError):
+            return  # damaged: its samples are encoded again, into a shard of this name
+        if version != VERSION:
+            raise AptError(
+                f"{self.folder} holds shards of {FORMAT} version {version}, and this program writes version {VERSION}: "
+                "give another folder, or delete it to start over."
+            )
+        try:
             settings, described = (
                 metadata_json(path, metadata, "settings"),
                 metadata_json(path, metadata, "samples"),
@@ -129,7 +139,7 @@ class ShardWriter:
             if not _is_whole(path, header):
                 return
         except (AptError, KeyError, TypeError, OSError):
-            return  # damaged: its samples are encoded again, into a shard of this name
+            return  # damaged too
         if changed := sorted(
             k for k in settings.keys() | self.settings.keys() if settings.get(k) != self.settings.get(k)
         ):
@@ -159,6 +169,7 @@ class ShardWriter:
             "offsets": lengths.cumsum(0),
         }
         strings = {
+            "version": str(VERSION),
             "settings": json.dumps(self.settings),
             "samples": json.dumps({"list": [asdict(sample) for sample in samples]}),
         }
@@ -188,9 +199,13 @@ class ShardDataset:
             ) from None
         except (OSError, ValueError, RecursionError):
             raise AptError(f"{path} is damaged: {AGAIN}.") from None
-        if not isinstance(index, dict) or (index.get("format"), index.get("version")) != (FORMAT, VERSION):
+        if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise AptError(
                 f"{path} is not an index of {FORMAT} version {VERSION}: {AGAIN} into another folder."
+            )
+        if (version := index.get("version")) != VERSION:
+            raise AptError(
+                f"{path} is of {FORMAT} version {version}, and this program reads version {VERSION}: {AGAIN} into another folder."
             )
         try:
             self.vae, self.fps, self.settings = index["vae"], index["fps"], index["settings"]
