@@ -3,6 +3,7 @@ validates, and runs where it can.
 """
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -65,14 +66,39 @@ def curve(points: list) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-@pytest.fixture
-def small_window(frontend):
-    """The page in a window of 1366 x 768."""
+@contextmanager
+def window(frontend, width: int, height: int):
+    """The page in a window of that size."""
     before = frontend.page.viewport_size
-    frontend.page.set_viewport_size({"width": 1366, "height": 768})
+    frontend.page.set_viewport_size({"width": width, "height": height})
     frontend.page.wait_for_timeout(500)
     yield frontend
     frontend.page.set_viewport_size(before)
+
+
+@pytest.fixture
+def small_window(frontend):
+    with window(frontend, 1366, 768) as page:
+        yield page
+
+
+@pytest.fixture
+def large_window(frontend):
+    with window(frontend, 1920, 1080) as page:
+        yield page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_is_whole_and_larger_in_a_large_window(large_window, name):
+    large_window.open(load(name))
+    large_window.page.wait_for_timeout(1000)
+    scale, (left, top) = large_window.page.evaluate(
+        "() => [window.app.canvas.ds.scale, [...window.app.canvas.ds.offset]]"
+    )
+    assert scale * 14 >= 10
+    for node, *box in large_window.page.evaluate(BOXES):
+        x0, y0, x1, y1 = ((value + start) * scale for value, start in zip(box, (left, top) * 2))
+        assert 0 <= x0 and x1 <= 1920 and 0 <= y0 and y1 <= 1080, node
 
 
 @pytest.mark.parametrize("name", NAMES)
