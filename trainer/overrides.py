@@ -52,6 +52,15 @@ def known_names(cls: type[BaseModel], values: dict, prefix: str = "") -> list[st
     return names
 
 
+def plain(value) -> str:
+    """A setting's value for people: lists with commas, true and false, and none for what is not set."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value)) or "none"
+    if value is None or value == "":
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """ " (did you mean X?)" for a mistyped name, "" if nothing is near. If the name is the beginning of known
     ones, all of these are given: wan2.1-1.3b is short for wan2.1-1.3b-480p rather than a typo of wan2.1-14b.
@@ -74,7 +83,7 @@ def _full_name(key: str, known: Sequence[str], sections: Sequence[str]) -> str:
         if name.startswith(f"{section}.")
     ]
     raise AptError(
-        f"there is no setting {key!r}{nearest(key, [*near, *known])}: see the preset's file for all of them."
+        f"there is no setting {key!r}{nearest(key, [*near, *known])}: `settings` lists all of them."
     )
 
 

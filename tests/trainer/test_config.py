@@ -118,15 +118,15 @@ def test_overrides_change_single_numbers():
     [
         (
             "updtes=2",
-            "there is no setting 'updtes' (did you mean updates?): see the preset's file for all of them.",
+            "there is no setting 'updtes' (did you mean updates?): `settings` lists all of them.",
         ),
         (
             "distill.update=3",
-            "there is no setting 'distill.update' (did you mean distill.updates?): see the preset's file for all of them.",
+            "there is no setting 'distill.update' (did you mean distill.updates?): `settings` lists all of them.",
         ),
         (
             "stage2.wild.image.updates=3",
-            "there is no setting 'stage2.wild.image.updates' (did you mean stage2.dmd.image.updates?): see the preset's file for all of them.",
+            "there is no setting 'stage2.wild.image.updates' (did you mean stage2.dmd.image.updates?): `settings` lists all of them.",
         ),
         ("updates", "'updates' is not a setting: write key=value, for example updates=100."),
         (

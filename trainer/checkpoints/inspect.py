@@ -39,6 +39,7 @@ from apt_core.models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, oth
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.trained_models import State, base_of
 from trainer.data.shards import INDEX, ShardDataset
+from trainer.overrides import plain
 from trainer.run.folders import is_state, resolve
 from trainer.run.state import score_of
 
@@ -345,17 +346,9 @@ def setting_lines(settings: Mapping) -> list[str]:
         for name, value in values.items():
             if isinstance(value, Mapping):
                 yield from flat(value, f"{prefix}{name}.")
-            elif isinstance(value, list | tuple):
-                yield prefix + name, ", ".join(map(_plain, value)) or "none"
             else:
-                yield prefix + name, _plain(value)
+                yield prefix + name, plain(value)
 
     lines = list(flat(settings))
     width = max((len(name) for name, _ in lines), default=0)
     return [f"{name:<{width}}  {value}" for name, value in lines]
-
-
-def _plain(value) -> str:
-    if value is None or value == "":
-        return "none"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,7 +1,10 @@
 """Precompute and the two stages of training."""
 
+import shutil
 from pathlib import Path
 from typing import Annotated
+
+import typer
 
 from apt_core.errors import AptError
 from trainer.cli.app import (
@@ -60,6 +63,20 @@ def precompute_command(
         truncate_captions=truncate_captions,
         seed=seed,
     )
+
+
+@app.command("settings", rich_help_panel=TRAIN)
+def settings_command(
+    preset: Annotated[
+        str | None, typer.Argument(help="Print this preset's values instead of the defaults.")
+    ] = None,
+) -> None:
+    """List every setting that KEY=VALUE can change, with its meaning and its default."""
+    from trainer.config import load_preset
+    from trainer.settings_list import settings_list
+
+    width = max(72, shutil.get_terminal_size((100, 24)).columns)
+    print("\n".join(settings_list(load_preset(preset) if preset else None, width)))
 
 
 @app.command("distill", rich_help_panel=TRAIN)

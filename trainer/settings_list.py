@@ -1,0 +1,49 @@
+"""All settings as a list for people: what each one means, and its default or a preset's value."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+
+from trainer.config import Adversarial, Data, Distill, Files, Model, Preset, Sampling, Settings, Train
+from trainer.overrides import plain
+
+SECTIONS: Mapping[str, type[Settings]] = {
+    "model": Model,
+    "files": Files,
+    "data": Data,
+    "sampling": Sampling,
+    "distill": Distill,
+    "train": Train,
+}
+PHASE = "stage2.RECIPE.PHASE"
+"""Stands for the recipe and phase in names of stage 2's settings, as long as there is no preset."""
+
+
+def settings_list(preset: Preset | None = None, width: int = 100) -> list[str]:
+    """Lines of at most `width` characters: for each section its name and meaning, then a line or more for each
+    setting with its full name, its value and its meaning.
+
+    preset: give this preset's values (of its first recipe's phases), instead of the defaults.
+    """
+    lines = []
+    for name, section, values in _sections(preset):
+        about = " ".join((section.__doc__ or "").split())
+        lines += ["", *textwrap.wrap(f"[{name}] {about}", width)]
+        for key, field in section.model_fields.items():
+            required = values is None and field.is_required()
+            value = "required" if required else plain(values[key] if values else field.default)
+            head = f"  {key:<22} {value:<14} "
+            lines += textwrap.wrap(
+                head + (field.description or ""), width, subsequent_indent=" " * 40, drop_whitespace=True
+            )
+    return lines[1:]
+
+
+def _sections(preset: Preset | None) -> Iterator[tuple[str, type[Settings], dict | None]]:
+    for name, section in SECTIONS.items():
+        yield name, section, None if preset is None else getattr(preset, name).model_dump()
+    if preset is None:
+        yield PHASE, Adversarial, None
+        return
+    for phase in ("image", "video"):
+        values = getattr(preset.phases(preset.variant), phase).model_dump()
+        yield f"stage2.{preset.variant}.{phase}", Adversarial, values
