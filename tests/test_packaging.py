@@ -15,7 +15,7 @@ from trainer.__main__ import app, main
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
+MODULES = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2"}
 """Where the module has another name than the package."""
 BY_NAME = {
     "accelerate": "docs/cluster.md",  # a launcher: tests/trainer/distributed/test_launchers.py
@@ -43,7 +43,13 @@ def imported(*folders: str) -> set[str]:
     return found | {name.partition(".")[0] for name in found}
 
 
-USED_BY = {"train": ("apt_core", "trainer"), "flash": ("apt_core", "trainer"), "test": ("tests",), "dev": ()}
+USED_BY = {
+    "train": ("apt_core", "trainer"),
+    "flash": ("apt_core", "trainer"),
+    "evaluate": ("trainer",),
+    "test": ("tests",),
+    "dev": (),
+}
 
 
 def test_every_extra_is_looked_at():

@@ -24,7 +24,7 @@ from trainer.run.progress import console, stage_bar
 
 from .features import Features, check_count, distance, read_networks
 from .measured import Desk, Measured, measure
-from .metrics import CLIP, DIVERSITY, FD, NAMES
+from .metrics import CLIP, DIVERSITY, FD, FLOW, NAMES
 from .models import Model, Wishes, open_models, sample, stamp, with_prompts
 from .page import write_page
 from .real import Real, find_real
@@ -46,6 +46,8 @@ def chosen(names: str | None, features: Path | None) -> list[str]:
     if names is None:
         return [name for name in NAMES if name != FD or features is not None]
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if FLOW in wanted and FLOW not in NAMES:
+        raise AptError("flow needs OpenCV: pip install opencv-python-headless, or leave flow out.")
     if unknown := [name for name in wanted if name not in NAMES] or ([] if wanted else [names]):
         raise AptError(f"there is no metric {unknown[0]!r}: use some of {', '.join(NAMES)}.")
     if (FD in wanted) != (features is not None):

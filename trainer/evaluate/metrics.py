@@ -7,6 +7,7 @@ its own, so no result depends on how clips are batched. A model's figure is the 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import combinations
 
 import numpy as np
@@ -94,6 +95,23 @@ def contrast(clip: np.ndarray) -> float:
     return float(np.mean([frame.std(dtype=np.float64) for frame in luma(clip)]))
 
 
+def flow(clip: np.ndarray) -> float | None:
+    """Dynamic degree by optical flow: the mean length of OpenCV's DIS flow of the brightness between
+    successive frames, in percent of the shorter side per frame. 0 for a still. None for a picture, and for
+    sides below 16 pixels, on which DIS has no patches.
+
+    Unlike `motion` it does not count light that changes evenly.
+    """
+    import cv2
+
+    if len(clip) < 2 or min(clip.shape[1:3]) < 16:
+        return None
+    b = luma(clip).round().astype(np.uint8)
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    lengths = [np.linalg.norm(dis.calc(one, two, None), axis=-1).mean() for one, two in zip(b, b[1:])]
+    return float(100 * np.mean(lengths) / min(clip.shape[1:3]))
+
+
 def thumbnail(clip: np.ndarray) -> np.ndarray:
     """RGB on an 8 x 8 grid, fp32 `[F, 8, 8, 3]`: what `diversity` compares."""
     return coarse(clip).astype(np.float32)
@@ -123,7 +141,7 @@ class Metric:
     of: Callable[[np.ndarray], float | None] | None = None
 
 
-CLIP: Mapping[str, Metric] = {
+CLIP: dict[str, Metric] = {
     "sharpness": Metric("Sharpness", "edge energy: mean squared Laplacian of the brightness", sharpness),
     "flicker": Metric("Flicker", "how far a frame is from the mean of its neighbours, in levels", flicker),
     "motion": Metric("Motion", "how much brightness varies over time, relative to the whole clip", motion),
@@ -132,6 +150,9 @@ CLIP: Mapping[str, Metric] = {
     "contrast": Metric("Contrast", "how much brightness varies within a frame, in levels", contrast),
 }
 """The metrics of a single clip, by name."""
+FLOW = "flow"
+if find_spec("cv2"):
+    CLIP[FLOW] = Metric("Flow", "length of optical flow, in percent of the shorter side per frame", flow)
 DIVERSITY = "diversity"
 FD = "fd"
 WORDS: Mapping[str, Metric] = {

@@ -35,11 +35,21 @@ def work(folder: Path, out: Path) -> None:
         "data": folder / "real",
         "features": folder / "features.toml",
     }
-    with connect("cpu") as world:
+    made, latents = [], OneStepPipeline.latents
+
+    def counted(self, request, number, text):
+        made.append(number)
+        return latents(self, request, number, text)
+
+    with connect("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        if world.size > 1:
+            patch.setattr(OneStepPipeline, "latents", counted)
         wishes = Wishes(count=2, seed=3, frames=5)
         evaluate(
             [Path("mini"), folder / "other.safetensors"], out, wishes, **options, metrics=METRICS, world=world
         )
+        if world.size > 1:  # the work is shared, not done by all
+            assert made == [world.rank, world.rank + 2, world.rank + 4] * 2
 
 
 @pytest.fixture(scope="module")

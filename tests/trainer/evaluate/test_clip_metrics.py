@@ -14,6 +14,7 @@ from trainer.evaluate.metrics import (
     diversity,
     first_frame,
     flicker,
+    flow,
     luma,
     motion,
     saturation,
@@ -92,6 +93,18 @@ def test_diversity_is_the_distance_of_the_seeds_of_one_prompt():
     assert diversity([[a], [c]]) is None
 
 
+def test_flow_is_the_speed_of_a_moving_texture_and_not_of_light():
+    pytest.importorskip("cv2", reason="flow needs the extra evaluate")
+    wide = uniform_filter(np.random.default_rng(0).uniform(0, 255, (96, 140)), 5)
+    wide = (wide - wide.min()) / np.ptp(wide) * 200
+    for speed in (0, 1, 3):  # of 96 pixels
+        clip = grey([wide[:, speed * t : speed * t + 96] for t in range(5)])
+        assert flow(clip) == pytest.approx(100 * speed / 96, rel=0.02, abs=1e-6)
+    lighter = grey([wide[:, :96] + 10 * t for t in range(5)])
+    assert flow(lighter) < 0.05 and motion(lighter) > 0.2
+    assert flow(lighter[:1]) is None and flow(lighter[:, :12]) is None
+
+
 CLIPS = draw(7, range(8), True)[0]
 
 
@@ -118,12 +131,12 @@ def means(clips) -> dict[str, float]:
         # One frame is all of it: no change, and so no motion and no flicker; each frame is the first.
         (
             lambda clip: np.repeat(clip[4:5], len(clip), 0),
-            {"motion": (0.0, 0.0), "flicker": (0.0, 0.0), "first_frame": (1.3, 2.0)},
+            {"motion": (0.0, 0.0), "flow": (0.0, 0.0), "flicker": (0.0, 0.0), "first_frame": (1.3, 2.0)},
         ),
         # Chroma is 1.5 times as much, less what is clipped.
         (saturated, {"saturation": (1.3, 1.5)}),
         # Neighbours in time are no neighbours any more.
-        (shuffled, {"flicker": (3.0, 10.0)}),
+        (shuffled, {"flicker": (3.0, 10.0), "flow": (1.5, 5.0)}),
     ],
     ids=["blurred", "frozen", "saturated", "shuffled"],
 )

@@ -13,8 +13,10 @@ from own_networks import network, table
 from typer.testing import CliRunner
 
 from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.errors import AptError
 from apt_core.files.media_write import write_image, write_video
 from trainer.__main__ import app
+from trainer.evaluate import compare
 from trainer.evaluate.features import distance
 from trainer.evaluate.measured import Measured, measure
 from trainer.evaluate.metrics import CLIP, diversity, thumbnail
@@ -211,6 +213,14 @@ def test_mistakes_are_one_sentence(folder, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_flow_without_opencv_says_what_to_install(monkeypatch):
+    names = [name for name in compare.NAMES if name != "flow"]
+    monkeypatch.setattr(compare, "NAMES", names)
+    with pytest.raises(AptError, match="flow needs OpenCV: pip install opencv-python-headless, or leave"):
+        compare.chosen("motion,flow", None)
+    assert compare.chosen(None, None) == [name for name in names if name != "fd"]
+
+
 def test_pictures_have_no_figures_of_time(folder, tmp_path):
     out = tmp_path / "out"
     given = ("--prompts", folder / "prompts.txt", "--data", folder / "real", "--frames", 1, "--out", out)
@@ -221,6 +231,7 @@ def test_pictures_have_no_figures_of_time(folder, tmp_path):
         "flicker",
         "motion",
         "first_frame",
+        *(["flow"] if "flow" in CLIP else []),
         "diversity",
     ]
     (real,) = result["real"]["clips"]
