@@ -135,7 +135,7 @@ class Ablation:
                 "versions": versions(),
                 "machine": {"device": self.device, "system": platform.platform(), "cpus": os.cpu_count()},
             }
-            result = json.loads(json.dumps(facts | table(variants, rows)))
+            result = json.loads(json.dumps(facts | table(variants, rows, self.samples)))
             write_json(self.out / "ablations.json", result)
             write_page(self.out, result)
         console.print(

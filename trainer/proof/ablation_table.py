@@ -17,10 +17,13 @@ FIGURES = {
 }
 
 
-def table(variants: Mapping[str, Variant], rows: Mapping[str, Mapping[int, Mapping]]) -> dict:
+def table(
+    variants: Mapping[str, Variant], rows: Mapping[str, Mapping[int, Mapping]], samples: int | None = None
+) -> dict:
     """The rows of ablations.json.
 
-    rows: by variant and seed {"figures": {...}, "failed": why a training broke off or None}. Of each variant:
+    rows: by variant and seed {"figures": {...}, "failed": why a training broke off or None}. samples: that
+    each was judged on (see verdict.difference). Of each variant:
     its figures and their differences to the reference as {mean, half, seeds} (half the width of the interval,
     None for one seed), by_seed, failed, tests and verdict.
     """
@@ -34,7 +37,7 @@ def table(variants: Mapping[str, Variant], rows: Mapping[str, Mapping[int, Mappi
         ]
         tests = []
         for test in variant.tests:
-            found = difference(figures[name], figures[test.against], test.figure)
+            found = difference(figures[name], figures[test.against], test.figure, samples)
             tests.append(
                 {
                     "figure": test.figure,
@@ -54,7 +57,8 @@ def table(variants: Mapping[str, Variant], rows: Mapping[str, Mapping[int, Mappi
                 figure: _plain(estimate(row.get(figure) for row in figures[name].values())) for figure in seen
             },
             "difference": {
-                figure: _plain(difference(figures[name], figures[REFERENCE], figure)) for figure in seen
+                figure: _plain(difference(figures[name], figures[REFERENCE], figure, samples))
+                for figure in seen
             },
             "by_seed": {str(seed): row for seed, row in figures[name].items()},
             "failed": {str(seed): row["failed"] for seed, row in rows[name].items() if row.get("failed")},

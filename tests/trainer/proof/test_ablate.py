@@ -73,6 +73,18 @@ def test_a_test_holds_where_the_interval_of_the_paired_difference_excludes_0(our
     assert outcome(difference(by_seed(*ours), by_seed(*others), "fd"), sign) == wanted
 
 
+def test_two_seeds_that_agree_by_luck_do_not_make_a_share_of_few_samples_certain():
+    """The image phase's own rows: head at the last layer alone, 1,024 samples, twice .0107 less structure."""
+    ours = {0: {"structure": 0.5313, "fd": 2.55}, 1: {"structure": 0.5488, "fd": 2.56}}
+    others = {0: {"structure": 0.542, "fd": 2.5}, 1: {"structure": 0.5595, "fd": 2.51}}
+    assert outcome(difference(ours, others, "structure"), -1) == HOLDS
+    found = difference(ours, others, "structure", samples=1024)
+    # four shares near .55: 1.96 * sqrt(4 * .248 / 1024 / 4)
+    assert found.half == pytest.approx(0.0305, abs=2e-4) and outcome(found, -1) == CANNOT_TELL
+    assert outcome(difference(ours, others, "structure", samples=100_000), -1) == HOLDS
+    assert difference(ours, others, "fd", samples=1024) == difference(ours, others, "fd")  # no share
+
+
 @pytest.mark.parametrize(
     "outcomes, wanted",
     [
