@@ -1,5 +1,6 @@
-"""The samples of an update on one process: read from shards ahead of time, in the order that
-trainer.data.sampling fixes.
+"""Real samples for training: each process reads its part of every update from the shards, ahead of time.
+
+trainer.data.sampling fixes the order.
 """
 
 import hashlib
@@ -16,23 +17,26 @@ from trainer.machines.distributed import World
 
 
 class Embedder:
-    """Prompts to padded embeddings, by a text encoder with a text_length."""
+    """Turns prompts into padded text embeddings. text_encoder: a TextEncoder, or Prompts."""
 
     def __init__(self, text_encoder) -> None:
         self.text_encoder = text_encoder
 
     def embed(self, prompts: list[str]) -> Tensor:
-        """`[n, L, d]`, L the text_length, zero beyond each prompt's own tokens. Raises AptError for a prompt
-        that is too long.
+        """Text embeddings `[n, L, d]`; L is the encoder's text_length, and rows after a prompt's last token
+        are zero. Raises AptError for a prompt that is too long.
         """
         return self.text_encoder.pad(self.text_encoder.encode(prompts), self.text_encoder.text_length)
 
 
 @dataclass(frozen=True)
 class Micro:
-    """What one process takes at once. numbers: global sample numbers of the run, what noise derives from;
-    places: in the whole batch, rising; x: latents `[b, C, F, h, w]`; text `[b, L, d]`; names: of the samples;
-    share: of this process's part of the batch.
+    """One microbatch: the samples that one process trains on at once.
+
+    numbers: each sample's number in the whole run; its noise is derived from it.
+    places: each sample's place in the whole batch, in rising order.
+    x: latents `[b, C, F, h, w]`; text: embeddings `[b, L, d]`; names: the samples' ids in the index.
+    share: this microbatch's fraction of the process's part of the batch; over an update they add up to 1.
     """
 
     numbers: list[int]
@@ -44,10 +48,10 @@ class Micro:
 
 
 class Microbatches:
-    """The microbatches of one update on this process: a length, and an iterator that reads one ahead.
+    """The microbatches of one update on this process. Iterating reads the next one while one is trained on.
 
-    reader: the thread for that; `then` is called when the last one is handed out, and the reader has nothing
-    more to do for this update.
+    reader: the thread that reads. `then` is called just before the last microbatch is handed out, when the
+    reader is free for the next update.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class Microbatches:
         return len(self._parts)
 
     def begin(self) -> None:
-        """Start to read the first microbatch."""
+        """Start reading the first microbatch."""
         self._begun = self._reader.submit(self._read, self._parts[0])
 
     def __iter__(self) -> Iterator[Micro]:
@@ -98,10 +102,10 @@ class Microbatches:
 
 
 class Batches(Embedder):
-    """Real samples of both kinds, in the order of training. Raises AptError for a folder without samples.
+    """The images and videos of a folder of shards, in training order. Raises AptError for an empty folder.
 
-    held_out: of each kind, so many samples of its commonest shape are kept from training (a tenth of them at
-    most), the same ones for every seed: `held`, positions by kind.
+    held_out: how many samples of each kind to keep out of training, at most a tenth of those with the most
+    common shape. They are the same for every seed; `held` gives their positions by kind.
     """
 
     def __init__(self, folder, text_encoder, seed: int, held_out: int = 0) -> None:
@@ -114,7 +118,7 @@ class Batches(Embedder):
         self._reader = ThreadPoolExecutor(1, "reader")
         self._ahead: dict[
             str, tuple[tuple, Microbatches]
-        ] = {}  # of each stream the next update, and what it was asked with
+        ] = {}  # by stream: the next update's microbatches, and the arguments they were made for
         if not self.datasets:
             raise AptError(
                 f"{folder} holds no samples; run precompute on a folder of captioned clips or images."
@@ -122,12 +126,12 @@ class Batches(Embedder):
 
     @property
     def fingerprint(self) -> str:
-        """Of all sources and settings of the shards."""
+        """Changes with the shards' settings, with any source file or caption, and with `held_out`."""
         data = next(iter(self.datasets.values())).fingerprint
         return f"{data}-{self.held_out}" if self.held_out else data
 
     def available(self, kind: str) -> str:
-        """`kind`, or the other one where the data has none of it."""
+        """`kind`, or the other kind if the data has no samples of this one."""
         return kind if kind in self.datasets else next(iter(self.datasets))
 
     def take(
@@ -140,14 +144,15 @@ class Batches(Embedder):
         microbatch: int | None = None,
         following: tuple[str, int] | None = None,
     ) -> Microbatches:
-        """This process's part of update number `update` of a stream, whose batch has `size` samples in all.
+        """This process's part of one update of a stream.
 
-        microbatch: samples at once, None for the whole part. Neither it nor the world changes which samples
-        an update sees, or their numbers.
-        following: kind and size of the stream's next update, by default the same: its first microbatch is
-        read while this one's last is trained on.
-        Streams ("distill", "image/d", "image/g", ...) shuffle apart from one another. Raises AptError when
-        the batch does not divide.
+        stream: "distill", "image/d", "image/g", ...; each stream is shuffled independently.
+        size: samples in the whole batch, over all processes.
+        microbatch: samples per microbatch; None takes this process's whole part at once. An update has the
+        same samples with the same numbers whatever the microbatch and the number of processes.
+        following: (kind, size) of the stream's next update, if they differ from this one's. Its first
+        microbatch is read while the last one of this update is trained on.
+        Raises AptError when the batch cannot be divided evenly.
         """
         asked = kind, update, size, world.dp, world.dp_rank, microbatch
         was, batch = self._ahead.pop(stream, (None, None))
@@ -179,8 +184,9 @@ class Batches(Embedder):
 
 
 def held_positions(data: ShardDataset, count: int) -> list[int]:
-    """Positions of the samples that no update sees. A hash of the name chooses, so that they stay the same
-    when others are added.
+    """Positions of the samples that are never trained on: at most `count`, all of the most common shape.
+
+    They are chosen by a hash of their names, so that adding samples to the data changes few of them.
     """
     positions = max(data.buckets.values(), key=len)
     by_hash = sorted(

@@ -1,4 +1,4 @@
-"""Captioned videos and images in a folder: sidecar text files, or metadata.jsonl / metadata.csv at its root."""
+"""Find videos and images with their captions: a .txt file beside each, or metadata.jsonl / metadata.csv."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ COLUMNS = ("caption", "text")
 SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 ALL_SUFFIXES = IMAGE_SUFFIXES + VIDEO_SUFFIXES
 TEXTS = (".txt", ".json", ".jsonl", ".csv", ".md", ".caption")
-# what a NAS or a system adds
+# Folders that a NAS or an operating system adds.
 NOT_DATA = {
     "@eaDir",
     "#recycle",
@@ -40,7 +40,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Bad:
-    """A file that cannot be used, and the sentence that says why and what would do."""
+    """A file that cannot be used. reason: one sentence that says what is wrong and how to fix it."""
 
     path: Path
     reason: str
@@ -49,16 +49,15 @@ class Bad:
 def find_items(
     folder: str | Path, kinds: Sequence[str] = ("image", "video"), *, skip_bad: bool = False
 ) -> tuple[list[Item], list[Bad]]:
-    """All captioned media of these kinds below `folder`, in the order of their relative paths, and what
-    cannot be used (with `skip_bad`).
+    """Find the captioned files of these kinds below `folder`, sorted by relative path, and the bad ones.
 
-    A file's caption is what metadata.jsonl or metadata.csv at the root says (columns file_name and caption,
-    or text), else the UTF-8 text file of the same name beside it. `folder` may also be such a list (.jsonl,
-    .csv) itself: then only what it names is taken, by paths from where the list lies. Linked subfolders are
-    gone into, each folder once. Hidden files, thumbnails and recycled files of a NAS, and files that are
-    neither media nor captioned, are passed over.
-    Raises AptError for a folder that is missing, empty, or has no caption at all; without `skip_bad` also for
-    the first bad item, after all have been looked at: see `refuse_bad`.
+    A caption comes from metadata.jsonl or metadata.csv at the root (columns file_name, and caption or text),
+    or else from the UTF-8 .txt file with the same name beside the file. `folder` may also be such a list
+    (.jsonl, .csv): then only the files that it names are used, with paths relative to the list.
+    Links to subfolders are followed; each folder is visited once. Ignored are hidden files, a NAS's
+    thumbnails and recycle bins, and files that are neither media nor captioned.
+    Raises AptError for a folder that is missing, empty, or without any caption. Unless `skip_bad` is set,
+    also raises it for bad files, once all files have been checked (see `refuse_bad`).
     """
     folder = Path(folder)
     if folder.suffix in LISTS and folder.is_file():
@@ -77,7 +76,7 @@ def find_items(
     ]
     other = [suffix for kind, suffixes in SUFFIXES.items() if kind not in kinds for suffix in suffixes]
     media = {path for path in files if path.suffix.lower() in ALL_SUFFIXES}
-    # What metadata names may lie outside the folder or be of a kind that cannot be read.
+    # Metadata may name files outside the folder, and files of a type that we cannot read.
     media = {path for path in media | captions.keys() if path.suffix.lower() not in other}
     names = " or ".join(f"{kind}s" for kind in kinds)
     if not media and not bad:
@@ -92,7 +91,7 @@ def find_items(
             f"{folder} has no captions ({names} in it: {len(media)}{next(hints, '')}): "
             "put a .txt file of the same name beside each, or a metadata.jsonl with file_name and caption at the root."
         )
-    # A captioned file of an unknown kind was surely meant to be used.
+    # If a file of an unknown type has a caption, the user meant it to be used: report it.
     strange = {
         path
         for path in files
@@ -111,9 +110,7 @@ def find_items(
 
 
 def refuse_bad(bad: Sequence[Bad]) -> None:
-    """Raises one AptError if there is anything bad: the first reason, how many more there are, and the way on
-    without them.
-    """
+    """Raise one AptError if there are bad files: the first reason, how many more, and how to skip them."""
     if not bad:
         return
     first = bad[0].reason.rstrip(".")
@@ -122,16 +119,14 @@ def refuse_bad(bad: Sequence[Bad]) -> None:
 
 
 def item_id(folder: Path, path: Path) -> str:
-    """The path relative to `folder`, with forward slashes: the same on every machine and wherever the folder
-    lies.
-    """
+    """The path relative to `folder`, with forward slashes, so that it does not depend on the machine."""
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def _files(folder: Path) -> tuple[set[Path], list[Path]]:
-    """All files that are not hidden, and the links without a suffix (to folders, surely) that lead nowhere."""
+    """All files that are not hidden, and broken links without a suffix, which were probably folders."""
     found, dangling, seen = set(), [], set()
-    folders, linked = [folder], []  # links last: a folder that is there by itself too keeps its own path
+    folders, linked = [folder], []  # links last, so that a real folder keeps its own path, not a link's
     while folders or linked:
         here = (folders or linked).pop(0)
         try:
@@ -155,7 +150,7 @@ def _files(folder: Path) -> tuple[set[Path], list[Path]]:
 
 
 def _hint(path: Path, files: set[Path]) -> str:
-    """What lies beside a file under the name that another trainer gives a caption."""
+    """A hint for the error message if a caption named as other trainers name it lies beside the file."""
     other = next(
         (
             name
@@ -202,13 +197,13 @@ def _read_text(path: Path) -> str:
         raise AptError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
     except UnicodeDecodeError:
         text = "\0"
-    if "\0" in text:  # UTF-16 without a mark decodes, to letters with zeros between
+    if "\0" in text:  # UTF-16 without a byte order mark decodes as UTF-8, with a zero after each letter
         raise AptError(f"{path} is not UTF-8 text: save it as UTF-8.")
     return text
 
 
 def _metadata(folder: Path, present: list[Path]) -> tuple[dict[Path, str], list[Bad]]:
-    """Captions by path, and the lines that cannot be used."""
+    """Captions by path, and one Bad for each line that cannot be used."""
     if len(present) > 1:
         raise AptError(f"{folder} holds both {METADATA[0]} and {METADATA[1]}: keep one of them.")
     captions, bad = {}, []
@@ -231,8 +226,9 @@ def _metadata(folder: Path, present: list[Path]) -> tuple[dict[Path, str], list[
 
 
 def _named(folder: Path, name: str) -> Path:
-    """The file that a list means: as it stands, else without spaces around it, else with the backslashes of
-    Windows as slashes.
+    """The file that a metadata line names.
+
+    Tries the name as written, then without spaces around it, then with backslashes (Windows) as slashes.
     """
     paths = [
         folder / os.path.normpath(form) for form in (name, name.strip(), name.strip().replace("\\", "/"))
@@ -246,7 +242,7 @@ def _fields(where: str, row) -> tuple[str, str]:
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise AptError(f"{where} has no file_name: write which file it describes.")
-    if None in row:  # of a .csv
+    if None in row:  # csv.DictReader puts surplus fields under None
         raise AptError(
             f"{where} has more fields than the header: put a caption with commas in quotation marks."
         )
@@ -257,7 +253,7 @@ def _fields(where: str, row) -> tuple[str, str]:
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, object]]:
-    # Not splitlines, which also breaks at the line separators that JSON allows within a string.
+    # Not splitlines: it also breaks at U+2028 and its like, which JSON allows within a string.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -267,8 +263,8 @@ def _json_rows(text: str) -> Iterator[tuple[int, object]]:
 
 
 def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict]]:
-    # Strict: a quotation mark that is not closed would swallow the lines after it. Not splitlines, which
-    # breaks at U+2028 too.
+    # Strict, because an unclosed quotation mark would otherwise swallow the lines after it. Not splitlines,
+    # because it also breaks at U+2028.
     reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
         columns = reader.fieldnames or []

@@ -1,7 +1,6 @@
-"""HDR and wide-gamut video to what a BT.709 screen shows: closed forms of the standards and one tone map, in
-numpy.
+"""Convert HDR and wide-gamut video to SDR in BT.709: the standards' formulas and one tone map, in numpy.
 
-Codes of transfers and primaries are those of ITU-T H.273, which video files carry.
+Transfers, primaries and matrices are given by their ITU-T H.273 codes, as video files store them.
 """
 
 import numpy as np
@@ -9,11 +8,11 @@ import numpy as np
 from apt_core.errors import AptError
 
 WHITE = 203.0
-"""cd/m2 of HDR's reference white (ITU-R BT.2408)."""
+"""Luminance of HDR reference white in cd/m2 (ITU-R BT.2408)."""
 PEAK = 1000.0
-"""cd/m2 of the screen that HLG is shown on here; what PQ has above it is white."""
-KNEE = 0.5  # of SDR's white: below it the tone map changes nothing
-GAMMA = 2.4  # of an SDR screen (ITU-R BT.1886)
+"""Peak luminance of the assumed HLG display in cd/m2. PQ light at or above it becomes white."""
+KNEE = 0.5  # as a fraction of SDR white; the tone map leaves everything below it unchanged
+GAMMA = 2.4  # of an SDR display (ITU-R BT.1886)
 
 PQ, HLG = 16, 18
 HDR = {PQ: "PQ", HLG: "HLG"}
@@ -46,7 +45,7 @@ REFUSED_MATRICES = {
 
 
 def check_colours(path, transfer: int, primaries: int, matrix: int) -> None:
-    """Raises AptError for colours that nothing here converts. matrix: of luma and chroma, 0 for RGB."""
+    """Raise AptError for colours that this module cannot convert. matrix: H.273's matrix code, 0 for RGB."""
     tables = (REFUSED_TRANSFERS, transfer), (REFUSED_PRIMARIES, primaries), (REFUSED_MATRICES, matrix)
     if found := next((names[code] for names, code in tables if code in names), None):
         raise AptError(
@@ -55,36 +54,38 @@ def check_colours(path, transfer: int, primaries: int, matrix: int) -> None:
 
 
 def conversion(transfer: int, primaries: int) -> str:
-    """What `to_sdr` does to such a video, for people; "" for one that needs nothing."""
+    """Say in a few words what `to_sdr` does to such a video; "" if it needs no conversion."""
     if transfer in HDR:
         return f"tone mapped from {HDR[transfer]} to SDR in BT.709"
     return f"colours converted from {WIDE[primaries]} to BT.709" if primaries in WIDE else ""
 
 
 def pq_light(signal: np.ndarray) -> np.ndarray:
-    """PQ's signal in [0, 1] -> light in cd/m2, 0 to 10000 (the EOTF of SMPTE ST 2084)."""
+    """PQ signal in [0, 1] -> display light in cd/m2, from 0 to 10000 (the EOTF of SMPTE ST 2084)."""
     m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
     power = signal ** (1 / m2)
     return 10000 * (np.maximum(power - c1, 0) / (c2 - c3 * power)) ** (1 / m1)
 
 
 def hlg_scene(signal: np.ndarray) -> np.ndarray:
-    """HLG's signal in [0, 1] -> light of the scene in [0, 1] (the inverse OETF of ITU-R BT.2100)."""
+    """HLG signal in [0, 1] -> scene light in [0, 1] (the inverse OETF of ITU-R BT.2100)."""
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     return np.where(signal <= 0.5, signal**2 / 3, (np.exp((signal - c) / a) + b) / 12)
 
 
 def hlg_light(scene: np.ndarray) -> np.ndarray:
-    """Light of the scene, [..., 3] in BT.2020 -> light in cd/m2 on a screen of PEAK (the OOTF of ITU-R
-    BT.2100, gamma 1.2).
+    """Scene light `[..., 3]` in BT.2020 -> display light in cd/m2 on a display whose peak is PEAK.
+
+    This is the OOTF of ITU-R BT.2100 with gamma 1.2.
     """
     luminance = scene @ np.array([0.2627, 0.6780, 0.0593], scene.dtype)
     return PEAK * luminance[..., None] ** scene.dtype.type(0.2) * scene
 
 
 def tone_map(light: np.ndarray) -> np.ndarray:
-    """Light over the reference white, from 0 up -> [0, 1]: itself up to KNEE, then a hyperbola that leaves it
-    smoothly and is 1 at PEAK.
+    """Light relative to reference white (0 and up) -> [0, 1].
+
+    The identity up to KNEE; above it a hyperbola that continues it smoothly and reaches 1 at PEAK.
     """
     top, over = PEAK / WHITE, np.minimum(light, PEAK / WHITE) - KNEE
     bend = 1 / (1 - KNEE) - 1 / (top - KNEE)
@@ -92,23 +93,22 @@ def tone_map(light: np.ndarray) -> np.ndarray:
 
 
 def to_bt709(primaries: int) -> np.ndarray:
-    """`[3, 3]`: linear RGB of these primaries -> linear RGB of BT.709. Both have the white D65."""
+    """Matrix `[3, 3]` from linear RGB in these primaries to linear RGB in BT.709; both have white D65."""
     return np.linalg.inv(_to_xyz(BT709)) @ _to_xyz(primaries)
 
 
 def _to_xyz(primaries: int) -> np.ndarray:
     x, y = np.array([*PRIMARIES[primaries], D65]).T
-    xyz = np.stack([x / y, np.ones(4), (1 - x - y) / y])  # columns of luminance 1
+    xyz = np.stack([x / y, np.ones(4), (1 - x - y) / y])  # each column has luminance 1
     return xyz[:, :3] * np.linalg.solve(xyz[:, :3], xyz[:, 3])
 
 
 def to_sdr(rgb: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
-    """uint16 `[H, W, 3]` as the file has them, full range -> uint8 `[H, W, 3]` of BT.709 for a screen of
-    gamma 2.4.
+    """The file's full-range RGB, uint16 `[H, W, 3]` -> SDR in BT.709 with gamma 2.4, uint8 `[H, W, 3]`.
 
-    PQ and HLG are brought to light, to BT.709's primaries, and through `tone_map` by their largest channel,
-    so that hues stay; other curves are taken for gamma 2.4. What BT.709 cannot show is clipped. Unknown
-    primaries of HDR are BT.2020's.
+    PQ and HLG are decoded to linear light, converted to BT.709's primaries and tone mapped by the largest
+    channel, which keeps hues. Any other transfer is treated as gamma 2.4. Colours outside BT.709 are clipped.
+    HDR with unknown primaries is taken to be BT.2020.
     """
     codes = np.arange(65536) / 65535
     if transfer == PQ:

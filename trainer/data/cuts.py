@@ -1,4 +1,4 @@
-"""What a file is cut to: its bucket (size and number of frames), and the clips that a long video gives."""
+"""Decide how each file is cut: its bucket (size and number of frames), and the clips of a long video."""
 
 import math
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ from trainer.data.stills import Note, silent
 
 @dataclass(frozen=True)
 class Clip:
-    """One sample to be: `frames` frames of a file from `start` seconds on, in pixels. number: which of the
-    file's clips it is.
+    """One sample to encode: `frames` frames of a file from `start` seconds on.
+
+    height, width: in pixels; number: which of the file's clips this is, counted from 0.
     """
 
     item: Item
@@ -28,18 +29,21 @@ class Clip:
 
     @property
     def bucket(self) -> tuple:
-        """Clips of one bucket can be one batch."""
+        """(kind, height, width, frames). Clips in the same bucket can share a batch."""
         return self.item.kind, self.height, self.width, self.frames
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How files are cut. height, width, frames (4 n + 1), fps: of a video; images have image_height x
-    image_width, by default a video's, shown for image_frames frames. aspects, shorter, clips_per_file: see
-    trainer.config.Data. stride: pixels per latent of the VAE.
+    """How files are cut into samples.
+
+    height, width (pixels), frames (4 n + 1), fps: of a video.
+    image_height, image_width: of an image, by default as for a video; image_frames: how many frames it fills.
+    aspects, shorter, clips_per_file: see trainer.config.Data.
+    stride: frames and pixels per latent of the VAE, as (frames, rows, columns).
 
     Raises AptError for sizes that do not fit the VAE and the transformer's patches, and for aspects that are
-    not "width:height".
+    not written as "width:height".
     """
 
     height: int
@@ -71,14 +75,16 @@ class Cut:
                 )
 
     def sizes(self, kind: str) -> list[tuple[int, int]]:
-        """(height, width) of the buckets of "image" or "video": per aspect about as many pixels as that
-        kind's size has, in whole patches.
+        """(height, width) in pixels of each bucket for "image" or "video".
+
+        There is one per aspect, rounded to whole patches, with about as many pixels as that kind's own size.
         """
         return [self._bucket(kind, aspect) for aspect in self.aspects] or [self._size(kind)]
 
     def plan(self, item: Item) -> list[Clip]:
-        """The clips of a file, decoding no more of it than its first frame. Raises AptError when it cannot be
-        read or is too short.
+        """The clips of a file. Only the first frame of a video is decoded.
+
+        Raises AptError when the file cannot be read or is too short.
         """
         if item.kind == "image":
             check_image(item.path)
@@ -98,7 +104,10 @@ class Cut:
         ]
 
     def read(self, clip: Clip, note: Note = silent) -> np.ndarray:
-        """uint8 `[F, H, W, 3]`. note: told what was converted. Raises AptError for a damaged file."""
+        """The clip's pixels, uint8 `[F, H, W, 3]`. note: called with what was converted, if anything.
+
+        Raises AptError for a damaged file.
+        """
         if clip.item.kind == "video":
             return read_video(
                 clip.item.path, clip.frames, self.fps, clip.height, clip.width, clip.start, note

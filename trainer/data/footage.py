@@ -1,6 +1,4 @@
-"""A video's frames as a screen shows them: every frame whole and not two fields, in BT.709, transparent parts
-over white (PyAV).
-"""
+"""Decode a video's frames as a screen would show them (PyAV): deinterlaced, in BT.709, over white."""
 
 from collections.abc import Iterator
 
@@ -13,12 +11,12 @@ from trainer.data.colour import HDR, WIDE, check_colours, conversion, to_sdr
 from trainer.data.stills import Note, over_white
 
 WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop the alpha of a .webm
-UNKNOWN = 2  # H.273's code where a file does not say
+UNKNOWN = 2  # H.273's code for "unspecified"
 BT2020_MATRIX = 9
 
 
 def check_footage(path, stream, frame) -> None:
-    """Raises AptError for a video that cannot be shown rightly, by its stream and its first frame."""
+    """Raise AptError if the stream and its first frame show that the video cannot be decoded correctly."""
     transfer, primaries, matrix = _codes(frame, stream)
     check_colours(path, transfer, primaries, 0 if frame.format.is_rgb else matrix)
     _alpha_decoder(path, stream)
@@ -29,20 +27,21 @@ def check_footage(path, stream, frame) -> None:
 
 
 def frames_of(path, container, stream, note: Note) -> Iterator:
-    """The frames in order of display, with alpha where there is any, interlaced ones made whole by bwdif (one
-    frame of each two fields).
+    """The frames in display order, with alpha if the video has it.
+
+    Interlaced frames go through bwdif, which makes one frame of each pair of fields.
     """
     return _whole(_decoded(path, container, stream), note)
 
 
 def picture(path, stream, frame, note: Note) -> Image.Image:
-    """A frame as an RGB image. Raises AptError for colours that cannot be converted."""
+    """A frame as an 8-bit RGB image. Raises AptError for colours that cannot be converted."""
     transfer, primaries, matrix = _codes(frame, stream)
     check_colours(path, transfer, primaries, 0 if frame.format.is_rgb else matrix)
     deep = transfer in HDR or primaries in WIDE
     clear = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
     if matrix == UNKNOWN and not frame.format.is_rgb:
-        # Players take untagged HD to be BT.709; FFmpeg would take it for BT.601.
+        # Players assume BT.709 for HD without a tag; FFmpeg would assume BT.601.
         matrix = BT2020_MATRIX if deep else 1 if frame.height >= 720 else UNKNOWN
         if matrix != UNKNOWN:
             frame.colorspace = matrix
@@ -60,8 +59,9 @@ def picture(path, stream, frame, note: Note) -> Image.Image:
 
 
 def _codes(frame, stream) -> tuple[int, int, int]:
-    """H.273's codes of transfer, primaries and matrix: the frame's, or where this PyAV's frames do not say,
-    the stream's.
+    """H.273's codes for transfer, primaries and matrix.
+
+    Some versions of PyAV do not have the first two on frames; then they come from the stream.
     """
     context = stream.codec_context
     transfer, primaries = (
@@ -71,7 +71,10 @@ def _codes(frame, stream) -> tuple[int, int, int]:
 
 
 def _alpha_decoder(path, stream) -> str | None:
-    """The decoder for a .webm that says that it has alpha. Raises AptError where this FFmpeg has none."""
+    """The decoder to use for a .webm that is marked as having alpha; None for any other video.
+
+    Raises AptError if this FFmpeg does not have that decoder.
+    """
     says = any(name.lower() == "alpha_mode" and value == "1" for name, value in stream.metadata.items())
     name = WITH_ALPHA.get(stream.codec_context.name) if says else None
     if name is not None:
@@ -116,7 +119,7 @@ def _whole(frames: Iterator, note: Note) -> Iterator:
 
 
 def _deinterlacer(frame) -> av.filter.Graph:
-    """A filter that leaves frames alone which are not interlaced."""
+    """A bwdif filter; it passes progressive frames through unchanged."""
     graph = av.filter.Graph()
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base

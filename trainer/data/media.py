@@ -1,6 +1,4 @@
-"""Video and image files to pixels and back (PyAV, Pillow). Pixels are uint8 RGB arrays `[frames, height,
-width, 3]`.
-"""
+"""Read video and image files (PyAV, Pillow). Pixels are uint8 RGB arrays `[frames, height, width, 3]`."""
 
 import io
 import json
@@ -22,14 +20,18 @@ from trainer.data.stills import MIB, Note, plain, silent, why_unknown
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".gif")
 KNOWN = " ".join((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES))
-WEB_CODECS = ("h264", "vp9", "av1")  # every browser of today plays them
+WEB_CODECS = ("h264", "vp9", "av1")  # all current browsers play these
 AGAIN = "export or download it again"
 
 
 @dataclass(frozen=True)
 class Media:
-    """What a file's header says. `height` and `width` are as shown, after rotation; `fps` is the average.
-    An image has 1 frame, duration 0 and fps 0; a video whose header does not say has duration None."""
+    """What a file's header says. kind: "video" or "image".
+
+    height, width: in pixels as shown, after rotation; fps: the average frame rate; duration: in seconds.
+    An image has 1 frame, duration 0 and fps 0. If a video's header gives no duration, it is None, and so is
+    `frames` unless the header counts them.
+    """
 
     kind: str
     frames: int | None
@@ -40,7 +42,7 @@ class Media:
 
 
 def kind_of(path: str | Path) -> str:
-    """ "video" or "image", by the suffix. Raises AptError for any other suffix."""
+    """ "video" or "image", judged by the suffix. Raises AptError for any other suffix."""
     suffix = Path(path).suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return "video"
@@ -52,9 +54,10 @@ def kind_of(path: str | Path) -> str:
 
 
 def probe(path: str | Path) -> Media:
-    """Kind, length and size; of a video the first frame alone is decoded.
+    """A file's kind, length and size. Only the first frame of a video is decoded.
 
-    Raises AptError for a file that cannot be opened, and for a video whose colours cannot be converted.
+    Raises AptError for a file that cannot be opened, and for a video that cannot be shown as it should: its
+    colours cannot be converted, or this FFmpeg has no decoder for its alpha or no filter for its fields.
     """
     if kind_of(path) == "image":
         with _image(path) as image:
@@ -89,14 +92,14 @@ def read_video(
     start: float = 0.0,
     note: Note = silent,
 ) -> np.ndarray:
-    """uint8 `[frames, height, width, 3]`: `frames` moments `start + k / fps` seconds, each the source frame
-    nearest in time.
+    """Read `frames` frames from `start` seconds on at `fps`, uint8 `[frames, height, width, 3]`.
 
-    Frames are resized (Lanczos, antialiased) until they cover height x width and cropped in the centre;
-    rotation flags and pixels that are not square are honoured, frame rates may vary. The clip must still be
-    showing at the last moment, (frames - 1) / fps.
-    Interlaced frames are made whole, PQ, HLG and wide gamuts become BT.709 (trainer.data.colour), transparent
-    parts lie over white; `note` is told so.
+    Frame k is the source frame nearest in time to `start + k / fps`; the source's rate may vary. The video
+    must still be showing at the last of these times.
+    Frames are resized (Lanczos, antialiased) until they cover height x width, then cropped to the centre.
+    Rotation flags and non-square pixels are respected.
+    Interlaced frames are deinterlaced; PQ, HLG and wide gamuts are converted to BT.709 (trainer.data.colour);
+    transparent parts are laid over white. `note` is called for each of these.
     Raises AptError for a file that is unreadable, damaged or too short, for one without a video stream, and
     for colours that cannot be converted.
     """
@@ -127,8 +130,9 @@ def read_video(
 
 
 def check_video(path: str | Path, frames: int, fps: float, start: float = 0.0) -> None:
-    """Raises the AptError that `read_video` would, from the file's packets and its first frame: cheap,
-    nothing else is decoded.
+    """Raise the AptError that `read_video` would, as far as packets and the first frame can tell.
+
+    This is cheap: nothing but the first frame is decoded.
     """
     last = (frames - 1) / rational(fps)
     end = shown(path, float(rational(start) + last), start)
@@ -137,10 +141,10 @@ def check_video(path: str | Path, frames: int, fps: float, start: float = 0.0) -
 
 
 def shown(path: str | Path, until: float, start: float = 0.0) -> Fraction:
-    """For how many seconds after `start` the video shows, counted from its packets; looks no further than
-    `until` seconds.
+    """How many seconds the video lasts after `start`, by its packets' time stamps.
 
-    Raises AptError for a file that is unreadable or damaged up to there.
+    Reading stops soon after `until` seconds, so the answer for a longer video is only a lower bound.
+    Raises AptError if the file is unreadable or the part that was read is damaged.
     """
     last = rational(until)
     probe(path)
@@ -150,7 +154,7 @@ def shown(path: str | Path, until: float, start: float = 0.0) -> Fraction:
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise AptError(f"{path} is truncated or damaged: {AGAIN}.")
-            if not packet.size:  # marks the end
+            if not packet.size:  # the empty packet at the end
                 continue
             stamp = None if counted else packet.dts if packet.pts is None else packet.pts
             time = end if stamp is None else stamp * stream.time_base
@@ -164,31 +168,33 @@ def shown(path: str | Path, until: float, start: float = 0.0) -> Fraction:
 
 
 def read_image(path: str | Path, height: int, width: int, note: Note = silent) -> np.ndarray:
-    """uint8 `[1, height, width, 3]`, turned by its EXIF orientation, resized to cover and cropped as
-    `read_video` does.
+    """Read an image as uint8 `[1, height, width, 3]`.
 
-    Transparent pixels lie over white; palettes, grey, 16 bit and CMYK become RGB, colours of an ICC profile
-    sRGB (trainer.data.stills), and `note` is told so; of an animation the first frame is taken.
-    Raises AptError for a file that is unreadable or damaged, and for pixels that nothing says how to show.
+    It is turned by its EXIF orientation, then resized and cropped as `read_video` does. An animation gives
+    its first frame. Palettes, grey, 16-bit and CMYK images become RGB, an ICC profile is converted to sRGB,
+    and transparent pixels are laid over white (trainer.data.stills); `note` is called for conversions that
+    change colours.
+    Raises AptError for a file that is unreadable or damaged, and for pixels whose white level is unknown.
     """
     with _image(path) as image:
-        # lets a large JPEG be decoded at a fraction of its size
+        # A large JPEG is then decoded at a fraction of its size, which is much faster.
         image.draft("RGB", (2 * max(height, width),) * 2)
         form = image.format
         return _cover(plain(path, ImageOps.exif_transpose(image), note, form), height, width)[None]
 
 
 def check_image(path: str | Path) -> None:
-    """Raises the AptError that `read_image` would; a JPEG is decoded at an eighth of its size."""
+    """Raise the AptError that `read_image` would. A JPEG is decoded at an eighth of its size."""
     with _image(path) as image:
         image.draft("RGB", (1, 1))
         plain(path, image)
 
 
 def read_about(path: str | Path) -> dict:
-    """What `media_write` left in a file's header as its `about`; empty where there is none.
+    """The `about` that apt_core.files.media_write put into a file's header; empty if there is none.
 
-    Raises AptError for a file that cannot be opened."""
+    Raises AptError for a file that cannot be opened.
+    """
     if kind_of(path) == "image":
         with _image(path) as image:
             text = image.info.get(ABOUT)
@@ -203,9 +209,10 @@ def read_about(path: str | Path) -> dict:
 
 
 def bare(path: str | Path) -> bytes:
-    """The file as browsers show it, without what its header says: video in an .mp4, a picture as .png.
+    """The file's content for a browser, without its metadata: an .mp4 for a video, a .png for an image.
 
-    Raises AptError for a file that is unreadable or damaged, and for a video that browsers do not play.
+    Video packets are copied, not encoded again.
+    Raises AptError for a file that is unreadable or damaged, and for a codec that not every browser plays.
     """
     out = io.BytesIO()
     if kind_of(path) == "image":
@@ -231,11 +238,11 @@ def bare(path: str | Path) -> bytes:
 
 @contextmanager
 def _video(path: str | Path) -> Iterator[tuple]:
-    """The container and its first video stream; FFmpeg's exceptions become AptError."""
+    """Open a video: its container and first video stream. FFmpeg's exceptions become AptError."""
     kind_of(path)
     _refuse_empty(path)
     try:
-        with av.open(f"file:{path}") as container:  # else a colon in a name makes it a protocol
+        with av.open(f"file:{path}") as container:  # without "file:", a colon in the name means a protocol
             stream = next(iter(container.streams.video), None)
             if stream is None:
                 raise AptError(f"{path} has no video stream: give a file with pictures, or remove it.")
@@ -281,8 +288,9 @@ def _refuse_empty(path: str | Path) -> None:
 
 
 def _seek(container, stream, start: float) -> Fraction | None:
-    """Where the stream's time begins, in seconds, if it says; moves to a key frame at or before `start` where
-    an index tells.
+    """The stream's start time in seconds, or None if it has none.
+
+    In formats with an index (.mp4, .mkv, .webm) this also seeks to the last key frame before `start`.
     """
     if _counted(container):
         return Fraction(0)
@@ -295,9 +303,7 @@ def _seek(container, stream, start: float) -> Fraction | None:
 
 
 def _timed(path, container, stream, note: Note) -> Iterator[tuple]:
-    """(frame, time, duration) in order of display, in seconds; frames without a time stamp follow at the
-    average rate.
-    """
+    """(frame, time, duration) in display order, in seconds; without time stamps, at the average rate."""
     next_time, gap, counted = Fraction(0), _gap(stream), _counted(container)
     for frame in frames_of(path, container, stream, note):
         time = next_time if counted or frame.pts is None else frame.pts * frame.time_base
@@ -307,7 +313,7 @@ def _timed(path, container, stream, note: Note) -> Iterator[tuple]:
 
 
 def _counted(container) -> bool:
-    # of one rate by design; its time stamps are wrong where frames are reordered
+    # An .avi has a constant rate by design, and its time stamps are wrong where frames are reordered.
     return container.format.name == "avi"
 
 
@@ -329,21 +335,22 @@ def _turns(frame) -> int:
 
 
 def _cover(image: Image.Image, height: int, width: int, aspect: float = 1.0) -> np.ndarray:
-    """uint8 `[height, width, 3]`, the largest centred part of the image of that shape; aspect: width of a
-    source pixel over its height.
+    """Crop the largest centred part with the right shape and resize it, uint8 `[height, width, 3]`.
+
+    aspect: width of a source pixel divided by its height.
     """
     w, h = image.size
     scale = max(width / (w * aspect), height / h)
     box_w, box_h = min(w, width / (scale * aspect)), min(h, height / scale)
     left, top = (w - box_w) / 2, (h - box_h) / 2
-    if (box_w, box_h) == (width, height):  # no resizing: half a pixel to the side would only blur
+    if (box_w, box_h) == (width, height):  # only a crop: an offset of half a pixel would blur it
         left, top = int(left), int(top)
     box = (left, top, min(w, left + box_w), min(h, top + box_h))
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
 def too_short(path, has: Fraction, frames: int, fps: float) -> AptError:
-    """The complaint about a video that shows for `has` seconds only."""
+    """The error to raise for a video that lasts only `has` seconds."""
     has, need = math.floor(100 * max(has, 0)) / 100, math.ceil(100 * frames / rational(fps)) / 100
     return AptError(
         f"{path} has {has:.2f} s, {need:.2f} s ({frames} frames at {fps:g} fps) are needed: give a longer clip or lower frames."

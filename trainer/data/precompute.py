@@ -1,4 +1,4 @@
-"""Captioned files to shards: find, check everything, decode, encode, write (trainer.data.shards)."""
+"""Turn captioned files into shards: find them, check them all, decode, encode and write."""
 
 import hashlib
 import os
@@ -24,16 +24,20 @@ from trainer.files import write_json
 from trainer.machines.distributed import World
 
 SKIPPED = "skipped.json"
-PART = "#"  # between a file and the number of a clip after its first
-PROBE = "A red circle, moving left: 3 \u00e9toiles \u5728\u5929\u7a7a."  # its tokens tell one tokenizer from another
+PART = "#"  # in a sample's id, between the file and the clip's number; a file's first clip has neither
+PROBE = "A red circle, moving left: 3 \u00e9toiles \u5728\u5929\u7a7a."  # tells tokenizers apart
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. samples: in the index, by kind; encoded: by this run, the others were there; skipped:
-    what was left out and why; seconds: of encoding alone; clips_per_second: clips and images encoded in a
-    second; converted: what this run did to a file beyond reading it, by the file's name in the index;
-    dropped: samples of the index before that are no longer in it.
+    """What a precompute run did.
+
+    samples: how many samples of each kind are in the index now.
+    encoded: how many of them this run encoded; the others were already there.
+    skipped: the files that were left out, and why.
+    seconds: decoding and encoding time; clips_per_second: encoded clips and images per second of it.
+    converted: colour conversions and the like, by the file's name in the index.
+    dropped: how many samples of the previous index are no longer in it.
     """
 
     samples: dict[str, int]
@@ -66,23 +70,29 @@ def precompute(
     world: World = World(),
     **cut_options,
 ) -> Report:
-    """Encode the captioned videos and images of `folder` into shards and an index in `out`, for
-    `trainer.data.shards.ShardDataset`.
+    """Encode the captioned videos and images of `folder` into shards and an index in `out`.
 
-    folder: or a list of files (.jsonl, .csv), see `find_items`; vae: for apt_core.models.vae.encode;
-    text_encoder: an apt_core.models.text.TextEncoder; height, width, frames: pixels and frames of every
-    sample (videos from their start, at `fps`), unless cut_options ask for buckets:
-    `aspects`, `shorter`, `clips_per_file`, `image_height` and `image_width` of trainer.data.cuts.Cut. kinds:
-    which files to take; batch: samples that are encoded together; dtype: of what is stored; progress(done,
-    total) is called as samples get done; prompts: texts without pictures that training needs too
-    (trainer.data.prompts).
-    world: all its processes call alike, and each encodes its share of the files.
+    trainer.data.shards.ShardDataset reads them.
 
-    All files, sizes and captions are checked before anything is encoded, and the first problem is raised with
-    the number of the others; with `skip_bad` such files are left out, named in the report and in
-    skipped.json. A stopped run goes on from its finished shards, a repeated one encodes only what is new or
-    changed. Whole shards in `out` are never changed, and the old index stands until the new one is complete.
-    Raises AptError for what the user can mend: see `find_items`, `check_size`, `ShardWriter`.
+    folder: a folder, or a list of files (.jsonl, .csv); see `find_items`.
+    vae: any VAE that apt_core.models.vae.encode takes; text_encoder: an apt_core.models.text.TextEncoder.
+    height, width (pixels), frames, fps: of every sample; a video is read from its start.
+    cut_options: `aspects`, `shorter`, `clips_per_file`, `image_height` and `image_width` of
+    trainer.data.cuts.Cut, for samples of several sizes and lengths.
+    kinds: which files to use; skip_bad: leave bad files out; truncate_captions: cut off captions that are
+    too long.
+    batch: samples encoded together; dtype: of the stored latents and embeddings.
+    progress: called as progress(done, total).
+    prompts: texts without pictures that training needs too (trainer.data.prompts).
+    world: every process calls this function with the same arguments and encodes its share of the files.
+
+    All files, sizes and captions are checked before anything is encoded. The first problem is raised, with
+    the number of the others; with `skip_bad` these files are left out and listed in the report and in
+    skipped.json. A run that was stopped continues from its finished shards, and a repeated run encodes only
+    new and changed files. Finished shards are never modified, and the old index stays until the new one is
+    complete.
+    Raises AptError for anything the user can fix (see `find_items`, `check_size`, `ShardWriter`), and
+    NotFinite if a latent or an embedding is not finite.
     """
     folder, out = Path(folder), Path(out)
     if batch < 1:
@@ -161,11 +171,10 @@ def precompute(
 
 
 def fingerprint(model) -> str:
-    """A short name for the weights of a network or of a text encoder, its tokenizer included: 32 hexadecimal
-    digits.
+    """A hash of a network's weights, or of a text encoder's weights and tokenizer: 32 hexadecimal digits.
 
-    Of each tensor some thousand values are read, so this is quick for a model of any size; any training
-    changes them.
+    It reads at most some thousand values of each tensor, so it is quick for models of any size. Training a
+    model changes enough values to change the hash.
     """
     network = model if hasattr(model, "state_dict") else model.model
     digest = hashlib.blake2b(digest_size=16)
@@ -199,12 +208,12 @@ def _check_captions(items: list[Item], text_encoder, truncate: bool) -> tuple[li
 
 
 def _plan(root: Path, items: list[Item], cut: Cut, done: dict) -> tuple[dict[Clip, Sample], list[Bad]]:
-    """The samples that the files give, and the files that cannot be used."""
+    """The samples to make from these files, and the files that cannot be used."""
 
     def clips(item: Item) -> list[Clip] | Bad:
         alone = Clip(item, 0, 0, 0)
         if cut.clips_per_file == 1 and _sample(root, alone).key in done:
-            return [alone]  # not looked at again
+            return [alone]  # already encoded: no need to open the file
         try:
             return cut.plan(item)
         except AptError as error:
@@ -219,8 +228,9 @@ def _plan(root: Path, items: list[Item], cut: Cut, done: dict) -> tuple[dict[Cli
 def _decoded(
     clips: list[Clip], cut: Cut, batch: int, failed: list[Bad], said: dict[Path, set[str]]
 ) -> Iterator[tuple[list[Clip], np.ndarray]]:
-    """Batches of one bucket with their pixels uint8 `[B, F, H, W, 3]`, read ahead in threads; unreadable
-    files go to `failed`, and what was done to the others to `said`.
+    """Batches of clips from one bucket with their pixels, uint8 `[B, F, H, W, 3]`; threads read ahead.
+
+    Unreadable files are added to `failed`, conversions to `said`.
     """
     buckets: dict[tuple, list[Clip]] = {}
     for clip in clips:

@@ -1,5 +1,6 @@
-"""Texts without pictures that training needs (the negative prompt, those of sample videos), encoded beside
-the shards: a run needs no encoder.
+"""Encode the prompts that training needs besides captions: the negative prompt and those of sample videos.
+
+They are stored beside the shards, so that a training run does not have to load the text encoder.
 """
 
 import json
@@ -17,7 +18,10 @@ PROMPTS = "prompts.safetensors"
 
 
 def write_prompts(folder: Path, text_encoder, prompts: Sequence[str]) -> None:
-    """Encode the texts into `folder`, in place of earlier ones. Raises AptError for one that is too long."""
+    """Encode the prompts into a file in `folder`, replacing an earlier one.
+
+    Raises AptError for a prompt that is too long.
+    """
     prompts = list(dict.fromkeys(prompts))
     embeddings = text_encoder.encode(prompts) if prompts else []
     tensors = {f"{number}": embedding for number, embedding in enumerate(embeddings)}
@@ -26,8 +30,9 @@ def write_prompts(folder: Path, text_encoder, prompts: Sequence[str]) -> None:
 
 
 class Prompts:
-    """Stands in for the text encoder where only those texts are asked for. Raises AptError when the folder
-    has none.
+    """The stored prompts of a folder, usable in place of the text encoder that encoded them.
+
+    Raises AptError when the folder has no stored prompts.
     """
 
     pad = staticmethod(TextEncoder.pad)
@@ -44,7 +49,7 @@ class Prompts:
         }
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """Embeddings `[L_i, d]`, fp32. Raises AptError for a text that was not encoded."""
+        """One embedding `[L_i, d]` per text, fp32. Raises AptError for a text that is not stored."""
         if missing := [text for text in texts if text not in self._embeddings]:
             raise AptError(
                 f'the prompt "{missing[0][:60]}" was not encoded with the shards: run precompute again, which adds it in seconds.'

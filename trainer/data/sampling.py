@@ -1,5 +1,6 @@
-"""Which samples an update sees, as pure functions of (seed, stream, update): nothing to save but the update's
-number.
+"""Choose the samples of each update, as a pure function of (seed, stream, update).
+
+A run that resumes needs only the number of its next update.
 """
 
 import hashlib
@@ -14,18 +15,18 @@ from apt_core.errors import AptError
 from apt_core.method.flow import sample_uniform, shift
 
 ORDER = "feistel-1"
-"""Names the order that `shuffled` gives. Part of a run's identity: a state of another order would see samples
-twice, and others never.
+"""Names the order that `shuffled` gives. It is part of a run's identity: a run that resumed with another
+order would see some samples twice and others never.
 """
 ROUNDS = 12
 
 
 class EpochSampler:
-    """An endless shuffled order of `n` samples in batches.
+    """Batches from `n` samples, shuffled anew in each epoch, without end.
 
-    Sample number g of the run (update * batch + place in the batch) is place g % n of epoch g // n, so each n
-    numbers hold every sample once; a batch may reach over two epochs. Streams ("d", "g") shuffle apart.
-    Raises AptError for n or batch below 1.
+    Sample number g of the run (g = update * batch + place in the batch) is place g % n of epoch g // n. So
+    every epoch holds each sample once, and a batch may span two epochs. Each stream ("d", "g") is shuffled
+    independently. Raises AptError for n or batch below 1.
     """
 
     def __init__(self, n: int, batch: int, seed: int, stream: str = ""):
@@ -34,7 +35,7 @@ class EpochSampler:
         self.n, self.size, self.seed, self.stream = n, batch, seed, stream
 
     def batch(self, update: int) -> list[int]:
-        """The samples of an update, as positions 0 .. n - 1."""
+        """The samples of an update, as positions in 0 .. n - 1."""
         number, end, out = update * self.size, (update + 1) * self.size, []
         while number < end:
             epoch, place = divmod(number, self.n)
@@ -47,10 +48,10 @@ class EpochSampler:
 
 
 class BucketSampler:
-    """Batches of one shape each: buckets take turns in proportion to their sizes, and each is an endless
-    shuffled order of its own.
+    """Batches with one shape each. Buckets take turns in proportion to their size.
 
-    buckets: positions of the samples by shape. Raises AptError as EpochSampler does.
+    Within a bucket, samples come in the order of an EpochSampler. buckets: positions of the samples by shape.
+    Raises AptError as EpochSampler does.
     """
 
     def __init__(self, buckets: Mapping[tuple, Sequence[int]], batch: int, seed: int, stream: str = ""):
@@ -58,7 +59,7 @@ class BucketSampler:
         self._orders = [EpochSampler(len(positions), batch, seed, stream) for positions in self.positions]
         self._turns: list[
             tuple[int, int]
-        ] = []  # bucket of each update, and how often it had been its turn before
+        ] = []  # for each update: its bucket, and how many turns that bucket had before
         self._credit = [0] * len(self.positions)
         self._taken = [0] * len(self.positions)
 
@@ -79,18 +80,20 @@ class BucketSampler:
 def discriminator_times(
     numbers: Sequence[int], seed: int, stream: str, s: float, fixed: float | None = None
 ) -> Tensor:
-    """The discriminator's timestep for each sample number, [n] in [0, 1]: `shift(U(0, 1), s)` of eq. 6, or
-    the fixed one.
+    """The discriminator's timestep for each sample number, `[n]` in [0, 1]: `shift(U(0, 1), s)` (eq. 6).
+
+    fixed: if given, the timestep of all samples.
     """
     t = shift(sample_uniform(numbers, seed, stream), s)
     return t if fixed is None else t.new_full(t.shape, fixed)
 
 
 def split(batch: int, ranks: int, rank: int, microbatch: int | None = None) -> list[range]:
-    """The places 0 .. batch - 1 of a batch that one of `ranks` processes takes, microbatch after microbatch.
+    """The places in a batch (0 .. batch - 1) that process `rank` of `ranks` takes, one range per microbatch.
 
-    All processes together take the batch from its front to its back, so that "the first samples of the batch"
-    come in the first microbatches, evenly over the processes. Raises AptError when the batch does not divide.
+    Together, the processes go through the batch from front to back. So the first samples of the batch are in
+    the first microbatches, spread evenly over the processes.
+    Raises AptError when the batch cannot be divided evenly.
     """
     if batch % ranks:
         raise AptError(
@@ -105,12 +108,13 @@ def split(batch: int, ranks: int, rank: int, microbatch: int | None = None) -> l
 
 
 def shuffled(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a keyed permutation of 0 .. n - 1 sends these places, int64 of their shape; nothing of n's size
-    is made.
+    """Apply a keyed permutation of 0 .. n - 1 to these places; returns int64 of the same shape.
 
-    keys: uint64 [rounds], at least four. A Feistel network over digits (left, right) of the smallest a x b >=
-    n with b = ceil(sqrt n); whoever lands at n or above walks on (Black and Rogaway, "Ciphers with arbitrary
-    finite domains", 2002). Integers alone, the same everywhere.
+    keys: uint64 `[rounds]`, at least four. The whole permutation is never built, so memory does not grow with
+    n. It is a Feistel network over the digits (left, right) of a x b >= n, with b = ceil(sqrt n) and the
+    smallest such a; a result of n or above is permuted again until it falls below n ("cycle walking": Black
+    and Rogaway, "Ciphers with arbitrary finite domains", 2002). It computes with integers only, so every
+    machine gets the same order.
     """
     b = math.isqrt(n - 1) + 1
     a = -(-n // b)
@@ -129,7 +133,7 @@ def shuffled(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _mixed(x: np.ndarray, key: np.uint64) -> np.ndarray:
-    """A hash of 64 bits: the output function of SplitMix64 (Steele, Lea and Flood, 2014), twice."""
+    """A 64-bit hash: the output function of SplitMix64 (Steele, Lea and Flood, 2014), applied twice."""
     x = x + key
     for _ in range(2):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

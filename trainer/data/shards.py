@@ -1,11 +1,10 @@
-"""What every training reads: normalised latents and text embeddings in safetensors shards, with one index of
-all samples.
+"""The training data on disk: normalised latents and text embeddings in safetensors shards, and one index.
 
-A shard holds samples of one kind and one latent shape: `latents` [N, C, F, h, w], `text` [sum of L, d] (each
-embedding at its true length, one after the other) and `offsets` [N + 1] into its rows. Its metadata repeats
-what the index says of its samples, so that a run which was stopped before its index was written can go on
-from its shards, and has the format's version and a digest of all of it, which is compared before the first of
-its rows is used.
+A shard holds samples of one kind and one latent shape: `latents` [N, C, F, h, w], `text` [sum of L, d] (the
+embeddings one after another, without padding) and `offsets` [N + 1], where each embedding begins in `text`.
+Its metadata holds the format's version, the samples' lines of the index, so that a run which was stopped
+before the index was written can continue from its shards, and a digest of its contents, which is checked
+before the shard is used.
 """
 
 import hashlib
@@ -37,9 +36,12 @@ AGAIN = "run precompute again"
 
 @dataclass(frozen=True)
 class Sample:
-    """One line of the index. id: path below the data folder; source: fingerprint of the file. What the writer
-    fills in: bucket, the latent's shape (C, F, h, w); tokens, the rows of the text embedding; shard and row,
-    where it lies.
+    """One entry of the index.
+
+    id: the file's path relative to the data folder, with the clip's number if it is not the file's first;
+    kind: "image" or "video"; source: the file's size and modification time.
+    ShardWriter fills in the rest. bucket: the latent's shape (C, F, h, w); tokens: how many rows its text
+    embedding has; shard, row: where the sample is stored.
     """
 
     id: str
@@ -53,18 +55,18 @@ class Sample:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What it was made from: a changed file or caption is another sample."""
+        """What the sample was made from. If the file or the caption changes, it is a different sample."""
         return self.id, self.kind, self.source, self.caption
 
 
 class ShardWriter:
-    """Adds samples to a folder of shards; use it in a `with` statement, which also on an error keeps what was
-    added.
+    """Adds samples to a folder of shards. Use it in a `with` statement, so that an error loses no sample.
 
-    settings: everything that latents and embeddings depend on (JSON; models by fingerprint). `done` holds the
-    samples of finished shards by `Sample.key`. rank: of this process among several that write to the folder
-    at once. Files appear whole or not at all, and the index last. Raises AptError when the folder's shards
-    have other settings.
+    settings: everything that latents and embeddings depend on, as JSON, with models given by fingerprint.
+    rank: this process's number, if several write to the folder at once.
+    `done` holds the samples of finished shards by `Sample.key`. Each file is written atomically, the index
+    last.
+    Raises AptError when the folder holds shards made with other settings or of another version.
     """
 
     def __init__(
@@ -87,9 +89,7 @@ class ShardWriter:
         self.flush()
 
     def add(self, sample: Sample, latent: Tensor, text: Tensor) -> None:
-        """Take one more sample: latent `[C, F, h, w]`, text `[L, d]`. Full shards are written out, see also
-        `flush`.
-        """
+        """Add one sample: latent `[C, F, h, w]`, text `[L, d]`. A shard is written once it is full."""
         key = (sample.kind, *latent.shape)
         batch = self._open.setdefault(key, [])
         batch.append((sample, latent.detach().to("cpu", self.dtype), text.detach().to("cpu", self.dtype)))
@@ -97,13 +97,14 @@ class ShardWriter:
             self._write(key)
 
     def flush(self) -> None:
-        """Write every sample that is still held."""
+        """Write all samples that are not in a file yet."""
         for key in list(self._open):
             self._write(key)
 
     def finish(self, keys: Iterable[tuple], facts: Mapping) -> Path:
-        """Flush, then write the index of the samples with these keys, in their order; returns its path.
-        facts: vae, text, fps, ...
+        """Flush, then write the index: the samples with these keys, in this order. Returns its path.
+
+        facts: what else the index says (vae, text, fps).
         """
         self.flush()
         samples = [self.done[key] for key in keys]
@@ -122,9 +123,9 @@ class ShardWriter:
         try:
             header = read_header(path)
             metadata = header.metadata
-            version = int(metadata.get("version", 1))  # those of version 1 did not say so at first
+            version = int(metadata.get("version", 1))  # early shards of version 1 have no version
         except (AptError, ValueError, OSError):
-            return  # damaged: its samples are encoded again, into a shard of this name
+            return  # damaged: its samples are encoded again, into a shard with the same name
         if version != VERSION:
             raise AptError(
                 f"{self.folder} holds shards of {FORMAT} version {version}, and this program writes version {VERSION}: "
@@ -182,11 +183,11 @@ class ShardWriter:
 
 
 class ShardDataset:
-    """The samples of one kind ("image" or "video"), read from disk as they are asked for.
+    """The samples of one kind ("image" or "video") in a folder of shards, read from disk when needed.
 
-    `samples` is the index in order; `vae`, `text_dim`, `text_length`, `fps`, `settings` and `fingerprint` (of
-    all sources and settings) are what the index says. Raises AptError when the index or a shard is missing,
-    damaged or of another format.
+    `samples` lists them in the index's order. `vae`, `text_dim`, `text_length`, `fps`, `settings` and
+    `fingerprint` come from the index; `fingerprint` changes with any source file, caption or setting.
+    Raises AptError when the index or a shard is missing, damaged or of another format.
     """
 
     def __init__(self, folder: str | Path, kind: str):
@@ -233,14 +234,14 @@ class ShardDataset:
 
     @cached_property
     def buckets(self) -> dict[tuple[int, int, int, int], list[int]]:
-        """Positions of the samples by latent shape (C, F, h, w): a batch is drawn from one of them."""
+        """Positions of the samples by latent shape (C, F, h, w). All samples of a batch share one shape."""
         buckets = {}
         for i, sample in enumerate(self.samples):
             buckets.setdefault(sample.bucket, []).append(i)
         return buckets
 
     def get(self, i: int) -> tuple[Tensor, Tensor, str]:
-        """Latent `[C, F, h, w]`, text embedding `[L, d]` at its true length, both fp32, and the caption."""
+        """Latent `[C, F, h, w]`, text embedding `[L, d]` without padding, both fp32, and the caption."""
         latent, embedding = self._stored(i)
         return (
             latent.to(torch.float32, copy=True),
@@ -249,12 +250,11 @@ class ShardDataset:
         )
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
-        """Latents `[B, C, F, h, w]`, text `[B, text_length, d]` with zeros after each caption, both fp32, and
-        the captions.
+        """Latents `[B, C, F, h, w]`, text `[B, text_length, d]` padded with zeros (both fp32), and captions.
 
-        Copies by numpy: a thread that reads ahead and calls torch would start a second team of torch's
-        threads beside the training's.
-        Raises AptError when the samples are of different shapes.
+        It copies with numpy, because torch in the thread that reads ahead would start a second pool of
+        threads beside the one that trains.
+        Raises AptError when the samples have different shapes.
         """
         shapes = {self.samples[i].bucket for i in indices}
         if len(shapes) > 1:
@@ -270,8 +270,9 @@ class ShardDataset:
         return torch.from_numpy(latents), torch.from_numpy(text), [self.samples[i].caption for i in indices]
 
     def _stored(self, i: int) -> tuple[Tensor, Tensor]:
-        """Latent and text embedding as they are stored. They are read, not mapped: a page of a mapped file
-        that is gone ends the process.
+        """A latent and its text embedding in the dtype they are stored in.
+
+        They are read, not mapped: if a mapped file disappears, touching it kills the process.
         """
         sample = self.samples[i]
         header, offsets = self._shard(sample.shard)
@@ -303,8 +304,9 @@ class ShardDataset:
                 raise AptError(f"{path} does not hold what {INDEX} says: {AGAIN}.")
 
     def _shard(self, name: str) -> tuple[Header, list[int]]:
-        """Where a shard's rows are. All of it is read the first time, to compare its digest; a shard from
-        before digests has none.
+        """A shard's header and offsets. The first time, the whole shard is read to check its digest.
+
+        Old shards have no digest and are not checked.
         """
         if name not in self._shards:
             path = self.folder / name
@@ -326,7 +328,7 @@ class ShardDataset:
 
 
 def _rows(file, header: Header, key: str, first: int, last: int) -> Tensor:
-    """Rows first to last - 1 of a tensor in an open file. Raises EOFError where they are not there."""
+    """Read rows first to last - 1 of a tensor from an open file. Raises EOFError if the file ends before."""
     begin, end = header.places[key]
     count, *shape = header.shapes[key]
     size = (end - begin) // max(count, 1)
@@ -346,7 +348,7 @@ def _rows(file, header: Header, key: str, first: int, last: int) -> Tensor:
 
 
 def _is_whole(path: Path, header: Header) -> bool:
-    """Whether a shard has the digest that it was written with, or none. Raises OSError."""
+    """Whether a shard's contents match its digest; True if it has none. Raises OSError."""
     if "digest" not in header.metadata:
         return True
 
@@ -363,7 +365,7 @@ def _is_whole(path: Path, header: Header) -> bool:
 
 
 def _digest(strings: Mapping[str, str], parts: Iterable) -> str:
-    """Of a shard: what it says of its samples, then the bytes of its tensors in the order of their names."""
+    """Digest of a shard: its settings and sample entries, then its tensors' bytes, sorted by name."""
     digest = hashlib.blake2b(json.dumps([strings["settings"], strings["samples"]]).encode(), digest_size=16)
     for part in parts:
         digest.update(part)
@@ -371,7 +373,7 @@ def _digest(strings: Mapping[str, str], parts: Iterable) -> str:
 
 
 def indexed_names(folder: Path) -> set[str]:
-    """The names of the samples in a folder's index; none if there is no index, or it cannot be read."""
+    """The ids of the samples in a folder's index; empty if there is no index or it cannot be read."""
     try:
         return {entry["id"] for entry in read_object(folder / INDEX, AGAIN)["samples"]}
     except (AptError, KeyError, TypeError):
@@ -379,14 +381,14 @@ def indexed_names(folder: Path) -> set[str]:
 
 
 def fingerprint_of(settings: Mapping, samples: Sequence[Sample]) -> str:
-    """What an index is known by: the settings, and what each sample was made from."""
+    """Hash of the settings and of what each sample was made from; it identifies an index."""
     return hashlib.blake2b(
         json.dumps([settings, [sample.key for sample in samples]]).encode(), digest_size=16
     ).hexdigest()
 
 
 def _sound(sample: Sample) -> bool:
-    """Whether its place can be one: a shard of this folder, and numbers."""
+    """Whether an entry is plausible: a shard's name without a path, and numbers that are not negative."""
     numbers = (*sample.bucket, sample.tokens, sample.row)
     return (
         isinstance(sample.shard, str)
@@ -396,15 +398,15 @@ def _sound(sample: Sample) -> bool:
 
 
 def _copy(stored: Tensor, out: np.ndarray) -> None:
-    """A stored tensor into fp32 memory of its shape."""
-    if stored.dtype == torch.bfloat16:  # unknown to numpy: the upper half of an fp32 number
+    """Copy a stored tensor into an fp32 array of the same shape."""
+    if stored.dtype == torch.bfloat16:  # numpy has no bf16, but it is just the upper half of an fp32 number
         np.left_shift(stored.view(torch.uint16).numpy(), 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
         np.copyto(out, stored.numpy(), casting="same_kind")
 
 
 def read_sample(entry: Mapping) -> Sample:
-    """A line of an index, or of a shard's metadata."""
+    """Make a Sample from an entry of an index or of a shard's metadata."""
     return Sample(**{**entry, "bucket": tuple(entry["bucket"])})
 
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind that Pillow opens as what a screen shows: 8 bits, RGB in sRGB, over white."""
+"""Convert any picture that Pillow opens to what a screen shows: 8-bit RGB in sRGB, over white."""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -11,27 +11,28 @@ from apt_core.errors import AptError
 from trainer.data.colour import HDR
 
 Note = Callable[[str], None]
-"""Told in a few words what was done to a file beyond reading it."""
+"""A function that is called with a few words on each conversion of a file."""
 OVER_WHITE = "transparent parts laid over white"
 MIB = 2**20
-# Pillow's own limits (1 and 64 MiB) are below the profiles of print and the graphs that ComfyUI writes.
+# Pillow's own limits (1 and 64 MiB) are too low for printers' ICC profiles and the graphs ComfyUI writes.
 PngImagePlugin.MAX_TEXT_CHUNK = 64 * MIB
 PngImagePlugin.MAX_TEXT_MEMORY = 256 * MIB
-BLACK_POINT_COMPENSATION = 0x2000  # of lcms2
-SAME = 2  # of 255: a profile that moves no colour further is sRGB under another name
+BLACK_POINT_COMPENSATION = 0x2000  # lcms2's flag
+SAME = 2  # of 255: a profile that changes no colour by more than this is treated as sRGB
 FIELDS = {1: "unsigned integers", 2: "signed integers", 3: "floats"}  # TIFF's SampleFormat
 
 
 def silent(what: str) -> None:
-    """The Note of someone who does not want to know."""
+    """A Note that ignores what it is told."""
 
 
 def plain(path: str | Path, image: Image.Image, note: Note = silent, form: str | None = None) -> Image.Image:
-    """An opened picture as mode RGB: its ICC profile converted to sRGB, 16 bits and floats of 0 to 1 (black
-    to white) to 8, over white.
+    """Convert an open picture to 8-bit RGB in sRGB, with transparent parts laid over white.
 
-    form: "PNG", "TIFF", ..., by default the image's own. Raises AptError for floats outside 0 to 1, for
-    integers whose white nothing tells, and for a PNG in PQ or HLG.
+    An ICC profile is converted to sRGB. Pixels of 16 bits, and floats from 0 (black) to 1 (white), become 8
+    bits. form: the file's format ("PNG", "TIFF", ...), by default the image's own.
+    Raises AptError for floats outside 0 to 1, for integers whose white level is unknown, and for a PNG in PQ
+    or HLG.
     """
     profile, grey, form = (
         image.info.get("icc_profile"),
@@ -61,7 +62,7 @@ def plain(path: str | Path, image: Image.Image, note: Note = silent, form: str |
 
 
 def over_white(image: Image.Image, opacity: Image.Image | None, note: Note = silent) -> Image.Image:
-    """An RGB picture laid over white. opacity: mode L, 255 where it covers; None: everywhere."""
+    """Lay an RGB picture over white. opacity: mode L, 255 is opaque; None means opaque everywhere."""
     if opacity is None or opacity.getextrema()[0] == 255:
         return image
     note(OVER_WHITE)
@@ -71,9 +72,7 @@ def over_white(image: Image.Image, opacity: Image.Image | None, note: Note = sil
 
 
 def why_unknown(path: str | Path) -> str | None:
-    """Of a TIFF that Pillow does not know, what its pixels are; None for one that is damaged, or is no
-    TIFF.
-    """
+    """Describe the pixels of a TIFF that Pillow cannot open; None if it is damaged or not a TIFF."""
     try:
         with open(path, "rb") as file:
             start = file.read(8)
@@ -84,12 +83,12 @@ def why_unknown(path: str | Path) -> str | None:
             tags.load(file)
         bits, kind = tags[258][0], tags.get(339, (1,))[0]
         return f"{tags.get(277, 1)} channels of {bits}-bit {FIELDS[kind]}"
-    except Exception:  # it may hold anything
+    except Exception:  # a damaged file can make Pillow raise almost anything
         return None
 
 
 def refuse_hdr_png(path: str | Path) -> None:
-    """Raises AptError for a PNG in PQ or HLG, which its cICP chunk says and Pillow passes over."""
+    """Raise AptError for a PNG whose cICP chunk says PQ or HLG; Pillow ignores that chunk."""
     with open(path, "rb") as file:
         file.seek(8)
         while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
@@ -108,18 +107,18 @@ def refuse_hdr_png(path: str | Path) -> None:
 def _eight_bits(
     path, image: Image.Image, form: str | None, note: Note
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Mode L and the opacity, if there is any, of a picture in floats or more than 8 bits."""
+    """Convert a picture of floats or of more than 8 bits to mode L; also returns its opacity, or None."""
     pixels = np.asarray(image)
     if image.mode == "F":
         low, high = float(pixels.min()), float(pixels.max())
-        if not (0 <= low and high <= 1):  # NaN is neither
+        if not (0 <= low and high <= 1):  # written so that NaN is refused too
             raise AptError(
                 f"{path} has float pixels from {low:g} to {high:g}, and only 0 (black) to 1 (white) is known: "
                 "save it in 8 or 16 bits."
             )
         note("float pixels of 0 to 1 taken as black to white")
         return Image.fromarray(np.rint(pixels * 255).astype(np.uint8)), None
-    if image.mode == "I" and form != "PNG":  # older Pillows open a PNG of 16 bits so
+    if image.mode == "I" and form != "PNG":  # older Pillows open a 16-bit PNG in mode I
         raise AptError(
             f"{path} has signed or 32-bit integer pixels, of which nothing tells the white: "
             "save it in 8 or 16 bits."
@@ -130,7 +129,10 @@ def _eight_bits(
 
 
 def _to_srgb(image: Image.Image, profile: bytes, note: Note) -> Image.Image:
-    """Modes L, RGB and CMYK; the same picture where its profile is sRGB, or cannot be used."""
+    """Convert a picture in mode L, RGB or CMYK to sRGB by its profile.
+
+    It stays as it is if the profile is sRGB already or cannot be used.
+    """
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         space, name = source.profile.xcolor_space.strip(), ImageCms.getProfileDescription(source).strip()
@@ -157,7 +159,7 @@ def _to_srgb(image: Image.Image, profile: bytes, note: Note) -> Image.Image:
 
 
 def _colours(mode: str) -> Image.Image:
-    """All greys, or 17 x 17 x 17 colours, as a picture."""
+    """A picture of all 256 greys (mode "L"), or of a 17 x 17 x 17 grid of colours."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     steps = np.rint(np.linspace(0, 255, 17)).astype(np.uint8)
