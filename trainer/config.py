@@ -143,4 +143,5 @@ def _sentence(file: str, first: dict, values: dict) -> AptError:
         return AptError(
             f"preset {file}: there is no setting {where}{nearest(where, known_names(Preset, values))}: mend or remove it."
         )
-    return AptError(f"preset {file}: {where} is {first.get('input')!r}: {first['msg'].lower()}.")
+    message = first["msg"].removeprefix("Value error, ").lower()  # how pydantic begins our own sentences
+    return AptError(f"preset {file}: {where} is {first.get('input')!r}: {message}.")

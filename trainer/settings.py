@@ -188,7 +188,7 @@ class Distill(Settings):
     """dmd: learning rate of the fake score, which rises and falls as lr does; none: lr."""
     t_min: float = Field(0.02, gt=0, le=1)
     """dmd: the earliest time that samples are noised to."""
-    t_max: float = Field(0.98, gt=0, le=1)
+    t_max: float = Field(0.98, gt=0, le=1, validate_default=True)
     """dmd: the latest time that samples are noised to."""
     t_shift: float | None = Field(None, gt=0)
     """dmd: shift of those times; none: that of the base's own sampling."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder, replacing
+from apt_core.files.jsonfile import read_object
 from trainer.files import write_json
 
 from .features import Features
@@ -58,11 +59,12 @@ class Record:
             with np.load(path) as file:
                 arrays = {name: file[name] for name in file.files}
             about = json.loads(str(arrays.pop("about")))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            row, seconds, first = about["row"], about["seconds"], about["first"]
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise AptError(f"{path} cannot be read ({error}): remove it, and evaluate goes on.") from None
         small = arrays.pop("small", None)
         features = {name.removeprefix(FEATURES): part for name, part in arrays.items()}
-        return cls(about["row"], features, small, about["seconds"], about["first"])
+        return cls(row, features, small, seconds, first)
 
 
 def measure(clip: np.ndarray, names: Sequence[str], networks: Sequence[Features]) -> Record:
@@ -116,7 +118,8 @@ class Desk:
         """
         kept = self.folder / REQUEST
         if kept.is_file():
-            if json.loads(kept.read_text(encoding="utf-8")) != json.loads(json.dumps(request)):
+            before = read_object(kept, f"remove {self.out}, or give another --out")
+            if before != json.loads(json.dumps(request)):
                 raise AptError(
                     f"{self.out} holds an unfinished evaluation of other models, files or settings: give "
                     "those again, another --out, or remove it."

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +30,6 @@ from trainer.run.state_files import StateReader, StateWriter, check_digests, gat
 
 # Windows has no SIGUSR1
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-# a run of a single process is fine
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 @dataclass(frozen=True)

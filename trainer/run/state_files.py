@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from apt_core.files.jsonfile import read_object
 from trainer.files import file_digest
 from trainer.run.folders import FACTS, STATE
 
+# a single process is fine, for a reader of states too
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 DIGESTS = "__{}.sha256"  # one per process, until they are collected in run.json
 DATA = re.compile(r"__\d+_\d+\.distcp")
 MAX_INDEX = 1 << 30  # bytes; the index for 14B parameters on 1,024 GPUs has a fifth of that

@@ -15,7 +15,7 @@ from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
 from apt_core.files.media_write import write_video
 from trainer.evaluate.compare import evaluate
-from trainer.evaluate.measured import UNFINISHED, Desk, Record
+from trainer.evaluate.measured import REQUEST, UNFINISHED, Desk, Record
 from trainer.evaluate.models import Wishes, stamp
 from trainer.machines.distributed import connect
 from trainer.mini import GENERATOR
@@ -137,3 +137,14 @@ def test_a_record_is_read_as_it_was_written_and_a_damaged_one_is_named(tmp_path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(AptError, match="000003.npz cannot be read .*: remove it, and evaluate goes on."):
         Record.read(path)
+    np.savez(path, about=np.array('{"row": {}}'))
+    with pytest.raises(AptError, match="000003.npz cannot be read .*: remove it, and evaluate goes on."):
+        Record.read(path)
+
+
+@pytest.mark.parametrize("content", ['{"half', "[]", ""])
+def test_a_damaged_request_is_a_sentence(tmp_path, content):
+    (tmp_path / UNFINISHED).mkdir()
+    (tmp_path / UNFINISHED / REQUEST).write_text(content)
+    with pytest.raises(AptError, match="request.json is damaged: remove .*, or give another --out."):
+        Desk(tmp_path).open({"models": []})

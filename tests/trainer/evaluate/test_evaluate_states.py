@@ -4,6 +4,8 @@ apart.
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +98,14 @@ def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
         shutil.copy(GENERATOR, path)
     models = open_models([*paths, Path("mini")], [], Files(), Wishes())
     assert [model.label for model in models] == ["one/last/apt", "two/last/apt", "apt_mini"]
+
+
+def test_reading_a_state_in_a_process_of_its_own_says_nothing_of_torch(run):
+    read = (
+        "from trainer.checkpoints.trained_models import open_generator as read; import sys; read(sys.argv[1])"
+    )
+    state = run / "states" / "distill" / "step-000001"
+    result = subprocess.run(
+        [sys.executable, "-c", read, state], cwd=Path(__file__).parents[3], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
