@@ -1,1 +1,1 @@
-"""Models that a run starts from and that it leaves: open, export, inspect, sample."""
+"""Open the models that a run starts from and produces; export, inspect and sample them."""

@@ -1,6 +1,4 @@
-"""`export`: a trained generator as one file for ComfyUI (fp32, fp16, bf16 or fp8), a LoRA file, or a
-diffusers folder.
-"""
+"""`export`: write a trained generator as a file for ComfyUI, as a LoRA file or as a diffusers folder."""
 
 import json
 from pathlib import Path
@@ -25,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = ("file", "lora", "diffusers")
 FP8 = torch.float8_e4m3fn
 SCALED_FP8 = "scaled_fp8"
-"""The entry by which ComfyUI knows the format; two elements ask it to compute in 16 bits and only store in 8.
+"""The entry by which ComfyUI recognises scaled fp8. Two elements tell it to store in 8 bits but compute in 16.
 """
 
 
@@ -37,12 +35,11 @@ def export(
     base: str | None = None,
     ema: float | None = None,
 ) -> str:
-    """Write the generator at `source` (see `open_generator`) to `out`, and say what was written.
+    """Write the generator at `source` (see `open_generator`) to `out`. Returns a line on what was written.
 
-    form: "file", "lora" (for one trained as a LoRA) or "diffusers"; dtype: "fp32", "fp16", "bf16", or for a
-    file "fp8": linear layers of the blocks in float8_e4m3fn with a scale each, the rest in bf16, as ComfyUI
-    loads it.
-    Raises AptError for combinations that cannot be, and as `open_generator` and the writers of
+    form: "file", "lora" (only for a generator trained as a LoRA) or "diffusers".
+    dtype: "fp32", "fp16", "bf16" or, only with "file", "fp8" (see `save_fp8`).
+    Raises AptError for combinations that do not work, and as `open_generator` and the writers of
     apt_core.loading.checkpoint do.
     """
     if form not in FORMS or dtype not in (*DTYPES, "fp8"):
@@ -52,7 +49,7 @@ def export(
     if dtype == "fp8" and form != "file":
         raise AptError(f"fp8 is for single files: use --form file, or --dtype bf16 with --form {form}.")
     if form != "diffusers" and out.suffix != ".safetensors":
-        out = out.with_name(out.name + ".safetensors")  # ComfyUI lists no other names
+        out = out.with_name(out.name + ".safetensors")  # ComfyUI lists only these
     if out.exists() and out.resolve() in (resolve(source).resolve(), base and Path(base).resolve()):
         raise AptError(f"{out} is what is to be exported, or what it was trained from: give another --out.")
     generator = open_generator(source, base, ema)
@@ -83,7 +80,7 @@ def export(
 
 
 def whole(generator: Generator) -> WanBackbone:
-    """The generator as one network: adapters, where it has any, added into the weights."""
+    """The generator as one network. Adapters, if it has any, are merged into the weights."""
     if generator.base is None:
         return generator.model
     names = {name: value for name, value in generator.base.config.items() if not name.startswith("_")}
@@ -94,10 +91,10 @@ def whole(generator: Generator) -> WanBackbone:
 
 
 def save_fp8(path: Path, model: WanBackbone, metadata: dict) -> None:
-    """One file in ComfyUI's scaled fp8: `X.weight` in float8_e4m3fn and `X.scale_weight` for every linear
-    layer of the blocks, all else in bf16.
+    """Write one file in ComfyUI's scaled fp8.
 
-    Raises AptError as `save_generator` does.
+    Every linear layer of the blocks has `X.weight` in float8_e4m3fn and `X.scale_weight`; everything else is
+    bf16. Raises AptError as `save_generator` does.
     """
     linears = {
         name

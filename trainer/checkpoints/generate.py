@@ -1,6 +1,4 @@
-"""`generate`: prompts to videos or pictures, from any checkpoint of this project or a base model, on one
-process or many.
-"""
+"""`generate`: make videos or pictures from prompts with any checkpoint or base model, on one process or many."""
 
 import hashlib
 import json
@@ -36,14 +34,14 @@ def generate(
     ema: float | None = None,
     **options,
 ) -> list[Path]:
-    """Write one file a sample into `out`, `NNNN-words-of-the-prompt-seedS-XXXXXX.mp4` (or .png), and return
-    this process's.
+    """Write one file per sample into `out`, and return the paths that this process wrote.
 
-    XXXXXX stands for all that the sample depends on (files, prompt, sizes, steps, ...): another request never
-    takes the place of a file, and what is there already is not made again.
-    files: the VAE and the text encoder, and the base of a LoRA. options: of OneStepPipeline. Sample number n
-    is the same for any number of processes: the `cp` processes of a row of the world make it together, rows
-    take every dp-th one.
+    Files are called `NNNN-words-of-the-prompt-seedS-XXXXXX.mp4` (or .png). XXXXXX is a hash of everything the
+    sample depends on (files, prompt, sizes, steps, ...), so another request never overwrites a file, and
+    samples that are there already are not made again.
+    files: the VAE, the text encoder and, for a LoRA, its base; options: for OneStepPipeline.
+    Sample number n is the same for any number of processes: `cp` processes make one sample together, and each
+    such group makes every dp-th sample.
     Raises AptError for files that do not fit the checkpoint, and for sizes that the model cannot make.
     """
     source = find_source(checkpoint, files.base, ema)
@@ -59,7 +57,7 @@ def generate(
     )
     request = request.fitted(pipe.sources)
     if world.main:
-        # so that the others find it in the cache, and one encoder is loaded instead of many
+        # The other processes then find the embeddings in the cache, and only one text encoder is loaded.
         pipe.embed(request)
     world.barrier()
     text = pipe.embed(request)
@@ -67,7 +65,7 @@ def generate(
     make_folder(out)
     common = _common(checkpoint, files, ema, options)
     paths = [out / _name(common, request, number) for number in range(request.samples)]
-    # as the first process sees it: partners must agree
+    # The first process decides which files exist, because processes that share a sample must agree.
     there = world.gather({number for number, path in enumerate(paths) if path.exists()})[0]
     if there and world.main:
         console.print(
@@ -97,15 +95,16 @@ def generate(
 
 
 def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> TransformerSource | Path:
-    """What a pipeline starts from: a path as it is, a training state as a source of its own. Raises AptError
-    as `open_generator` does.
+    """What a pipeline loads: the path itself or, for a training state, a TransformerSource that opens it.
+
+    Raises AptError as `open_generator` does.
     """
     path = resolve(checkpoint)
     if not is_state(path):
         if ema is not None:
-            open_generator(path, base or None, ema)  # says why not
+            open_generator(path, base or None, ema)  # raises the error that says why not
         return path
-    average_of(path, ema)  # or says why not, before anything is made
+    average_of(path, ema)  # raises now, not after sampling, if this EMA was not kept
     about = read_about(path.parent)
     below = base_of(path, about, base)
     shape = load_backbone(below, device="meta")
@@ -119,7 +118,7 @@ def find_source(checkpoint: Path, base: str = "", ema: float | None = None) -> T
 
 
 def _common(checkpoint: Path, files: Files, ema: float | None, options: Mapping) -> list:
-    """What all samples of a call depend on, in JSON's terms."""
+    """Everything that all samples of a call depend on, ready for JSON."""
 
     def file(given: str | Path) -> list:
         path = Path(given)
@@ -140,7 +139,7 @@ def _common(checkpoint: Path, files: Files, ema: float | None, options: Mapping)
 
 
 def _name(common: list, request: Request, number: int) -> str:
-    """Of the file of a sample."""
+    """The file name of a sample."""
     wishes = asdict(request) | {"prompts": request.prompt(number), "count": 1, "number": number}
     mark = hashlib.blake2b(json.dumps([*common, wishes]).encode(), digest_size=3).hexdigest()
     return f"{number:04d}-{_words(request.prompt(number))}-seed{request.seed}-{mark}.{'png' if request.frames == 1 else 'mp4'}"

@@ -1,5 +1,6 @@
-"""`inspect`: what is in a checkpoint, an adapter, a VAE, a text encoder, a folder of shards or a training
-state, and whether it would load.
+"""`inspect`: show what a file or folder of a run or model holds, and whether it would load.
+
+It knows checkpoints, adapters, VAEs, text encoders, folders of shards, and training states.
 """
 
 import json
@@ -44,16 +45,16 @@ from trainer.run.folders import is_state, resolve
 from trainer.run.state import score_of
 
 ADAPTED = re.compile(r"blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]|ffn\.[02])")
-"""What adapters lie on in a Wan: the linear layers of its blocks."""
+"""The layers of a Wan that adapters are attached to: the linear layers of its blocks."""
 
 
 def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str, str]:
-    """Facts about `path` by name, in the order to print them; "loads" is "yes" and for what, with which parts,
-    or "no" and the sentence that says why.
+    """Facts about `path` by name, in the order to print them.
 
-    deep: also read every weight, to find NaN and infinite ones. base: of a LoRA, the transformer to compare
-    it with ("mini" for the miniature's). Raises AptError when there is nothing at `path` that could be looked
-    at, and for a base with anything but a LoRA.
+    "loads" begins with "yes" (and says for what and with which parts) or "no" (and says why).
+    deep: also read every weight, to find NaN and infinity.
+    base: for a LoRA, the transformer to compare it with ("mini" is the miniature's).
+    Raises AptError when `path` holds nothing that can be inspected, and if `base` is given without a LoRA.
     """
     if base is not None and not (path.is_file() and _what(path, read_header(path)) == "LoRA"):
         raise AptError(f"{path} is not a LoRA file: leave --base away.")
@@ -169,7 +170,7 @@ def _lora_facts(lora: LoraFile) -> dict[str, str]:
 
 
 def _as_start(lora: LoraFile) -> str:
-    """What `--start-from` of stage 2 makes of it; see apt_core.models.lora.check_lora."""
+    """Whether stage 2's `--start-from` takes this LoRA; see apt_core.models.lora.check_lora."""
     times = "stage 2 calls it once, at timestep 1000, whatever times it was trained for"
     ranks = [rank for layer, rank in lora.ranks.items() if ADAPTED.fullmatch(layer)]
     others = {name for name in lora.targets if not ADAPTED.fullmatch(name.removesuffix(".weight"))}
@@ -199,8 +200,9 @@ def _numbers(config: dict) -> dict[str, str]:
 
 
 def _folder(path: Path, deep: bool) -> dict[str, str]:
-    """Of a folder of a transformer, a VAE or a text encoder, by its config.json; of one that holds all of
-    them, each part.
+    """Facts about a folder with a transformer, a VAE or a text encoder, which its config.json tells apart.
+
+    For a folder that holds all of them, facts about each part.
     """
     about = _read(path / "config.json")
     if about.get("_class_name") == "AutoencoderKLWan":
@@ -227,7 +229,7 @@ def _read(path: Path) -> dict:
 
 
 def _transformer(path: Path, deep: bool) -> str:
-    """What it is good for: `checkpoint` and `base` are the words of the commands."""
+    """What a transformer can be used for, with the names that the commands use (`checkpoint`, `base`)."""
 
     def use() -> str:
         source = read_transformer(path)
@@ -247,7 +249,7 @@ def _vae(path: Path, deep: bool) -> str:
         source = read_vae_source(path)
         if deep:
             load_vae(path)
-        # Channels of Wan's two are different, and any other model has a VAE of its own.
+        # Wan's two VAEs differ in their channels, and every other model has a VAE of its own.
         version = next((name for name, mean in LATENTS_MEAN.items() if len(mean) == source.channels), None)
         return f"as the vae of Wan {version} models" if version else f"as a vae of {source.channels} channels"
 
@@ -284,7 +286,7 @@ def _text_encoder(path: Path, deep: bool) -> dict[str, str]:
 
 
 def _attempt(load) -> str:
-    """ "yes" and what `load` says of it, if it says anything, or why not."""
+    """ "yes", with what `load` returns if it returns text; or "no", with the reason."""
     try:
         use = load()
     except AptError as error:
@@ -338,8 +340,10 @@ def _state(path: Path, deep: bool) -> dict[str, str]:
 
 
 def setting_lines(settings: Mapping) -> list[str]:
-    """One line per setting, `name  value`, with the values below each other: numbers and text as on the command
-    line, `none` for what is not set, settings within settings by their full name.
+    """One line per setting, `name  value`, in two columns.
+
+    Values are written as on the command line, with `none` for those that are not set; nested settings have
+    their full names.
     """
 
     def flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:

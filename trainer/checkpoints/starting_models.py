@@ -1,6 +1,4 @@
-"""The models that a run starts from, from where people have them: a diffusers folder, or the single files of
-ComfyUI. Never a download.
-"""
+"""Open the models that a run starts from: a diffusers folder or ComfyUI's single files. Downloads nothing."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,18 +23,19 @@ from trainer.config import Files, Model, Preset
 from trainer.files import write_json
 from trainer.run.folders import ABOUT, resolve
 
-RANDOM = "random"  # a backbone of which no weights are public may start from noise
+RANDOM = "random"  # for backbones without public weights: start from random ones
 
 
 def locate(files: Files, part: str) -> Path:
-    """Where the `base`, `vae` or `text_encoder` of a preset lies. Raises AptError when it is not given or not
-    there.
+    """The path of a preset's `base`, `vae` or `text_encoder`.
+
+    Raises AptError when it is not given or does not exist.
     """
     return find_part(part, getattr(files, part))
 
 
 def with_defaults(checkpoint: Path, base: str, vae: str, text_encoder: str, tokenizer: str) -> Files:
-    """The files as given; for a checkpoint of the miniature, those not given are the shipped ones."""
+    """The given files; for a checkpoint of the miniature, with the shipped ones where none is given."""
     checkpoint, metadata = resolve(checkpoint), {}
     if checkpoint.is_file():
         metadata = metadata_json(checkpoint, read_header(checkpoint).metadata, "apt")
@@ -49,9 +48,10 @@ def with_defaults(checkpoint: Path, base: str, vae: str, text_encoder: str, toke
 
 
 def find_base(preset: Preset) -> Path:
-    """The base transformer of a preset, checked against the preset's shape; no weight is read.
+    """The path of a preset's base transformer, after checking its shape. No weights are read.
 
-    Raises AptError when it is not given, not there, no Wan transformer, or of another shape.
+    Raises AptError when it is not given, does not exist, is not a transformer of the preset's kind, or has
+    another shape.
     """
     path = locate(preset.files, "base")
     check_base(path, preset.model, preset.name)
@@ -59,8 +59,9 @@ def find_base(preset: Preset) -> Path:
 
 
 def check_base(path: Path, model: Model, name: str, what: str = "base") -> None:
-    """Raises AptError when the transformer at `path` has not the shape of `model`, which preset `name` is
-    for. what: the option or setting that named it.
+    """Raise AptError when the transformer at `path` does not have the shape of `model`.
+
+    name: the preset that the shape comes from; what: the option or setting that gave the path.
     """
     kind = kind_of_file(path)
     if kind.name != model.kind:
@@ -105,10 +106,10 @@ def _refuse_coarse(path: Path, files: Iterable[Path], what: str) -> None:
 
 
 def times_note(start: Path) -> str | None:
-    """What is to be known of the times of few-step weights that a phase starts from, in one sentence; None
-    for this trainer's own files, which are for timestep 1000.
+    """For few-step weights from elsewhere, a sentence on the times they were made for.
 
-    Raises AptError for a file that says that it is for another timestep.
+    None for files that say that they were made for timestep 1000, as this trainer's own do. Raises AptError
+    for a file that names another timestep.
     """
     if not start.exists():
         raise AptError(f"--start-from {start} does not exist: give a model or a LoRA over the base.")
@@ -127,8 +128,9 @@ def times_note(start: Path) -> str | None:
 
 
 def write_random_base(path: Path, preset: Preset) -> None:
-    """An untrained backbone of the preset's shape, the same each time. Raises AptError for a kind with public
-    weights, which are better.
+    """Write an untrained backbone with the preset's shape; its weights are the same each time.
+
+    Raises AptError for a kind of backbone with public weights, because those are the better start.
     """
     model, kind = preset.model, kind_named(preset.model.kind)
     if kind.public:
@@ -143,20 +145,21 @@ def write_random_base(path: Path, preset: Preset) -> None:
 
 
 def build(model: Model) -> nn.Module:
-    """An untrained backbone of this shape."""
+    """An untrained backbone with this shape."""
     make = kind_named(model.kind).build
     return make(model.layers, model.heads, model.head_dim, model.ffn, model.channels, model.text_dim)
 
 
 def describe_state(folder: Path, base: Path, metadata: dict, lora: tuple[int, float | None] | None) -> None:
-    """Write beside the training states of a stage what an export of them needs: the base, the metadata, and
-    (rank, alpha) of a LoRA.
+    """Write what is needed to export a stage's training states into their folder.
+
+    lora: (rank, alpha), or None for a stage that trains all weights.
     """
     write_json(folder / ABOUT, {"base": str(base.resolve()), "metadata": metadata, "lora": lora})
 
 
 def read_about(folder: Path) -> dict:
-    """What `describe_state` wrote there. Raises AptError when it is missing or damaged."""
+    """Read what `describe_state` wrote into `folder`. Raises AptError when it is missing or damaged."""
     remedy = f"give a whole training state that the trainer wrote, with its {ABOUT} beside it"
     about = read_object(folder / ABOUT, remedy)
     lora = about.get("lora")
@@ -179,14 +182,15 @@ def _is_lora(value: object) -> bool:
 
 
 def open_vae(files: Files):
-    """The VAE of a preset, fp32 and frozen. Raises AptError as `locate` and `apt_core.models.vae.load_vae`
-    do.
+    """Load a preset's VAE, fp32 and frozen.
+
+    Raises AptError as `locate` and `apt_core.models.vae.load_vae` do.
     """
     return load_vae(locate(files, "vae"))
 
 
 def open_text_encoder(files: Files, text_length: int) -> TextEncoder:
-    """The text encoder of a preset with its tokenizer, on the CPU.
+    """Load a preset's text encoder with its tokenizer, on the CPU.
 
     Raises AptError as `locate` and `apt_core.loading.text_files.load_text_encoder_files` do.
     """

@@ -1,5 +1,6 @@
-"""A generator from whatever a run leaves: a checkpoint file, a LoRA file, a diffusers folder, a training
-state, or the run's folder itself.
+"""Open a generator from anything a run produces.
+
+That is a checkpoint file, a LoRA file, a diffusers folder, a training state, or the run's folder itself.
 """
 
 import math
@@ -33,9 +34,11 @@ ROLE = "generator"
 
 @dataclass
 class Generator:
-    """model: callable as a backbone, fp32, on the CPU, with its whole weights; base: what its adapters lie
-    on, for one trained as a LoRA; metadata: the `apt` object. A LoRA of other layers than our trainer's is
-    added to the weights: no base.
+    """A generator in fp32 on the CPU.
+
+    model: a backbone with all its weights; metadata: the `apt` object (apt_core.files.contract).
+    base: for a LoRA, the network its adapters are attached to; otherwise None. A LoRA that covers other
+    layers than our trainer's is merged into the weights, so it has no base either.
     """
 
     model: nn.Module
@@ -44,13 +47,13 @@ class Generator:
 
 
 def open_generator(path: str | Path, base: str | Path | None = None, ema: float | None = None) -> Generator:
-    """The generator at `path`.
+    """Open the generator at `path`.
 
-    base: the transformer that a LoRA file belongs to, or where that of a training state is now. ema: of a
-    training state, which average; by default the first, 0 is the raw weights.
-    Of a run's folder the last finished stage is taken, of a folder of states the newest.
-    Raises AptError for anything that cannot be used: see `load_transformer`; a LoRA without its base; an
-    average that was not kept.
+    A run's folder gives the result of its last finished stage, a folder of states its newest state.
+    base: the transformer that a LoRA file belongs to; for a training state, its base if that has moved.
+    ema: for a training state, the decay of the EMA to take; by default the stage's own, 0 for raw weights.
+    Raises AptError for a file that cannot be used (see `load_transformer`), a LoRA without its base, and an
+    EMA that was not kept.
     """
     path = resolve(Path(path))
     if is_state(path):
@@ -68,7 +71,7 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
         return Generator(load_backbone(path), None, metadata)
     if not base:
         if not metadata:
-            read_lora(path)  # which may say why no base would do
+            read_lora(path)  # raises if no base would help
         raise AptError(f"{path} is a LoRA: add --base PATH of the transformer that it belongs to.")
     below = locate(Files(base=str(base)), "base")
     lora = read_lora_for(path, load_backbone(below, device="meta"), below)
@@ -81,8 +84,9 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
 
 
 def _like_ours(lora: LoraFile, base: Path) -> bool:
-    """Whether it fits our trainer's adapters: factors of one rank, on all linear layers of the blocks. What
-    else it changes are differences.
+    """Whether a LoRA fits our trainer's adapters: one rank, and factors for all linear layers of the blocks.
+
+    Anything else that it changes is kept as differences.
     """
     if len(set(lora.ranks.values())) != 1:
         return False
@@ -91,15 +95,17 @@ def _like_ours(lora: LoraFile, base: Path) -> bool:
 
 
 def cast(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The module on a device and in a dtype, all of it: diffusers' own `to` warns of parts that it keeps in
-    fp32 elsewhere.
+    """Move the whole module to a device and dtype.
+
+    We avoid diffusers' own `to`, because it warns about the parts that it prefers in fp32.
     """
     return nn.Module.to(module, device, dtype)
 
 
 def base_of(state: Path, about: Mapping, given: str | Path | None = None) -> Path:
-    """The transformer that a training state began from: the one that is given, else where it lay then. Raises
-    AptError when it is not there.
+    """The path of the transformer that a training state started from: `given`, or else where it was then.
+
+    Raises AptError when it does not exist.
     """
     path = locate(Files(base=str(given)), "base") if given else Path(about["base"])
     if not path.exists():
@@ -110,7 +116,7 @@ def base_of(state: Path, about: Mapping, given: str | Path | None = None) -> Pat
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Put a state's weights into a network. Raises AptError for ones that are not its own."""
+    """Load a state's weights into a network. Raises AptError when they do not fit it."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -120,10 +126,10 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def open_discriminator(path: str | Path, base: str | Path | None = None) -> tuple[Discriminator, dict]:
-    """The discriminator of a training state of stage 2, fp32 on the CPU, and the run's identity (phase,
-    shift, ...).
+    """Open the discriminator of a training state, fp32 on the CPU.
 
-    Raises AptError for anything but such a state, and for a state of stage 1, which has none.
+    Also returns the run's identity (phase, shift, ...).
+    Raises AptError for anything but a training state of stage 2.
     """
     state = State(resolve(Path(path)))
     if not state.names("discriminator.weights/"):
@@ -145,20 +151,20 @@ def open_discriminator(path: str | Path, base: str | Path | None = None) -> tupl
 
 
 def _add_differences(state: Path, model: nn.Module, name: str) -> None:
-    """What the role has of the run's start beside adapters, which lies beside the states."""
+    """Add the differences, besides adapters, that the run's start had; they are stored beside the states."""
     if (beside := state.parent / DIFFERENCES).is_file():
         load_lora(beside, model, name)
 
 
 class State:
-    """A training state as a reader sees it: `about` of the stage, `facts` of the moment, and tensors by the
-    beginning of their names.
+    """A training state, opened for reading.
 
-    Raises AptError for a folder that is not a whole state.
+    `about` describes the stage, `facts` this state (its update, the run's identity, ...); `tensors` reads
+    tensors by prefix. Raises AptError for a folder that is not a complete state.
     """
 
     def __init__(self, path: Path, check: bool = True) -> None:
-        """check: read all of its files, to compare their digests."""
+        """check: read all of the state's files to verify their digests."""
         self.path = path
         remedy = f"give a whole training state that the trainer wrote, with its {ABOUT} beside it"
         self.about, self.facts = read_about(path.parent), read_facts(path, remedy)
@@ -177,7 +183,10 @@ class State:
         return math.prod(self._entries[name].size)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Those whose names begin so, by the rest of their names."""
+        """The tensors whose names begin with `prefix`, by the rest of their names.
+
+        Raises AptError for a state that cannot be loaded.
+        """
         tensors = {
             name: torch.empty(self._entries[name].size, dtype=self._entries[name].properties.dtype)
             for name in self.names(prefix)
@@ -192,14 +201,15 @@ class State:
 
 
 def average_of(path: Path, ema: float | None) -> float:
-    """The decay of the average that `open_generator` takes of a training state, 0 for the raw weights; no
-    weight is read. Raises AptError for one that was not kept.
+    """The decay of the EMA that `open_generator` would take from a training state; 0 for the raw weights.
+
+    No weights are read. Raises AptError for an EMA that was not kept.
     """
     return float(_average(State(path, check=False), ema))
 
 
 def _average(state: State, ema: float | None) -> str:
-    """Its name in the state."""
+    """The name of this EMA in the state."""
     decays = sorted(
         {name.split("/")[0].removeprefix("averages.") for name in state.names("averages.")}, key=float
     )
@@ -224,7 +234,7 @@ def _from_state(path: Path, ema: float | None, given: str | Path | None) -> Gene
         "ema": float(wanted),
     }
     if ema != 0:
-        # what it was before it was a setting
+        # Runs from before this was a setting used 10.
         metadata["ema_warmup"] = facts["identity"].get("ema_warmup", 10)
 
     base = load_backbone(base_of(path, about, given))

@@ -1,1 +1,1 @@
-"""One stage of a run from plan to result: what it needs, its checks, its files, what it tells."""
+"""Run one stage: plan it, check it, find its files, train, and report the result."""

@@ -1,4 +1,4 @@
-"""Whether data, VAE, text encoder and model belong together."""
+"""Check that the data, the VAE, the text encoder and the model belong together."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from trainer.machines.distributed import World
 
 
 def check_parts(preset: Preset, vae, text: TextEncoder) -> None:
-    """Raises AptError when the VAE or the text encoder does not belong to the preset's model."""
+    """Raise AptError when the VAE or the text encoder does not fit the preset's model."""
     model = preset.model
     if vae.config.z_dim != model.channels:
         raise AptError(
@@ -25,9 +25,7 @@ def check_parts(preset: Preset, vae, text: TextEncoder) -> None:
 
 
 def check_shards(batches: Batches, preset: Preset, folder: Path, world: World) -> None:
-    """Raises AptError when shards were made for another model, or with another VAE or text encoder than the
-    ones that are given.
-    """
+    """Raise AptError when the shards were made for another model, or with another VAE or text encoder."""
     model, data = preset.model, next(iter(batches.datasets.values()))
     facts = {
         "latent channels": (data.vae["channels"], model.channels),
@@ -50,7 +48,7 @@ def check_shards(batches: Batches, preset: Preset, folder: Path, world: World) -
         "text_encoder": lambda: open_text_encoder(preset.files, model.text_length),
     }
     other = ""
-    if world.main:  # eight text encoders at once would not fit a machine's memory
+    if world.main:  # one process only: eight text encoders would not fit into a machine's memory
         wrong = (
             part
             for part in made

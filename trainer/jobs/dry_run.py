@@ -1,6 +1,4 @@
-"""`--dry-run`: the account of a stage for a machine, and the nearest settings that fit where the wanted ones
-do not.
-"""
+"""`--dry-run`: what a stage needs on a machine, and the nearest settings that fit if the chosen ones do not."""
 
 from itertools import combinations
 
@@ -18,8 +16,9 @@ MOST_GPUS = 4096
 
 
 def check_fit(preset: Preset, stage: str, variant: str | None, machine: Machine) -> Account:
-    """The account, if it fits. Raises AptError with the nearest settings that would, when the memory of the
-    GPUs cannot hold it.
+    """The stage's account (trainer.machines.account), if it fits into the GPUs' memory.
+
+    Otherwise raises AptError, whose message names the nearest settings that would fit.
     """
     needed = account(preset, stage, variant, machine.gpus)
     if needed.bytes <= machine.usable:
@@ -43,9 +42,9 @@ def check_fit(preset: Preset, stage: str, variant: str | None, machine: Machine)
 def show_account(
     preset: Preset, stage: str, variant: str | None, machine: Machine, attention: str = ""
 ) -> None:
-    """Print the account of a stage, whether it fits or not, and the attention backend where it is known.
+    """Print a stage's account, and the attention backend if one is given.
 
-    Raises AptError as `check_fit` does, after printing.
+    If the account does not fit, raises the AptError of `check_fit` after printing it.
     """
     needed = account(preset, stage, variant, machine.gpus)
     kinds = ("image", "video") if stage == "distill" else (stage,)
@@ -92,7 +91,7 @@ def show_account(
 
 
 def _by_settings(preset: Preset, stage: str, variant: str | None, machine: Machine) -> str | None:
-    """The least costly set of changes that fits, as what to write on the command line."""
+    """The least costly set of changes with which the stage fits, as `key=value`s; None if there is none."""
     options = _changes(preset, stage, variant, machine.gpus)
     sets = [group for size in range(1, 6) for group in combinations(options, size)]
     for group in sorted(sets, key=lambda group: sum(cost for cost, _ in group)):
@@ -109,7 +108,7 @@ def _by_settings(preset: Preset, stage: str, variant: str | None, machine: Machi
 
 
 def _changes(preset: Preset, stage: str, variant: str | None, gpus: int) -> list[tuple[int, list[str]]]:
-    """(cost, settings): what each gives up, from nothing but time to the size of the clips."""
+    """(cost, settings) of each change that saves memory. Cheap ones take time, the dearest shrink clips."""
     train, model, data = preset.train, preset.model, preset.data
     out = []
 
@@ -165,12 +164,12 @@ def _splits(preset: Preset, stage: str, variant: str | None, gpus: int) -> list[
 
 
 def _by_gpus(preset: Preset, stage: str, variant: str | None, machine: Machine) -> str | None:
-    """The smallest power-of-two multiple of the GPUs that holds the settings as they are."""
+    """The smallest number of GPUs (this machine's times 2, 4, ...) on which the unchanged settings fit."""
     gpus = machine.gpus * 2
     while gpus <= MOST_GPUS:
         try:
             needed = account(preset, stage, variant, gpus)
-        except AptError:  # the batch does not divide over as many
+        except AptError:  # the batch cannot be divided over this many
             return None
         if needed.bytes <= machine.usable:
             return f"take {gpus} such GPUs ({needed.bytes / GIB:.1f} GiB)"

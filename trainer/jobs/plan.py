@@ -1,5 +1,6 @@
-"""One stage of a run as a plan: what it trains, from what, on which machine, and all that can be checked
-before a weight is read.
+"""Plan a stage: what it trains, from which files, on which machine.
+
+Everything that can be checked before weights are read is checked here.
 """
 
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ STAGES = ("distill", "image", "video")
 
 @dataclass(frozen=True)
 class Plan:
-    """A stage ("distill", or stage 2's "image" or "video") of a preset, with its recipe applied, in the
-    folder `out` of a run.
+    """One stage of a run, as `make_plan` makes it.
 
-    base: the transformer's file; attention: the backend in words; account: counted memory and FLOPs. Made by
-    `make_plan`.
+    preset: with its recipe applied; stage: "distill", or stage 2's "image" or "video"; out: the run's folder.
+    base: the base transformer's file; attention: the attention backend, in words; account: the memory and
+    FLOPs that were counted.
     """
 
     preset: Preset
@@ -45,7 +46,7 @@ class Plan:
 
     @property
     def result(self) -> Path:
-        """The file that the stage leaves."""
+        """The file that the stage writes its result to."""
         return final_file(self.out, self.preset, self.stage)
 
     @property
@@ -58,7 +59,7 @@ class Plan:
 
     @property
     def settings(self) -> Adversarial:
-        """Of the phase of stage 2."""
+        """The settings of this phase of stage 2."""
         return getattr(self.preset.phases(self.recipe), self.stage)
 
     @property
@@ -68,26 +69,24 @@ class Plan:
 
     @property
     def ema_decays(self) -> list[float]:
-        """Of the averages beside the stage's own."""
+        """Decays of the additional EMAs, without the stage's own."""
         own = self.preset.distill.ema_decay if self.stage == "distill" else self.settings.ema_decay
         return [decay for decay in self.preset.train.ema_decays if decay != own]
 
     @property
     def work(self) -> Work | None:
-        """What an update costs on this machine, for the log of stage 2."""
+        """What an update costs on this machine, for the log of stage 2; None for stage 1."""
         if self.stage == "distill":
             return None
         return Work(self.settings.batch, self.account.flops, self.machine.peak * self.machine.gpus)
 
     @property
     def kind(self) -> str:
-        """What it trains on, if the shards have it: stage 1 on clips first of all."""
+        """The kind of sample that it trains on, if the shards have it. Stage 1 prefers clips."""
         return "video" if self.stage == "distill" else self.stage
 
     def metadata(self, kind: str) -> dict:
-        """What the stage's files say of themselves, trained on samples of `kind`; see
-        apt_core.files.contract.
-        """
+        """Metadata for the stage's files when it trains on samples of `kind`; see `metadata`."""
         return metadata(self.preset, self.stage, kind, self.recipe, self.seed)
 
 
@@ -100,11 +99,11 @@ def make_plan(
     seed: int = 0,
     shards: Path | None = None,
 ) -> Plan:
-    """The plan of a stage. preset: with its recipe applied (`Preset.with_recipe`); machine: this one, unless
-    given.
+    """Plan a stage on this machine. preset: with its recipe applied (`Preset.with_recipe`).
 
-    Raises AptError for a device, a backend or a compiler that is not there, a base that is missing or of
-    another shape, and settings that do not go together.
+    recipe: by default the preset's own; shards: by default those in the run's folder `out`.
+    Raises AptError for a device, a backend or a compiler that is not there, for a base that is missing or has
+    another shape, for settings that contradict each other, and when the stage does not fit the GPUs' memory.
     """
     device = pick_device(preset.train.device)
     parallel, attention = parallel_of(preset, device)
@@ -129,15 +128,14 @@ def make_plan(
 
 
 def final_file(out: Path, preset: Preset, stage: str) -> Path:
-    """What a stage leaves: "distill", or stage 2's "image" or "video"."""
+    """The file with a stage's result. stage: "distill", or stage 2's "image" or "video"."""
     return out / {"distill": DISTILLED, "image": IMAGE, "video": f"apt-{preset.name}.safetensors"}[stage]
 
 
 def find_start(plan: Plan) -> Path:
-    """The generator's first weights: what the stage before left in the run; the miniature may also start from
-    its base.
+    """The file with the generator's first weights: the result of the stage before this one in the run.
 
-    Raises AptError when no stage before has been run.
+    If there is none, the miniature starts from its base; for other presets this raises AptError.
     """
     out, preset = plan.out, plan.preset
     before = [
@@ -154,7 +152,7 @@ def find_start(plan: Plan) -> Path:
 
 
 def metadata(preset: Preset, stage: str, kind: str, recipe: str, seed: int) -> dict:
-    """What the files of a stage say of themselves, trained on samples of `kind`; see apt_core.files.contract."""
+    """Metadata for a stage's files when it trains on samples of `kind`; see apt_core.files.contract."""
     model = preset.model
     return {
         "base": MINI if preset.files.base == MINI else preset.name,

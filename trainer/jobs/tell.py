@@ -1,4 +1,4 @@
-"""What a run tells on the console, and its log: from the main process, once."""
+"""A run's console output and log, written once, by the main process."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ from trainer.run.state import best_state
 
 
 def say(line: str) -> None:
-    """A line as it is: no markup, no wrapping."""
+    """Print a line as it is, without markup or wrapping."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def progress(title: str, world: World) -> Iterator[Callable]:
-    """A bar, on the main process alone."""
+    """A progress bar; other processes than the main one show none."""
     if not world.main:
         yield lambda *_: None
         return
@@ -30,7 +30,7 @@ def progress(title: str, world: World) -> Iterator[Callable]:
 
 @contextmanager
 def monitor(plan: Plan, world: World, bar: Callable) -> Iterator[Callable]:
-    """The log of a stage, which tells `bar` too."""
+    """A stage's log; what is reported to it also moves `bar`."""
     if not world.main:
         yield bar
         return
@@ -43,7 +43,7 @@ def monitor(plan: Plan, world: World, bar: Callable) -> Iterator[Callable]:
 
 
 def tell_result(plan: Plan) -> None:
-    """Which file is the result, and which state was judged better."""
+    """Print which file is the result, and whether an earlier state was judged better."""
     newest, best = newest_state(plan.states), best_state(plan.states)
     if best is None:
         say(f"{plan.result} is the result.")
@@ -57,7 +57,7 @@ def tell_result(plan: Plan) -> None:
 
 
 def tell_precomputed(made: Report, folder: Path) -> None:
-    """How many samples lie in `folder` now, and what was left out."""
+    """Print how many samples `folder` holds now, and what was left out."""
     for bad in made.skipped:
         say(f"left out: {bad.reason}")
     for name, done in made.converted.items():

@@ -1,8 +1,8 @@
-"""What the commands do in the folder of a run.
+"""The commands precompute, distill and adversarial, as functions on the folder of a run.
 
-It holds `latents` (shards), `distilled.safetensors`, `apt-image.safetensors` and `apt-NAME.safetensors` (of
-the video phase), `states/STAGE` with the training states, and `log/STAGE` with history.csv and TensorBoard's
-files. The demo's is such a folder too.
+That folder holds `latents` (shards), `distilled.safetensors`, `apt-image.safetensors`,
+`apt-NAME.safetensors` (from the video phase), `states/STAGE` (training states) and `log/STAGE` (history.csv
+and TensorBoard's files). The demo's folder is one of these too.
 """
 
 import sys
@@ -67,8 +67,10 @@ def run_precompute(
     truncate_captions=False,
     seed: int = 0,
 ) -> Report:
-    """Encode `data` (for the miniature: drawn clips, unless given) into `out`/latents, on all processes of
-    the run.
+    """Encode `data` into `out`/latents, with all processes of the run; see trainer.data.precompute.
+
+    Without `data`, the miniature draws its own clips and images. Raises AptError as `precompute` does, and
+    when there is no data for another preset.
     """
     device = pick_device(preset.train.device)
     with connect(device, patience=timedelta(days=30)) as world:
@@ -130,8 +132,9 @@ def _precompute(
 
 
 def run_distill(preset: Preset, out: Path, *, seed: int = 0, shards: Path | None = None) -> list[dict]:
-    """Stage 1 on a run's shards, by the preset's method; returns the history. Raises AptError as `make_plan`
-    and `distill`.
+    """Run stage 1 by the preset's method (`distill.method`) on the run's shards. Returns the history.
+
+    Raises AptError as `make_plan` and the method's function (`distill` or `match_distributions`) do.
     """
     plan = make_plan(preset, "distill", out, seed=seed, shards=shards)
     train = {"consistency": distill, "dmd": match_distributions}[preset.distill.method]
@@ -152,15 +155,16 @@ def run_adversarial(
     seed: int = 0,
     shards: Path | None = None,
 ) -> list[dict]:
-    """One phase of stage 2: the generator goes on from `start`, by default the stage before it, the
-    discriminator from the base.
+    """Run one phase of stage 2 ("image" or "video") on the run's shards. Returns the history.
 
-    Returns the history. Raises AptError as `make_plan`, `find_start` and `adversarial`.
+    start: file with the generator's first weights, by default the result of the stage before. The
+    discriminator starts from the base, unless the phase's `discriminator_start` says otherwise.
+    Raises AptError as `make_plan`, `find_start` and `adversarial` do.
     """
     plan = make_plan(preset, phase, out, recipe=variant, seed=seed, shards=shards)
     note = _check_start(plan, start) if start else None
     if start and plan.base.exists() and start.samefile(plan.base):
-        start = plan.base  # by whatever path
+        start = plan.base  # the same file, perhaps by another path
     with _ready(plan) as (world, batches, options):
         if phase not in batches.datasets:
             raise AptError(f"the shards hold no {phase}s: run precompute on some, or train the other phase.")
@@ -192,20 +196,25 @@ def run_adversarial(
 
 
 def _check_start(plan: Plan, start: Path) -> str | None:
-    """What is to be known of the times of a start that was given; see `times_note`. Raises AptError for one
-    that the phase cannot begin with, before anything is encoded or read.
+    """Check a file given as `start` before anything is encoded or its weights are read.
+
+    Returns what the user should know about the times it was made for (see `times_note`). Raises AptError if
+    the phase cannot start from it.
     """
     note = times_note(start)
     if start.is_dir() or not is_lora_file(start):
         check_base(start, plan.preset.model, plan.preset.name, "--start-from")
-    if plan.base.exists() and not start.samefile(plan.base):  # a random one may not be written yet
+    if plan.base.exists() and not start.samefile(plan.base):  # a random base may not exist yet
         check_start(start, plan.base, load_backbone, plan.lora)
     return note
 
 
 @contextmanager
 def _ready(plan: Plan) -> Iterator[tuple[World, Batches, dict]]:
-    """The processes, the data, and the options that both trainings take; tells how it ended."""
+    """Connect the processes, open the data, and yield both with the options that every stage takes.
+
+    Afterwards it prints how the stage ended.
+    """
     preset, train = plan.preset, plan.preset.train
     with connect(
         plan.device, context_parallel=train.context_parallel, sharded=plan.parallel.sharded
@@ -238,11 +247,11 @@ def _ready(plan: Plan) -> Iterator[tuple[World, Batches, dict]]:
 
 
 def _options(plan: Plan, batches: Batches, world: World) -> dict:
-    """What both trainings take beside their data and settings."""
+    """The arguments that stages 1 and 2 have in common, besides data and settings."""
     train, kind = plan.preset.train, batches.available(plan.kind)
     metadata = plan.metadata(kind)
     lora = (train.lora_rank, train.lora_alpha) if plan.lora else None
-    # not before the folder is known to be this run's
+    # Called later: only Keep can tell whether the folder belongs to this run.
     describe = partial(describe_state, plan.states, plan.base, metadata, lora)
     judge = None
     if train.save_every and train.keep_best and train.judge_samples:
@@ -261,7 +270,10 @@ def _options(plan: Plan, batches: Batches, world: World) -> dict:
 
 
 def _embedder(preset: Preset, folder: Path):
-    """For prompts: those encoded with the shards; the miniature's text encoder is at hand anyway."""
+    """What embeds prompts: the file stored with the shards or, if there is none, the text encoder.
+
+    The miniature always takes its text encoder, which is small and shipped.
+    """
     stored = (folder / PROMPTS).exists() and preset.files.text_encoder != MINI
     return (
         Prompts(folder)
@@ -271,8 +283,9 @@ def _embedder(preset: Preset, folder: Path):
 
 
 def _measures(plan: Plan, batches: Batches, world: World) -> dict[str, Measure]:
-    """What is watched of clips: how much they move, and where the miniature trains on clips that it has drawn,
-    how far their objects really travel, which takes decoding.
+    """What to measure on generated clips during training: how much they move.
+
+    If the miniature trains on drawn clips, it also decodes some and measures how far their objects travel.
     """
     if plan.kind != "video":
         return {}
@@ -285,7 +298,7 @@ def _measures(plan: Plan, batches: Batches, world: World) -> dict[str, Measure]:
 
 
 def _to_video(preset: Preset, world: World) -> Callable[[Tensor], np.ndarray]:
-    """Latents `[n, C, F, h, w]` to uint8 `[n, F, H, W, 3]`, by the preset's VAE."""
+    """A function that decodes latents `[n, C, F, h, w]` to uint8 `[n, F, H, W, 3]` with the preset's VAE."""
     vae = open_vae(preset.files).to(world.device)
 
     @torch.no_grad()
