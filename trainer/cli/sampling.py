@@ -131,6 +131,10 @@ def evaluate(
         Path | None, option("For the metric fd: a TOML file that names networks, see docs/evaluate.md.")
     ] = None,
     out: Annotated[Path, option("Folder for figures, page and clips.")] = Path("evaluation"),
+    vbench: Annotated[
+        Path | None,
+        option("Folder for copies of the samples named as VBench takes them; prints its command."),
+    ] = None,
     seed: Noise = 0,
     count: Annotated[int, option("Samples per prompt; diversity needs 2 or more.", min=1)] = 1,
     steps: Annotated[int, option("Network calls of APT and distilled models.", min=1)] = 1,
@@ -182,6 +186,7 @@ def evaluate(
             features=features,
             emas=ema or (),
             reals=reals,
+            vbench=vbench,
             files=Files(base=base, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer),
             world=world,
         )

@@ -29,6 +29,7 @@ from .models import Model, Wishes, open_models, sample, stamp, with_prompts
 from .page import write_page
 from .real import Real, find_real
 from .tables import tell, write_tables
+from .vbench import check_folder, lay_out
 
 PACKAGES = ("comfyui-apt", "torch", "diffusers", "transformers", "numpy", "scipy", "av")
 REALS = 16
@@ -70,6 +71,7 @@ def evaluate(
     features: Path | None = None,
     emas: Sequence[float] = (),
     reals: int | None = None,
+    vbench: Path | None = None,
     files: Files = Files(),
     world: World = World(),
 ) -> dict:
@@ -82,11 +84,12 @@ def evaluate(
         there are samples of one model.
     features: a TOML file, see `features.Network`.
     emas: of each training state, the averages with these decays.
+    vbench: a folder for copies of the samples as VBench takes them.
     world: its processes share the work; `out` must be one folder for all of them. What an evaluation of the
         same request had measured before it was stopped is kept.
 
     Raises AptError, before any weight is read, if there is no prompt, files do not fit each other, models
-    make different sizes, `out` already holds files, or there are too few clips for a Frechet distance.
+    make different sizes, `out` or `vbench` already holds files, or there are too few clips for a Frechet distance.
     """
     names = chosen(metrics, features)
     if FD in names and data is None:
@@ -100,6 +103,8 @@ def evaluate(
     texts = read_prompts(prompts) if prompts else []
     models = open_models(checkpoints, emas, files, wishes)
     request, sources = models[0].request, models[0].sources
+    if vbench is not None:
+        _alike(world, lambda: check_folder(vbench, out, request.frames))
     real = None
     if data is not None:
         real = find_real(data, request, request.latents(sources), reals or len(texts) * wishes.count or REALS)
@@ -117,8 +122,9 @@ def evaluate(
         write_json(out / RESULT, result)
         write_tables(out, result)
         write_page(out / PAGE, result)
+        commands = lay_out(vbench, out, result) if vbench else []
         desk.close()
-        tell(result, out / PAGE)
+        tell(result, out / PAGE, commands)
     world.barrier()
     return result
 

@@ -40,8 +40,8 @@ def _csv(path: Path, head: Sequence, lines: Iterable[Sequence]) -> None:
         csv.writer(file, lineterminator="\n").writerows([head, *lines])
 
 
-def tell(result: dict, page: Path) -> None:
-    """The table, and where the page is."""
+def tell(result: dict, page: Path, commands: Sequence[str] = ()) -> None:
+    """The table, where the page is, and the commands that would run VBench."""
     names = list(dict.fromkeys(name for model in result["models"] for name in model["metrics"]))
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("")
@@ -52,3 +52,7 @@ def tell(result: dict, page: Path) -> None:
         table.add_row(name, *(cell(entry["metrics"].get(name)) for entry in sets))
     console.print(table)
     console.print(f"{page}", markup=False, highlight=False, soft_wrap=True)
+    if commands:
+        console.print("VBench has not been run. Where it is installed, this runs it:")
+    for line in commands:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,112 @@
+"""`evaluate --vbench`: the layout that VBench's mode custom_input reads, and the command that runs it."""
+
+import hashlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from apt_core.errors import AptError
+from trainer.__main__ import app
+from trainer.evaluate.vbench import DIMENSIONS, check_folder, video_names
+
+PROMPTS = ["a red circle", "50/50: left or right?"]
+
+
+def digits(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:8]
+
+
+def told(name: str) -> str:
+    """The prompt that VBench reads from a name: its stem without the number at the end."""
+    return re.sub(r"-\d+$", "", Path(name).stem)
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_samples_are_laid_out_for_vbench_and_its_command_is_printed(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    out, folder = tmp_path / "out", tmp_path / "to test" / "vbench"
+    given = ("--prompts", tmp_path / "prompts.txt", "--count", 2, "--metrics", "contrast")
+    run = command("mini", *given, "--out", out, "--vbench", folder)
+    assert run.exit_code == 0, run.output
+    second = f"50 50  left or right  {digits(PROMPTS[1])}"
+    names = ["a red circle-0.mp4", "a red circle-1.mp4", f"{second}-0.mp4", f"{second}-1.mp4"]
+    assert sorted(path.name for path in folder.iterdir()) == ["01-apt_mini", "prompts.json"]
+    assert {path.name for path in (folder / "01-apt_mini").iterdir()} == set(names)
+    clips = json.loads((out / "evaluation.json").read_text())["models"][0]["clips"]
+    for name, clip in zip(names, clips):
+        assert (folder / "01-apt_mini" / name).read_bytes() == (out / clip["file"]).read_bytes()
+    assert len({(folder / "01-apt_mini" / name).read_bytes() for name in names}) == 4
+    told = json.loads((folder / "prompts.json").read_text())
+    assert told == dict(zip(names, [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2))
+    assert "VBench has not been run" in run.output
+    (line,) = [line for line in run.output.splitlines() if line.startswith("vbench evaluate ")]
+    assert shlex.split(line) == [
+        *("vbench", "evaluate", "--dimension", "subject_consistency", "background_consistency"),
+        *("motion_smoothness", "dynamic_degree", "aesthetic_quality", "imaging_quality"),
+        *("--videos_path", f"{folder}/01-apt_mini", "--mode=custom_input"),
+        *("--prompt_file", f"{folder}/prompts.json", "--output_path", f"{folder}/results/01-apt_mini"),
+    ]
+
+
+def test_a_prompt_that_a_name_can_hold_is_the_name():
+    prompts = ["Ukiyo-3", "a cat. It sleeps.", "ein Käse", "an owl's eye, 100%"]
+    assert [told(name) for name in video_names(prompts, 1)] == prompts
+    assert video_names(["x", "y", "x"], 2) == [
+        *("x-0.mp4", "x-1.mp4", "y-0.mp4", "y-1.mp4", "x-2.mp4", "x-3.mp4")
+    ]
+
+
+@pytest.mark.parametrize("letter", ["w", "é", "水", "🐈"])
+def test_a_name_ends_at_255_bytes_and_never_within_a_character(letter, tmp_path):
+    size = len(letter.encode())
+    whole = letter * (249 // size) + "w" * (249 % size)  # and "-0.mp4": 255 bytes
+    names = video_names([whole], 1)
+    assert names == [f"{whole}-0.mp4"] and len(names[0].encode()) == 255
+    long = [letter * 300 + end for end in ("one", "two")]
+    names = video_names(long, 6)  # indices of two digits would fit
+    assert len(set(names)) == 12
+    for name, prompt in zip(names, [long[0]] * 6 + [long[1]] * 6):
+        assert 255 - 1 - size < len(name.encode()) <= 255
+        assert told(name) == letter * ((255 - 7 - 9) // size) + " " + digits(prompt)
+        (tmp_path / name).touch()
+
+
+def test_names_are_told_apart_where_only_the_prompts_are():
+    prompts = ["a b", "a/b", "a:b", "a\tb", "A B", "caf\u00e9", "cafe\u0301"]
+    names = video_names(prompts, 1)
+    assert names[0] == "a b-0.mp4" and names[5] == "caf\u00e9-0.mp4"
+    for number in (1, 2, 3):
+        assert names[number] == f"a b {digits(prompts[number])}-0.mp4"
+    assert names[4] == f"A B {digits('A B')}-0.mp4"
+    assert names[6] == f"cafe\u0301 {digits(prompts[6])}-0.mp4"
+
+
+def test_mistakes_are_refused_before_anything_is_made(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    given = ("mini", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out")
+    run = command(*given, "--vbench", tmp_path / "full")
+    assert run.exit_code == 2 and run.stderr.count("\n") == 1
+    assert "full already exists and is not empty: give another folder, or remove it." in run.stderr
+    run = command(*given, "--frames", 1, "--vbench", tmp_path / "vbench")
+    assert run.exit_code == 2 and "is for videos, but each sample is one picture" in run.stderr
+    assert not (tmp_path / "out").exists() and (tmp_path / "full" / "mine.txt").exists()
+    for folder in (tmp_path / "out", tmp_path):
+        with pytest.raises(AptError, match="is or holds --out .*: give another folder, or one in --out"):
+            check_folder(folder, tmp_path / "out", 9)
+    check_folder(tmp_path / "out" / "vbench", tmp_path / "out", 9)
+
+
+def test_the_docs_name_the_six_dimensions():
+    text = (Path(__file__).parents[3] / "docs" / "evaluate.md").read_text()
+    section = text.split("## VBench\n")[1].split("\n# ")[0]
+    assert len(set(DIMENSIONS)) == 6 and all(f"`{name}`" in section for name in DIMENSIONS)
+    assert "**VBench is not run here**" in section
