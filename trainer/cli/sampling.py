@@ -128,7 +128,7 @@ def evaluate(
         str | None, option("Names of metrics, separated by commas; by default all that are possible.")
     ] = None,
     features: Annotated[
-        Path | None, option("For the metric fd: a TOML file that names networks, see docs/evaluate.md.")
+        Path | None, option("For fd and clip_score: a TOML file that names networks, see docs/evaluate.md.")
     ] = None,
     out: Annotated[Path, option("Folder for figures, page and clips.")] = Path("evaluation"),
     vbench: Annotated[

@@ -22,9 +22,10 @@ from trainer.files import write_json
 from trainer.machines.distributed import World
 from trainer.run.progress import console, stage_bar
 
-from .features import Features, check_count, distance, read_networks
+from .clip_score import ClipScore, read_clip
+from .features import Features, check_count, distance, read_networks, read_tables
 from .measured import Desk, Measured, measure
-from .metrics import CLIP, DIVERSITY, FD, FLOW, NAMES
+from .metrics import CLIP_SCORE, DIVERSITY, EACH, FD, FLOW, NAMES
 from .models import Model, Wishes, open_models, sample, stamp, with_prompts
 from .page import write_page
 from .real import Real, find_real
@@ -36,26 +37,36 @@ REALS = 16
 """How many real clips are used when their captions are the prompts."""
 RESULT, PAGE = "evaluation.json", "evaluation.html"
 REAL = "real"
+TABLES = {FD: "features", CLIP_SCORE: "clip"}
+"""The table of the file `--features` that a metric needs."""
 T = TypeVar("T")
 
 
 def chosen(names: str | None, features: Path | None) -> list[str]:
-    """The metrics in a comma-separated list. Without a list, all metrics, `fd` only if `features` is given.
+    """The metrics in a comma-separated list. Without a list, all metrics; `fd` and `clip_score` only if the
+    file `features` has their tables.
 
-    Raises AptError for a name that is no metric, and if only one of `fd` and `features` is given.
+    Raises AptError for a name that is no metric, if a metric's table is missing, and if no table is used.
     """
+    tables = read_tables(features) if features else {}
     if names is None:
-        return [name for name in NAMES if name != FD or features is not None]
+        return [name for name in NAMES if TABLES.get(name, "") in ("", *tables)]
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if FLOW in wanted and FLOW not in NAMES:
         raise AptError("flow needs OpenCV: pip install opencv-python-headless, or leave flow out.")
     if unknown := [name for name in wanted if name not in NAMES] or ([] if wanted else [names]):
         raise AptError(f"there is no metric {unknown[0]!r}: use some of {', '.join(NAMES)}.")
-    if (FD in wanted) != (features is not None):
+    for name, table in TABLES.items():
+        if name in wanted and table not in tables:
+            head = f"[{table}]" if name == CLIP_SCORE else f"[[{table}]]"
+            raise AptError(
+                f"{name} needs --features FILE.toml with a {head} table, which says what network to use: add "
+                f"it, or leave {name} out."
+            )
+    if tables and not any(table in tables for name, table in TABLES.items() if name in wanted):
+        users = " and ".join(name for name, table in TABLES.items() if table in tables)
         raise AptError(
-            "fd needs --features FILE.toml, which says what network to use: add it, or leave fd out."
-            if FD in wanted
-            else f"--features {features} is only used by fd: add fd to --metrics, or leave it out."
+            f"--features {features} is only used by {users}: add that to --metrics, or leave the file out."
         )
     return wanted
 
@@ -82,7 +93,7 @@ def evaluate(
     prompts: a text file with one prompt per line; by default the captions of `data`.
     data: real clips, in a folder or in shards. The first `reals` of them are used, by default as many as
         there are samples of one model.
-    features: a TOML file, see `features.Network`.
+    features: a TOML file, see `features.Network` and `clip_score.ClipFolder`.
     emas: of each training state, the averages with these decays.
     vbench: a folder for copies of the samples as VBench takes them.
     world: its processes share the work; `out` must be one folder for all of them. What an evaluation of the
@@ -113,11 +124,12 @@ def evaluate(
         raise AptError(f"there is no prompt, and {data} has no captions: give --prompts FILE.")
     models = with_prompts(models, texts)
     networks = [Features(n, world.device) for n in read_networks(features)] if FD in names else []
+    score = ClipScore(read_clip(features), world.device) if CLIP_SCORE in names else None
     _check_enough(networks, models[0], real)
-    desk, asked = Desk(out), _asked(models, real, names, networks, wishes)
+    desk, asked = Desk(out), _asked(models, real, names, networks, score, wishes)
     _alike(world, lambda: desk.open(asked))
-    columns = _measure(models, real, names, networks, desk, world)
-    result = _alike(world, lambda: _result(models, real, names, networks, columns, wishes, world))
+    columns = _measure(models, real, names, networks, score, desk, world)
+    result = _alike(world, lambda: _result(models, real, names, networks, score, columns, wishes, world))
     if world.main:
         write_json(out / RESULT, result)
         write_tables(out, result)
@@ -148,6 +160,7 @@ def _asked(
     real: Real | None,
     names: Sequence[str],
     networks: Sequence[Features],
+    score: ClipScore | None,
     wishes: Wishes,
 ) -> dict:
     """Everything that the figures depend on, as JSON values. Files are identified by path, size and age."""
@@ -157,6 +170,7 @@ def _asked(
         "wishes": asdict(wishes),
         "metrics": list(names),
         "networks": [network.network.model_dump(mode="json") for network in networks],
+        "clip": score and [score.folder.model_dump(mode="json"), stamp(score.folder.path)],
         "real": real and [stamp(real.folder), real.names],
     }
 
@@ -178,6 +192,7 @@ def _measure(
     real: Real | None,
     names: Sequence[str],
     networks: Sequence[Features],
+    score: ClipScore | None,
     desk: Desk,
     world: World,
 ) -> dict[str | None, Measured]:
@@ -193,6 +208,7 @@ def _measure(
         label: [f"clips/{place}/{n:04d}.{suffix}" for n in range(counts[label])]
         for label, place in places.items()
     }
+    prompts, count = models[0].request.prompts, models[0].request.count
     missing = world.gather({label: desk.missing(place, counts[label]) for label, place in places.items()})[0]
     there = sum(counts.values()) - sum(map(len, missing.values()))
     if there and world.main:
@@ -212,7 +228,9 @@ def _measure(
             start = time.perf_counter()
             for nth, (number, clip) in enumerate(zip(mine[label], clips)):
                 seconds = time.perf_counter() - start
-                found = replace(measure(clip, names, networks), seconds=seconds, first=nth == 0)
+                words = prompts[number // count] if label else real.captions[number]
+                found = measure(clip, names, networks, score, words)
+                found = replace(found, seconds=seconds, first=nth == 0)
                 _write(desk.out / files[label][number], clip, models[0])
                 found.write(desk.record(places[label], number))
                 done += 1
@@ -232,10 +250,7 @@ def _measure(
             del pipe  # its weights make room for the next one's
     world.barrier()
     return (
-        {
-            label: desk.read(place, files[label], models[0].request.count if label else 1)
-            for label, place in places.items()
-        }
+        {label: desk.read(place, files[label], count if label else 1) for label, place in places.items()}
         if world.main
         else {}
     )
@@ -253,6 +268,7 @@ def _result(
     real: Real | None,
     names: Sequence[str],
     networks: Sequence[Features],
+    score: ClipScore | None,
     columns: dict[str | None, Measured],
     wishes: Wishes,
     world: World,
@@ -263,7 +279,7 @@ def _result(
     def figures(column: Measured) -> dict:
         found = {}
         for name in names:
-            if name in CLIP:
+            if name in EACH:
                 value, beside = column.mean(name), true.mean(name) if true else None
                 ratio = value / beside if value is not None and beside and column is not true else None
                 found[name] = {"value": value, "of_real": ratio}
@@ -291,6 +307,8 @@ def _result(
                 "clips": clips(column),
             }
         )
+    weights = [(network.network.name, network.network) for network in networks]
+    weights += [(CLIP_SCORE, score.folder)] if score else []
     result = {
         "format": "apt-evaluation",
         "version": 1,
@@ -300,8 +318,8 @@ def _result(
         "size": {name: getattr(request, name) for name in ("height", "width", "frames", "fps")},
         "wishes": asdict(wishes),
         "features": [
-            {"name": n.network.name, "file": n.network.path.name, **n.network.model_dump(exclude={"path"})}
-            for n in networks
+            {"name": name, "file": about.path.name, **about.model_dump(exclude={"path"})}
+            for name, about in weights
         ],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": world.size,

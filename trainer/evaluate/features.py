@@ -8,7 +8,7 @@ import tomllib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,9 +21,19 @@ from trainer.config import Settings
 from trainer.files import file_digest
 from trainer.mini.metrics import frechet
 
+S = TypeVar("S", bound=Settings)
+
 KNOWN: dict[str, str] = {}
 """SHA-256 of published weights -> the name of the distance in their features. It is empty as long as no hash
 is known for certain; until then a distance has the name of its file."""
+
+
+def is_digest(value: str) -> str:
+    """A SHA-256 in lower case. Raises ValueError if it is none."""
+    value = value.lower()
+    if len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError("it must be 64 hexadecimal digits")
+    return value
 
 
 class Network(Settings):
@@ -50,10 +60,7 @@ class Network(Settings):
     @field_validator("sha256")
     @classmethod
     def _is_a_digest(cls, value: str) -> str:
-        value = value.lower()
-        if len(value) != 64 or set(value) - set("0123456789abcdef"):
-            raise ValueError("it must be 64 hexadecimal digits")
-        return value
+        return is_digest(value)
 
     @property
     def name(self) -> str:
@@ -64,36 +71,44 @@ class Network(Settings):
         return f"{KNOWN[self.sha256]}_patch" if self.sha256 in KNOWN else f"fd_patch_{self.path.stem}"
 
 
-def read_networks(path: Path) -> list[Network]:
-    """The `[[features]]` tables of a TOML file. Raises AptError if the file is missing or has something else
-    in it, and if a file of weights is missing or has another SHA-256 than its table says.
+def read_tables(path: Path) -> dict:
+    """The tables of a TOML file, unchecked: a list `features`, a dict `clip`, or both. Raises AptError if the
+    file cannot be read or has something else in it.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AptError(
             f"--features {path} cannot be read ({error.strerror}): give a TOML file with a [[features]] "
-            "table."
+            "or [clip] table."
         ) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise AptError(f"--features {path} is not valid TOML ({error}): correct it.") from None
-    tables = values.get("features")
-    if not isinstance(tables, list) or not tables or values.keys() != {"features"}:
+    kinds = {"features": list, "clip": dict}
+    if not values or any(not value or type(value) is not kinds.get(key) for key, value in values.items()):
         raise AptError(
             f"--features {path} holds {', '.join(values) or 'nothing'}: write one [[features]] table for "
-            "each network."
+            "each network, and one [clip] table for clip_score."
         )
-    networks = []
-    for table in tables:
-        try:
-            network = Network(**table)
-        except (ValidationError, TypeError) as error:
-            first = (
-                error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-            )
-            where = ".".join(map(str, first["loc"])) or "a table"
-            raise AptError(f"--features {path}: {where} is not valid ({first['msg']}): correct it.") from None
-        networks.append(network.model_copy(update={"path": path.parent / network.path}))
+    return values
+
+
+def checked_table(path: Path, kind: type[S], table: dict) -> S:
+    """The settings in one table of the file `path`. Raises AptError for one that is not valid."""
+    try:
+        return kind(**table)
+    except (ValidationError, TypeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(map(str, first["loc"])) or "a table"
+        raise AptError(f"--features {path}: {where} is not valid ({first['msg']}): correct it.") from None
+
+
+def read_networks(path: Path) -> list[Network]:
+    """The `[[features]]` tables of a TOML file. Raises AptError if the file is missing or has something else
+    in it, and if a file of weights is missing or has another SHA-256 than its table says.
+    """
+    networks = [checked_table(path, Network, table) for table in read_tables(path).get("features", [])]
+    networks = [n.model_copy(update={"path": path.parent / n.path}) for n in networks]
     _check_files(path, networks)
     return networks
 

@@ -18,8 +18,9 @@ from apt_core.files.atomic import make_folder, replacing
 from apt_core.files.jsonfile import read_object
 from trainer.files import write_json
 
+from .clip_score import ClipScore
 from .features import Features
-from .metrics import CLIP, DIVERSITY, diversity, thumbnail
+from .metrics import CLIP, CLIP_SCORE, DIVERSITY, diversity, thumbnail
 
 UNFINISHED = "unfinished"
 """The folder of what is measured so far, inside the result's. It is removed when the result is written."""
@@ -67,9 +68,19 @@ class Record:
         return cls(row, features, small, seconds, first)
 
 
-def measure(clip: np.ndarray, names: Sequence[str], networks: Sequence[Features]) -> Record:
-    """Measure all that is asked for on a clip, uint8 `[F, H, W, 3]`."""
+def measure(
+    clip: np.ndarray,
+    names: Sequence[str],
+    networks: Sequence[Features],
+    score: ClipScore | None = None,
+    words: str | None = None,
+) -> Record:
+    """Measure all that is asked for on a clip, uint8 `[F, H, W, 3]`. score: for its fit to `words`, its
+    prompt or caption; without words the figure is None.
+    """
     row = {name: CLIP[name].of(clip) for name in names if name in CLIP}
+    if score is not None:
+        row[CLIP_SCORE] = score(clip, words) if words else None
     features = {name: part for network in networks for name, part in network(clip).items()}
     return Record(row, features, thumbnail(clip) if DIVERSITY in names else None)
 

@@ -154,9 +154,13 @@ FLOW = "flow"
 if find_spec("cv2"):
     CLIP[FLOW] = Metric("Flow", "length of optical flow, in percent of the shorter side per frame", flow)
 DIVERSITY = "diversity"
+CLIP_SCORE = "clip_score"
 FD = "fd"
 WORDS: Mapping[str, Metric] = {
     **CLIP,
     DIVERSITY: Metric("Seed diversity", "RMS distance between two samples of one prompt, in levels"),
+    CLIP_SCORE: Metric("CLIP score", "100 max(cos, 0) of frame and prompt by a CLIP model, mean over frames"),
 }
+EACH = (*CLIP, CLIP_SCORE)
+"""The metrics that every clip has of its own."""
 NAMES = (*WORDS, FD)

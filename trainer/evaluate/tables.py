@@ -9,7 +9,7 @@ from rich.table import Table
 from apt_core.files.atomic import replacing
 from trainer.run.progress import console
 
-from .metrics import CLIP
+from .metrics import EACH
 from .page import cell
 
 MODELS, CLIPS = "models.csv", "clips.csv"
@@ -26,7 +26,7 @@ def write_tables(folder: Path, result: dict) -> None:
         values = [value for cell in cells for value in (cell.get("value"), cell.get("of_real"))]
         lines.append([entry["label"], *values, entry.get("seconds_each")])
     _csv(folder / MODELS, head, lines)
-    single = [name for name in names if name in CLIP]
+    single = [name for name in names if name in EACH]
     lines = []
     for entry in sets:
         for number, clip in enumerate(entry["clips"]):

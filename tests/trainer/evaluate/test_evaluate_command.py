@@ -218,7 +218,7 @@ def test_flow_without_opencv_says_what_to_install(monkeypatch):
     monkeypatch.setattr(compare, "NAMES", names)
     with pytest.raises(AptError, match="flow needs OpenCV: pip install opencv-python-headless, or leave"):
         compare.chosen("motion,flow", None)
-    assert compare.chosen(None, None) == [name for name in names if name != "fd"]
+    assert compare.chosen(None, None) == [name for name in names if name not in ("fd", "clip_score")]
 
 
 def test_pictures_have_no_figures_of_time(folder, tmp_path):
