@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = ("file", "lora", "diffusers")
 FP8 = torch.float8_e4m3fn
 SCALED_FP8 = "scaled_fp8"
-"""The entry by which ComfyUI recognises scaled fp8. Two elements tell it to store in 8 bits but compute in 16.
+"""The entry by which ComfyUI recognises scaled fp8. Two elements mean: store in 8 bits, compute in 16.
 """
 
 

@@ -1,4 +1,4 @@
-"""`generate`: make videos or pictures from prompts with any checkpoint or base model, on one process or many."""
+"""`generate`: make videos or pictures from prompts, with any checkpoint or base model."""
 
 import hashlib
 import json

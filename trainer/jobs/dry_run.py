@@ -1,4 +1,4 @@
-"""`--dry-run`: what a stage needs on a machine, and the nearest settings that fit if the chosen ones do not."""
+"""`--dry-run`: what a stage needs on a machine, and the nearest settings that fit if these do not."""
 
 from itertools import combinations
 

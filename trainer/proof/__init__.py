@@ -1,1 +1,1 @@
-"""Whole runs of the miniature and what they show: demo, measurements against stated criteria, ablations."""
+"""Complete runs of the miniature and what they prove: the demo, measurements against criteria, ablations."""

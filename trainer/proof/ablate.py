@@ -1,7 +1,7 @@
-"""The ablations of the paper on the miniature: every variant of stage 2 over several seeds, judged alike,
-with the paper's claim beside it.
+"""The paper's ablations on the miniature: train every variant of stage 2 with several seeds and judge it.
 
-A folder of an ablation holds `runs/seed-N` (data and stage 1, where no finished demo was given),
+All variants are judged in the same way. The tables show each variant's figures beside the paper's claim.
+An ablation's folder holds `runs/seed-N` (data and stage 1, for seeds without a finished demo),
 `trainings/VARIANT/seed-N` (states, log, weights), `results/VARIANT-seed-N.json`, and the tables:
 ablations.json, ablations.html, ablations.png.
 """
@@ -55,8 +55,10 @@ BASE = ASSETS / "transformer.safetensors"
 
 @dataclass(frozen=True)
 class Source:
-    """What all variants of a seed share. shards: folder of its samples; start: the generator's first weights,
-    those of the stage before.
+    """What all variants of one seed share.
+
+    shards: the folder of its samples; distilled: the result of stage 1.
+    start: the generator's first weights, from the stage before the phase.
     """
 
     seed: int
@@ -67,7 +69,7 @@ class Source:
     prompts: Prompts
 
     def fingerprint(self) -> str:
-        """Of its data and weights."""
+        """Changes with the data and with the weights."""
         digests = [
             hashlib.sha256(path.read_bytes()).hexdigest()[:16]
             for path in dict.fromkeys((self.distilled, self.start))
@@ -77,8 +79,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Ablation:
-    """phase: "image" or "video"; samples: that each row is judged on, for each seed; runs: finished demos,
-    each for its own seed; tables: ablations.json of earlier ablations, whose rows are not made again.
+    """An ablation of one phase of stage 2 ("image" or "video").
+
+    samples: how many samples each row is judged on, for each seed.
+    runs: finished demos to start from, one per seed; seeds without one get their own data and stage 1.
+    tables: ablations.json files of earlier ablations; their rows are taken over.
     """
 
     out: Path
@@ -91,11 +96,11 @@ class Ablation:
     tables: tuple[Path, ...] = ()
 
     def run(self, seeds: int = 3, only: Sequence[str] = (), command: str = "") -> dict:
-        """Train and judge what is missing, and write the tables after each seed. Returns what ablations.json
-        holds.
+        """Train and judge what is missing, and write the tables after each seed.
 
-        Raises AptError for a variant that there is not, runs of one seed or more of them than seeds, a run
-        with other settings, and an `out` that holds another ablation.
+        Returns what it writes to ablations.json. only: see `choose`.
+        Raises AptError for an unknown variant, for two runs with the same seed, for more runs than seeds, for
+        a run with other settings, and for an `out` that holds another ablation.
         """
         variants = choose(all_variants(self.preset, self.recipe, self.phase), only)
         given = self._given(seeds)
@@ -173,13 +178,13 @@ class Ablation:
         return found
 
     def _comparable(self, identity: dict) -> dict:
-        """Rows with settings from other recipes are compared by those."""
+        """The identity without the preset's other recipes, on which no row depends; see `comparable`."""
         return identity | {"preset": comparable(identity["preset"], self.recipe)}
 
     def _check(
         self, path: Path, identity: dict, comparable: Callable[[dict], dict] = lambda found: found
     ) -> None:
-        """Raises AptError when what was made here is of another identity than this."""
+        """Write the identity to `path`; if there is one already, raise AptError unless the two agree."""
         if not path.exists():
             write_json(path, identity)
             return
@@ -223,7 +228,7 @@ class Ablation:
         return self.out / "results" / f"{variant.name}-seed-{seed}.json"
 
     def _made(self, variant: Variant, seed: int) -> dict | None:
-        """The row of a variant and seed where it has been made, else None."""
+        """The row of a variant and seed, if it has been made; otherwise None."""
         path = self._path(variant, seed)
         if not path.exists():
             return None
@@ -231,9 +236,10 @@ class Ablation:
         return _read(path)
 
     def _adopt(self, path: Path, identity: dict, variants: Mapping[str, Variant]) -> None:
-        """Write the rows of an earlier table as if they had been made here, where there are none yet.
+        """Take over the rows of an earlier table that have not been made here yet.
 
-        Raises AptError for what is no such table, or one of another phase, recipe, preset or samples.
+        Raises AptError for a file that is not such a table, and for a table with another phase, recipe,
+        preset or number of samples.
         """
         try:
             found = _read(path)
@@ -264,7 +270,7 @@ class Ablation:
             raise AptError(f"{path} is not the ablations.json of an ablation: give one that is.") from error
 
     def _row(self, variant: Variant, source: Source, net, vae) -> dict:
-        """Train and judge one variant of a seed, and keep its figures."""
+        """Train and judge one variant with one seed, and store its figures."""
         started, row = (
             time.perf_counter(),
             {
@@ -291,8 +297,9 @@ class Ablation:
         return row
 
     def _own_stage1(self, variant: Variant, source: Source) -> Source:
-        """The source with another stage 1 on the same samples, trained as far as it is not there; before videos
-        the image phase too.
+        """The source with the variant's own stage 1 on the same samples; trains it if it is missing.
+
+        For the video phase this includes the image phase.
         """
         machine = {"train.device": self.device, "train.keep_last": 1, "train.keep_best": 0}
         preset = self.preset.changed(variant.stage1 | machine, variant.name)
@@ -335,8 +342,9 @@ class Ablation:
         return {name: rows[variant.column][name] for name in FIGURES if name in rows[variant.column]}
 
     def _trained(self, variant: Variant, source: Source) -> tuple[Path, dict]:
-        """The weights to judge, trained as far as they are not there, and its discriminator's loss over the
-        last tenth.
+        """The weights to judge, and the discriminator's loss over the last tenth of the updates.
+
+        Trains whatever is missing.
         """
         folder = self.out / "trainings" / variant.course / f"seed-{source.seed}"
         files = [folder / f"updates-{updates:06d}.safetensors" for updates in variant.points]
@@ -352,7 +360,7 @@ class Ablation:
                 )
             if not weights.exists():
                 export(_newest(folder), weights, "file", "fp32", ema=0.0)
-        if variant.course not in (REFERENCE, "long"):  # nobody goes on from them
+        if variant.course not in (REFERENCE, "long"):  # no other row continues from these states
             shutil.rmtree(folder / "states", ignore_errors=True)
         return weights, _read(files[-1].with_suffix(".json"))
 
@@ -402,14 +410,14 @@ def _plain(settings: BaseModel | None) -> dict | None:
 
 
 def _settings(variant: Variant) -> dict:
-    """What a row's figures depend on, beside the ablation's own settings."""
+    """What a row's figures depend on besides the ablation's own settings."""
     return {"settings": _plain(variant.settings)} | (
         {"stage1": dict(variant.stage1)} if variant.stage1 else {}
     )
 
 
 def _filled_in(row: dict) -> dict:
-    """A row of this version or of an earlier one whose training had fewer settings."""
+    """A row as this version would write it: settings that an earlier version did not have are filled in."""
     settings = row["settings"]
     return row | {"settings": settings and _plain(Adversarial.model_validate(settings))}
 
@@ -438,10 +446,9 @@ def ablation(
     device: str,
     tables: Sequence[Path] = (),
 ) -> Ablation:
-    """With the preset of a name or a file, or by default that of the runs, and its recipe, or by default
-    theirs.
+    """Set up an ablation. preset: a name or a file; preset and recipe are by default those of the runs.
 
-    Raises AptError for what is no finished demo, and as `load_preset` and `Preset.with_recipe`.
+    Raises AptError for a run that is not a finished demo, and as `load_preset` and `Preset.with_recipe` do.
     """
     if phase not in ("image", "video"):
         raise AptError(f"--phase {phase} is not known: it is image or video.")

@@ -1,4 +1,4 @@
-"""The table of an ablation for people: one self-contained HTML page, and a chart of it."""
+"""Show an ablation's results: one self-contained HTML page with a table and a chart."""
 
 import base64
 import io
@@ -14,14 +14,14 @@ from .verdict import CANNOT_TELL, DOES_NOT, HOLDS, NO_CLAIM
 
 CHARTED = ("fd", "patch_fd", "sharpness", "structure")
 GREY = "#595959"
-# Shapes as well as colours tell them apart.
+# The markers differ in shape as well as in colour.
 MARKS = {
     HOLDS: (BLUE, "o", "\u25cf"),
     DOES_NOT: (RED, "X", "\u2716"),
     CANNOT_TELL: (GREY, "D", "\u25c7"),
     NO_CLAIM: (BLACK, ".", "\u00b7"),
 }
-LOG_FROM = 20.0  # times between the largest and the smallest figure
+LOG_FROM = 20.0  # log scale when the largest figure is this many times the smallest
 STYLE = f"""
 :root {{ color-scheme: light; }}
 body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #1a1a1a; background: #fff; }}
@@ -38,7 +38,7 @@ CLASSES = {HOLDS: "holds", DOES_NOT: "not", CANNOT_TELL: "open", NO_CLAIM: "open
 
 
 def write_page(out: Path, result: Mapping) -> None:
-    """Write ablations.png and ablations.html from what ablations.json holds. The page has the picture inside."""
+    """Write ablations.png, and ablations.html with the picture in it, from the content of ablations.json."""
     picture = chart(result)
     with replacing(out / "ablations.png") as part:
         part.write_bytes(picture)
@@ -54,8 +54,9 @@ def title(result: Mapping) -> str:
 
 
 def chart(result: Mapping) -> bytes:
-    """A PNG: a panel a figure, a dot with its interval a variant, the reference as a line with its interval
-    as a band.
+    """The chart as a PNG, with one panel per figure.
+
+    Each variant is a dot with its interval; the reference is a line, and its interval a band.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -69,7 +70,7 @@ def chart(result: Mapping) -> bytes:
         means = [one["mean"] for one in found.values() if one]
         if means and min(means) > 0 and max(means) > LOG_FROM * min(means):
             axes.set_xscale("log")
-            axes.set_xlim(left=0.6 * min(means))  # an interval that reaches 0 has no end there
+            axes.set_xlim(left=0.6 * min(means))  # a log axis cannot show an interval that reaches 0
         if reference := found[REFERENCE]:
             axes.axvline(reference["mean"], color=BLACK, linewidth=1, linestyle="--", zorder=1)
             half = reference["half"] or 0.0
@@ -129,7 +130,7 @@ def chart(result: Mapping) -> bytes:
 
 
 def page(result: Mapping, picture: bytes) -> str:
-    """The HTML, with nothing outside of it."""
+    """The HTML page; it loads nothing from outside."""
     rows = result["rows"]
     shown = [name for name in result["figures"] if any(row["figures"].get(name) for row in rows.values())]
     head = "".join(

@@ -1,4 +1,4 @@
-"""The figures of an ablation over seeds: means, intervals, differences to the reference, and verdicts."""
+"""Summarise an ablation over its seeds: means, intervals, differences to the reference, and verdicts."""
 
 from collections.abc import Mapping
 
@@ -22,10 +22,10 @@ def table(
 ) -> dict:
     """The rows of ablations.json.
 
-    rows: by variant and seed {"figures": {...}, "failed": why a training broke off or None}. samples: that
-    each was judged on (see verdict.difference). Of each variant:
-    its figures and their differences to the reference as {mean, half, seeds} (half the width of the interval,
-    None for one seed), by_seed, failed, tests and verdict.
+    rows: by variant and seed, {"figures": {...}, "failed": why the training broke off, or None}.
+    samples: how many samples each row was judged on (see `verdict.difference`).
+    Each variant gets its figures and their differences to the reference, as {mean, half, seeds} with half the
+    width of the interval (None for one seed), and by_seed, failed, tests and verdict.
     """
     figures = {
         name: {seed: row["figures"] for seed, row in by_seed.items()} for name, by_seed in rows.items()

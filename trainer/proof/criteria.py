@@ -1,6 +1,4 @@
-"""What the recipe `proof` has to show, stated before it was run, and read off the figures that `measure`
-finds.
-"""
+"""What the recipe `proof` has to show. The criteria were fixed before it was run; `measure` checks them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +10,9 @@ Rows = Mapping[str, Mapping[str, float | None]]
 
 @dataclass(frozen=True)
 class Criterion:
-    """That `figure` of one column, divided by that of another, is at most or at least `bound`. Kinds without
-    the figure are left out.
+    """`figure` of one column divided by the same figure of another must be at most, or at least, `bound`.
+
+    A kind of sample (image, video) that does not have the figure is left out.
     """
 
     name: str
@@ -24,7 +23,7 @@ class Criterion:
     bound: float
 
     def ratio(self, rows: Rows) -> float | None:
-        """None where a figure is missing or the other one is 0: nothing can be told."""
+        """The ratio of the two columns; None if a figure is missing or the denominator is 0."""
         own, other = rows[self.column].get(self.figure), rows[self.against].get(self.figure)
         return None if own is None or not other else own / other
 
@@ -68,14 +67,15 @@ CRITERIA = (
     ),
     Criterion("e: two steps restore structure", "structure", "apt_2", "distilled_1", "at least", 1.0),
 )
-"""(f), that no aR1 collapses, is row `no_ar1` of `ablate`. The bounds are not to be touched after a run: what
-does not hold is reported as that.
+"""Criterion (f), that training collapses without aR1, is row `no_ar1` of `ablate`. Never change the bounds
+after a run: a criterion that does not hold is reported as failed.
 """
 
 
 def check(by_run: Sequence[Rows]) -> list[dict]:
-    """One row a criterion: what is asked, the ratio in each run, and in how many runs it holds. Criteria that
-    no run has figures for are left out.
+    """One row per criterion: what it asks for, the ratio in each run, and in how many runs it holds.
+
+    Criteria without figures in any run are left out.
     """
     out = []
     for criterion in CRITERIA:

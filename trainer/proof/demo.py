@@ -1,6 +1,4 @@
-"""The whole way in miniature: captioned clips, precompute, stage 1, both phases of stage 2, export, samples,
-report.
-"""
+"""The whole pipeline in miniature: captioned clips, precompute, stages 1 and 2, samples and a report."""
 
 import json
 import shutil
@@ -31,8 +29,10 @@ from trainer.run.progress import console, stage_bar
 
 @dataclass(frozen=True)
 class Demo:
-    """One run of the demo. `preset` has the recipe `variant` applied; `data` is a folder of captioned clips
-    and pictures, or None for drawn ones.
+    """One run of the demo.
+
+    preset: with the recipe `variant` applied; data: a folder of captioned clips and pictures, or None to draw
+    them; samples: how many samples each column of the report is judged on.
     """
 
     out: Path
@@ -46,13 +46,13 @@ class Demo:
     device: str = "cpu"
 
     def run(self) -> dict:
-        """Run every stage that is not finished yet and return the report.
+        """Run every stage that is not finished yet. Returns the report.
 
-        Raises AptError as `train`.
+        Raises AptError as `train` does.
         """
         state, batches, names = self.train()
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
-        load_transformer(names["video"])  # as a user will read it: every key, shape and number
+        load_transformer(names["video"])  # check the result as a user would load it
         files = {
             kind: {
                 "base": ASSETS / "transformer.safetensors",
@@ -69,12 +69,11 @@ class Demo:
         return result
 
     def train(self, last: str = "video") -> tuple["RunState", Batches, dict[str, Path]]:
-        """The stages up to `last` ("distill", "image" or "video"), as far as they are not finished, by the
-        functions of the commands.
+        """Run the unfinished stages up to `last` ("distill", "image" or "video"), as the commands do.
 
-        Returns what is finished, the samples, and the files by stage. Raises AptError for unusable data,
-        before any training starts, and for an `out` that cannot be written or holds a run with other
-        settings.
+        Returns the state of the run, the samples, and the result files by stage. Raises AptError for unusable
+        data (before any training starts), and for an `out` that cannot be written or that holds a run with
+        other settings.
         """
         size = self.preset.data
         for height, width in (size.size("video"), size.size("image")):
@@ -85,7 +84,7 @@ class Demo:
         make_folder(self.out)
         _keep_base(self.out)
         state, latents = RunState(self.out / "state.json", self._identity()), self.out / LATENTS
-        # One state of each stage, the last, is enough to go on from, and to look into the discriminator.
+        # The last state of each stage is enough to resume, and to look into the discriminator.
         machine = {"device": self.device, "keep_last": 1, "keep_best": 0}
         preset = self.preset.model_copy(update={"train": self.preset.train.model_copy(update=machine)})
         names = {stage: final_file(self.out, preset, stage) for stage in ("distill", "image", "video")}
@@ -107,13 +106,13 @@ class Demo:
                 return run_adversarial(preset, kind, self.out, variant=self.variant, seed=self.seed)
 
             state.stage(f"adversarial_{kind}", train, names[kind])
-        if kinds == ["image"] and last == "video":  # without clips, the images are all there is
+        if kinds == ["image"] and last == "video":  # no clips: the image phase gives the result
             with replacing(names["video"]) as path:
                 shutil.copyfile(names["image"], path)
         return state, batches, names
 
     def _identity(self) -> dict:
-        """What makes two runs the same run."""
+        """The settings that two runs must share to count as the same run."""
         keys = ("variant", "seed", "skip_bad", "truncate_captions")
         facts = {key: getattr(self, key) for key in keys} | {
             "data": str(self.data.resolve()) if self.data else None
@@ -122,7 +121,7 @@ class Demo:
 
 
 def _keep_base(out: Path) -> None:
-    """A copy of the base in the folder, so that whoever compares models finds all of them in one place."""
+    """Copy the base into the run's folder, so that all models to compare are in one place."""
     base = out / "base.safetensors"
     if not base.exists():
         with replacing(base) as path:
@@ -130,9 +129,9 @@ def _keep_base(out: Path) -> None:
 
 
 class RunState:
-    """Which stages of a run are finished, with their wall seconds and losses, in one small file.
+    """A small file that says which stages of a run are finished, with their losses and seconds (wall time).
 
-    Raises AptError for a file that is damaged or of a run with another identity.
+    Raises AptError if the file is damaged or belongs to a run with another identity.
     """
 
     def __init__(self, path: Path, identity: dict) -> None:
@@ -155,8 +154,9 @@ class RunState:
                 )
 
     def stage(self, name: str, work: Callable[[], list], made: Path) -> None:
-        """Do `work()` unless it is done and what it `made` is still there; what it returns is kept as the
-        stage's losses.
+        """Call `work()`, unless the stage is finished and its file `made` still exists.
+
+        What `work` returns is stored as the stage's losses.
         """
         if name in self.state["stages"] and made.exists():
             console.print(f"[dim]{name}: done before, in {self.state['stages'][name]['seconds']:.0f} s[/]")
@@ -167,7 +167,7 @@ class RunState:
         write_json(self.path, self.state)
 
     def record(self) -> dict:
-        """Wall seconds, losses, settings and versions, for the report."""
+        """Seconds, losses, settings and versions, for the report."""
         stages = self.state["stages"]
         return {
             "settings": self.state["settings"],
@@ -179,8 +179,8 @@ class RunState:
 
 
 def _compared(settings: dict, key: str):
-    """A setting of a run in a form that this version and earlier ones have in common."""
+    """One setting of a run, in a form that this version shares with earlier ones."""
     try:
         return comparable(settings["preset"], settings["variant"]) if key == "preset" else settings.get(key)
-    except (ValueError, KeyError):  # of a version whose settings this one does not know
+    except (ValueError, KeyError):  # written by a version with settings that we do not know
         return settings.get(key)

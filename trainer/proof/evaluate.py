@@ -1,5 +1,7 @@
-"""The columns of the report: real samples, as they are and through the VAE, the base in 25 steps and in one,
-the distilled model, and APT.
+"""Make the samples for each column of the report.
+
+The columns are real samples (as they are, and through the VAE), the base in 25 steps and in one, the
+distilled model, and APT.
 """
 
 from collections.abc import Callable
@@ -21,10 +23,10 @@ from apt_core.models.vae import decode, encode
 from trainer.config import Sampling
 
 COLUMNS = ("real", "real_vae", "base_25_cfg", "base_1", "distilled_1", "apt_1", "apt_2")
-"""Of the demo. real_vae is the ceiling: what the VAE gives back of real samples."""
+"""The demo's columns. real_vae, real samples through the VAE, is the best that any generator could reach."""
 ALL_COLUMNS = (*COLUMNS[:2], "base_25_cfg1", "base_25_cfg", "base_25_cfg7.5", *COLUMNS[3:])
-"""Of `measure`: also the base without guidance and at the paper's 7.5; `base_25_cfg` has the preset's own,
-which is its best.
+"""The columns of `measure`. They add the base without guidance and with the paper's 7.5; `base_25_cfg` uses
+the preset's own scale, which is the best for it.
 """
 TITLES = {
     "real": "real",
@@ -41,7 +43,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Models:
-    """Checkpoint files of one kind of sample (images or clips)."""
+    """The checkpoint files to compare for one kind of sample (images or clips)."""
 
     base: Path
     distilled: Path
@@ -49,11 +51,11 @@ class Models:
 
 
 class Sampler:
-    """Makes every column's latents from the same prompts and the same noise.
+    """Makes the latents of every column from the same prompts and the same noise.
 
-    Column apt_N takes N steps, at the times that follow from the second time of the APT file. text, negative:
-    padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`. fp8: the APT model's
-    blocks in 8 bits.
+    Column apt_N takes N steps; their times follow from the second time stored in the APT file.
+    text, negative: padded embeddings `[n, L, d]` and `[1, L, d]`; shape: of one latent, `(C, F, h, w)`.
+    fp8: run the blocks of the APT model in 8 bits.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Sampler:
             make_fast(self.networks["apt"], torch.device(device), Speed(fp8=True))
 
     def latents(self, column: str) -> Tensor:
-        """Normalised latents `[n, C, F, h, w]` of one column."""
+        """One column's normalised latents `[n, C, F, h, w]`."""
         parts = []
         for first in range(0, len(self.text), self.batch):
             numbers = list(range(first, min(len(self.text), first + self.batch)))
@@ -115,20 +117,20 @@ class Sampler:
 
 
 def network_calls(column: str, sampling: Sampling) -> int:
-    """How many network calls one sample of a column takes (guidance calls twice a step)."""
+    """How many network calls one sample of a column takes (with guidance, two per step)."""
     if column.startswith("base_25_cfg"):
         return sampling.steps * (1 if guidance_of(column, sampling) == 1 else 2)
     return 0 if column in ("real", "real_vae") else int(column.rpartition("_")[2])
 
 
 def guidance_of(column: str, sampling: Sampling) -> float:
-    """The guidance scale of a column of the base's full sampling."""
+    """The guidance scale of a base_25_cfg column."""
     return float(column.removeprefix("base_25_cfg") or sampling.guidance)
 
 
 @torch.no_grad()
 def through_vae(vae, pixels: np.ndarray, batch: int = 16) -> np.ndarray:
-    """uint8 `[n, F, H, W, 3]` encoded and decoded again: what no generator in these latents can surpass."""
+    """Encode and decode pixels, uint8 `[n, F, H, W, 3]`. No generator in this latent space can do better."""
     device, parts = (
         next(vae.parameters()).device,
         torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).split(batch),
@@ -142,7 +144,7 @@ def through_vae(vae, pixels: np.ndarray, batch: int = 16) -> np.ndarray:
 def to_pixels(
     vae, latents: Tensor, batch: int = 16, report: Callable[[int], None] = lambda done: None
 ) -> np.ndarray:
-    """Normalised latents to uint8 `[n, F, H, W, 3]`."""
+    """Decode normalised latents `[n, C, f, h, w]` to pixels, uint8 `[n, F, H, W, 3]`."""
     out = []
     for part in latents.split(batch):
         x = decode(vae, part.to(next(vae.parameters()).device))

@@ -1,4 +1,4 @@
-"""Judges finished demo runs on many fresh samples: the README's table."""
+"""Judge finished demo runs on many new samples; this makes the README's table."""
 
 import json
 from pathlib import Path
@@ -23,16 +23,17 @@ from .report import drawn_prompts, evaluate
 from .verdict import half_width
 
 PHASES = ("image", "video")
-SAMPLE_SEED = 1_000_000  # no demo judges on these scenes or this noise
+SAMPLE_SEED = 1_000_000  # no demo uses these scenes or this noise
 
 
 def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: bool = False) -> dict:
-    """Measure each run on `samples` images and clips of its own; print the means over the runs and what the
-    criteria say, return them and each run's own figures.
+    """Measure each run on `samples` images and clips of its own.
 
-    What has been measured stays in the run's folder and is not measured again. fp8: with the APT model's
-    blocks in 8 bits, as `generate --fp8` has them. Raises AptError for a folder that holds no finished run on
-    drawn clips, before anything is measured.
+    Prints the means over the runs and whether the criteria hold. Returns both, with intervals and each run's
+    figures, and also writes them to `out`, if given.
+    Measurements are stored in the run's folder and not repeated. fp8: run the blocks of the APT model in 8
+    bits, as `generate --fp8` does.
+    Raises AptError before anything is measured, for a folder without a finished run on drawn clips.
     """
     found = [read_run(run) for run in runs]
     by_run = [
@@ -57,7 +58,7 @@ def measure_runs(runs: list[Path], samples: int, out: Path | None = None, fp8: b
 
 
 def _measure(run: Path, preset: Preset, seed: int, samples: int, fp8: bool) -> dict[str, dict]:
-    """Figures of one run by kind and column, on scenes and noise that follow from its seed."""
+    """One run's figures by kind and column. Its seed determines the scenes and the noise."""
     files = [
         ASSETS / "transformer.safetensors",
         VAE,
@@ -101,7 +102,7 @@ def _measure(run: Path, preset: Preset, seed: int, samples: int, fp8: bool) -> d
 
 
 def _kept(path: Path, identity: dict) -> dict[str, dict]:
-    """What was measured before of the same files in the same way."""
+    """Earlier measurements of the same files with the same settings."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return dict(kept["figures"]) if kept["identity"] == identity else {}
@@ -110,15 +111,15 @@ def _kept(path: Path, identity: dict) -> dict[str, dict]:
 
 
 def results(run: Path, preset: Preset) -> dict[str, Path]:
-    """The generators of a finished run by phase."""
+    """The generator files of a finished run, by phase."""
     return {phase: final_file(run, preset, phase) for phase in PHASES}
 
 
 def read_run(run: Path) -> tuple[Preset, dict]:
-    """The preset of a finished run of the demo, and its other settings (seed, variant, ...).
+    """The preset of a finished demo run, and its other settings (seed, variant, ...).
 
-    Raises AptError for a folder that holds none, for one on other people's clips, and for one that is not
-    finished.
+    Raises AptError for a folder that holds no demo run, for a run on clips that were not drawn, and for a run
+    that is not finished.
     """
     try:
         settings = json.loads((run / "state.json").read_text(encoding="utf-8"))["settings"]
@@ -136,7 +137,7 @@ def read_run(run: Path) -> tuple[Preset, dict]:
 
 
 def _mean(rows: list[dict]) -> dict:
-    """Means over runs; counts stay whole, and None is what a column does not have."""
+    """Means over runs. Counts stay whole numbers; a figure that a column does not have is None."""
     return {
         key: rows[0][key]
         if key in ("calls", "samples") or rows[0][key] is None
@@ -146,7 +147,8 @@ def _mean(rows: list[dict]) -> dict:
 
 
 def interval(rows: list[dict]) -> dict:
-    """Half the width of the 95% confidence interval of the mean over runs (Student's t), for each figure;
+    """For each figure, half the width of the 95% confidence interval of the mean over runs (Student's t).
+
     None for a single run.
     """
     out = {}

@@ -1,4 +1,4 @@
-"""Samples every column, judges it, and leaves report.json, compare.png and sample.mp4."""
+"""Sample and judge every column, and write report.json, compare.png and sample.mp4."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,14 +20,16 @@ from trainer.run.progress import columns_table, console
 from .evaluate import COLUMNS, TITLES, Models, Sampler, network_calls, through_vae, to_pixels
 
 ROWS = 6
-# Scenes that no training and no other measurement has seen: see the seeds of the other commands.
+# No training and no other measurement uses these scenes: see the seeds of the other commands.
 PROMPT_SEED, REFERENCE_SEED = 70_000, 80_000
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What to sample and what to compare with: real clips of the same prompts, and other real clips as the
-    reference.
+    """What to sample, and what to compare the samples with.
+
+    text: padded embeddings of the captions; real: real samples with these captions; reference: other real
+    samples (both uint8 `[n, F, H, W, 3]`); scenes: what was drawn, or None for samples that were not drawn.
     """
 
     captions: list[str]
@@ -38,8 +40,9 @@ class Prompts:
 
 
 def drawn_prompts(batches, kind: str, count: int, seed: int, frames: int) -> Prompts:
-    """Fresh drawn scenes: `count` to be prompts and the real column, and `count` others as the reference;
-    clips have `frames` frames.
+    """Draw new scenes: `count` for the prompts and the real column, and `count` others as the reference.
+
+    frames: of each clip; an image has one.
     """
     moving = kind == "video"
     frames = frames if moving else 1
@@ -50,7 +53,7 @@ def drawn_prompts(batches, kind: str, count: int, seed: int, frames: int) -> Pro
 
 
 def data_prompts(batches, kind: str, count: int, vae, report: Callable[[int], None]) -> Prompts:
-    """Somebody's own samples, as the VAE gives them back: they are prompts, real column and reference in one."""
+    """Use the data's own samples, decoded by the VAE, for the prompts, the real column and the reference."""
     data = batches.datasets[kind]
     latents, text, captions = data.batch(list(range(min(count, len(data)))))
     real = to_pixels(vae, latents, report=report)
@@ -65,7 +68,7 @@ def evaluate(
     report: Callable[[int], None],
     columns: Sequence[str] = COLUMNS,
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Rows by column, and the pixels they were measured on."""
+    """The figures of each column, and the pixels they were measured on."""
     reference = Reference(net, prompts.reference)
     rows, pixels = {}, {}
     for column in columns:
@@ -82,10 +85,10 @@ def evaluate(
 
 
 def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict, report: Callable) -> dict:
-    """The last stage of the demo: samples every column of `files`, writes pictures, video and report.json,
-    and prints the tables.
+    """The demo's last stage: sample every column, write pictures, video and report.json, print the tables.
 
-    record: what the earlier stages left (RunState.record); report: a progress bar's (done, total).
+    files: the models by kind and name; record: the earlier stages (RunState.record); report: called as
+    report(done, total) for a progress bar.
     """
     started = time.perf_counter()
     vae, net = load_vae(VAE).to(demo.device), load_features(ASSETS / "features.safetensors")

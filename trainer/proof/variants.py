@@ -1,5 +1,6 @@
-"""The variants of stage 2, and of stage 1 before it, that an ablation compares, and what the paper says of
-each (arXiv 2501.08316; the sections are its own).
+"""The variants of stages 1 and 2 that an ablation compares, and the paper's claim on each.
+
+Sections and figures are those of the paper (arXiv 2501.08316).
 """
 
 import difflib
@@ -13,18 +14,18 @@ from trainer.config import Adversarial, Preset
 
 REFERENCE = "paper"
 UPDATES = (50, 100, 150, 250, 350)
-"""Where the long run is judged: those of fig. 8."""
+"""At which updates the long run is judged, as in fig. 8."""
 SIGMAS = (0.1, 0.3, 3.0)
-"""Times the recipe's sigma."""
+"""Factors on the recipe's sigma."""
 STEPS = (1, 2, 4)
 STAGE1 = "dmd"
-"""The recipe whose stage 1, of the other method and as much compute, stands beside the reference's."""
+"""The recipe with the other method for stage 1, at the same compute; it is compared with the reference's."""
 MORE, LESS = 1, -1
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """That the row's figure is above (sign 1) or below (-1) that of another row."""
+    """A test: the row's figure is above (sign 1) or below (sign -1) the same figure of another row."""
 
     figure: str
     sign: int
@@ -35,12 +36,15 @@ class Comparison:
 class Variant:
     """One row of the table.
 
-    what: in a few words; claim, section: the paper's, "" for none; tests: what decides whether it holds here.
-    settings: of its training, None for a row without one; stage1: what it changes of the settings before that,
-    by full name, so that it has a stage 1 of its own; course: the folder of that training, which rows may
-    share; from_base: the generator starts from the base; points: at how many updates its weights are written,
-    the last of which is judged; raw: with the weights themselves in the place of their average; column:
-    how it is sampled (see trainer.proof.evaluate.Sampler).
+    what: a few words for the table.
+    claim, section: what the paper claims, and where; "" for no claim. tests: they decide if it holds here.
+    settings: of the phase; None for a row that trains nothing in stage 2.
+    stage1: settings of the earlier stages that it changes, by full name; it then gets its own stage 1.
+    course: the folder of its training; rows with the same course share one training.
+    from_base: start the generator from the base.
+    points: after how many updates weights are written; the last ones are judged.
+    raw: judge the raw weights instead of their EMA.
+    column: how to sample (see trainer.proof.evaluate.Sampler).
     """
 
     name: str
@@ -58,13 +62,16 @@ class Variant:
 
     @property
     def group(self) -> str:
-        """What stands before the value in the name of one of several: "sigma" of sigma_0.03."""
+        """The name without a number at its end ("sigma" for sigma_0.03); "" if it does not end in one."""
         head, _, tail = self.name.rpartition("_")
         return head if tail.replace(".", "").isdigit() else ""
 
 
 def all_variants(preset: Preset, recipe: str, phase: str) -> dict[str, Variant]:
-    """Every variant of a recipe's phase by name, the reference first. Raises AptError as `Preset.phases`."""
+    """Every variant of a recipe's phase by name, the reference first.
+
+    Raises AptError as `Preset.phases` does.
+    """
     own: Adversarial = getattr(preset.phases(recipe), phase)
     rows: list[Variant] = []
 
@@ -254,12 +261,10 @@ def all_variants(preset: Preset, recipe: str, phase: str) -> dict[str, Variant]:
 
 
 def choose(variants: Mapping[str, Variant], only: Iterable[str]) -> dict[str, Variant]:
-    """Those that are named, by their own names or by their group's ("sigma", "updates", "steps", "batch",
-    "stage1"),
-    and those that they are compared with.
-    None named: all. In the table's order.
+    """The variants that `only` names, and those that they are compared with, in the table's order.
 
-    Raises AptError for a name that is neither, with the nearest ones.
+    only: names of variants or groups ("sigma", "updates", "steps", "batch", "stage1"); if empty, all variants.
+    Raises AptError for any other name, and suggests the nearest ones.
     """
     groups: dict[str, list[str]] = {"batch": [name for name in variants if name.startswith("batch_")]}
     if others := [name for name, variant in variants.items() if variant.stage1]:

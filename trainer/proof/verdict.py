@@ -1,4 +1,4 @@
-"""When the figures of an ablation bear a claim out: one rule over seeds for all claims, and nothing by hand."""
+"""Decide whether an ablation's figures confirm a claim: one rule for all claims, applied over the seeds."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,27 +18,28 @@ RULE = (
 
 
 SHARES = ("structure", "alignment", "diversity")
-"""Figures that are shares of the samples of a row."""
+"""Figures that are a share of a row's samples."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over so many seeds, and half the width of its interval (None for fewer than two)."""
+    """A mean over `seeds` seeds. half: half the width of its interval; None for fewer than two seeds."""
 
     mean: float
     half: float | None
     seeds: int
 
     def side(self) -> int:
-        """1 or -1 where the whole interval lies above or below 0, else 0."""
+        """1 if the whole interval is above 0, -1 if it is below, otherwise 0."""
         if self.half is None or abs(self.mean) <= self.half:
             return 0
         return 1 if self.mean > 0 else -1
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Half the width of the interval of the values' mean (Student's t with n - 1 degrees of freedom); None
-    for fewer than two.
+    """Half the width of the confidence interval of the mean (Student's t with n - 1 degrees of freedom).
+
+    None for fewer than two values.
     """
     n = len(values)
     return (
@@ -47,7 +48,7 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
-    """Mean and interval of the values that there are; None for none."""
+    """Mean and interval of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return Estimate(float(np.mean(known)), half_width(known), len(known)) if known else None
 
@@ -55,10 +56,11 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
 def difference(
     one: Mapping[int, Mapping], other: Mapping[int, Mapping], figure: str, samples: int | None = None
 ) -> Estimate | None:
-    """Of one figure, from rows of figures by seed: `one` minus `other`, seed by seed, where both have it.
+    """The difference of one figure, `one` minus `other`, over the seeds for which both rows have it.
 
-    samples: that each row was judged on. The interval of a share (SHARES) is then at least as wide as that of
-    shares of so many samples, taken as independent between the rows.
+    one, other: figures by seed; None if no seed has both.
+    samples: how many samples each row was judged on. If given, the interval of a share (SHARES) is at least
+    as wide as that many samples leave it, with the two rows taken as independent.
     """
     pairs = [(one[seed].get(figure), other[seed].get(figure)) for seed in one if seed in other]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
@@ -71,13 +73,13 @@ def difference(
 
 
 def outcome(found: Estimate | None, sign: int) -> str:
-    """What a difference says of the claim that it is above (sign 1) or below (-1) 0."""
+    """What a difference says about the claim that it is above (sign 1) or below (sign -1) 0."""
     side = found.side() * sign if found else 0
     return {1: HOLDS, -1: DOES_NOT, 0: CANNOT_TELL}[side]
 
 
 def verdict(outcomes: Sequence[str]) -> str:
-    """Of a claim, from the outcomes of its tests; NO_CLAIM for none."""
+    """The verdict on a claim from the outcomes of its tests; NO_CLAIM if it has none."""
     if not outcomes:
         return NO_CLAIM
     if DOES_NOT in outcomes:
