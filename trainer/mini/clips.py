@@ -1,10 +1,8 @@
-"""Drawn, captioned clips: one shaded object on a striped background, still or moving in one of four
-directions.
+"""Draw captioned clips: one shaded object on a striped background, still or moving in one of four directions.
 
-The caption names four things (colour, shape, background, direction); everything else (place, size, speed,
-shading, and the stripes' direction, period and phase) is free, so that sharpness and diversity can be
-measured.
-Every scene is a function of (seed, index) alone.
+The caption names colour, shape, background and direction. Everything else (place, size, speed, shading, and
+the stripes' direction, period and phase) varies freely, so that sharpness and diversity can be measured.
+Each scene depends only on (seed, index).
 """
 
 import re
@@ -23,7 +21,7 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 COLOR_NAMES = tuple(COLORS)
 DIRECTION_NAMES = tuple(DIRECTIONS)
-# How far each shape reaches (left, right, up, down) in units of the radius of the circle of equal area.
+# Each shape's extent (left, right, up, down), in units of the radius of a circle with equal area.
 EXTENT = {
     "circle": (1, 1, 1, 1),
     "square": (0.887, 0.887, 0.887, 0.887),
@@ -37,7 +35,7 @@ NEGATIVE_PROMPT = "blurry, broken, deformed, bad quality"
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn sample. Lengths are pixels of a 48 px frame, `travel` is the whole way of the clip."""
+    """One drawn sample. Lengths are in pixels of a 48 px frame; `travel` is the distance over the clip."""
 
     color: str
     shape: str
@@ -58,7 +56,7 @@ class Scene:
 
 
 def scene(seed: int, index: int, moving: bool) -> Scene:
-    """Draw the numbers of sample `index`; `moving` makes a clip with a direction, else a still image."""
+    """Draw the random numbers of sample `index`. moving: a clip with a direction; otherwise a still image."""
     rng = np.random.default_rng([seed, index, int(moving)])
     color, background = rng.permutation(len(COLOR_NAMES))[:2]
     shape = SHAPES[rng.integers(3)]
@@ -68,7 +66,7 @@ def scene(seed: int, index: int, moving: bool) -> Scene:
     left, right, top, bottom = (e * radius for e in EXTENT[shape])
     low, high = np.array([left, top]) + 0.5, SIZE - np.array([right, bottom]) - 0.5
     step = travel * np.array(DIRECTIONS[direction] if direction else (0, 0))
-    # The whole way stays in the frame: the object is never cut.
+    # The object stays inside the frame for the whole clip, so it is never cut off.
     start = rng.uniform(low + np.maximum(-step, 0), high - np.maximum(step, 0))
     return Scene(
         color=COLOR_NAMES[color],
@@ -86,7 +84,7 @@ def scene(seed: int, index: int, moving: bool) -> Scene:
 
 
 def is_drawn(caption: str) -> bool:
-    """Whether this is the caption of a drawn clip or image."""
+    """Whether a caption is that of a drawn clip or image."""
     return _CAPTION.fullmatch(caption) is not None
 
 
@@ -96,15 +94,16 @@ _CAPTION = re.compile(
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
-    """Signed distance in pixels (negative inside) of points relative to the shape's centre; equal areas for
-    all shapes.
+    """Signed distance of points to the shape's edge, in pixels, negative inside.
+
+    x, y: relative to the shape's centre; radius: of the circle with the shape's area.
     """
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
         return np.maximum(np.abs(x), np.abs(y)) - radius * (np.sqrt(np.pi) / 2)
     if shape == "triangle":
-        # An upright equilateral triangle around its centroid: three half planes at the inradius.
+        # An upright equilateral triangle: three half planes, each at the inradius from the centroid.
         inradius = radius * np.sqrt(np.pi / (3 * np.sqrt(3)))
         slanted = np.abs(x) * (np.sqrt(3) / 2) - y * 0.5
         return np.maximum(y, slanted) - inradius
@@ -112,13 +111,14 @@ def shape_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray 
 
 
 def render(item: Scene, frames: int) -> np.ndarray:
-    """Pixels of one scene: uint8 `[frames, 48, 48, 3]`; the object goes `travel` pixels from first to last
-    frame.
+    """Render one scene, uint8 `[frames, 48, 48, 3]`.
+
+    The object moves `travel` pixels from the first frame to the last.
     """
     ys, xs = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
     angle = item.stripe_angle * np.pi / 4
     wave = (xs * np.cos(angle) + ys * np.sin(angle)) / item.stripe_period + item.stripe_phase
-    # A steep sine: bands with edges about a pixel wide, without aliasing.
+    # A steep sine gives stripes with edges about one pixel wide, without aliasing.
     bands = 0.5 + 0.5 * np.tanh(2.5 * np.sin(2 * np.pi * wave))
     backdrop = np.asarray(COLORS[item.background], np.float32) * (0.45 + 0.35 * bands)[..., None]
 
@@ -138,7 +138,10 @@ def render(item: Scene, frames: int) -> np.ndarray:
 
 
 def draw(seed: int, indices, moving: bool, frames: int | None = None) -> tuple[np.ndarray, list[Scene]]:
-    """A batch: uint8 `[n, frames, 48, 48, 3]` (9 frames for clips, 1 for images by default) and its scenes."""
+    """Draw a batch: its pixels, uint8 `[n, frames, 48, 48, 3]`, and its scenes.
+
+    frames: by default 9 for clips and 1 for images.
+    """
     frames = frames or (FRAMES if moving else 1)
     scenes = [scene(seed, int(i), moving) for i in indices]
     return np.stack([render(s, frames) for s in scenes]), scenes

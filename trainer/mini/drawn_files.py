@@ -1,4 +1,4 @@
-"""The miniature's own data as real files."""
+"""Write the miniature's drawn data as real files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +10,9 @@ from trainer.mini.clips import draw
 
 
 def draw_files(folder: Path, data: Data, seed: int, report: Callable) -> None:
-    """Draw the miniature's own data as real files with sidecar captions: PNG images and near-lossless H.264
-    clips. What is there and right stays, and keeps its age, by which its latents are known.
+    """Draw PNG images and near-lossless H.264 clips into `folder`, each with its caption in a .txt file.
+
+    Correct files that are there already are not touched: their modification time identifies their latents.
     """
     make_folder(folder)
     total = data.images + data.clips

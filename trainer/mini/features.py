@@ -1,6 +1,4 @@
-"""The small classifier whose features the miniature's Frechet distances are taken in (the role Inception has
-for FID).
-"""
+"""A small classifier. The miniature's Frechet distances use its features, as FID uses Inception's."""
 
 from pathlib import Path
 
@@ -18,8 +16,9 @@ CHANNELS = 32
 
 
 class FeatureNet(nn.Module):
-    """Four convolutions, three of them strided; `forward` gives the pooled features `[n, 32]` and the patch
-    features `[n, 32, 6, 6]`.
+    """Four convolutions, three of them strided.
+
+    `forward` returns pooled features `[n, 32]` and patch features `[n, 32, 6, 6]`.
     """
 
     def __init__(self) -> None:
@@ -41,7 +40,7 @@ class FeatureNet(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(CHANNELS, n) for name, n in targets.items()})
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """`pixels`: `[n, 3, H, W]` in [-1, 1]."""
+        """pixels: `[n, 3, H, W]` in [-1, 1]."""
         x = pixels
         for conv, norm in zip(self.layers, self.norms):
             x = F.silu(norm(conv(x)))
@@ -51,8 +50,10 @@ class FeatureNet(nn.Module):
 def train_features(
     out: Path, *, updates: int = 1500, batch: int = 64, lr: float = 2e-2, seed: int = 0, report=print
 ) -> None:
-    """Train on drawn images: what the caption names, the stripes, and how much blur and noise was added (so
-    that the features see quality too). Writes `out`.
+    """Train the classifier on drawn images and write it to `out`.
+
+    It learns what the caption names, the stripes, and how much blur and noise was added, so that its features
+    also reflect image quality.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 3])

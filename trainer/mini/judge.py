@@ -1,8 +1,7 @@
-"""What a drawn sample shows, read back from its pixels: colour, shape, background, direction, and whether it
-is whole.
+"""Read from its pixels what a sample shows: colour, shape, background, direction, and whether it is intact.
 
-No learned part: a pixel belongs to the palette colour nearest in hue angle, the object is the largest region
-that is not background, and its shape is the one of equal area that overlaps it best.
+Nothing here is learned. A pixel gets the palette colour with the nearest hue angle, the object is the largest
+region that is not background, and its shape is the ideal shape of equal area that overlaps it best.
 """
 
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ MAX_STRAY = 0.03  # share of the frame in a third colour, away from the object's
 AREA_RANGE = (140.0, 450.0)  # pixels; drawn objects have 201 to 314
 MAX_AREA_RATIO = 1.6  # largest to smallest frame of a clip
 MAX_STEP = 9.0  # pixels between two frames; drawn objects move 1.6 to 2.4
-MIN_TRAVEL = 6.0  # pixels from first to last frame that count as moving
+MIN_TRAVEL = 6.0  # pixels from first to last frame; less does not count as moving
 
 _PALETTE = np.array([COLORS[name] for name in COLOR_NAMES], np.float32)
 _PALETTE /= np.linalg.norm(_PALETTE, axis=1, keepdims=True)
@@ -29,8 +28,11 @@ _PALETTE /= np.linalg.norm(_PALETTE, axis=1, keepdims=True)
 
 @dataclass(frozen=True)
 class Frame:
-    """What one frame shows. `center` is (x, y) in pixels; `overlaps` are with the ideal shapes; `clean` asks
-    for one object in one piece, of a sensible size, and no third colour.
+    """What one frame shows.
+
+    color, background: positions in the palette; overlaps: intersection over union with each ideal shape;
+    area: in pixels; center: (x, y) in pixels; clean: one object in one piece, with a plausible size, and no
+    third colour.
     """
 
     color: int
@@ -43,8 +45,10 @@ class Frame:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows: the majority of its frames, its direction of travel, how many pixels its object
-    travels from the first frame to the last, and whether it holds together.
+    """What a clip shows, by the majority of its frames.
+
+    It also has the direction, how many pixels the object travels from the first frame to the last, and
+    whether the clip's structure is intact.
     """
 
     color: str
@@ -55,8 +59,9 @@ class Reading:
     travel: float
 
     def agrees(self, scene: Scene) -> dict[str, bool]:
-        """Word by word: does the sample show what the caption names? `all` needs every word (direction for
-        clips).
+        """For each word of the caption, whether the sample shows it; `all` needs every word.
+
+        The direction counts only for clips.
         """
         words = {key: getattr(self, key) == getattr(scene, key) for key in ("color", "shape", "background")}
         if scene.direction is not None:
@@ -104,8 +109,9 @@ def read_frame(pixels: np.ndarray) -> Frame:
 
 
 def read_clip(pixels: np.ndarray) -> Reading:
-    """Read a uint8 `[F, H, W, 3]` clip (F = 1 for an image). Structure needs every frame clean, and its
-    object to have the clip's colours and shape.
+    """Read one clip, uint8 `[F, H, W, 3]` (F = 1 for an image).
+
+    Its structure is intact if every frame is clean and its object has the clip's colours and shape.
     """
     frames = [read_frame(frame) for frame in pixels]
     centers = np.array([f.center for f in frames])
@@ -133,12 +139,12 @@ def read_clip(pixels: np.ndarray) -> Reading:
 
 
 def travel(pixels: np.ndarray) -> torch.Tensor:
-    """How many pixels the object of each clip `uint8 [n, F, H, W, 3]` travels, `[n]`; see Reading."""
+    """How many pixels the object of each clip, uint8 `[n, F, H, W, 3]`, travels: `[n]`; see Reading."""
     return torch.tensor([read_clip(clip).travel for clip in pixels])
 
 
 def _direction(way: np.ndarray) -> str | None:
-    """The name of a displacement (x, y) in pixels, or None for one that is short or diagonal."""
+    """The direction of a displacement (x, y) in pixels; None if it is short or diagonal."""
     name, along = max(
         ((n, float(way @ np.array(d))) for n, d in DIRECTIONS.items()), key=lambda pair: pair[1]
     )

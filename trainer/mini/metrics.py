@@ -1,6 +1,4 @@
-"""How good a set of samples is: fidelity, sharpness, structure, alignment and diversity, each against real
-clips.
-"""
+"""Measure a set of samples: fidelity, sharpness, structure, alignment and diversity, against real clips."""
 
 import numpy as np
 import torch
@@ -15,25 +13,27 @@ NEIGHBOURS = 5
 
 
 class Reference:
-    """Real clips `uint8 [n, F, H, W, 3]` and what is compared with them. Compare sets of equal size: Frechet
-    distances depend on it.
+    """Real clips, uint8 `[n, F, H, W, 3]`, against which samples are measured.
+
+    Use as many samples as there are clips here, because Frechet distances depend on the number.
     """
 
     def __init__(self, net: FeatureNet, pixels: np.ndarray) -> None:
         self.net = net
         whole, patches = features(net, pixels)
-        # Features are measured in units of their spread over real clips, so that none counts for its scale
-        # alone; a change from frame to frame in the units of the feature that changes (real clips change so
-        # little that flicker would be all).
+        # Divide features by their standard deviation over real clips, so that none dominates by its scale.
+        # Divide changes from frame to frame by that of the feature itself: real clips change so little that
+        # with the changes' own, flicker would dominate everything.
         spread = whole[:, :CHANNELS].std(0) + 1e-6
         self.scale, self.patch_scale = np.tile(spread, whole.shape[1] // CHANNELS), patches.std(0) + 1e-6
         self.whole, self.patches = whole / self.scale, patches / self.patch_scale
         self.edges = edge_energy(pixels)
 
     def measure(self, pixels: np.ndarray, scenes: list[Scene] | None) -> dict[str, float | None]:
-        """The row of one column. None is what cannot be known: structure, alignment and motion without scenes
-        (other people's clips), motion of pictures, fd and diversity of a single sample, sharpness against
-        flat pictures.
+        """The figures of a set of samples, uint8 `[n, F, H, W, 3]`; None for those that cannot be measured.
+
+        These are structure, alignment and motion without scenes (clips that were not drawn), motion of
+        images, fd and diversity of a single sample, and sharpness if the reference is flat.
         """
         several = min(len(pixels), len(self.whole)) > 1
         whole, patches = features(self.net, pixels)
@@ -64,10 +64,10 @@ class Reference:
 
 @torch.no_grad()
 def features(net: FeatureNet, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features of each sample `[n, d]` and of its patches `[m, 32]`.
+    """Features of the samples `[n, d]` and of their patches `[m, 32]`.
 
-    A clip's features are the mean over its frames and, for F > 1, the mean change from frame to frame: d is
-    32 or 64.
+    A sample's features are the mean over its frames (d = 32). For F > 1, the mean change from frame to frame
+    is appended (d = 64).
     """
     n, frames = pixels.shape[:2]
     whole, patches = [], []
@@ -79,7 +79,7 @@ def features(net: FeatureNet, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarra
         if frames > 1:
             parts.append(pooled.diff(dim=1).abs().mean(1))
         whole.append(torch.cat(parts, 1).double().numpy())
-        # The first, middle and last frame hold nearly all that a clip's patches can show.
+        # The first, middle and last frame show nearly everything that the patches of a clip can show.
         grid = grid.reshape(len(part), frames, *grid.shape[1:])[:, sorted({0, frames // 2, frames - 1})]
         patches.append(rearrange(grid, "n f c h w -> (n f h w) c").double().numpy())
     return np.concatenate(whole), np.concatenate(patches)
@@ -89,7 +89,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     """Frechet distance between Gaussians fitted to two sets of features `[n, d]`, n > 1."""
     mean_a, mean_b = a.mean(0), b.mean(0)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The trace of sqrt(A B) from the eigenvalues of A B, which are real and not negative up to rounding.
+    # Trace of sqrt(A B) from the eigenvalues of A B, which are real and at least 0, up to rounding.
     eigenvalues = linalg.eigvals(cov_a @ cov_b).real.clip(min=0)
     distance = (
         ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(eigenvalues).sum()
@@ -98,7 +98,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def edge_energy(pixels: np.ndarray) -> float:
-    """Mean squared Laplacian of the brightness: what a blur takes away first."""
+    """Mean squared Laplacian of the brightness, which falls first when a picture is blurred."""
     total = 0.0
     for clip in pixels:
         gray = clip.astype(np.float32).mean(-1)
@@ -111,8 +111,9 @@ def edge_energy(pixels: np.ndarray) -> float:
 
 
 def coverage(real: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS) -> float:
-    """Share of the real clips that have a sample within the distance of their k-th real neighbour (Naeem et
-    al., 2020).
+    """Coverage (Naeem et al., 2020): the share of real clips with a sample nearer than their k-th neighbour.
+
+    Neighbours are other real clips. real, samples: features `[n, d]`.
     """
     radii = np.sort(_distances(real, real), axis=1)[:, min(k, len(real) - 1)]
     return float((_distances(real, samples).min(axis=1) <= radii).mean())

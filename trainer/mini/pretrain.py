@@ -1,4 +1,4 @@
-"""Rebuilds the miniature's shipped files, one part after the other."""
+"""Rebuild the miniature's shipped files, part by part."""
 
 from pathlib import Path
 
@@ -18,17 +18,17 @@ FILES = {
     "teacher": "steps/teacher.safetensors",
     "base": "transformer.safetensors",
 }
-"""What each part writes. `sharpen` goes on from the VAE of `vae`, `base` learns from `teacher`; those two are
-not shipped.
+"""The file that each part writes. `sharpen` continues with the VAE of `vae`, and `base` learns from
+`teacher`; the files of `vae` and `teacher` are not shipped.
 """
 SHIPPED = tuple(FILES[name] for name in ("sharpen", "text", "features", "base"))
 
 
 def pretrain(part: str, out: Path, *, seed: int, device: str, amp: bool, compiled: bool) -> None:
-    """Train `part` ("all" or one of PARTS) into `out`; a part that needs another takes it from `out`, else
-    the shipped one.
+    """Train `part` ("all" or one of PARTS) and write it into `out`.
 
-    Raises AptError for an unknown part, a device that torch cannot use, and a place that cannot be written.
+    If a part needs another one, it takes that from `out`, or the shipped file if `out` has none.
+    Raises AptError for an unknown part, a device that torch cannot use, and an `out` that cannot be written.
     """
     if part not in (*PARTS, "all"):
         raise AptError(f"there is no part {part!r} to train; use all, {', '.join(PARTS)}.")

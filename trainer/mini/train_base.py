@@ -1,9 +1,9 @@
-"""Trains the miniature's base: a small Wan transformer, flow matching on drawn images and clips.
+"""Train the miniature's base: a small Wan transformer, by flow matching on drawn images and clips.
 
-In two parts. The first network may grow as it likes, which is the fastest way to a small loss and leaves
-kernels twenty times as large as usual (root mean square 1): learning rates of the stages after it would be a
-thousandth of what they are elsewhere. The second, of normal scale by weight decay, learns the first one's
-velocities, a target without noise, in a fifth of the updates. It is the base.
+It takes two networks. The first has no weight decay, which reaches a small loss fastest. But its kernels
+become twenty times as large as usual (root mean square 1), and later stages would need learning rates a
+thousand times smaller than elsewhere. The second network has weight decay, which keeps it at normal scale. It
+learns the first one's velocities, a target without noise, in a fifth of the updates, and becomes the base.
 """
 
 import copy
@@ -35,7 +35,7 @@ GUIDANCE = 2.0
 
 @dataclass(frozen=True)
 class Stage:
-    """`updates` updates of which the share `video` sees clips; the rate goes linearly from `lr` to `lr_end`."""
+    """A part of the training. video: share of updates on clips; the rate goes linearly from lr to lr_end."""
 
     updates: int
     video: float
@@ -58,7 +58,7 @@ BASE = (
     Stage(1200, 0.0, 0.02, 0.0004),
     Stage(10900, 0.6, 0.02, 0.02),
     Stage(10900, 0.6, 0.02, 0.0001),
-    Stage(6400, 0.85, 0.01, 0.01),  # clips were still behind
+    Stage(6400, 0.85, 0.01, 0.01),  # clips lagged behind images
     Stage(9600, 0.85, 0.01, 0.00005),
 )
 WEIGHT_DECAY = 0.1
@@ -66,7 +66,7 @@ EMA_WARMUP = 10
 
 
 class Captions:
-    """Every caption that the clips can have, embedded once: `rows[caption]` indexes `table` `[n, L, d]`."""
+    """All possible captions, each embedded once. `table`: `[n, L, d]`; `rows`: a caption's row in it."""
 
     def __init__(self, text_encoder) -> None:
         texts = [NEGATIVE_PROMPT, ""]
@@ -84,7 +84,7 @@ class Captions:
 def latent_pool(
     vae, captions: Captions, seed: int, count: int, moving: bool, device: str, report
 ) -> tuple[Tensor, Tensor]:
-    """`count` drawn samples as normalised latents `[n, 16, f, 6, 6]` and their caption rows `[n]`."""
+    """Encode `count` drawn samples: normalised latents `[n, 16, f, 6, 6]`, and their captions' rows `[n]`."""
     latents, rows = [], []
     started = time.time()
     for first in range(0, count, 64):
@@ -120,11 +120,11 @@ def train_base(
     device: str = "cpu",
     report=print,
 ) -> WanBackbone:
-    """Train a transformer and write its EMA to `out`. `work` keeps the latents and the training state: a run
-    goes on from it.
+    """Train a transformer and write its EMA to `out`.
 
-    teacher: a transformer whose velocities are the target, in the place of data and noise. The log has each
-    judgement's smallest and largest kernel, by root mean square.
+    work: folder for the latents and the training state; a run that was stopped continues from it.
+    teacher: a transformer whose velocities to learn, instead of those of data and noise.
+    Each time that the model is judged, the log gets the smallest and largest kernel (root mean square).
     """
     from apt_core.loading.checkpoint import save_generator
 
@@ -170,8 +170,8 @@ def train_base(
         latents, rows = pools[kind]
         batch = video_batch if kind == "video" else image_batch
         pick = torch.from_numpy(rng.integers(len(latents), size=batch)).to(device)
-        # 1 in 10 loses its caption: half of those to the negative prompt, half to nothing, so that both mean
-        # "anything".
+        # Replace 1 in 10 captions, half by the negative prompt and half by an empty one, so that the model
+        # learns both as "any caption".
         lost = torch.rand(batch, device=device)
         text_rows = torch.where(lost < text_dropout, (lost < text_dropout / 2).long(), rows[pick])
         x, c = latents[pick], table[text_rows]
@@ -231,7 +231,7 @@ def train_base(
 
 
 def kernel_sizes(model: torch.nn.Module) -> str:
-    """The smallest and the largest matrix of a network by root mean square: "0.02 (name) to 0.17 (name)"."""
+    """A network's smallest and largest matrix by root mean square, as "0.02 (name) to 0.17 (name)"."""
     sizes = {
         name: float(p.detach().float().square().mean().sqrt())
         for name, p in model.named_parameters()
@@ -263,7 +263,7 @@ def judge_base(
     seed: int = 99,
     device="cpu",
 ):
-    """Shares of 25-step samples that show what their captions say, and that are whole."""
+    """Judge guided samples of the base: the shares that show what their captions say, and that are intact."""
     scenes = draw(seed, range(count), moving=kind == "video")[1]
     c = captions.table[[captions.rows[s.caption] for s in scenes]].to(device)
     negative = captions.table[[0] * count].to(device)

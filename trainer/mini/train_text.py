@@ -1,7 +1,7 @@
-"""Trains the miniature's text encoder: a UMT5 of two layers, with a tokenizer of its own that takes any text.
+"""Train the miniature's text encoder: a UMT5 with two layers, and a tokenizer of its own for any text.
 
-The encoder learns to name, from the mean of its tokens, the colour, shape, background and direction of a
-caption between unrelated words; what the words mean to the eye the transformer learns later.
+From the mean of its tokens, the encoder learns to name the colour, shape, background and direction of a
+caption that stands among unrelated words. The transformer learns later what the words look like.
 """
 
 import string
@@ -20,7 +20,7 @@ VOCABULARY = 704
 TEXT_LENGTH = 32
 WIDTH = 96
 
-# Gives the tokenizer whole pieces for the words that captions of other people's clips are likely to hold.
+# With this text, the tokenizer gets whole pieces for words that are likely in captions of real clips.
 COMMON_WORDS = """
 the of and to in is on with at from by for an as are it its this that two three four five one some many several small
 large big little tall short long wide narrow old young new bright dark light black white gray grey brown orange pink
@@ -46,7 +46,7 @@ triangle star heart fresh green leaves surface deep shallow traffic crowd market
 
 
 def caption_texts(count: int = 2000) -> list[str]:
-    """Captions of drawn images and clips."""
+    """`count` captions of drawn images and clips."""
     return [scene(7, i, moving=i % 2 == 0).caption for i in range(count)]
 
 
@@ -104,7 +104,7 @@ def train_text_encoder(
             F.cross_entropy(head(pooled), torch.tensor([_label(s, name) for s in scenes]))
             for name, head in heads.items()
         ]
-        # The transformer reads raw token rows: hold them near unit scale.
+        # The transformer reads the tokens as they are, so keep them near unit scale.
         scale = (hidden.pow(2).sum() / mask.sum() / WIDTH - 1).pow(2)
         loss = sum(losses) + 0.1 * scale
         optimizer.zero_grad(set_to_none=True)
@@ -121,7 +121,7 @@ def train_text_encoder(
 
 
 def _surround(item: Scene, rng: np.random.Generator) -> str:
-    """The caption between up to four unrelated words on each side."""
+    """The scene's caption, with up to four unrelated words before and after it."""
     before, after = (
         " ".join(rng.choice(COMMON_WORDS, size=rng.integers(5))) if rng.random() < 0.3 else ""
         for _ in range(2)

@@ -1,4 +1,4 @@
-"""Trains the miniature's video VAE: the official Wan 2.1 architecture with a small base width."""
+"""Train the miniature's video VAE: the official Wan 2.1 architecture with a small base width."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,10 @@ def crops(pool: np.ndarray, rng: np.random.Generator, batch: int, size: int, fra
 
 @dataclass(frozen=True)
 class Stage:
-    """`updates` updates on `batch` random crops of `frames` frames and `size` pixels; `lr` falls to `lr_end`."""
+    """A part of the training: updates on `batch` random crops of `frames` frames and `size` x `size` pixels.
+
+    lr falls to lr_end.
+    """
 
     updates: int
     batch: int
@@ -55,7 +58,10 @@ def train_vae(
     device: str = "cpu",
     report=print,
 ):
-    """Train, fold the latents' statistics into Wan 2.1's fixed ones, and write `out` (official keys, fp32)."""
+    """Train the VAE and write it to `out` (official keys, fp32).
+
+    The latents' statistics are folded into the weights, so that Wan 2.1's fixed statistics hold.
+    """
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(seed)
@@ -64,8 +70,8 @@ def train_vae(
     vae = AutoencoderKLWan(base_dim=BASE_DIM).to(device)
     inflate(vae)
     with torch.no_grad():
-        # Starts with a posterior of standard deviation 0.05: unit noise would hide everything that can be
-        # learned first.
+        # Start with a posterior of standard deviation 0.05: noise of unit size would hide what the network
+        # could learn at first.
         vae.quant_conv.weight[vae.config.z_dim :] *= 0.1
         vae.quant_conv.bias[vae.config.z_dim :] = -6.0
     optimizer, update = Muon(vae.parameters()), 0
@@ -114,12 +120,13 @@ def sharpen(
     device: str = "cpu",
     report=print,
 ):
-    """Train the decoder of `source` alone until edges come back as they were, and write the VAE to `out`.
+    """Train only the decoder of `source`, so that it restores sharp edges, and write the VAE to `out`.
 
-    The encoder stays, and with it every latent: a transformer that was trained on them goes on fitting.
-    Images and clips take turns. The loss adds the L1 distance of Laplacians, which a pixel loss alone gives
-    up first, and the squared relative error of their energy in each sample, without which whatever is
-    uncertain stays soft. From nothing either would hold a VAE at flat colours.
+    The encoder is unchanged, and so are its latents: a transformer that was trained on them still fits.
+    Images and clips take turns. Besides the pixel loss there is the L1 distance of Laplacians, because a
+    pixel loss alone gives up edges first, and the squared relative error of each sample's Laplacian energy,
+    because otherwise everything uncertain stays soft. A VAE trained from scratch with either would get stuck
+    at flat colours.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 4])
@@ -163,12 +170,12 @@ def sharpen(
 
 
 def _unit(pixels: Tensor) -> Tensor:
-    """uint8 to [-1, 1]."""
+    """Convert uint8 pixels to [-1, 1]."""
     return pixels.float() / 127.5 - 1.0
 
 
 def laplacian(x: Tensor) -> Tensor:
-    """Second differences of the brightness of `[B, 3, F, H, W]`: `[B, F, H - 2, W - 2]`."""
+    """Laplacian of the brightness: `[B, 3, F, H, W]` -> `[B, F, H - 2, W - 2]`."""
     gray = x.mean(1)
     return (
         gray[..., :-2, 1:-1]
@@ -181,9 +188,10 @@ def laplacian(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def inflate(vae) -> None:
-    """Make the video network an image network per frame, to begin with: every kernel looks at the present
-    frame only, and going up or down in time repeats or drops frames. Stage one then trains all that images
-    can teach.
+    """Initialise the video network so that it treats each frame as an image.
+
+    Every kernel looks only at the current frame, and resampling in time repeats or drops frames. The first
+    part of the training can then learn all that images teach.
     """
     for name, module in vae.named_modules():
         if isinstance(module, torch.nn.Conv3d) and module.kernel_size[0] == 3:
@@ -198,8 +206,9 @@ def inflate(vae) -> None:
 
 @torch.no_grad()
 def latent_statistics(vae, clips: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation of the raw posterior means of `[n, F, H, W, 3]` clips: two
-    `[16]`.
+    """Mean and standard deviation of each channel of the clips' raw posterior means, `[16]` each.
+
+    clips: uint8 `[n, F, H, W, 3]`.
     """
     latents = []
     for chunk in np.array_split(clips, max(1, len(clips) // 16)):
