@@ -2,6 +2,7 @@
 sample is encoded or a weight read.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,14 @@ def starts(tmp_path_factory) -> Path:
     sparse = {"blocks.0.self_attn.attn_op.local_attn.proj_l.weight": torch.ones(8, 8)}
     save_file({RCM_PREFIX + k: v for k, v in (whole | sparse).items()}, folder / "sparse.safetensors")
     save_file({k: v.to(torch.float8_e4m3fn) for k, v in whole.items()}, folder / "coarse.safetensors")
+    save_file(
+        {"someone.own.name": torch.ones(2, 128)},
+        folder / "claims.safetensors",
+        metadata={
+            "format": "pt",
+            "apt": json.dumps({"format": 1, "kind": "lora", "rank": 2, "timestep": 1000}),
+        },
+    )
     (folder / "pickle.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
     return folder
 
@@ -57,6 +66,7 @@ def starts(tmp_path_factory) -> Path:
         ("wide", LORA, ["changes blocks.0.self_attn.q.weight by (1536, 1536), but in", "it is (128, 128)",
                         "of width 1536 (that of Wan 2.1 1.3B)."]),
         ("wide", [], ["give as the base the model that this LoRA was trained on"]),
+        ("claims", [], ["someone.own.name cannot be placed in a Wan transformer"]),
         ("high", LORA, ["has rank 3 at blocks.0.self_attn.q", "(lora_rank=3) or more, or a LoRA of lower rank."]),
         ("late", [], ["is for timestep 750, and one step from noise is a call at 1000", "(`distill`, with them as the base)."]),
         ("whole", LORA, ["is a whole model, and adapters over", "train with mode=full, or give base="]),

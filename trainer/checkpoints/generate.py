@@ -90,7 +90,7 @@ def generate(
             report(done + 1, len(mine))
     if world.main:
         where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} samples go to {out}"
-        console.print(f"{where}.", markup=False, highlight=False, soft_wrap=True)
+        console.print(where, markup=False, highlight=False, soft_wrap=True)
     return written
 
 

@@ -52,7 +52,7 @@ from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
 from trainer.stages.distill import distill
 from trainer.stages.dmd import match_distributions
-from trainer.stages.networks import check_start, is_lora_file
+from trainer.stages.networks import check_start, is_lora_at
 from trainer.stages.samples import Samples
 from trainer.stages.watch import Measure
 
@@ -202,7 +202,7 @@ def _check_start(plan: Plan, start: Path) -> str | None:
     the phase cannot start from it.
     """
     note = times_note(start)
-    if start.is_dir() or not is_lora_file(start):
+    if start.is_dir() or not is_lora_at(start):
         check_base(start, plan.preset.model, plan.preset.name, "--start-from")
     if plan.base.exists() and not start.samefile(plan.base):  # a random base may not exist yet
         check_start(start, plan.base, load_backbone, plan.lora)

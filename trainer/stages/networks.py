@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.errors import AptError
-from apt_core.files.contract import as_lora, metadata_strings
-from apt_core.files.lora_keys import is_lora
+from apt_core.files.contract import as_lora, is_lora_file, metadata_strings, read_apt
 from apt_core.files.tensorfile import read_header, write_tensors
 from apt_core.loading.backbones import kind_of
 from apt_core.method.discriminator import Discriminator
@@ -193,16 +192,19 @@ def matching_networks(
     return Networks(generator, role(shared, None), base=shared, fake=role(shared, "fake"))
 
 
-def is_lora_file(path: Path) -> bool:
+def is_lora_at(path: Path) -> bool:
     """Whether this is a file of a LoRA, of any program, by its header."""
-    return path.is_file() and is_lora(read_header(path).shapes)
+    if not path.is_file():
+        return False
+    header = read_header(path)
+    return is_lora_file(read_apt(path, header.metadata), header.shapes)
 
 
 def _load_start(start: Path, base: Path, load: Load, device: torch.device) -> nn.Module:
     """A whole model to train on from: the one at `start`, or what the LoRA there makes of the base, summed in
     fp32. Raises AptError for one that was not trained on it.
     """
-    if start == base or not is_lora_file(start):
+    if start == base or not is_lora_at(start):
         return load(start, device=device)
     lora = read_lora_for(start, load(base, device=torch.device("meta")), base)
     model = load(base, device=device)
@@ -213,13 +215,13 @@ def check_start(start: Path, base: Path, load: Load, lora: Lora | None) -> None:
     """Whether a phase can begin with `start`, from headers: in full mode a LoRA must fit the base, with `lora`
     adapters must be able to hold it. Raises AptError with what would do.
     """
-    if start == base or (lora is None and not is_lora_file(start)):
+    if start == base or (lora is None and not is_lora_at(start)):
         return
     empty = load(base, device=torch.device("meta"))
     if lora is None:
         read_lora_for(start, empty, base)
         return
-    if not is_lora_file(start):
+    if not is_lora_at(start):
         raise AptError(
             f"{start} is a whole model, and adapters over {base} cannot hold what it has become: train with mode=full, "
             f"or give base={start} too, and the LoRA is one over that model."
