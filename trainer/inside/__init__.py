@@ -1,3 +1,3 @@
-"""A look inside: what the generator's blocks hold (probe), where samples go between two noises (walk), where
-the discriminator looks (attention).
+"""Look inside the networks: what the generator's blocks hold (probe), how samples change between two noises
+(walk), and where the discriminator looks (attention).
 """

@@ -1,6 +1,4 @@
-"""Where the discriminator looks: the attention of its heads' tokens over the frame, for real and for
-generated samples (3.3, fig. 1).
-"""
+"""Show where the discriminator looks: its heads' attention over real and generated samples (3.3, fig. 1)."""
 
 import textwrap
 from dataclasses import dataclass
@@ -25,14 +23,14 @@ from trainer.run.folders import is_state, whole_states
 from trainer.run.plot import BLACK, BLUE, GREEN, ORANGE, RED, save_figure
 
 TIMES = 8
-"""Of t's distribution, so many equally likely values: eq. 6 asks for the mean over t."""
+"""How many timesteps to average over, spaced evenly in probability; eq. 6 is a mean over t."""
 HEADS, NUMBERED = 12, 16
 
 
 def find_state(path: Path, phase: str | None = None) -> Path:
-    """The training state that a path stands for: a state itself, the newest of a stage's folder, or of a
-    run's folder that of its last phase.
+    """Find the training state that a path means.
 
+    It may be a state itself, a stage's folder (its newest state), or a run's folder (that of its last phase).
     Raises AptError when there is none.
     """
     if phase not in (None, "image", "video"):
@@ -53,11 +51,11 @@ def find_state(path: Path, phase: str | None = None) -> Path:
 def look(
     discriminator: Discriminator, x: Tensor, text: Tensor, s: float, fixed: float | None = None
 ) -> tuple[list[Tensor], float]:
-    """Means over t of the heads' weights by depth, `[heads, f, h, w]` each (patches), and of the logit, for
-    one sample `[1, C, f, h, w]`.
+    """The attention weights and the logit of one sample `[1, C, f, h, w]`, averaged over t.
 
-    t goes through the middles of TIMES equal shares of `shift(U(0, 1), s)` (eq. 6, 7), or is the fixed one
-    that it was trained with. The weights of a head sum to 1.
+    Returns the weights by depth, `[heads, f, h, w]` in patches, and the logit. The weights of a head sum to 1.
+    t takes TIMES values of `shift(U(0, 1), s)`, spaced evenly in probability (eq. 6, 7), unless the
+    discriminator was trained with a `fixed` one.
     """
     t = shift((torch.arange(TIMES, dtype=torch.float64) + 0.5) / TIMES, s).float().to(x.device)
     if fixed is not None:
@@ -73,8 +71,9 @@ def look(
 
 @dataclass(frozen=True)
 class Seen:
-    """One sample under the discriminator's eyes. frame: pixels `[H, W, 3]` of the latent frame in the middle;
-    weights: see `look`.
+    """One sample and what the discriminator makes of it.
+
+    frame: pixels `[H, W, 3]` of the middle latent frame; weights, logit: see `look`.
     """
 
     source: str
@@ -84,19 +83,21 @@ class Seen:
     logit: float
 
     def map(self, depth: int, head: int | None = None) -> np.ndarray:
-        """Attention over the frame in the middle, `[h, w]`, of one head or the mean over heads: multiples of
-        what a patch gets from an even look.
+        """Attention over the middle frame, `[h, w]`, of one head, or by default the mean over heads.
+
+        1 is what every patch would get from uniform attention.
         """
         weights = self.weights[depth] if head is None else self.weights[depth][head : head + 1]
         return (weights.mean(0)[weights.shape[1] // 2] * weights[0].numel()).numpy()
 
     def by_frame(self, depth: int) -> np.ndarray:
-        """Share of the attention that each latent frame gets."""
+        """The share of the attention that each latent frame gets."""
         return self.weights[depth].mean(0).sum((1, 2)).numpy()
 
     def spread(self, depth: int) -> list[float]:
-        """Of each head: the share of the patches that it looks at, exp(entropy) / number; 1 is an even look,
-        1 / number a single patch.
+        """The share of the patches that each head looks at: exp(entropy) / number of patches.
+
+        1 is uniform attention; 1 / number is attention to a single patch.
         """
         weights = self.weights[depth].flatten(1).double()
         return (-(weights * weights.clamp_min(1e-300).log()).sum(1)).exp().div(weights.shape[1]).tolist()
@@ -112,13 +113,12 @@ def run_attention(
     seed: int = 0,
     base: str = "",
 ) -> list[Path]:
-    """Write attention.png (mean over attention heads), attention-heads.png (each of them) and attention.json
-    into `out`; returns their paths.
+    """Write attention.png (mean over heads), attention-heads.png (each head) and attention.json into `out`.
 
-    state: see find_state; pipe: with its generator. The real samples are ones that no update saw, where the
-    run held some out. shards: where they lie, by default in the run's folder. base: the transformer that the
-    state began from, where it has moved. Raises AptError for a state without a discriminator, and where there
-    are no real samples.
+    Returns their paths. Real samples are held-out ones first, if the run held some out.
+    state: a training state, see find_state; pipe: a pipeline with the same run's generator.
+    shards: folder of real samples, by default the run's own; base: the state's base transformer, if it moved.
+    Raises AptError for a state without a discriminator, and when there are no real samples.
     """
     discriminator, identity = open_discriminator(state, base or None)
     run = state.parent.parent.parent
@@ -176,15 +176,14 @@ def _facts(one: Seen, taps: tuple[int, ...]) -> dict:
 
 
 def _pixel_frame(latent_frame: int, stride: int) -> int:
-    """A frame in the middle of those that a latent frame holds: the first holds one, each further one
-    `stride`.
-    """
+    """The middle one of the pixel frames in a latent frame. The first holds one, every other one `stride`."""
     return latent_frame * stride - stride // 2 if latent_frame else 0
 
 
 def _overlay(axes, frame: np.ndarray, heat: np.ndarray, top: float):
-    """The frame in grey under its attention, with numbers where the patches are few; returns the drawn heat,
-    for a colour bar.
+    """Draw the attention over the grey frame, with numbers if there are few patches.
+
+    Returns the drawn map, for a colour bar.
     """
     height, width = frame.shape[:2]
     rows, columns = heat.shape
@@ -192,7 +191,7 @@ def _overlay(axes, frame: np.ndarray, heat: np.ndarray, top: float):
     axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
-    # viridis rises evenly in lightness, for colour-blind eyes too
+    # viridis gets lighter evenly, which works for colour-blind readers too
     drawn = axes.imshow(
         heat,
         cmap="viridis",

@@ -1,6 +1,4 @@
-"""What the three commands share: a pipeline from whatever `generate` takes, prompts, and the style of their
-pictures.
-"""
+"""What the commands probe, walk and attention share: opening a pipeline, prompts, and drawing frames."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +15,13 @@ from trainer.config import Files
 from trainer.data.shards import ShardDataset
 from trainer.mini.clips import scene
 
-PROMPT_SEED = 60_000  # of drawn captions; no other command's
+PROMPT_SEED = 60_000  # for drawn captions; no other command uses it
 
 
 def open_pipeline(
     checkpoint: Path, files: Files, ema: float | None = None, device="auto", cache: Path | None = None
 ) -> OneStepPipeline:
-    """A pipeline from anything that `generate` takes. Raises AptError as that does."""
+    """Open a pipeline from anything that `generate` takes. Raises AptError as `generate` does."""
     source = find_source(checkpoint, files.base, ema)
     return OneStepPipeline.from_checkpoint(
         source, files.vae, files.text_encoder, files.tokenizer, files.base, device=device, cache=cache
@@ -38,10 +36,9 @@ def find_captions(
     shards: Path | None = None,
     advice: str = "give --data SHARDS or --prompts FILE",
 ) -> list[str]:
-    """`count` captions: those given, those of shards, or for the miniature drawn ones; too few of them come
-    again from the start.
+    """Find `count` captions: the given ones, those of shards or, for the miniature, drawn ones.
 
-    Raises AptError where there are none.
+    If there are too few, they are repeated. Raises AptError, with `advice`, when there are none.
     """
     if shards:
         kind = "video" if moving else "image"
@@ -58,7 +55,7 @@ def find_captions(
 
 
 def embed_all(pipe: OneStepPipeline, request: Request) -> list[Tensor]:
-    """One embedding `[1, L, d]` a prompt; equal ones are encoded once."""
+    """One embedding `[1, L, d]` per prompt. Equal prompts are encoded once."""
     unique = list(dict.fromkeys(request.prompts))
     text = pipe.embed(Request(unique, request.height, request.width, request.frames, request.fps))
     place = {prompt: number for number, prompt in enumerate(unique)}
@@ -66,12 +63,12 @@ def embed_all(pipe: OneStepPipeline, request: Request) -> list[Tensor]:
 
 
 def frames_of(pipe: OneStepPipeline, latents: Tensor) -> np.ndarray:
-    """Latents `[1, C, f, h, w]` as pixels, uint8 `[F, H, W, 3]`."""
+    """Decode latents `[1, C, f, h, w]` to pixels, uint8 `[F, H, W, 3]`."""
     return np.concatenate(list(pipe.frames(latents)))
 
 
 def show_frame(axes, frame: np.ndarray, title: str = "", label: str = "") -> None:
-    """A picture without ticks; title above it, label to its left."""
+    """Draw a frame without ticks, with a title above it and a label to its left."""
     axes.imshow(frame, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])

@@ -1,6 +1,4 @@
-"""The paper's linear probe (5.5, fig. 10): how much of the final sample each block of the one-step generator
-already holds.
-"""
+"""The paper's linear probe (5.5, fig. 10): how much of the final sample each generator block holds."""
 
 import textwrap
 from collections.abc import Callable, Sequence
@@ -21,15 +19,17 @@ from trainer.run.plot import BLACK, BLUE, ORANGE, save_figure
 from trainer.run.progress import stage_bar
 
 Sample = Callable[[int], tuple[Tensor, Tensor]]
-"""Noise `[1, C, f, h, w]` and text `[1, L, d]` of sample n."""
+"""A function from a sample's number to its noise `[1, C, f, h, w]` and text `[1, L, d]`."""
 BANDS = ("all", "low", "high")
 ROWS, COLUMNS = 4, 8
 
 
 @torch.no_grad()
 def observe(model: nn.Module, z: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The final latent `x_hat = G(z, c)` of a batch, and the tokens `[B, S, d]` on the way to it: the noise's
-    own patches, then each block's.
+    """Run the generator on a batch and record its tokens.
+
+    Returns the final latent `x_hat = G(z, c)`, and tokens `[B, S, d]`: the patches of the noise, then the
+    output of each block.
     """
     t = torch.full((len(z),), 1000.0, device=z.device)
     inner = model(z, t, text, taps=range(1, model.config.num_layers + 1))
@@ -43,10 +43,10 @@ def fit(
     penalty: float,
     report: Callable = lambda *_: None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """The best linear layer from each block's tokens to the final latent's patches, over the samples
-    `numbers`: (weight, bias), fp64.
+    """Fit a linear layer from each block's tokens to the final latent's patches, over the samples `numbers`.
 
-    Entry 0 reads the noise, entry k block k. See Ridge.solve for `penalty`.
+    Returns (weight, bias) in fp64 for each; entry 0 reads the noise, entry k reads block k. penalty: see
+    Ridge.solve.
     """
     probes = [Ridge() for _ in range(model.config.num_layers + 1)]
     for done, number in enumerate(numbers, start=1):
@@ -61,7 +61,7 @@ def fit(
 def read(
     model: nn.Module, probes: Sequence[tuple[Tensor, Tensor]], z: Tensor, text: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """The final latents of a batch, and what each probe takes for them, all `[B, C, f, h, w]` in fp32."""
+    """A batch's final latents, and each probe's prediction of them, all `[B, C, f, h, w]` in fp32."""
     x, tokens = observe(model, z, text)
     patch = model.config.patch_size
     return x, [
@@ -78,9 +78,10 @@ def judge(
     cut: float,
     report: Callable = lambda *_: None,
 ) -> dict[str, list[float]]:
-    """Squared error of each probe over the samples, as a share of their variance (1: no better than the
-    samples' mean at each place): over all spatial frequencies, in the low and in the high ones (see
-    band_energies).
+    """The squared error of each probe over the samples `numbers`, as a share of the samples' variance.
+
+    1 is no better than predicting the samples' mean at each place. The errors are over all spatial
+    frequencies, over the low and over the high ones (see band_energies).
     """
     errors, squares, total = np.zeros((len(probes), 2)), np.zeros(2), 0.0
     for done, number in enumerate(numbers, start=1):
@@ -107,12 +108,12 @@ def run_probe(
     cut: float = 1 / 3,
     **sizes,
 ) -> dict:
-    """Fit a probe to every block on `samples` samples, judge it on `held_out` others, and write probe.png and
-    probe.json into `out`.
+    """Fit a probe to every block and write probe.png and probe.json into `out`.
 
-    All blocks' tokens of one sample are held at once. sizes: height, width, frames; by default what the
-    checkpoint was trained for.
-    Raises AptError where there are no captions to sample, and for sizes that the model cannot make.
+    samples: how many to fit on; held_out: how many others to judge on.
+    sizes: height, width, frames; by default those that the checkpoint was trained for.
+    Memory must hold the tokens of all blocks for one sample.
+    Raises AptError when there are no captions to sample, and for sizes that the model cannot make.
     """
     total = samples + held_out
     first = pipe.request("", **sizes)

@@ -1,6 +1,4 @@
-"""The noise walk (5.7, fig. 11): one prompt, noise that goes from seed to seed, and where on the way the
-structure breaks.
-"""
+"""The noise walk (5.7, fig. 11): with one prompt, move the noise from seed to seed; see where samples jump."""
 
 import textwrap
 from collections.abc import Sequence
@@ -20,11 +18,11 @@ from trainer.run.progress import stage_bar
 
 COLUMNS = 13
 SMALL = 256
-"""Videos with shorter sides are enlarged by whole pixels."""
+"""If a video has shorter sides, its pixels are enlarged by a whole factor."""
 
 
 def read_seeds(text: str) -> list[int]:
-    """Whole numbers with commas in between. Raises AptError for anything else, and for fewer than two."""
+    """Read whole numbers separated by commas. Raises AptError for anything else, and for fewer than two."""
     words = [word.strip() for word in text.split(",")]
     if len(words) < 2 or not all(word.isdecimal() and int(word) < 2**64 for word in words):
         raise AptError(
@@ -45,14 +43,15 @@ def run_walk(
     rate: float = 12,
     **sizes,
 ) -> list[Path]:
-    """`count` samples from each seed to the next, in one step each, written as walk.mp4, walk.png and
-    walk.json into `out`; returns their paths.
+    """Make `count` one-step samples from each seed to the next. Returns the paths of the files.
 
-    At a seed the sample is that of the seed alone, as `generate` makes it first. Of clips the video shows the
-    frames in the middle, `rate` samples a second, there and unless `closed` back. The change from sample to
-    sample is the mean absolute difference of all their pixels, in levels of 0 to 255.
-    sizes: height, width, frames. Raises AptError for seeds that follow themselves, for a prompt that is
-    missing, and as Request does.
+    Writes walk.mp4, walk.png and walk.json into `out`. At each seed, the sample is the first one that
+    `generate` makes with that seed. closed: also walk from the last seed to the first.
+    The video shows `rate` samples a second (of a clip, its middle frame). It runs forth and back or, if
+    `closed`, only forth. The change from sample to sample is the mean absolute difference of their pixels, in
+    levels from 0 to 255.
+    sizes: height, width, frames. Raises AptError if a seed follows itself or the prompt is missing, and as
+    Request does.
     """
     way = [*seeds, seeds[0]] if closed else list(seeds)
     if len(seeds) < 2 or count < 2 or any(a == b for a, b in zip(way, way[1:])):
@@ -110,8 +109,9 @@ def _change(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _largest(changes: list[float], count: int) -> list[dict]:
-    """Of each leg the step with the most change, as a multiple of the leg's median: where one mode breaks and
-    the next one begins.
+    """For each leg, the step with the largest change, as a multiple of the leg's median change.
+
+    There, samples jump from one mode to the next.
     """
     out = []
     for start in range(0, len(changes), count):
@@ -157,7 +157,7 @@ def _draw(
 
 def _draw_change(axes, at_seeds: dict[int, int], result: dict) -> None:
     change = result["change"]
-    places = np.arange(len(change)) + 0.5  # between two samples
+    places = np.arange(len(change)) + 0.5  # a change lies between two samples
     axes.plot(
         places, change, color=BLUE, marker="o", markersize=4, linewidth=1.6, label="change to the next sample"
     )

@@ -1,5 +1,5 @@
-"""The page of a preference study: one offline HTML file that raters open, and the key that says which side is
-whose."""
+"""Make the page of a preference study, an offline HTML file for raters, and the key that says which side is
+which model's."""
 
 import base64
 import hashlib
@@ -22,13 +22,13 @@ from .pairs import Pair, Sample, match, read_samples
 from .votes import read_key
 
 LIMIT = 200 * 2**20
-"""Bytes of samples that one page may hold: browsers take some seconds to open such a page."""
+"""How many bytes of samples a page may hold. Browsers take some seconds to open a page of this size."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """pairs: in the order that they are shown in; left: for each which of its samples is on the left, "a" or
-    "b"; seed: what both derive from."""
+    """A preference study. pairs: in the order in which they are shown; left: for each pair, which sample is
+    on the left, "a" or "b"; seed: determines both, together with the samples."""
 
     id: str
     a: Path
@@ -38,24 +38,24 @@ class Study:
     left: Sequence[str]
 
     def side(self, number: int, side: str) -> Sample:
-        """The sample of pair `number` that is shown there."""
+        """The sample of pair `number` on this side."""
         model = self.left[number] if side == "left" else "ba"["ab".index(self.left[number])]
         return getattr(self.pairs[number], model)
 
     def mark(self, number: int, side: str = "") -> str:
-        """What the page calls a pair or one of its samples: nothing can be read from it."""
+        """The page's name for a pair or for one of its samples. It reveals nothing about the models."""
         return _hash(self.id, number, side, size=8)
 
 
 def make_page(a: Path, b: Path, out: Path, seed: int = 0, link: bool = False, limit: int = LIMIT) -> Study:
-    """Write the page `out`, and its key beside it (`page.key.json`), which raters must not have.
+    """Write the page `out` and, beside it, its key (`page.key.json`), which raters must not get.
 
-    a, b: folders of samples. link: leave the samples in a folder beside the page (`page.files`), not in it.
-    The same folders and seed give the same page. Order and sides derive from the seed and the samples; half
-    of the pairs have A on the left.
-    Raises AptError for folders that are the same, share no sample or hold what cannot be shown, for pairs
-    without a prompt, for more than `limit`
-    bytes of samples without `link`, and for a place that cannot be written or holds another study's key.
+    a, b: folders of samples. link: put the samples into a folder beside the page (`page.files`) instead of
+    into the page. The same folders and seed give the same page: order and sides are derived from the seed and
+    the samples. Half of the pairs have A on the left.
+    Raises AptError for folders that are the same, have no sample in common or hold files that cannot be shown;
+    for pairs without a prompt; for more than `limit` bytes of samples without `link`; and for an `out` that
+    cannot be written, or whose key belongs to another study.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise AptError(f"{out} is no name of a page: give one that ends in .html.")
@@ -73,8 +73,9 @@ def make_page(a: Path, b: Path, out: Path, seed: int = 0, link: bool = False, li
 
 
 def arrange(a: Path, b: Path, seed: int) -> tuple[Study, tuple[list[Sample], list[Sample]]]:
-    """The study of two folders, and the samples of each that have no partner. Raises AptError as `make_page`
-    does."""
+    """Pair up two folders' samples in a study; also returns each folder's samples without a partner.
+
+    Raises AptError as `make_page` does."""
     samples = read_samples(a), read_samples(b)
     if a.samefile(b):
         raise AptError(f"{a} and {b} are the same folder: give the samples of two models.")
@@ -88,22 +89,22 @@ def arrange(a: Path, b: Path, seed: int) -> tuple[Study, tuple[list[Sample], lis
     digests = [(file_digest(pair.a.path), file_digest(pair.b.path)) for pair in pairs]
     if all(one == other for one, other in digests):
         raise AptError(f"{a} and {b} hold the same samples: give those of two models.")
-    # The samples take part: who knows the seed alone, or the code, cannot tell the sides.
+    # The samples go into the seed too, so that nobody can work out the sides from the seed and this code.
     study = _hash(seed, digests, [pair.prompt for pair in pairs], size=8)
     rng = np.random.default_rng(int(_hash("order and sides", seed, digests, size=16), 16))
     order = rng.permutation(len(pairs))
-    half = np.arange(len(pairs)) + rng.integers(2)  # of an odd number, chance has the last
+    half = np.arange(len(pairs)) + rng.integers(2)  # if the number is odd, chance decides the last one
     left = ["ab"[number % 2] for number in rng.permutation(half)]
     return Study(study, a, b, seed, [pairs[i] for i in order], left), tuple(left_over)
 
 
 def key_of(page: Path) -> Path:
-    """Where a page's key lies."""
+    """The path of a page's key."""
     return page.with_suffix(".key.json")
 
 
 def key_json(study: Study) -> dict:
-    """What says which side is whose; see `votes.read_key`."""
+    """The key: which side is which model's. `votes.read_key` reads it."""
     pairs = [
         {
             "pair": study.mark(n),
@@ -126,7 +127,7 @@ def key_json(study: Study) -> dict:
 
 
 def write_page(study: Study, out: Path, link: bool, limit: int) -> None:
-    """Raises AptError as `make_page` does."""
+    """Write a study's page. Raises AptError as `make_page` does."""
     template = files(__package__) / "template"
     parts = {
         name: (template / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
@@ -141,7 +142,7 @@ def write_page(study: Study, out: Path, link: bool, limit: int) -> None:
         {"name": name, "title": title, "wording": wording} for name, (title, wording) in QUESTIONS.items()
     ]
     told = {"study": study.id, "kind": VOTES, "format": FORMAT, "questions": questions, "pairs": seen}
-    # Nothing in a prompt may end the element that holds it.
+    # Escape what could end the script element, because prompts may contain anything.
     data = (
         json.dumps(told, ensure_ascii=False)
         .replace("<", "\\u003c")
@@ -166,7 +167,7 @@ def write_page(study: Study, out: Path, link: bool, limit: int) -> None:
 
 
 def _samples(study: Study, limit: int | None) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every sample, a pair's two of one length."""
+    """Name and content of every sample. The two samples of a pair have equal length."""
     total = 0
     for n, pair in enumerate(study.pairs):
         contents = [bare(study.side(n, side).path) for side in SIDES]
@@ -183,11 +184,12 @@ def _samples(study: Study, limit: int | None) -> Iterator[tuple[str, bytes]]:
 
 
 def _one_length(contents: Sequence[bytes], suffix: str) -> list[bytes]:
-    """Padded, since a sharper model's files are larger. Players pass over a `free` box, and over what follows
-    a picture's end."""
+    """Pad files to one length, because a sharper model's files are larger and would give it away.
+
+    Players ignore a `free` box in an .mp4, and anything after the end of a picture."""
     if len(set(map(len, contents))) == 1:
         return list(contents)
-    longest = max(map(len, contents)) + 8  # the least that a box takes
+    longest = max(map(len, contents)) + 8  # a box has at least 8 bytes
     sizes = [longest - len(content) for content in contents]
     heads = [size.to_bytes(4, "big") + b"free" if suffix == ".mp4" else bytes(8) for size in sizes]
     return [content + head + bytes(size - 8) for content, head, size in zip(contents, heads, sizes)]

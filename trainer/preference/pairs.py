@@ -1,4 +1,4 @@
-"""Which sample of one folder belongs to which of another."""
+"""Match the samples of one folder with those of another."""
 
 import re
 from collections import defaultdict
@@ -10,13 +10,13 @@ from apt_core.errors import AptError
 from trainer.data.captions import ALL_SUFFIXES, METADATA, find_items
 from trainer.data.media import kind_of, read_about
 
-MARK = re.compile(r"(.*-seed\d+)-[0-9a-f]{6}")  # generate's names end in a mark of the model and all else
+MARK = re.compile(r"(.*-seed\d+)-[0-9a-f]{6}")  # generate's names end in a hash
 
 
 @dataclass(frozen=True)
 class Sample:
-    """prompt, seed, number: as the file says, or for the prompt a caption beside it; None where neither
-    does."""
+    """A sample's file. prompt, seed, number: from the file's metadata; the prompt may also come from a
+    caption beside it. None if unknown."""
 
     path: Path
     prompt: str | None = None
@@ -39,10 +39,10 @@ class Pair:
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """The videos and pictures of a folder, by name. Captions are read as `precompute` reads them, for files
-    that do not tell their prompt.
+    """Read a folder's videos and pictures, sorted by name.
 
-    Raises AptError for a folder that is missing or holds none, and for files that cannot be opened.
+    For files whose metadata has no prompt, captions are read as `precompute` reads them.
+    Raises AptError for a folder that is missing or has no samples, and for files that cannot be opened.
     """
     if not folder.is_dir():
         raise AptError(f"{folder} is not a folder: give two folders of samples, as generate writes them.")
@@ -64,11 +64,11 @@ def read_samples(folder: Path) -> list[Sample]:
 
 
 def match(a: Sequence[Sample], b: Sequence[Sample]) -> tuple[list[Pair], list[Sample], list[Sample]]:
-    """Pairs, and what is left over of each side.
+    """Match samples into pairs; also returns the unmatched samples of each side.
 
-    In turn by: file name; prompt, seed and number; prompt and seed; generate's name without the mark at its
-    end. Never two of different prompts.
-    Raises AptError when there is no pair, and when a picture and a video make one.
+    It tries, in this order: file name; prompt, seed and number; prompt and seed; generate's name without the
+    hash at its end. Samples with different prompts are never paired.
+    Raises AptError when there is no pair, and when a picture would be paired with a video.
     """
     pairs: list[Pair] = []
     for key in (_stem, _made, _noise, _name):
@@ -92,7 +92,7 @@ def match(a: Sequence[Sample], b: Sequence[Sample]) -> tuple[list[Pair], list[Sa
 
 
 def _zip(a: Sequence[Sample], b: Sequence[Sample], key: Callable[[Sample], Hashable]) -> list[Pair]:
-    """Those whose keys are equal and not None; several of one key in the order that they have."""
+    """Pair samples with equal keys, except None; several with the same key are paired in order."""
     waiting = defaultdict(list)
     for sample in b:
         waiting[key(sample)].append(sample)

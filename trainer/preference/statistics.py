@@ -1,5 +1,4 @@
-"""What a matrix of votes says: the paper's score (section 4.2), its interval, and whether the raters
-agree."""
+"""Evaluate a matrix of votes: the paper's score (section 4.2), its interval, and the raters' agreement."""
 
 from dataclasses import asdict, dataclass
 
@@ -11,9 +10,10 @@ CHUNK = 500
 
 @dataclass(frozen=True)
 class Score:
-    """good, same, bad: votes for A, for neither and for B. score: (good - bad) / all, -1 to 1; low, high: the
-    ends of its interval.
-    agreement: Krippendorff's alpha. None for what the votes do not tell."""
+    """The result of one question. good, same, bad: number of votes for A, for neither and for B.
+
+    score: (good - bad) / all, from -1 to 1; low, high: the ends of its interval; agreement: Krippendorff's
+    alpha. None if there are too few votes to tell."""
 
     good: int
     same: int
@@ -28,7 +28,7 @@ class Score:
 
 
 def score(values: np.ndarray) -> Score:
-    """values: [raters, pairs], 1 where A is better, 0 for the same, -1 where B is better, NaN for no vote."""
+    """Score the votes `[raters, pairs]`: 1 if A is better, 0 for the same, -1 if B is better, NaN if none."""
     good, same, bad = (int((values == value).sum()) for value in (1, 0, -1))
     votes = good + same + bad
     interval = bootstrap(values) or (None, None)
@@ -40,9 +40,10 @@ def score(values: np.ndarray) -> Score:
 def bootstrap(
     values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED, confidence: float = CONFIDENCE
 ) -> tuple[float, float] | None:
-    """Percentile interval of the mean of `values` [raters, pairs], NaN for none. Pairs are drawn again, each
-    with all votes on it: votes on one pair
-    are not independent. None for fewer than two pairs with votes."""
+    """Percentile bootstrap interval of the mean of the votes `[raters, pairs]` (NaN: no vote).
+
+    It resamples pairs, each with all its votes, because votes on one pair are not independent.
+    None for fewer than two pairs with votes."""
     there = ~np.isnan(values)
     sums, counts = np.where(there, values, 0).sum(0), there.sum(0)
     sums, counts = sums[counts > 0], counts[counts > 0]
@@ -59,12 +60,11 @@ def bootstrap(
 
 
 def alpha(values: np.ndarray, metric: str = "ordinal") -> float | None:
-    """Krippendorff's alpha of `values` [raters, units], NaN for none: 1 is agreement, 0 chance, below 0 worse
-    than chance.
+    """Krippendorff's alpha of values `[raters, units]` (NaN: no value).
 
-    metric: "nominal", "ordinal" or "interval" (K. Krippendorff, Computing Krippendorff's Alpha-Reliability,
-    2011). None where no unit has two values, and
-    where all values are equal: then chance would agree as well.
+    1 is perfect agreement, 0 is chance, and below 0 is worse than chance. metric: "nominal", "ordinal" or
+    "interval" (K. Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011).
+    None if no unit has two values, and if all values are equal, because chance would then agree as well.
     """
     values = values[:, (~np.isnan(values)).sum(0) >= 2]
     levels = np.unique(values[~np.isnan(values)])
@@ -73,7 +73,7 @@ def alpha(values: np.ndarray, metric: str = "ordinal") -> float | None:
     counts = (values[None] == levels[:, None, None]).sum(1).astype(float)  # [levels, units]
     many = counts.sum(0)
     weighted = counts / (many - 1)
-    observed = weighted @ counts.T - np.diag(weighted.sum(1))  # the coincidences
+    observed = weighted @ counts.T - np.diag(weighted.sum(1))  # coincidence matrix
     margin = observed.sum(1)
     total = margin.sum()
     expected = (np.outer(margin, margin) - np.diag(margin)) / (total - 1)
@@ -82,12 +82,12 @@ def alpha(values: np.ndarray, metric: str = "ordinal") -> float | None:
 
 
 def _distances(levels: np.ndarray, margin: np.ndarray, metric: str) -> np.ndarray:
-    """Squared, between all levels."""
+    """Squared distances between all levels."""
     if metric == "nominal":
         return 1.0 - np.eye(len(levels))
     if metric == "interval":
         return (levels[:, None] - levels) ** 2
     if metric == "ordinal":
-        place = np.cumsum(margin) - margin / 2  # so many values lie before the middle of each level
+        place = np.cumsum(margin) - margin / 2  # how many values lie before each level's middle
         return (place[:, None] - place) ** 2
     raise ValueError(f"there is no metric {metric!r}")

@@ -1,4 +1,4 @@
-"""Votes of a preference study: reading raters' files, and what they say."""
+"""Read the raters' files of a preference study and count their votes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ VOTES_AGAIN = "have the rater open the page and save the votes again"
 
 @dataclass(frozen=True)
 class Key:
-    """left: which model's sample is on the left, "a" or "b", by pair. a, b: the folders."""
+    """A study's key. left: for each pair, which sample is on the left, "a" or "b"; a, b: the two folders."""
 
     study: str
     a: str
@@ -32,8 +32,8 @@ class Key:
 
 @dataclass(frozen=True)
 class Ballot:
-    """One rater's votes. values: by question an array [pairs], 1 where A is better, 0 for the same, -1 where
-    B is better, NaN for no answer."""
+    """One rater's votes. values: for each question an array `[pairs]`, 1 if A is better, 0 for the same, -1
+    if B is better, NaN for no answer."""
 
     path: Path
     rater: str
@@ -42,7 +42,7 @@ class Ballot:
 
 @dataclass(frozen=True)
 class Count:
-    """All that the votes of a study say. scores: by question."""
+    """The result of a study. scores: by question."""
 
     key: Key
     raters: Sequence[str]
@@ -64,12 +64,12 @@ class Count:
 
 
 def count_votes(paths: Sequence[Path], key: Path | None = None, unfinished: bool = False) -> Count:
-    """The scores of A against B from raters' files. key: by default the one beside them, in the folder at
-    hand or among `paths`.
+    """Count the votes in raters' files: the scores of A against B.
 
-    unfinished: also count those who did not answer everything.
-    Raises AptError for files that are no votes, damaged, of another study, unfinished, or of one rater twice,
-    and without a key.
+    key: by default the study's key is looked for beside the files, in the current folder and among `paths`.
+    unfinished: also count raters who did not answer everything.
+    Raises AptError for files that are not votes, damaged, from another study or unfinished, for two files of
+    the same rater, and if there is no key.
     """
     keys, ballots = _parted(paths)
     if not ballots:
@@ -94,9 +94,9 @@ def count_votes(paths: Sequence[Path], key: Path | None = None, unfinished: bool
 def show_votes(
     paths: Sequence[Path], key: Path | None = None, unfinished: bool = False, out: Path | None = None
 ) -> Count:
-    """Count, print, and write the figures to `out`.
+    """Count the votes, print the result, and write the figures to `out`, if given.
 
-    Raises AptError as `count_votes` does, and where `out` is one of the files that are read."""
+    Raises AptError as `count_votes` does, and if `out` is one of the files to read."""
     if out is not None and out.exists() and any(path.exists() and path.samefile(out) for path in paths):
         raise AptError(f"--out {out} is one of the files of votes, which would be lost: give another name.")
     count = count_votes(paths, key, unfinished)
@@ -135,7 +135,7 @@ def _percent(value: float | None) -> str:
 
 
 def find_key(votes: Sequence[Path], study: str, given: Path | None, among: Sequence[Path] = ()) -> Key:
-    """The key of a study. Raises AptError where there is none, and for a given file that is none."""
+    """Find a study's key. Raises AptError if there is none, or if the given file is not a key."""
     if given is not None:
         return read_key(given)
     folders = dict.fromkeys([*(path.parent for path in votes), Path(".")])
@@ -158,7 +158,7 @@ def find_key(votes: Sequence[Path], study: str, given: Path | None, among: Seque
 
 
 def read_key(path: Path) -> Key:
-    """Raises AptError for a file that is missing, damaged or no key."""
+    """Read a key. Raises AptError for a file that is missing, damaged or not a key."""
     content = read_object(path, PAGE_AGAIN)
     if content.get("kind") != KEY:
         raise AptError(
@@ -178,7 +178,7 @@ def read_key(path: Path) -> Key:
 
 
 def _parted(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, dict]]:
-    """Keys, which a pattern may take along, and the content of what says that it is votes."""
+    """Separate keys, which a shell pattern may include, from votes; also returns the content of the votes."""
     keys, ballots = [], {}
     for path in dict.fromkeys(paths):
         content = read_object(path, VOTES_AGAIN)
