@@ -131,6 +131,10 @@ def evaluate(
         Path | None, option("For fd and clip_score: a TOML file that names networks, see docs/evaluate.md.")
     ] = None,
     out: Annotated[Path, option("Folder for figures, page and clips.")] = Path("evaluation"),
+    protocol: Annotated[
+        str | None,
+        option("The paper's: apt-images or apt-video. Its size, and its figures beside these."),
+    ] = None,
     vbench: Annotated[
         Path | None,
         option("Folder for copies of the samples named as VBench takes them; prints its command."),
@@ -187,6 +191,7 @@ def evaluate(
             emas=ema or (),
             reals=reals,
             vbench=vbench,
+            protocol=protocol,
             files=Files(base=base, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer),
             world=world,
         )

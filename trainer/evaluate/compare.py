@@ -29,6 +29,7 @@ from .measured import Desk, Measured, measure
 from .metrics import CLIP_SCORE, DIVERSITY, EACH, FD, FLOW, FRECHET_LITE0, NAMES
 from .models import Model, Wishes, open_models, sample, stamp, with_prompts
 from .page import write_page
+from .protocols import beside_paper, find_protocol, with_sizes
 from .real import Real, find_real
 from .tables import tell, write_tables
 from .vbench import check_folder, lay_out
@@ -84,6 +85,7 @@ def evaluate(
     emas: Sequence[float] = (),
     reals: int | None = None,
     vbench: Path | None = None,
+    protocol: str | None = None,
     files: Files = Files(),
     world: World = World(),
 ) -> dict:
@@ -96,6 +98,7 @@ def evaluate(
         there are samples of one model.
     features: a TOML file, see `features.Network` and `clip_score.ClipFolder`.
     emas: of each training state, the averages with these decays.
+    protocol: a name in `protocols.PROTOCOLS`: its size, where `wishes` has none, and the paper's figures.
     vbench: a folder for copies of the samples as VBench takes them.
     world: its processes share the work; `out` must be one folder for all of them. What an evaluation of the
         same request had measured before it was stopped is kept.
@@ -112,6 +115,8 @@ def evaluate(
         )
     if prompts is None and data is None:
         raise AptError("there is no prompt: give --prompts FILE, or --data with captions.")
+    if protocol is not None:
+        wishes = with_sizes(wishes, find_protocol(protocol, prompts))
     texts = read_prompts(prompts) if prompts else []
     models = open_models(checkpoints, emas, files, wishes)
     request, sources = models[0].request, models[0].sources
@@ -133,6 +138,8 @@ def evaluate(
     columns = _measure(models, real, names, networks, score, desk, world)
     result = _alike(world, lambda: _result(models, real, names, networks, score, columns, wishes, world))
     if world.main:
+        if protocol is not None:
+            result["protocol"] = beside_paper(protocol, models[0].request, result)
         write_json(out / RESULT, result)
         write_tables(out, result)
         write_page(out / PAGE, result)

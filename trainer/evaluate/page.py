@@ -9,6 +9,7 @@ from pathlib import Path
 from apt_core.files.atomic import replacing
 
 from .metrics import WORDS
+from .protocols import as_html
 
 LIMIT = 200 * 2**20
 """If the clips have more bytes than this together, the page links to the files instead of containing them."""
@@ -27,7 +28,7 @@ def write_page(path: Path, result: dict, limit: int = LIMIT) -> None:
     parts = {
         "STYLE": _read(template, "page.css"),
         "ABOUT": _about(result),
-        "TABLE": _table(result),
+        "TABLE": _table(result) + as_html(result.get("protocol")),
         "HINT": _hint(result, total > limit),
         "CLIPS": _clips(path.parent, result, embed=total <= limit),
         "FACTS": _facts(result),

@@ -11,6 +11,7 @@ from trainer.run.progress import console
 
 from .metrics import EACH
 from .page import cell
+from .protocols import cells, notes
 
 MODELS, CLIPS = "models.csv", "clips.csv"
 
@@ -51,6 +52,14 @@ def tell(result: dict, page: Path, commands: Sequence[str] = ()) -> None:
     for name in names:
         table.add_row(name, *(cell(entry["metrics"].get(name)) for entry in sets))
     console.print(table)
+    if beside := result.get("protocol"):
+        head, *lines = cells(beside)
+        paper = Table(*(text.replace("[", "\\[") for text in head), box=None, padding=(0, 1), pad_edge=False)
+        for line in lines:
+            paper.add_row(*(text.replace("[", "\\[") for text in line))
+        console.print(paper)
+        for note in notes(beside):
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
     console.print(f"{page}", markup=False, highlight=False, soft_wrap=True)
     if commands:
         console.print("VBench has not been run. Where it is installed, this runs it:")
