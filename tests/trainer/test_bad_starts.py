@@ -107,7 +107,7 @@ def test_the_base_itself_is_a_start_of_adapters_by_any_path(starts):
 
 
 @pytest.mark.parametrize(
-    "phase, gib, remedy", [("image", 6, "take 2 such GPUs ("), ("video", 16, "add stage2.weekend.video.")]
+    "phase, gib, remedy", [("image", 5, "take 2 such GPUs ("), ("video", 16, "add stage2.weekend.video.")]
 )
 def test_a_card_that_is_too_small(tmp_path, monkeypatch, phase, gib, remedy):
     """The run itself, not only its account: nothing is made, and what would fit is named."""
