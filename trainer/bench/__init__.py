@@ -1,3 +1,4 @@
-"""What the engine and the trainer reach on this machine, beside what it could reach; with random weights of
-the true shapes.
+"""Measure the speed of the engine and the trainer on this machine, beside what the machine could reach.
+
+The models have their true shapes and random weights.
 """

@@ -1,4 +1,4 @@
-"""What each part has to compute and to move at least, counted on device "meta" from the true shapes."""
+"""Count the least that each part must compute and move, from the true shapes on device "meta"."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,9 @@ from trainer.machines.flops import forward_flops, tokens
 
 @dataclass(frozen=True)
 class Work:
-    """flops: of matrix products and convolutions; moved: bytes that must be read and written at least once
+    """The least work of one part.
+
+    flops: of matrix products and convolutions; moved: bytes that must be read or written at least once
     (weights, input, output).
     """
 
@@ -21,7 +23,7 @@ class Work:
 
 
 def count_work(shapes: Shapes, width: int, text_tokens: int) -> dict[str, Work]:
-    """Of "text", "dit" and "vae", in weights and activations of `width` bytes."""
+    """The work of "text", "dit" and "vae", with weights and activations of `width` bytes each."""
     model, (height, pixels_wide, frames) = shapes.preset.model, shapes.size
     t, down, across = model.stride
     latents = torch.empty(
@@ -33,7 +35,7 @@ def count_work(shapes: Shapes, width: int, text_tokens: int) -> dict[str, Work]:
     with torch.no_grad():
         text_flops = _flops(lambda: encoder(input_ids=ids))
         vae_flops = _flops(lambda: vae.decode(latents))
-    # of the embedding only the prompt's rows are read
+    # Only the prompt's rows of the embedding are read.
     layers = _bytes(encoder, width) - encoder.shared.weight.numel() * width
     video = 3 * height * pixels_wide * frames
     return {

@@ -1,6 +1,4 @@
-"""`bench inference`: what each part takes, beside what it must take, stock diffusers in the same run, and the
-paper.
-"""
+"""`bench inference`: time each part, beside its floor, stock diffusers in the same run, and the paper."""
 
 import gc
 import tempfile
@@ -36,8 +34,9 @@ MIB = 2**20
 
 
 def run(name: str, device: str, repeats: int, compiled: bool | None, fp8: bool, out: Path | None) -> dict:
-    """Measure, print, and write JSON to `out` if given; returns it. Raises AptError for a model that is not
-    known, or no fp8.
+    """Measure, print the result, write it as JSON to `out` if given, and return it.
+
+    Raises AptError for an unknown model, and for fp8 on a device that cannot do it.
     """
     place = torch.device(device)
     result = measure(
@@ -66,13 +65,13 @@ def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, 
         ).to(device)
         noise = draw(request.noise, request.seed, 0, request.latents(pipe.sources))[None].to(device)
         work = count_work(shapes, dtype.itemsize, sum(bool(row.any()) for row in text[0]))
-        # gone again when the engine is measured
+        # Stock's memory is free again before the engine is measured.
         stock = measure_stock(shapes, device, dtype, repeats, noise, latents, text)
         engine = _measure_engine(pipe, prompt, request, text, latents, repeats)
         del pipe
         gc.collect()
     ours, made = engine.seconds, engine.latents
-    theirs = stock.seconds | {"text": ours["text"]}  # the same encoder
+    theirs = stock.seconds | {"text": ours["text"]}  # both use the same encoder
     if "both" in theirs:
         theirs["total"] = ours["text"] + theirs.pop("both")
     floors = {
@@ -110,8 +109,9 @@ def measure(shapes: Shapes, device: torch.device, repeats: int, compiled: bool, 
 
 @dataclass
 class _Engine:
-    """Seconds of each part, and of its first call; bytes at the decode's peak; the latents it made; what it
-    gave up for memory.
+    """What the engine took: seconds of each part and of its first call, and bytes at the decode's peak.
+
+    Also the latents that it made, and what it gave up to save memory.
     """
 
     seconds: dict[str, float]
@@ -130,7 +130,7 @@ def _measure_engine(
     repeats: int,
 ) -> _Engine:
     device = pipe.device
-    numbers = iter(range(10**6))  # a prompt that was not there before each time
+    numbers = iter(range(10**6))  # a new prompt each time, so that none is cached
     works = {
         "text": lambda: pipe.embed(pipe.request(f"{next(numbers)} {prompt}")),
         "dit": lambda: pipe.latents(request, 0, text),
@@ -148,15 +148,15 @@ def _measure_engine(
 def _uncompiled_decode(
     shapes: Shapes, device: torch.device, dtype: torch.dtype, repeats: int, latents: torch.Tensor
 ) -> float:
-    """Seconds with this project's own kernels in the place of torch.compile."""
+    """Seconds of the decode with this project's own kernels instead of torch.compile."""
     decoder = Decoder(shapes.vae(device, dtype).eval())
     return median_seconds(lambda: list(on_the_cpu(decoder.stream(latents, uint8=True))), device, repeats)
 
 
 def _long_prompt(pipe: OneStepPipeline) -> str:
-    """Nearly as many tokens as the transformer takes: no text takes longer."""
+    """A prompt of nearly as many tokens as the transformer takes; hardly any prompt takes longer."""
     length = pipe.sources.transformer.text_length
-    encoder = pipe.sources.text.load(length, torch.device("meta"))  # only to cut texts into tokens
+    encoder = pipe.sources.text.load(length, torch.device("meta"))  # only its tokenizer is needed
     words = "a red circle moving left on a green background".split() * length
     count = next(
         n for n in range(len(words), 0, -1) if len(encoder.tokenize([" ".join(words[:n])])[0]) <= length - 8
@@ -165,7 +165,7 @@ def _long_prompt(pipe: OneStepPipeline) -> str:
 
 
 def show(result: dict) -> None:
-    """The table."""
+    """Print the result as a table."""
     ours, floors, stock, memory = (
         result["seconds"],
         result["floor"],

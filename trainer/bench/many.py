@@ -1,20 +1,19 @@
-"""A model, and no measurement: what the parts would take on several GPUs that share one clip."""
+"""Estimate, without measuring, how long the parts would take on several GPUs that share one clip."""
 
 from trainer.bench.shapes import Shapes
 from trainer.machines.account import tokens
 
-NVLINK = 450e9  # bytes/s of each direction of a Hopper card, all its links together
-EXCHANGE = 30e-6  # seconds that a collective or a halo takes before its first byte arrives
+NVLINK = 450e9  # bytes/s in each direction, over all links of a Hopper card
+EXCHANGE = 30e-6  # seconds before the first byte of a collective or halo exchange arrives
 GPUS = (1, 2, 4, 8)
 
 
 def model_of_many(shapes: Shapes, seconds: dict[str, float]) -> dict[int, dict[str, float]]:
-    """Seconds by part for each number of GPUs that divides the attention heads, from the measured ones on
-    one.
+    """Estimated seconds by part, for each number of GPUs that divides the attention heads.
 
-    Transformer: compute divides; queries, keys, values and answers of all tokens change places in each block.
-    Decode: rows divide; each 3x3 convolution gets two rows of its neighbours, each GPU gets the finished rows
-    of all. The text encoder runs on each.
+    seconds: measured on one GPU. The transformer's compute is divided; in each block, the queries, keys,
+    values and outputs of all tokens are exchanged. The decode is divided by rows: each 3x3 convolution gets
+    two rows from its neighbours, and each GPU receives all finished rows. Every GPU runs the text encoder.
     """
     model = shapes.preset.model
     n, d = tokens(shapes.preset, "video"), model.width
@@ -39,9 +38,7 @@ def model_of_many(shapes: Shapes, seconds: dict[str, float]) -> dict[int, dict[s
 
 
 def _halos(shapes: Shapes) -> tuple[float, int]:
-    """(bytes that one GPU receives from its neighbours, exchanges) of one decode, latent frame by latent
-    frame.
-    """
+    """(bytes that one GPU receives from its neighbours, exchanges) of a decode that goes frame by frame."""
     import torch
 
     vae, model = shapes.vae("meta", torch.float32), shapes.preset.model

@@ -1,6 +1,4 @@
-"""How fast this device multiplies and copies, measured; how long its work takes, and how much memory at its
-peak.
-"""
+"""Measure how fast a device multiplies and copies, how long work takes, and its peak memory."""
 
 import ctypes
 import os
@@ -21,10 +19,10 @@ from trainer.machines.machine import matrix_peak
 
 @dataclass(frozen=True)
 class Rates:
-    """matrix: FLOP/s of large products in the dtype that the engine computes in; copy: bytes/s read and
-    written by a large copy.
+    """A device's measured speed.
 
-    matrix_fp8: as `matrix`, in fp8, where that was asked for.
+    matrix: FLOP/s of large matrix products in the engine's dtype; matrix_fp8: the same in fp8, if requested.
+    copy: bytes/s, read plus written, of a large copy.
     """
 
     matrix: float
@@ -32,14 +30,15 @@ class Rates:
     matrix_fp8: float | None = None
 
     def floor(self, flops: float, moved: float, eight: bool = False) -> float:
-        """Seconds that such work takes at least, when products and memory both run at their best, and at the
-        same time. eight: products in fp8.
+        """The fewest seconds for this work: products and memory both run at full speed, at the same time.
+
+        eight: the products are in fp8.
         """
         return max(flops / (self.matrix_fp8 if eight else self.matrix), moved / self.copy)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, fp8: bool = False) -> Rates:
-    """Raises AptError as `check_fp8` does."""
+    """Measure a device's rates. Raises AptError as `check_fp8` does."""
     cpu = device.type == "cpu"
     size = 1024 if cpu else 8192
     matrix, eight = matrix_peak(str(device), dtype, size), fp8_peak(device, size) if fp8 else None
@@ -50,7 +49,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, fp8: bool = False) -
 
 
 def fp8_peak(device: torch.device, size: int) -> float:
-    """FLOP/s of square products in fp8 with the scales that the engine uses, the best of a few."""
+    """FLOP/s of square matrix products in fp8, with the engine's kind of scales; the best of a few runs."""
     rowwise = check_fp8(device)
     (a, a_scale), (b, b_scale) = (quantise(torch.randn(size, size, device=device), rowwise) for _ in range(2))
     b_scale = b_scale.t().contiguous() if rowwise else b_scale
@@ -69,7 +68,7 @@ def fp8_peak(device: torch.device, size: int) -> float:
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of `repeats` runs, after one that does not count."""
+    """Median seconds of `repeats` runs, after one that does not count."""
     once(work, device)
     return statistics.median(once(work, device) for _ in range(repeats))
 
@@ -89,14 +88,17 @@ def synchronise(device: torch.device) -> None:
 
 
 class Peak:
-    """Bytes that a piece of work needed beyond what was there before it; filled in when it is over."""
+    """Bytes that some work needed on top of what was in use before it. Known once the work is done."""
 
     bytes = 0
 
 
 @contextmanager
 def peak_memory(device: torch.device, interval: float = 0.001) -> Iterator[Peak]:
-    """On a GPU what torch allocated, on a CPU how much the process grew, looked at every `interval` seconds."""
+    """Measure peak memory: on a GPU what torch allocated, on a CPU how much the process grew.
+
+    On a CPU it looks every `interval` seconds.
+    """
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -107,7 +109,7 @@ def peak_memory(device: torch.device, interval: float = 0.001) -> Iterator[Peak]
         peak.bytes = torch.cuda.max_memory_allocated(device) - before
         return
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be used again, unseen
+        ctypes.CDLL(None).malloc_trim(0)  # reused freed memory would not show
     before, done = _resident(), threading.Event()
 
     def watch() -> None:
@@ -125,7 +127,7 @@ def peak_memory(device: torch.device, interval: float = 0.001) -> Iterator[Peak]
 
 
 def _resident() -> int:
-    """Bytes of this process in memory; where the system does not tell, none."""
+    """Resident memory of this process in bytes; 0 if the system does not tell."""
     path = Path("/proc/self/statm")
     return (
         int(path.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0

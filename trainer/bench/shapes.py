@@ -1,4 +1,4 @@
-"""The models of the benchmark: true shapes, random weights, made where they are to be."""
+"""The benchmark's models: true shapes with random weights, made directly on the device."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ VAE_CONFIGS = {
 
 @dataclass(frozen=True)
 class Shapes:
-    """One model of the benchmark: how to build its three networks on any device, "meta" included."""
+    """One of the benchmark's models: builds its three networks on any device, including "meta"."""
 
     name: str
     preset: Preset
@@ -65,7 +65,7 @@ class Shapes:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Height, width, frames of the clip: 2 seconds."""
+        """Height, width and frames of the clip, which lasts 2 seconds."""
         data = self.preset.data
         return data.height, data.width, data.frames
 
@@ -85,7 +85,7 @@ class Shapes:
         return random_weights(lambda: UMT5EncoderModel(config), device, dtype)
 
     def sources(self) -> Sources:
-        """What a OneStepPipeline is made of; the tokenizer is the miniature's."""
+        """The sources for a OneStepPipeline; the tokenizer is the miniature's."""
         model, data = self.preset.model, self.preset.data
         transformer, vae = self.transformer("meta", torch.float32), self.vae("meta", torch.float32)
         about = {
@@ -122,16 +122,18 @@ class Shapes:
 
 
 def find_shapes(name: str) -> Shapes:
-    """Raises AptError for a name that is none of PRESETS."""
+    """Find a model of the benchmark by name. Raises AptError for a name that is not in PRESETS."""
     if name not in PRESETS:
         raise AptError(f"there is no model {name!r} in the benchmark: use one of {', '.join(PRESETS)}.")
     return Shapes(name, load_preset(PRESETS[name]))
 
 
 def build_backbone(model: Model, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """An untrained transformer of this shape."""
+    """An untrained transformer with this shape."""
     built = cast(random_weights(lambda: build(model), device, dtype), dtype)
-    if hasattr(built, "rope") and torch.device(device).type != "meta":  # Wan's tables are in no state dict
+    if (
+        hasattr(built, "rope") and torch.device(device).type != "meta"
+    ):  # Wan's rope tables are in no state dict
         config = built.config
         built.rope = type(built.rope)(
             config.attention_head_dim, config.patch_size, config.rope_max_seq_len
@@ -141,11 +143,12 @@ def build_backbone(model: Model, device: torch.device | str, dtype: torch.dtype)
 
 @torch.no_grad()
 def random_weights(make, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """What `make` builds, on the device from the start: matrices keep the size of what goes through them,
-    norms are 1, biases 0.
+    """Build a network with `make`, directly on the device, and give it random weights.
+
+    Matrices preserve the scale of their input, norms are 1, biases 0.
     """
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # `.to(dtype)` afterwards would be warned about
+    torch.set_default_dtype(dtype)  # `.to(dtype)` afterwards would print warnings
     try:
         with torch.device("meta"):
             model = make()
@@ -154,7 +157,7 @@ def random_weights(make, device: torch.device | str, dtype: torch.dtype) -> nn.M
     if torch.device(device).type == "meta":
         return model
     model.to_empty(device=device)
-    if hasattr(model, "shared"):  # UMT5's embedding, which that makes two of
+    if hasattr(model, "shared"):  # UMT5's embedding, which to_empty makes two of
         model.encoder.embed_tokens.weight = model.shared.weight
     generator = torch.Generator(device).manual_seed(0)
     for p in model.parameters():

@@ -1,6 +1,4 @@
-"""What people have without this engine: diffusers' own WanPipeline in one step, eager, with its own decode;
-and how near the engine is to it.
-"""
+"""Measure stock diffusers (WanPipeline in one step, eager, with its own decode) beside the engine."""
 
 import copy
 from dataclasses import dataclass
@@ -16,18 +14,19 @@ from trainer.bench.rates import median_seconds, peak_memory
 from trainer.bench.shapes import Shapes
 
 PART = 3
-"""Latent frames that are decoded in fp32 too: the first ones, which do not depend on the rest."""
+"""How many latent frames to decode in fp32 too: the first ones, which do not depend on the others."""
 
 
 @dataclass(frozen=True)
 class StockFigures:
-    """seconds: "vae", and of a Wan "dit" and "both" (they share the pipeline's call); decode_peak: bytes
-    beside weights, as the engine's is measured.
+    """The figures of stock diffusers.
 
-    latents: from the noise that the engine gets; of the MMDiT, which has no pipeline in diffusers, by this
-    project's plain backbone.
-    engine_psnr, stock_psnr: dB of the decode of PART latent frames against diffusers' decode in fp32, by the
-    engine and by diffusers.
+    seconds: of "vae" and, for a Wan, of "dit" and "both" (the pipeline's call includes both).
+    decode_peak: bytes besides weights, measured as the engine's.
+    latents: made from the engine's noise. Diffusers has no pipeline for the MMDiT; there, this project's plain
+    backbone makes them.
+    engine_psnr, stock_psnr: dB between the decode of PART latent frames, by the engine and by diffusers, and
+    diffusers' decode in fp32.
     """
 
     seconds: dict[str, float]
@@ -47,8 +46,10 @@ def measure_stock(
     latents: Tensor,
     text: Tensor,
 ) -> StockFigures:
-    """noise, latents: `[1, C, f, h, w]` for the transformer and for the decode; text: `[1, L, d]`. Nothing
-    stays on the device.
+    """Measure stock diffusers. Afterwards nothing is left on the device.
+
+    noise: `[1, C, f, h, w]`, for the transformer; latents: of the same shape, for the decode; text:
+    `[1, L, d]`.
     """
     figures = _measure(Stock(shapes, device, dtype), dtype, repeats, noise, latents, text.to(device))
     if device.type == "cuda":
@@ -87,9 +88,7 @@ def _measure(
 
 
 class Stock:
-    """WanPipeline with random weights of the shapes. The MMDiT has no pipeline of diffusers: of it only the
-    decode can be compared.
-    """
+    """WanPipeline with random weights. Diffusers has no pipeline for the MMDiT; there it can only decode."""
 
     def __init__(self, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> None:
         self.shapes, self.device = shapes, device
@@ -113,8 +112,9 @@ class Stock:
 
     @torch.no_grad()
     def generate(self, noise: Tensor, text: Tensor, pixels: bool) -> Tensor:
-        """The whole call, to bytes on the CPU or only to latents. noise: `[1, C, f, h, w]`; text: `[1, L,
-        d]`.
+        """Call the pipeline. Returns uint8 pixels on the CPU or, without `pixels`, latents.
+
+        noise: `[1, C, f, h, w]`; text: `[1, L, d]`.
         """
         height, width, frames = self.shapes.size
         text = text.to(self.pipe.transformer.dtype)
@@ -132,10 +132,10 @@ class Stock:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """As WanPipeline decodes: latents as the VAE has them, in its dtype, to pixels in one piece."""
+        """Decode as WanPipeline does: the VAE's own latents, in its dtype, to pixels, in one piece."""
         return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
 
 
 def _bytes(pixels: Tensor) -> Tensor:
-    """Of [0, 1], on the CPU, as the engine gives its frames."""
+    """Convert pixels in [0, 1] to uint8 on the CPU, as the engine returns its frames."""
     return (pixels.float() * 255).round_().to(torch.uint8).cpu()

@@ -1,5 +1,6 @@
-"""`bench train`: how long an update of stage 2 takes, whole and as a LoRA, with random weights and random
-samples of a preset's shape.
+"""`bench train`: time an update of stage 2, with all weights trained and as a LoRA.
+
+Weights and samples are random, with the shapes of a preset.
 """
 
 import gc
@@ -32,11 +33,11 @@ NOWHERE = Path("random")
 
 
 class _Enough(Exception):
-    """All updates are timed."""
+    """Raised once all updates are timed, to end the training."""
 
 
 class RandomBatches:
-    """Stands in for shards: the same noise as every sample, with the numbers that real ones would have."""
+    """Takes the place of shards: every sample is the same noise, numbered as real samples would be."""
 
     fingerprint = "random"
 
@@ -70,10 +71,10 @@ class RandomBatches:
 
 
 def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_given: bool) -> dict:
-    """Time `updates` updates of each mode, print, and write JSON to `out` if given; returns it.
+    """Time `updates` updates in each mode; print the result, write it as JSON to `out`, and return it.
 
-    Unless a batch is given, one microbatch is timed, and the preset's own batch reckoned from it. Raises
-    AptError for a phase that is none.
+    Unless the user gave a batch, one microbatch is timed and the preset's batch is extrapolated from it.
+    Raises AptError for an unknown phase.
     """
     if phase not in ("image", "video"):
         raise AptError(f"--phase {phase} is not known: it is image or video.")
@@ -86,7 +87,7 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
     ) as world:
         whole = batch_of(preset, phase, phase, None)
         batch = whole if batch_given else world.dp * (preset.train.microbatch or 1)
-        # there is no LoRA of an MMDiT
+        # the MMDiT cannot be trained as a LoRA
         modes = [mode for mode in MODES if preset.model.kind == "wan" or mode == "full"]
         result = {
             "preset": preset.name,
@@ -126,9 +127,7 @@ def _changed(preset: Preset, phase: str, mode: str, batch: int) -> Preset:
 
 
 def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, peak_flops: float) -> dict:
-    """Seconds of one update, the first not counted, and peak memory of one process beside what the account
-    says.
-    """
+    """Seconds per update, without the first, and a process's peak memory beside what its account says."""
     train, times = preset.train, []
     parallel, _ = parallel_of(preset, pick_device(train.device))
 
@@ -139,13 +138,13 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
         synchronise(world.device)
         times.append(perf_counter())
         if done == updates:
-            raise _Enough  # before anything is written
+            raise _Enough  # before the stage writes anything
 
     needed = account(preset, phase, None, world.size)
-    gc.collect()  # what the mode before leaves is in circles
+    gc.collect()  # what the previous mode leaves behind has reference cycles
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    with peak_memory(world.device, interval=0.05) as peak:  # seldom: the same run is timed
+    with peak_memory(world.device, interval=0.05) as peak:  # not too often, because this run is also timed
         settings = getattr(preset.phases(preset.variant), phase).model_copy(update={"updates": updates})
         try:
             adversarial(
@@ -179,7 +178,7 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
 
 
 def show(result: dict) -> None:
-    """The table."""
+    """Print the result as a table."""
     title = f"{result['preset']}, {result['phase']}s, batch {result['batch']}, {result['processes']} x {result['device']}, {result['compute']}, {result['attention']}"
     table = Table(title=title, title_justify="left", box=None)
     for column in (

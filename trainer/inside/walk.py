@@ -1,4 +1,4 @@
-"""The noise walk (5.7, fig. 11): with one prompt, move the noise from seed to seed; see where samples jump."""
+"""The noise walk (5.7, fig. 11): with one prompt, move the noise from seed to seed, find the jumps."""
 
 import textwrap
 from collections.abc import Sequence
