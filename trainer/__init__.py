@@ -2,5 +2,5 @@
 
 import os
 
-# Read when torch is loaded: else its C++ answers a lost connection with the addresses of all its callers.
+# Must be set before torch is loaded. Otherwise its C++ prints a stack trace when a connection is lost.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -9,7 +9,7 @@ for group in ("proof", "training", "sampling", "inside", "bench"):  # the order 
 
 
 def main() -> None:
-    """What `comfyui-apt` runs."""
+    """The entry point of `comfyui-apt`."""
     app(prog_name="comfyui-apt")
 
 

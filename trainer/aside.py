@@ -1,4 +1,4 @@
-"""What stands beside a training (logs, pictures, a bar) and must not end it."""
+"""Keep a training alive when something beside it (logs, pictures, a progress bar) fails."""
 
 import sys
 from collections.abc import Callable
@@ -7,20 +7,18 @@ from apt_core.errors import readable
 
 
 class Aside:
-    """Calls that may fail: the first failure is said in a line and the rest is left out, while the training
-    goes on.
-    """
+    """Calls functions that may fail. The first failure prints one line, and later calls are skipped."""
 
     def __init__(self, what: str) -> None:
         self.what, self.off = what, False
 
     def __call__(self, function: Callable, *args, **kwargs):
-        """What the function returns, or None where it failed, now or before."""
+        """Return what the function returns, or None if this call or an earlier one failed."""
         if self.off:
             return None
         try:
             return function(*args, **kwargs)
-        except Exception as error:  # a full disk, a spreadsheet that holds the file, a network that is gone, a terminal that knows no such letter, ...
+        except Exception as error:  # a full disk, a file open elsewhere, a lost network, ...
             self.off = True
             reason = readable(" ".join(str(error).split()) or type(error).__name__, 200)
             warn(f"{self.what} cannot go on ({reason}): the training goes on without.")
@@ -28,7 +26,7 @@ class Aside:
 
 
 def warn(sentence: str) -> None:
-    """A line on stderr, if it takes one."""
+    """Print a line on stderr, if stderr accepts it."""
     try:
         print(f"warning: {sentence}", file=sys.stderr)
     except (OSError, ValueError):

@@ -1,5 +1,6 @@
-"""Presets: TOML files that hold every number of a training run, read into typed, frozen models; `key=value`
-changes single numbers.
+"""Presets: TOML files with every setting of a training run, read into typed, frozen models.
+
+`key=value` on the command line changes single settings.
 """
 
 import tomllib
@@ -42,8 +43,8 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 class Preset(Settings):
-    """A whole recipe. `stage2` holds its named variants: `paper`, and `stable` or `budget`; the first is the
-    default.
+    """All settings of a run. `stage2` holds its recipes by name (`paper`, `stable`, ...); the first one is
+    the default.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Preset(Settings):
         return next(iter(self.stage2))
 
     def phases(self, variant: str) -> Phases:
-        """The two phases of a variant. Raises AptError for a name that the preset does not have."""
+        """The two phases of a recipe. Raises AptError for a name that the preset does not have."""
         if variant not in self.stage2:
             raise AptError(
                 f"preset {self.name} has no stage 2 named {variant!r}; it has {', '.join(self.stage2)}."
@@ -70,9 +71,10 @@ class Preset(Settings):
     def with_recipe(
         self, variant: str, overrides: Sequence[str] = (), sections: Sequence[str] = ()
     ) -> "Preset":
-        """The preset with what a variant changes of its other settings, but for what `overrides` say, as in
-        `load_preset`: the command line has the last word. Raises AptError as `phases`, and for a setting that
-        is not there.
+        """The preset with the changes that a recipe makes to settings outside stage 2.
+
+        `overrides` (see `load_preset`) win over the recipe's changes. Raises AptError as `phases` does, and
+        for an unknown setting.
         """
         return self.changed(self.phases(variant).also, variant, overrides, sections)
 
@@ -83,7 +85,7 @@ class Preset(Settings):
         overrides: Sequence[str] = (),
         sections: Sequence[str] = (),
     ) -> "Preset":
-        """The preset with settings by full name as a variant has them; else as `with_recipe`."""
+        """The preset with `changes` (settings by full name) applied; otherwise as `with_recipe`."""
         values = self.model_dump()
         for name, value in changes.items():
             section, _, key = name.partition(".")
@@ -100,12 +102,11 @@ class Preset(Settings):
 
 
 def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> Preset:
-    """A preset by name (`mini`) or from a TOML file, with `key=value` overrides.
+    """Load a preset by name (`mini`) or from a TOML file, with `key=value` overrides.
 
-    A key is a full name (`distill.updates`) or the last part of one, which is then looked for in `sections`,
-    in that order.
-    Raises AptError for an unknown preset or key, with the nearest right one, and for an invalid value, naming
-    it.
+    A key is a full name (`distill.updates`) or just its last part, which is then looked up in `sections`, in
+    that order.
+    Raises AptError for an unknown preset or key (and suggests the nearest ones), and for an invalid value.
     """
     path = Path(name) if str(name).endswith(".toml") else PRESETS / f"{name}.toml"
     if not path.is_file():
@@ -127,9 +128,10 @@ def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Seque
 
 
 def comparable(preset: Mapping, recipe: str) -> dict:
-    """A preset as a run has written it down, by this version or by one that had fewer settings and recipes:
-    what is new is filled in, and of the recipes stays the run's own. Raises pydantic's ValidationError (a
-    ValueError).
+    """A preset that a run has stored, in a form to compare with others.
+
+    Settings that an earlier version did not have are filled in, and recipes other than the run's are left out.
+    Raises pydantic's ValidationError (a ValueError) for a preset that does not fit this version.
     """
     whole = Preset.model_validate(preset).model_dump(mode="json")
     return whole | {"stage2": {name: one for name, one in whole["stage2"].items() if name == recipe}}

@@ -1,4 +1,4 @@
-"""Small files of a run."""
+"""Write and identify a run's small files."""
 
 import hashlib
 import json
@@ -9,15 +9,17 @@ from apt_core.files.atomic import replacing
 
 
 def write_json(path: Path, value) -> None:
-    """Write JSON to `path`, so that a crash leaves the old file or the new one. What is not finite becomes
-    null, which JSON has. Raises AptError as `apt_core.files.atomic.replacing` does.
+    """Write JSON to `path` atomically: after a crash, either the old or the new file is there.
+
+    Numbers that are not finite become null, because JSON has no word for them. Raises AptError as
+    `apt_core.files.atomic.replacing` does.
     """
     with replacing(path, durable=True) as part, part.open("w", encoding="utf-8") as file:
         json.dump(_finite(value), file, indent=1, allow_nan=False)
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex. Raises OSError."""
+    """SHA-256 of a file, in hex. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

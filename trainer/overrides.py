@@ -1,6 +1,4 @@
-"""`key=value` on the command line: which setting a key means, what its value is, and the nearest right key
-for a wrong one.
-"""
+"""`key=value` on the command line: find the setting, read the value, and suggest names for a wrong key."""
 
 import difflib
 import tomllib
@@ -14,11 +12,11 @@ from apt_core.errors import AptError
 
 
 def apply(values: dict, overrides: Sequence[str], known: Sequence[str], sections: Sequence[str]) -> dict:
-    """A copy of the nested dictionary `values` with every override in its place.
+    """A copy of the nested dictionary `values` with all overrides applied.
 
-    overrides: "key=value", the value as in TOML, where anything that is not TOML is taken for text; known:
-    the full names of all settings; sections: where a key without dots is looked for, in this order. Raises
-    AptError for an override that is not `key=value` and for a key that is not known, with the nearest ones.
+    overrides: "key=value"; values are read as TOML, and anything that is not TOML is text.
+    known: the full names of all settings; sections: where to look up a key without dots, in this order.
+    Raises AptError for an override that is not `key=value`, and for an unknown key, with the nearest ones.
     """
     out = deepcopy(values)
     for override in overrides:
@@ -34,9 +32,7 @@ def apply(values: dict, overrides: Sequence[str], known: Sequence[str], sections
 
 
 def known_names(cls: type[BaseModel], values: dict, prefix: str = "") -> list[str]:
-    """The full names of all settings of a model of settings; where it has a dictionary of them, under the
-    names that `values` has there.
-    """
+    """The full names of all settings in a settings class. Keys of its dictionaries are those in `values`."""
     names = []
     for name, field in cls.model_fields.items():
         kind = field.annotation
@@ -53,7 +49,7 @@ def known_names(cls: type[BaseModel], values: dict, prefix: str = "") -> list[st
 
 
 def plain(value) -> str:
-    """A setting's value for people: lists with commas, true and false, and none for what is not set."""
+    """A setting's value as text: lists with commas, true or false, and none if it is not set."""
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value)) or "none"
     if value is None or value == "":
@@ -62,8 +58,10 @@ def plain(value) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean X?)" for a mistyped name, "" if nothing is near. If the name is the beginning of known
-    ones, all of these are given: wan2.1-1.3b is short for wan2.1-1.3b-480p rather than a typo of wan2.1-14b.
+    """ " (did you mean X?)" for a mistyped name, or "" if no name is close.
+
+    If known names begin with it, all of them are given: wan2.1-1.3b is short for wan2.1-1.3b-480p rather than
+    a typo of wan2.1-14b.
     """
     known = list(dict.fromkeys(known))
     longer = [other for other in known if len(name) > 2 and other.startswith(name)]

@@ -15,14 +15,15 @@ SECTIONS: Mapping[str, type[Settings]] = {
     "train": Train,
 }
 PHASE = "stage2.RECIPE.PHASE"
-"""Stands for the recipe and phase in names of stage 2's settings, as long as there is no preset."""
+"""Takes the place of recipe and phase in the names of stage 2's settings when no preset is given."""
 
 
 def settings_list(preset: Preset | None = None, width: int = 100) -> list[str]:
-    """Lines of at most `width` characters: for each section its name and meaning, then a line or more for each
-    setting with its full name, its value and its meaning.
+    """Lines of at most `width` characters that list all settings.
 
-    preset: give this preset's values (of its first recipe's phases), instead of the defaults.
+    Each section has its name and meaning, then each setting has its full name, value and meaning.
+
+    preset: list this preset's values (with its first recipe's phases) instead of the defaults.
     """
     lines = []
     for name, section, values in _sections(preset):

@@ -1,4 +1,4 @@
-"""Speed and memory on this machine."""
+"""The commands that measure speed and memory on this machine."""
 
 from typing import Annotated
 
@@ -29,8 +29,9 @@ def bench_inference(
     ] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="The engine's transformer in 8 bits.")] = False,
 ) -> None:
-    """Text, transformer, decode and total, beside their floors, stock diffusers and the paper; and a model of
-    many GPUs.
+    """Time text encoder, transformer, decode and total, beside their floors, stock diffusers and the paper.
+
+    Also estimates the times on several GPUs.
     """
     from trainer.bench.inference import run
     from trainer.machines.machine import pick_device
@@ -46,8 +47,9 @@ def bench_train(
     phase: Phase = "video",
     updates: Annotated[int, typer.Option(min=2, help="Updates of each mode; the first does not count.")] = 3,
 ) -> None:
-    """Seconds per update of stage 2, whole and as a LoRA: its share of the matrix peak, and its memory beside
-    the account.
+    """Time an update of stage 2, with all weights and as a LoRA.
+
+    Shows its share of the peak speed of matrix products, and its memory beside what the account says.
     """
     from trainer.bench.train import run
     from trainer.config import load_preset

@@ -1,4 +1,4 @@
-"""Looks inside the generator and the discriminator: probe, walk, attention."""
+"""The commands that look inside the generator and the discriminator: probe, walk, attention."""
 
 from pathlib import Path
 from typing import Annotated
@@ -42,8 +42,9 @@ def probe(
     device: Device = "auto",
     seed: Noise = 0,
 ) -> None:
-    """What each block of the generator holds of the final sample, by a linear probe (the paper's fig. 10): a
-    picture, and the errors.
+    """Show how much of the final sample each generator block holds, by a linear probe (the paper's fig. 10).
+
+    Writes a picture and the errors.
     """
     from apt_core.files.prompts import read_prompts
     from trainer.checkpoints.starting_models import with_defaults
@@ -98,8 +99,9 @@ def walk(
     ema: Ema = None,
     device: Device = "auto",
 ) -> None:
-    """One prompt, and noise that goes from seed to seed (the paper's fig. 11): a video, a sheet, and the
-    change from sample to sample.
+    """Move the noise from seed to seed with one prompt (the paper's fig. 11).
+
+    Writes a video, a sheet of samples, and the change from sample to sample.
     """
     from trainer.checkpoints.starting_models import with_defaults
     from trainer.inside.opening import open_pipeline
@@ -150,9 +152,7 @@ def attention(
     device: Device = "auto",
     seed: Noise = 0,
 ) -> None:
-    """Where the discriminator looks: its heads' attention over real and generated samples, at its three
-    depths.
-    """
+    """Show where the discriminator looks: its heads' attention over real and generated samples, by depth."""
     from trainer.checkpoints.starting_models import with_defaults
     from trainer.inside.attention import find_state, run_attention
     from trainer.inside.opening import open_pipeline

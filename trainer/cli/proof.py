@@ -27,8 +27,9 @@ def demo(
     skip_bad: SkipBad = False,
     truncate_captions: TruncateCaptions = False,
 ) -> None:
-    """The whole method in miniature: clips in, one-step video and a weights file for ComfyUI out. About ten
-    minutes on two cores.
+    """Run the whole method in miniature: from clips to one-step video and a weights file for ComfyUI.
+
+    Takes about ten minutes on two cores.
     """
     from trainer.config import load_preset
     from trainer.proof.demo import Demo
@@ -39,7 +40,7 @@ def demo(
 
 
 def _spelled_anew(preset: str, recipe: str) -> tuple[str, str]:
-    """(preset, recipe), also where they are given the other way round, as `demo` took them at first."""
+    """(preset, recipe), also if they are given the other way round, as `demo` took them at first."""
     from trainer.config import PRESETS, load_preset
 
     def is_preset(name: str) -> bool:
@@ -61,7 +62,7 @@ def measure(
     out: Json = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="With the APT model's blocks in 8 bits.")] = False,
 ) -> None:
-    """Judge finished runs on many fresh samples and print one table: means over the runs."""
+    """Judge finished runs on many new samples, and print a table with the means over the runs."""
     from trainer.proof.measure import measure_runs
 
     measure_runs(runs, samples, out, fp8)
@@ -105,12 +106,10 @@ def ablate(
     phase: Phase = "image",
     device: Device = "cpu",
 ) -> None:
-    """The paper's ablations on the miniature: every variant over several seeds, with the paper's claim and
-    whether it holds here.
+    """Run the paper's ablations on the miniature: every variant with several seeds, beside the paper's claim.
 
-    It takes hours, and goes on where it was stopped: a file for each finished variant and seed, training
-    states for the one at hand.
-    Leaves ablations.html, ablations.png and ablations.json.
+    It takes hours. If it is stopped, it continues from the finished variants and seeds, and from the training
+    states of the current one. Writes ablations.html, ablations.png and ablations.json.
     """
     import shlex
 
@@ -129,8 +128,10 @@ def plot(
         Path | None, typer.Option(help="Folder for the pictures; by default the run's own.")
     ] = None,
 ) -> None:
-    """Training curves as PNGs: the discriminator's accuracy, held-out samples included, logits, losses,
-    penalties, gradient at the sample.
+    """Plot training curves as PNGs.
+
+    They show the discriminator's accuracy (also on held-out samples), logits, losses, penalties, and the
+    gradient at the sample.
     """
     from trainer.run.plot import plot_run
 
@@ -160,8 +161,9 @@ def pretrain_mini(
         typer.Option("--compile", help="Compile the transformer's blocks (needs a C++ compiler on a CPU)."),
     ] = False,
 ) -> None:
-    """Rebuild the miniature's shipped files. Hours on a CPU; finished parts are kept, and the base goes on
-    where it was stopped.
+    """Rebuild the miniature's shipped files, which takes hours on a CPU.
+
+    Finished parts are kept, and the base continues from where it was stopped.
     """
     from trainer.mini.pretrain import pretrain
 
