@@ -82,7 +82,6 @@ class Demo:
                     f"preset {self.preset.name} asks for {width}x{height} pixels, but drawn clips have {SIZE}x{SIZE}; give --data."
                 )
         make_folder(self.out)
-        _keep_base(self.out)
         state, latents = RunState(self.out / "state.json", self._identity()), self.out / LATENTS
         # The last state of each stage is enough to resume, and to look into the discriminator.
         machine = {"device": self.device, "keep_last": 1, "keep_best": 0}
@@ -95,6 +94,7 @@ class Demo:
             return []
 
         state.stage("precompute", encode, latents / INDEX)
+        _keep_base(self.out)
         state.stage("distill", lambda: run_distill(preset, self.out, seed=self.seed), names["distill"])
         batches = Batches(
             latents, load_text_encoder(ASSETS / "text_encoder.safetensors"), self.seed, size.held_out

@@ -231,7 +231,8 @@ def test_a_full_disk_is_named_and_the_last_state_stays(files, tmp_path, monkeypa
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
     with pytest.raises(
-        AptError, match=r"step-000002 could not be written to .*No space left on device.*step-000001 stands"
+        AptError,
+        match=r"step-000002 could not be written to .*No space left on device.*step-000001 is still there",
     ):
         train_adversarial(files, Layout(settings={"updates": 2}), tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in state_of(tmp_path, 1).items())
