@@ -6,6 +6,7 @@ text embeddings, rotary tables, and what single operations return on the way. No
 is one operation here, as on CUDA, where a CPU would take ten.
 """
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from trainer.machines.account import account
 from trainer.machines.distributed import connect
 from trainer.machines.parallel import parallel_of
 from trainer.stages import adversarial as stage_2
+from trainer.stages import distill as consistency
+from trainer.stages import dmd
 from trainer.stages.networks import Lora
 
 SMALL = (
@@ -62,15 +65,33 @@ class Done(Exception):
     pass
 
 
-def measured(preset, phase, monkeypatch) -> int:
-    """The most bytes during one update, once the networks are built."""
-    live, build = LiveBytes(), stage_2.adversarial_networks
-    settings = getattr(preset.phases(preset.variant), phase)
+class Batches(RandomBatches):
+    """Of one kind of sample, for either stage."""
+
+    def __init__(self, preset, kind):
+        super().__init__(preset, kind)
+        self.kind = kind
+
+    def take(self, kind, stream, update, size, world, microbatch=None, following=None):
+        return super().take(kind, stream, update, size, world, microbatch)
+
+    def available(self, kind):
+        return self.kind
+
+    def embed(self, prompts):
+        return self.text.expand(len(prompts), *self.text.shape)
+
+
+def live_update(preset, module, networks, train, monkeypatch) -> int:
+    """The most bytes during one update, once the networks are built by this function of the module.
+    train: runs the stage with these arguments by name.
+    """
+    live, build = LiveBytes(), getattr(module, networks)
 
     def built(*args, **kwargs):
-        networks = build(*args, **kwargs)
+        made = build(*args, **kwargs)
         live.peak = live.most = live.now
-        return networks
+        return made
 
     def load(path, dtype=torch.float32, device="cpu"):
         return build_backbone(preset.model, device, dtype).requires_grad_(True)
@@ -78,7 +99,7 @@ def measured(preset, phase, monkeypatch) -> int:
     def report(*update):
         raise Done
 
-    monkeypatch.setattr(stage_2, "adversarial_networks", built)
+    monkeypatch.setattr(module, networks, built)
     monkeypatch.setattr(
         torch.nn.functional,
         "rms_norm",
@@ -86,13 +107,8 @@ def measured(preset, phase, monkeypatch) -> int:
     )
     monkeypatch.setattr(optim, "FOREACH_BYTES", 0)  # as a model of true size is stepped
     with connect("cpu", sharded=True) as world, live, pytest.raises(Done):
-        stage_2.adversarial(
-            phase,
-            Path("base"),
-            Path("base"),
-            RandomBatches(preset, phase),
-            settings,
-            Path("out"),
+        train(
+            out=Path("out"),
             seed=0,
             metadata={},
             world=world,
@@ -103,6 +119,30 @@ def measured(preset, phase, monkeypatch) -> int:
             report=report,
         )
     return live.peak
+
+
+def measured(preset, phase, monkeypatch) -> int:
+    """The most bytes during one update of stage 2."""
+    settings = getattr(preset.phases(preset.variant), phase)
+    train = partial(
+        stage_2.adversarial,
+        phase,
+        Path("base"),
+        Path("base"),
+        RandomBatches(preset, phase),
+        settings,
+    )
+    return live_update(preset, stage_2, "adversarial_networks", train, monkeypatch)
+
+
+def measured_1(preset, kind, monkeypatch) -> int:
+    """The most bytes during one update of stage 1 on samples of this kind."""
+    module, networks, train = {
+        "consistency": (consistency, "distillation_networks", consistency.distill),
+        "dmd": (dmd, "matching_networks", dmd.match_distributions),
+    }[preset.distill.method]
+    train = partial(train, Path("base"), Batches(preset, kind), preset)
+    return live_update(preset, module, networks, train, monkeypatch)
 
 
 def check(mode, phase, step, checkpointing, monkeypatch, *more):
@@ -154,3 +194,56 @@ def test_other_ways_to_the_same_update(mode, step, checkpointing, monkeypatch):
 def test_an_mmdit(phase, monkeypatch):
     """Fitted to nothing: its blocks keep what Wan's keep. Text of 64 tokens goes through them too."""
     check("full", phase, "two_pass", "blocks", monkeypatch, "model.kind=mmdit", "model.ffn=512", "frames=17")
+
+
+def check_stage_1(method, mode, kind, checkpointing, monkeypatch, *more):
+    preset = load_preset(
+        "wan2.1-1.3b-480p",
+        (
+            *SMALL,
+            f"mode={mode}",
+            f"checkpointing={checkpointing}",
+            f"method={method}",
+            f"video_share={1 if kind == 'video' else 0}",
+            "batch_image=2",
+            "batch_video=2",
+            *more,
+        ),
+        ("distill", "train", "data"),
+    )
+    assert account(preset, "distill").bytes == pytest.approx(measured_1(preset, kind, monkeypatch), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "method, mode, kind",
+    [
+        ("consistency", "full", "video"),
+        ("consistency", "lora", "image"),
+        ("dmd", "lora", "image"),
+        pytest.param("consistency", "full", "image", marks=pytest.mark.slow),
+        pytest.param("consistency", "lora", "video", marks=pytest.mark.slow),
+        pytest.param("dmd", "full", "image", marks=pytest.mark.slow),
+        pytest.param("dmd", "full", "video", marks=pytest.mark.slow),
+        pytest.param("dmd", "lora", "video", marks=pytest.mark.slow),
+    ],
+)
+def test_an_update_of_stage_1(method, mode, kind, monkeypatch):
+    """Of images alone, where states are most of it: a quarter of them the fake score's. An account that
+    counted clips too would be too large.
+    """
+    check_stage_1(method, mode, kind, "blocks", monkeypatch, f"lora_rank={64 if kind == 'image' else 8}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("method", ["consistency", "dmd"])
+def test_stage_1_without_checkpoints(method, mode, monkeypatch):
+    """The scores of dmd look at a sample while the pass that made it is kept: their own pass counts too."""
+    check_stage_1(method, mode, "video", "none", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, setting", [("consistency", "target_decay=0"), ("dmd", "regression=1")])
+def test_stage_1_by_other_settings(method, setting, monkeypatch):
+    """Without a target network, and with samples of the base."""
+    check_stage_1(method, "full", "video", "blocks", monkeypatch, setting)

@@ -26,6 +26,8 @@ KEPT_BYTES = {"full": (54.0, 4.0), "lora": (41.0, 4.0), "frozen": (35.0, 2.0)}
 with adapters trained, and frozen on the way to its input. Counted in tests/trainer/test_live_memory.py, as is
 all else that is in memory.
 """
+PASS_BYTES = (8.0, 6.0)
+"""What one block with adapters holds at most while a pass that keeps nothing goes through it, as above."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +235,10 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
 def _distill(preset: Preset, gpus: int) -> Account:
     settings, train, model = preset.distill, preset.train, preset.model
     lora, body = train.mode == "lora", parameters(model)
+    shares = {"image": 1 - settings.video_share, "video": settings.video_share}
     flops = sum(
         share * getattr(settings, f"batch_{kind}") * distill_flops(preset, kind)
-        for kind, share in (("image", 1 - settings.video_share), ("video", settings.video_share))
+        for kind, share in shares.items()
     )
 
     averages, shard = len({settings.ema_decay, *train.ema_decays}), 1 / gpus
@@ -254,7 +257,7 @@ def _distill(preset: Preset, gpus: int) -> Account:
         {"frozen base": base_bytes(model, train.compute, gpus)} if shared else {"teacher": 4 * body * shard}
     )
     worst = max(
-        ("image", "video"),
+        (kind for kind, share in shares.items() if share),
         key=lambda kind: tokens(preset, kind) * _microbatch(preset, getattr(settings, f"batch_{kind}"), gpus),
     )
     batch = getattr(settings, f"batch_{worst}")
@@ -263,6 +266,8 @@ def _distill(preset: Preset, gpus: int) -> Account:
         gpus > 1 and not train.sync_every_microbatch and batch // (gpus // train.context_parallel) > micro
     )
     kept, _, block = _activations(preset, tokens(preset, worst), micro)
+    if settings.method == "dmd":  # both scores look at the sample while the pass that made it is kept
+        block = max(block, _share(preset, tokens(preset, worst), micro) * _of_block(model, *PASS_BYTES))
     memory |= {
         "weights (fp32)": 4 * (trained + target + fake) * shard,
         "optimizer": 8 * (trained + fake) * shard,
@@ -283,16 +288,24 @@ def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float, floa
     through a frozen network does, what one block needs in addition while it is recomputed).
     """
     model, train = preset.model, preset.train
-    share = n / train.context_parallel * micro * _width(train.compute) / 2
-
-    def of_block(of_width: float, of_ffn: float) -> float:
-        return share * (of_width * model.width + of_ffn * model.ffn)
-
+    share = _share(preset, n, micro)
     if train.checkpointing == "none":
-        trained, frozen = (model.layers * of_block(*KEPT_BYTES[how]) for how in (train.mode, "frozen"))
+        trained, frozen = (
+            model.layers * share * _of_block(model, *KEPT_BYTES[how]) for how in (train.mode, "frozen")
+        )
         return trained, frozen, 0.0
     kept = (2 if train.checkpointing == "offload" else model.layers) * share * 2 * model.width
-    return kept, kept, of_block(*BLOCK_BYTES)
+    return kept, kept, share * _of_block(model, *BLOCK_BYTES)
+
+
+def _share(preset: Preset, n: int, micro: int) -> float:
+    """Tokens of a microbatch on one GPU, in numbers of 2 bytes."""
+    return n / preset.train.context_parallel * micro * _width(preset.train.compute) / 2
+
+
+def _of_block(model: Model, of_width: float, of_ffn: float) -> float:
+    """Bytes per token of a block, see BLOCK_BYTES."""
+    return of_width * model.width + of_ffn * model.ffn
 
 
 def _gathered(preset: Preset, gpus: int, largest: int, zeros: Sequence[int]) -> float:
