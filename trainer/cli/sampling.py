@@ -128,12 +128,13 @@ def evaluate(
         str | None, option("Names of metrics, separated by commas; by default all that are possible.")
     ] = None,
     features: Annotated[
-        Path | None, option("For fd and clip_score: a TOML file that names networks, see docs/evaluate.md.")
+        Path | None,
+        option("For distances and clip_score: a TOML file that names networks, see docs/evaluate.md."),
     ] = None,
     out: Annotated[Path, option("Folder for figures, page and clips.")] = Path("evaluation"),
     protocol: Annotated[
         str | None,
-        option("The paper's: apt-images or apt-video. Its size, and its figures beside these."),
+        option("The paper's: apt-images or apt-video. Its size and metrics, and its figures beside these."),
     ] = None,
     vbench: Annotated[
         Path | None,

@@ -22,11 +22,11 @@ from trainer.files import write_json
 from trainer.machines.distributed import World
 from trainer.run.progress import console, stage_bar
 
+from .choice import AGAINST_REAL, chosen, opened
 from .clip_score import ClipScore, read_clip
-from .efficientnet import efficientnet_lite0
-from .features import Features, check_count, distance, read_networks, read_tables
+from .features import Features, check_count, distance
 from .measured import Desk, Measured, measure
-from .metrics import CLIP_SCORE, DIVERSITY, EACH, FD, FLOW, FRECHET_LITE0, NAMES
+from .metrics import CLIP_SCORE, DIVERSITY, EACH
 from .models import Model, Wishes, open_models, sample, stamp, with_prompts
 from .page import write_page
 from .protocols import beside_paper, find_protocol, with_sizes
@@ -39,38 +39,7 @@ REALS = 16
 """How many real clips are used when their captions are the prompts."""
 RESULT, PAGE = "evaluation.json", "evaluation.html"
 REAL = "real"
-TABLES = {FD: "features", CLIP_SCORE: "clip"}
-"""The table of the file `--features` that a metric needs."""
 T = TypeVar("T")
-
-
-def chosen(names: str | None, features: Path | None) -> list[str]:
-    """The metrics in a comma-separated list. Without a list, all metrics; `fd` and `clip_score` only if the
-    file `features` has their tables, and not `frechet_efficientnet_lite0`, which takes 1,281 frames.
-
-    Raises AptError for a name that is no metric, if a metric's table is missing, and if no table is used.
-    """
-    tables = read_tables(features) if features else {}
-    if names is None:
-        return [n for n in NAMES if n != FRECHET_LITE0 and TABLES.get(n, "") in ("", *tables)]
-    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    if FLOW in wanted and FLOW not in NAMES:
-        raise AptError("flow needs OpenCV: pip install opencv-python-headless, or leave flow out.")
-    if unknown := [name for name in wanted if name not in NAMES] or ([] if wanted else [names]):
-        raise AptError(f"there is no metric {unknown[0]!r}: use some of {', '.join(NAMES)}.")
-    for name, table in TABLES.items():
-        if name in wanted and table not in tables:
-            head = f"[{table}]" if name == CLIP_SCORE else f"[[{table}]]"
-            raise AptError(
-                f"{name} needs --features FILE.toml with a {head} table, which says what network to use: add "
-                f"it, or leave {name} out."
-            )
-    if tables and not any(table in tables for name, table in TABLES.items() if name in wanted):
-        users = " and ".join(name for name, table in TABLES.items() if table in tables)
-        raise AptError(
-            f"--features {features} is only used by {users}: add that to --metrics, or leave the file out."
-        )
-    return wanted
 
 
 def evaluate(
@@ -98,7 +67,8 @@ def evaluate(
         there are samples of one model.
     features: a TOML file, see `features.Network` and `clip_score.ClipFolder`.
     emas: of each training state, the averages with these decays.
-    protocol: a name in `protocols.PROTOCOLS`: its size, where `wishes` has none, and the paper's figures.
+    protocol: a name in `protocols.PROTOCOLS`: its size where `wishes` has none, its metrics where `metrics`
+        names none, and the paper's figures.
     vbench: a folder for copies of the samples as VBench takes them.
     world: its processes share the work; `out` must be one folder for all of them. What an evaluation of the
         same request had measured before it was stopped is kept.
@@ -106,8 +76,9 @@ def evaluate(
     Raises AptError, before any weight is read, if there is no prompt, files do not fit each other, models
     make different sizes, `out` or `vbench` already holds files, or there are too few clips for a Frechet distance.
     """
-    names = chosen(metrics, features)
-    if data is None and (against := next((name for name in (FD, FRECHET_LITE0) if name in names), None)):
+    usual = find_protocol(protocol, prompts).metrics if protocol is not None else ()
+    names = chosen(metrics, features, usual)
+    if data is None and (against := next((name for name in AGAINST_REAL if name in names), None)):
         raise AptError(f"{against} compares with real clips: add --data FOLDER, or leave {against} out.")
     if reals is not None and data is None:
         raise AptError(
@@ -129,8 +100,7 @@ def evaluate(
     if not texts:
         raise AptError(f"there is no prompt, and {data} has no captions: give --prompts FILE.")
     models = with_prompts(models, texts)
-    networks = [Features(n, world.device) for n in read_networks(features)] if FD in names else []
-    networks += [efficientnet_lite0(world.device)] if FRECHET_LITE0 in names else []
+    networks = opened(names, features, world.device)
     score = ClipScore(read_clip(features), world.device) if CLIP_SCORE in names else None
     _check_enough(networks, models[0], real)
     desk, asked = Desk(out), _asked(models, real, names, networks, score, wishes)
@@ -316,8 +286,10 @@ def _result(
                 "clips": clips(column),
             }
         )
-    weights = [(network.network.name, network.network) for network in networks]
-    weights += [(CLIP_SCORE, score.folder)] if score else []
+    used = [network.facts() for network in networks]
+    if score:
+        about = score.folder.model_dump(exclude={"path"})
+        used.append({"name": CLIP_SCORE, "file": score.folder.path.name} | about)
     result = {
         "format": "apt-evaluation",
         "version": 1,
@@ -326,10 +298,7 @@ def _result(
         "count": request.count,
         "size": {name: getattr(request, name) for name in ("height", "width", "frames", "fps")},
         "wishes": asdict(wishes),
-        "features": [
-            {"name": name, "file": about.path.name, **about.model_dump(exclude={"path"})}
-            for name, about in weights
-        ],
+        "features": used,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": world.size,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},

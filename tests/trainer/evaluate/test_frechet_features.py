@@ -75,7 +75,7 @@ def test_missing_and_other_weights_are_named_with_their_hash(tmp_path):
     (tmp_path / "means.pt").rename(tmp_path / "away.pt")
     said = refused(path)
     assert f"{tmp_path / 'means.pt'}, the weights of fd_means, does not exist" in said
-    assert f"put the TorchScript file with SHA-256 {digest} there" in said
+    assert f"put the file with SHA-256 {digest} there" in said
     (tmp_path / "means.pt").write_bytes(b"other")
     assert f"has SHA-256 {file_digest(tmp_path / 'means.pt')}, but {path} says {digest}" in refused(path)
 
@@ -88,7 +88,7 @@ def test_a_table_that_is_none_is_refused(tmp_path):
     assert "crop is not valid" in refused(table(tmp_path, crop=3))
     path = table(tmp_path)
     path.write_text(path.read_text() * 2)
-    assert "two files would both be called fd_means: rename one." in refused(path)
+    assert "two files would both be called fd_means: rename or remove one." in refused(path)
     path.write_text("[[network]]\n")
     assert "holds network: write one [[features]] table" in refused(path)
     path.write_text("features")
