@@ -1,8 +1,8 @@
 """What a checkpoint says of itself: the JSON object `apt` in its metadata. Names, defaults and checks of all
 its entries.
 
-`apt` is {format, kind, base, phase, timestep, second_time, vae, native, text_length, rank, updates, ema,
-...}. Plain Python, so that anything may import it. Pipeline, trainer, `inspect` and the ComfyUI nodes all ask
+`apt` is {format, kind, base, over, phase, timestep, second_time, vae, native, text_length, rank, updates,
+ema, ...}. Plain Python, so that anything may import it. Pipeline, trainer, `inspect` and the ComfyUI nodes all ask
 here.
 """
 
@@ -136,8 +136,11 @@ def as_lora(apt: Mapping, rank: int) -> dict:
 
 
 def as_whole(apt: Mapping) -> dict:
-    """The entries of a LoRA after it was added to its base: a whole generator, which has no rank."""
-    return {name: value for name, value in apt.items() if name != "rank"} | {"kind": "generator"}
+    """The entries of a LoRA after it was added to its base: a whole generator, which has no rank and is over
+    nothing.
+    """
+    kept = {name: value for name, value in apt.items() if name not in ("rank", "over")}
+    return kept | {"kind": "generator"}
 
 
 def metadata_strings(path: str | Path, metadata: Mapping) -> dict[str, str]:

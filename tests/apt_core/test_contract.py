@@ -49,4 +49,8 @@ def test_impossible_sizes_are_named(name, value):
 def test_a_lora_has_a_rank_and_a_whole_model_has_none():
     lora = contract.as_lora({"kind": "generator", "phase": "video", "native": NATIVE}, 8)
     assert lora == {"kind": "lora", "rank": 8, "phase": "video", "native": NATIVE}
-    assert contract.as_whole(lora) == {"kind": "generator", "phase": "video", "native": NATIVE}
+    assert contract.as_whole(lora | {"over": "wan.safetensors"}) == {
+        "kind": "generator",
+        "phase": "video",
+        "native": NATIVE,
+    }

@@ -18,7 +18,6 @@ from apt_core.models.wan import WanBackbone
 from trainer.__main__ import app
 from trainer.config import load_preset
 from trainer.jobs.plan import make_plan
-from trainer.jobs.training import _check_start
 from trainer.machines.machine import GIB, Machine
 
 TINY = str(Path(__file__).parent / "tiny.toml")
@@ -103,7 +102,8 @@ def test_the_base_itself_is_a_start_of_adapters_by_any_path(starts):
     link = starts / "linked.safetensors"
     link.symlink_to(SHIPPED["base"])
     preset = load_preset(TINY, LORA, ("train",))
-    assert _check_start(make_plan(preset, "video", starts / "run"), link) is None
+    start = make_plan(preset, "video", starts / "run", start=link).start
+    assert start.path == SHIPPED["base"] and start.note is None
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import one_step
+from apt_core.models.lora import merged_state
 from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.tiny_decoder import TinyDecoder
 from trainer.__main__ import app
@@ -196,7 +197,7 @@ def test_a_lora_is_exported_alone_and_merged(run, tmp_path, monkeypatch):
     lora, base = run / "lora" / "apt-tiny.safetensors", ASSETS / "transformer.safetensors"
     assert "is a LoRA: add --base PATH" in refused("export", lora, "--out", tmp_path / "x")
     done("export", lora, "--out", tmp_path / "whole.safetensors", "--base", "mini", "--dtype", "fp32")
-    done(
+    said = done(
         "export",
         run / "lora" / "states" / "video",
         "--out",
@@ -206,6 +207,10 @@ def test_a_lora_is_exported_alone_and_merged(run, tmp_path, monkeypatch):
         "--dtype",
         "fp32",
     )
+    assert said.strip().endswith(", over transformer.safetensors")
+    over = read_metadata(tmp_path / "lora.safetensors")["over"], read_metadata(lora)["over"]
+    assert over == (base.name, base.name)
+    assert not read_metadata(tmp_path / "whole.safetensors").keys() & {"over", "rank"}
     again, trained = read_tensors(tmp_path / "lora.safetensors")[0], read_tensors(lora)[0]
     assert all(torch.equal(again[key], trained[key]) for key in trained)
     whole, opened, plain = (
@@ -690,6 +695,45 @@ def test_another_run_in_the_same_folder_is_refused(run):
     assert "holds a run with another" in refused(
         "adversarial", TINY, "--phase", "image", "lr_generator=1e-5", *STATES, "--out", run
     )
+
+
+def test_a_runs_folder_and_its_states_are_no_start_and_the_sentence_says_what_is(run, tmp_path):
+    given = ("adversarial", TINY, "--phase", "video", "--out", tmp_path / "out", "--start-from")
+    assert refused(*given, run).endswith(
+        f"is the folder of a run: give the file in it, {run}/apt-tiny.safetensors."
+    )
+    state = run / "states" / "image" / "step-000002"
+    for path, what in ((state, "a training state"), (state.parent, "a folder of training states")):
+        sentence = refused(*given, path)
+        assert sentence == (
+            f"--start-from {path} is {what}, and a start is weights alone: write them to a file with "
+            f"`export {state} --out FILE --dtype fp32`, and give that."
+        )
+    adapters = run / "lora" / "states" / "video"
+    assert f"`export {adapters}/step-000002 --out FILE --form lora --dtype fp32`" in refused(*given, adapters)
+    (tmp_path / "begun" / "latents").mkdir(parents=True)
+    assert "is the folder of a run that has finished no stage: give a file of weights" in refused(
+        *given, tmp_path / "begun"
+    )
+    done("export", state, "--out", tmp_path / "start.safetensors", "--dtype", "fp32")
+    done(*given, tmp_path / "start.safetensors", "updates=1", "--shards", run / "latents")
+
+
+def test_a_lora_over_a_whole_few_step_model(run, tmp_path):
+    """As the sentence about whole models says: the same file is base and start, and the LoRA names it."""
+    few, out = tmp_path / "few-step.safetensors", tmp_path / "out"
+    shutil.copy(run / "distilled.safetensors", few)
+    given = ("adversarial", TINY, "--phase", "video", "mode=lora", "lora_rank=2", "updates=1")
+    where = ("--shards", run / "latents", "--out", out, "--start-from", few)
+    assert f"or give base={few} too, and the LoRA is one over that model." in refused(*given, *where)
+    done(*given, f"base={few}", *where)
+    assert read_metadata(out / "apt-tiny.safetensors")["over"] == "few-step.safetensors"
+    made = open_generator(out / "apt-tiny.safetensors", few)
+    change = (
+        merged_state(made.base, "generator")["blocks.0.attn1.to_q.weight"]
+        - read_tensors(few)[0]["blocks.0.self_attn.q.weight"]
+    )
+    assert 0 < change.abs().max() < 1e-3  # of one update at a rate of 1e-4
 
 
 def test_a_phase_without_the_stage_before_says_where_it_starts(run, tmp_path):

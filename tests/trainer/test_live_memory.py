@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from live_bytes import LiveBytes
+from safetensors.torch import save_file
 from torch import Tensor
 
 from apt_core.method import optim
+from apt_core.models.lora_files import official_shapes
 from trainer.bench.shapes import build_backbone
 from trainer.bench.train import RandomBatches
 from trainer.config import load_preset
+from trainer.jobs.starts import open_start
 from trainer.machines.account import account
 from trainer.machines.distributed import connect
 from trainer.machines.parallel import parallel_of
@@ -121,13 +124,13 @@ def live_update(preset, module, networks, train, monkeypatch) -> int:
     return live.peak
 
 
-def measured(preset, phase, monkeypatch) -> int:
+def measured(preset, phase, monkeypatch, start=Path("base")) -> int:
     """The most bytes during one update of stage 2."""
     settings = getattr(preset.phases(preset.variant), phase)
     train = partial(
         stage_2.adversarial,
         phase,
-        Path("base"),
+        start,
         Path("base"),
         RandomBatches(preset, phase),
         settings,
@@ -194,6 +197,33 @@ def test_other_ways_to_the_same_update(mode, step, checkpointing, monkeypatch):
 def test_an_mmdit(phase, monkeypatch):
     """Fitted to nothing: its blocks keep what Wan's keep. Text of 64 tokens goes through them too."""
     check("full", phase, "two_pass", "blocks", monkeypatch, "model.kind=mmdit", "model.ffn=512", "frames=17")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("discriminator_start", ["base", "start"])
+def test_a_start_that_changes_whole_matrices(discriminator_start, tmp_path, monkeypatch):
+    """What a LoRA changes beside adapters lies in memory for each network that starts from it."""
+    of_phase = "stage2.budget.video"
+    preset = load_preset(
+        "wan2.1-1.3b-480p",
+        (
+            *SMALL,
+            "mode=lora",
+            f"{of_phase}.batch=2",
+            f"{of_phase}.warmup=0",
+            f"{of_phase}.discriminator_start={discriminator_start}",
+        ),
+        ("train", "data"),
+    )
+    shapes = official_shapes(build_backbone(preset.model, "meta", torch.float32))
+    matrices = [name for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2]
+    changes = {f"diffusion_model.{name.removesuffix('.weight')}.diff": shapes[name] for name in matrices}
+    path = tmp_path / "start.safetensors"
+    save_file({name: torch.zeros(shape) for name, shape in changes.items()}, path)
+    frozen = open_start(path, preset, None).frozen
+    assert account(preset, "video", "budget", 1, frozen).bytes == pytest.approx(
+        measured(preset, "video", monkeypatch, path), rel=0.1
+    )
 
 
 def check_stage_1(method, mode, kind, checkpointing, monkeypatch, *more):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apt_core.errors import AptError
 from apt_core.files import keys
-from apt_core.files.contract import metadata_strings
+from apt_core.files.contract import as_whole, metadata_strings
 from apt_core.files.lora_keys import is_lora
 from apt_core.files.tensorfile import read_header, write_tensors
 from apt_core.loading.backbones import kind_of
@@ -58,7 +58,7 @@ def export(
         raise AptError(
             f"{source} is {kind.words}, which neither ComfyUI nor diffusers know: use the file as it is, with this trainer."
         )
-    metadata = generator.metadata | {"kind": "generator"}
+    metadata = as_whole(generator.metadata)
     if form == "lora":
         if generator.base is None:
             if resolve(source).is_file() and is_lora(read_header(resolve(source)).shapes):
@@ -67,7 +67,7 @@ def export(
                     "use it as it is, or --form file."
                 )
             raise AptError(f"{source} was trained whole, not as a LoRA: use --form file or diffusers.")
-        save_lora(out, generator.base, ROLE, {**metadata, "kind": "lora"}, DTYPES[dtype])
+        save_lora(out, generator.base, ROLE, generator.metadata, DTYPES[dtype])
     elif form == "diffusers":
         save_diffusers_folder(out, cast(whole(generator), torch.device("cpu"), DTYPES[dtype]), metadata)
     elif dtype == "fp8":
@@ -76,7 +76,8 @@ def export(
     else:
         model = whole(generator)
         save_generator(out, model, model.config, metadata, DTYPES[dtype])
-    return f"{out}: {form} in {dtype} of {source}"
+    over = f", over {generator.metadata['over']}" if form == "lora" and "over" in generator.metadata else ""
+    return f"{out}: {form} in {dtype} of {source}{over}"
 
 
 def whole(generator: Generator) -> WanBackbone:

@@ -135,7 +135,7 @@ def adversarial_command(
     sections = (f"stage2.{variant}.{phase}", "train", "files", "data", "sampling", "model")
     loaded = _load(preset, variant, overrides, sections)
     if dry_run:
-        _show(loaded, phase, variant, gpus, gpu_memory, gpu_tflops)
+        _show(loaded, phase, variant, gpus, gpu_memory, gpu_tflops, start)
         return
     from trainer.jobs.training import run_adversarial
 
@@ -152,19 +152,32 @@ def _load(name: str, recipe: str | None, overrides: list[str] | None, sections: 
     return loaded.with_recipe(recipe or loaded.variant, overrides or (), sections)
 
 
-def _show(preset, stage: str, variant: str | None, gpus: int | None, memory: float, tflops: float) -> None:
+def _show(
+    preset,
+    stage: str,
+    variant: str | None,
+    gpus: int | None,
+    memory: float,
+    tflops: float,
+    start: Path | None = None,
+) -> None:
     from apt_core.models.attention import check_name
     from trainer.checkpoints.starting_models import RANDOM, find_base
     from trainer.jobs.dry_run import show_account
+    from trainer.jobs.starts import open_start
     from trainer.machines.machine import imagined, pick_device, this_machine
     from trainer.machines.parallel import attention_of
 
+    given = preset.files.base not in ("", RANDOM)
     if gpus is not None:
         check_name(preset.train.attention)  # what is installed there is not known here
-        show_account(preset, stage, variant, imagined(gpus, memory, tflops))
+        begin = open_start(start, preset, find_base(preset) if given else None) if start else None
+        frozen = begin.frozen if begin else 0
+        show_account(preset, stage, variant, imagined(gpus, memory, tflops), frozen=frozen)
         return
     device = pick_device(preset.train.device)
     attention = attention_of(preset, device)
-    if preset.files.base not in ("", RANDOM):  # an account needs no base, but one that is given must be right
-        find_base(preset)
-    show_account(preset, stage, variant, this_machine(device, preset.train.compute), str(attention))
+    base = find_base(preset) if given else None  # an account needs none, but one that is given must be right
+    begin = open_start(start, preset, base) if start else None
+    machine = this_machine(device, preset.train.compute)
+    show_account(preset, stage, variant, machine, str(attention), begin.frozen if begin else 0)

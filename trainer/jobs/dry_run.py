@@ -15,17 +15,21 @@ from trainer.run.progress import console
 MOST_GPUS = 4096
 
 
-def check_fit(preset: Preset, stage: str, variant: str | None, machine: Machine) -> Account:
-    """The stage's account (trainer.machines.account), if it fits into the GPUs' memory.
+def check_fit(preset: Preset, stage: str, variant: str | None, machine: Machine, frozen: int = 0) -> Account:
+    """The stage's account (trainer.machines.account), if it fits into the GPUs' memory. frozen: as for
+    `account`.
 
     Otherwise raises AptError, whose message names the nearest settings that would fit.
     """
-    needed = account(preset, stage, variant, machine.gpus)
+    needed = account(preset, stage, variant, machine.gpus, frozen)
     if needed.bytes <= machine.usable:
         return needed
     ways = [
         way
-        for way in (_by_settings(preset, stage, variant, machine), _by_gpus(preset, stage, variant, machine))
+        for way in (
+            _by_settings(preset, stage, variant, machine, frozen),
+            _by_gpus(preset, stage, variant, machine, frozen),
+        )
         if way
     ]
     has = (
@@ -40,13 +44,18 @@ def check_fit(preset: Preset, stage: str, variant: str | None, machine: Machine)
 
 
 def show_account(
-    preset: Preset, stage: str, variant: str | None, machine: Machine, attention: str = ""
+    preset: Preset,
+    stage: str,
+    variant: str | None,
+    machine: Machine,
+    attention: str = "",
+    frozen: int = 0,
 ) -> None:
-    """Print a stage's account, and the attention backend if one is given.
+    """Print a stage's account, and the attention backend if one is given. frozen: as for `account`.
 
     If the account does not fit, raises the AptError of `check_fit` after printing it.
     """
-    needed = account(preset, stage, variant, machine.gpus)
+    needed = account(preset, stage, variant, machine.gpus, frozen)
     kinds = ("image", "video") if stage == "distill" else (stage,)
     recipe = preset.distill.method if stage == "distill" else variant or preset.variant
     table = Table(
@@ -82,7 +91,7 @@ def show_account(
     hours = needed.gpu_hours(machine.speed)
     table.add_row("hours in all", f"{hours / machine.gpus:.3g} ({hours:.3g} GPU-hours)")
     console.print(table)
-    check_fit(preset, stage, variant, machine)
+    check_fit(preset, stage, variant, machine, frozen)
     console.print(
         f"It fits: {needed.bytes / GIB:.1f} of {machine.usable / GIB:.1f} GiB that a run can use on each GPU.",
         markup=False,
@@ -90,7 +99,9 @@ def show_account(
     )
 
 
-def _by_settings(preset: Preset, stage: str, variant: str | None, machine: Machine) -> str | None:
+def _by_settings(
+    preset: Preset, stage: str, variant: str | None, machine: Machine, frozen: int
+) -> str | None:
     """The least costly set of changes with which the stage fits, as `key=value`s; None if there is none."""
     options = _changes(preset, stage, variant, machine.gpus)
     sets = [group for size in range(1, 6) for group in combinations(options, size)]
@@ -101,7 +112,7 @@ def _by_settings(preset: Preset, stage: str, variant: str | None, machine: Machi
         changed = Preset.model_validate(
             apply(preset.model_dump(), changes, known_names(Preset, preset.model_dump()), ())
         )
-        needed = account(changed, stage, variant, machine.gpus)
+        needed = account(changed, stage, variant, machine.gpus, frozen)
         if needed.bytes <= machine.usable:
             return f"add {' '.join(changes)} ({needed.bytes / GIB:.1f} GiB)"
     return None
@@ -163,12 +174,12 @@ def _splits(preset: Preset, stage: str, variant: str | None, gpus: int) -> list[
     return [cp for cp in (2, 4, 5, 6, 8, 10, 12) if gpus % cp == 0 and splits(cp)]
 
 
-def _by_gpus(preset: Preset, stage: str, variant: str | None, machine: Machine) -> str | None:
+def _by_gpus(preset: Preset, stage: str, variant: str | None, machine: Machine, frozen: int) -> str | None:
     """The smallest number of GPUs (this machine's times 2, 4, ...) on which the unchanged settings fit."""
     gpus = machine.gpus * 2
     while gpus <= MOST_GPUS:
         try:
-            needed = account(preset, stage, variant, gpus)
+            needed = account(preset, stage, variant, gpus, frozen)
         except AptError:  # the batch cannot be divided over this many
             return None
         if needed.bytes <= machine.usable:

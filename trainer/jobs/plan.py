@@ -11,6 +11,7 @@ from apt_core.loading.sources import MINI
 from trainer.checkpoints.starting_models import RANDOM, find_base
 from trainer.config import Adversarial, Preset
 from trainer.jobs.dry_run import check_fit
+from trainer.jobs.starts import Start, open_start
 from trainer.machines.account import Account
 from trainer.machines.machine import Machine, pick_device, this_machine
 from trainer.machines.parallel import Parallel, parallel_of
@@ -28,7 +29,7 @@ class Plan:
 
     preset: with its recipe applied; stage: "distill", or stage 2's "image" or "video"; out: the run's folder.
     base: the base transformer's file; attention: the attention backend, in words; account: the memory and
-    FLOPs that were counted.
+    FLOPs that were counted; start: the generator's first weights, of stage 2, where there is a file of them.
     """
 
     preset: Preset
@@ -43,6 +44,7 @@ class Plan:
     attention: str
     machine: Machine
     account: Account
+    start: Start | None = None
 
     @property
     def result(self) -> Path:
@@ -87,7 +89,8 @@ class Plan:
 
     def metadata(self, kind: str) -> dict:
         """Metadata for the stage's files when it trains on samples of `kind`; see `metadata`."""
-        return metadata(self.preset, self.stage, kind, self.recipe, self.seed)
+        found = metadata(self.preset, self.stage, kind, self.recipe, self.seed)
+        return found | {"over": self.base.name} if self.lora else found
 
 
 def make_plan(
@@ -98,19 +101,24 @@ def make_plan(
     recipe: str | None = None,
     seed: int = 0,
     shards: Path | None = None,
+    start: Path | None = None,
 ) -> Plan:
     """Plan a stage on this machine. preset: with its recipe applied (`Preset.with_recipe`).
 
-    recipe: by default the preset's own; shards: by default those in the run's folder `out`.
+    recipe: by default the preset's own; shards: by default those in the run's folder `out`; start: of stage
+    2, the generator's first weights, by default the result of the stage before.
     Raises AptError for a device, a backend or a compiler that is not there, for a base that is missing or has
-    another shape, for settings that contradict each other, and when the stage does not fit the GPUs' memory.
+    another shape, as `open_start`, for settings that contradict each other, and when the stage does not fit
+    the GPUs' memory.
     """
     device = pick_device(preset.train.device)
     parallel, attention = parallel_of(preset, device)
     base = out / "base.safetensors" if preset.files.base == RANDOM else find_base(preset)
     machine = this_machine(device, preset.train.compute)
     recipe = recipe or preset.variant
-    account = check_fit(preset, stage, recipe, machine)
+    start = start or result_before(out, preset, stage)
+    begin = open_start(start, preset, base if base.exists() else None) if start else None
+    account = check_fit(preset, stage, recipe, machine, begin.frozen if begin else 0)
     return Plan(
         preset,
         stage,
@@ -124,6 +132,7 @@ def make_plan(
         str(attention),
         machine,
         account,
+        begin,
     )
 
 
@@ -132,21 +141,23 @@ def final_file(out: Path, preset: Preset, stage: str) -> Path:
     return out / {"distill": DISTILLED, "image": IMAGE, "video": f"apt-{preset.name}.safetensors"}[stage]
 
 
-def find_start(plan: Plan) -> Path:
-    """The file with the generator's first weights: the result of the stage before this one in the run.
+def result_before(out: Path, preset: Preset, stage: str) -> Path | None:
+    """The result of the stage before this one in a run's folder, if there is one; None for stage 1."""
+    earlier = {"distill": (), "image": ("distill",), "video": ("image", "distill")}[stage]
+    found = (final_file(out, preset, before) for before in earlier)
+    return next((path for path in found if path.exists()), None)
 
-    If there is none, the miniature starts from its base; for other presets this raises AptError.
+
+def find_start(plan: Plan) -> Path:
+    """The file with the generator's first weights: the plan's start or, without one, the miniature's base. For
+    other presets this raises AptError.
     """
+    if plan.start:
+        return plan.start.path
     out, preset = plan.out, plan.preset
-    before = [
-        final_file(out, preset, stage)
-        for stage in (("image", "distill") if plan.stage == "video" else ("distill",))
-    ]
-    if found := next((path for path in before if path.exists()), None):
-        return found
     if preset.files.base != MINI:
         raise AptError(
-            f"{out} holds no {before[-1].name}: run `distill {preset.name} --out {out}` first, or add --start-from FILE."
+            f"{out} holds no {DISTILLED}: run `distill {preset.name} --out {out}` first, or add --start-from FILE."
         )
     return plan.base
 

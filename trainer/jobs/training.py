@@ -24,11 +24,9 @@ from apt_core.loading.sources import MINI
 from apt_core.models.vae import decode
 from trainer.checkpoints.starting_models import (
     RANDOM,
-    check_base,
     describe_state,
     open_text_encoder,
     open_vae,
-    times_note,
     write_random_base,
 )
 from trainer.config import Preset
@@ -52,7 +50,6 @@ from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
 from trainer.stages.distill import distill
 from trainer.stages.dmd import match_distributions
-from trainer.stages.networks import check_start, is_lora_at
 from trainer.stages.samples import Samples
 from trainer.stages.watch import Measure
 
@@ -161,20 +158,17 @@ def run_adversarial(
     discriminator starts from the base, unless the phase's `discriminator_start` says otherwise.
     Raises AptError as `make_plan`, `find_start` and `adversarial` do.
     """
-    plan = make_plan(preset, phase, out, recipe=variant, seed=seed, shards=shards)
-    note = _check_start(plan, start) if start else None
-    if start and plan.base.exists() and start.samefile(plan.base):
-        start = plan.base  # the same file, perhaps by another path
+    plan = make_plan(preset, phase, out, recipe=variant, seed=seed, shards=shards, start=start)
     with _ready(plan) as (world, batches, options):
         if phase not in batches.datasets:
             raise AptError(f"the shards hold no {phase}s: run precompute on some, or train the other phase.")
-        begin = start or find_start(plan)
-        if begin == plan.base and not start and world.main:
+        begin = find_start(plan)
+        if not plan.start and world.main:
             say(
                 f"{DISTILLED} is not there: the generator starts from the base itself, which is worse; run distill first."
             )
-        if note and world.main:
-            say(note)
+        if plan.start and plan.start.note and world.main:
+            say(plan.start.note)
         options |= {
             "watch_every": preset.train.watch_every,
             "head_width": preset.train.head_width,
@@ -193,20 +187,6 @@ def run_adversarial(
                 report=report,
                 **options,
             )
-
-
-def _check_start(plan: Plan, start: Path) -> str | None:
-    """Check a file given as `start` before anything is encoded or its weights are read.
-
-    Returns what the user should know about the times it was made for (see `times_note`). Raises AptError if
-    the phase cannot start from it.
-    """
-    note = times_note(start)
-    if start.is_dir() or not is_lora_at(start):
-        check_base(start, plan.preset.model, plan.preset.name, "--start-from")
-    if plan.base.exists() and not start.samefile(plan.base):  # a random base may not exist yet
-        check_start(start, plan.base, load_backbone, plan.lora)
-    return note
 
 
 @contextmanager

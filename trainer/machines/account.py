@@ -97,15 +97,20 @@ def base_bytes(model: Model, compute: str, gpus: int) -> float:
     return (2 * (parameters(model) - time - exact) + 4 * time) / gpus + 4 * exact
 
 
-def account(preset: Preset, stage: str, variant: str | None = None, gpus: int = 1) -> Account:
+def account(
+    preset: Preset, stage: str, variant: str | None = None, gpus: int = 1, frozen: int = 0
+) -> Account:
     """The account of a stage on this many GPUs. stage: "distill", or "image" or "video" of stage 2.
+
+    frozen: bytes of what stage 2's start changes beside the layers that adapters adapt
+    (trainer.jobs.starts.Start); counted in LoRA mode alone.
 
     Raises AptError as `check_split` does.
     """
     check_split(preset, stage, variant, gpus)
     if stage == "distill":
         return _distill(preset, gpus)
-    return _adversarial(preset, stage, variant or preset.variant, gpus)
+    return _adversarial(preset, stage, variant or preset.variant, gpus, frozen)
 
 
 def summary(preset: Preset, speed: float = 400e12) -> list[str]:
@@ -169,7 +174,7 @@ def batch_of(preset: Preset, stage: str, kind: str, variant: str | None) -> int:
     return getattr(preset.phases(variant or preset.variant), stage).batch
 
 
-def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account:
+def _adversarial(preset: Preset, stage: str, variant: str, gpus: int, frozen: int) -> Account:
     settings, train, model = getattr(preset.phases(variant), stage), preset.train, preset.model
     n, lora = tokens(preset, stage), preset.train.mode == "lora"
     inner = train.head_width or model.width
@@ -194,6 +199,9 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int) -> Account
         }
         trained = adapter
         memory = {"frozen base": base_bytes(model, train.compute, gpus)}
+        if frozen:
+            starting = 2 if settings.discriminator_start == "start" else 1
+            memory["what the start changes beside adapters"] = frozen * starting
     else:
         body_of_d = (
             body - counts_of(model).head(model) - (model.layers - taps[-1]) * counts_of(model).block(model)
