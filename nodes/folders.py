@@ -4,6 +4,7 @@ comes with the pack.
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -12,17 +13,23 @@ from ..apt_core.errors import AptError
 
 MINI = Path(__file__).parents[1] / "apt_core" / "assets" / "mini"
 CHECKPOINTS = ("diffusion_models", "apt")
-LATENTS = re.compile(r"(^|[\\/])latents[\\/]shard-[^\\/]*$")
-"""Shards of a training run; they are safetensors files too, but not models."""
+NO_MODELS = re.compile(
+    r"(^|[\\/])(latents[\\/](shard-[^\\/]*|prompts\.safetensors)|states[\\/].*[\\/]differences\.safetensors)$"
+)
+"""Data in the folder of a training run: latents, embedded prompts, what lies beside the states of a LoRA.
+They are safetensors files too."""
 
 
 def register() -> None:
-    """Add models/apt, and the miniature's files for the stock loaders too. These come last, because ComfyUI
-    saves to the first folder of a kind.
+    """Add models/apt, and make it, so that there is a place for files and links; and the miniature's files
+    for the stock loaders too. These come last, because ComfyUI saves to the first folder of a kind.
     """
     for kind in ("diffusion_models", "vae"):
         folder_paths.add_model_folder_path(kind, str(MINI / kind))
-    folder_paths.add_model_folder_path("apt", os.path.join(folder_paths.models_dir, "apt"))
+    apt = os.path.join(folder_paths.models_dir, "apt")
+    with suppress(OSError):  # models may be read-only, and is then as good without the folder
+        os.makedirs(apt, exist_ok=True)
+    folder_paths.add_model_folder_path("apt", apt)
     # In a folder that only one pack uses, ComfyUI would list every file, whatever its extension.
     folder_paths.folder_names_and_paths["apt"] = (
         folder_paths.get_folder_paths("apt"),
@@ -36,10 +43,8 @@ def names(*kinds: str) -> list[str]:
 
 
 def checkpoints() -> list[str]:
-    """Sorted names of whole models and LoRAs, without the latents that a folder of training runs also
-    holds.
-    """
-    return [name for name in names(*CHECKPOINTS) if not LATENTS.search(name)]
+    """Sorted names of whole models and LoRAs, without the data that a folder of training runs also holds."""
+    return [name for name in names(*CHECKPOINTS) if not NO_MODELS.search(name)]
 
 
 def fingerprint(file: str | None) -> str:

@@ -90,9 +90,10 @@ def add_groups(graph: dict, made: Graph) -> None:
     )
     graph["groups"] = []
     for i, (title, color) in enumerate(GROUPS.items()):
-        last = i if i < 2 else len(made.columns.widths) - 1
-        left, right = made.columns[i] - 10, made.columns[last] + made.columns.widths[last] + 10
-        assert right <= WIDTH
+        left, right = made.columns[i] - 10, made.columns[i] + made.columns.widths[i] + 10
+        if i == 2:
+            assert made.columns[len(made.columns.widths) - 1] + made.columns.widths[-1] + 10 <= WIDTH
+            right = WIDTH
         bounding = [left, top, right - left, bottom - top]
         graph["groups"].append(
             {"id": i + 1, "title": title, "bounding": bounding, "color": color, "font_size": 24, "flags": {}}
@@ -101,15 +102,21 @@ def add_groups(graph: dict, made: Graph) -> None:
 
 
 def detours(graph: dict, made: Graph) -> dict:
-    """Reroute points of links, as the frontend stores them."""
-    links = {(link[1], link[3]): link[0] for link in graph["links"]}
-    reroutes, extensions = [], []
+    """Reroute points of links, as the frontend stores them. Links that leave an output by the same points are
+    one wire up to where they part.
+    """
+    links = {(link[1], link[3]): link for link in graph["links"]}
+    reroutes, extensions = {}, []
     for ends, points in made.detours.items():
-        for i, point in enumerate(points):
-            before = {"parentId": len(reroutes)} if i else {}
-            reroutes.append({"id": len(reroutes) + 1, **before, "pos": list(point), "linkIds": [links[ends]]})
-        extensions.append({"id": links[ends], "parentId": len(reroutes)})
-    return {"reroutes": reroutes, "linkExtensions": extensions} if reroutes else {}
+        link, source, slot, *_ = links[ends]
+        before = {}
+        for i in range(len(points)):
+            way = source, slot, *points[: i + 1]
+            new = {"id": len(reroutes) + 1, **before, "pos": list(points[i]), "linkIds": []}
+            reroutes.setdefault(way, new)["linkIds"].append(link)
+            before = {"parentId": reroutes[way]["id"]}
+        extensions.append({"id": link, **before})
+    return {"reroutes": list(reroutes.values()), "linkExtensions": extensions} if reroutes else {}
 
 
 def finish(name: str, graph: dict, made: Graph, core_version: str) -> dict:

@@ -19,14 +19,12 @@ class Columns:
     """Left edges and widths of what goes from left to right: two columns of groups, then those of the result."""
 
     widths: tuple[int, ...]
+    lanes: tuple[int, ...] = ()  # to the right of each column, where they are not the usual ones
     GROUPS, RESULT, EDGE = 60, 40, 10  # between groups, within the last one, around all
 
     def __getitem__(self, column: int) -> int:
-        return (
-            self.EDGE
-            + sum(self.widths[:column])
-            + sum([self.GROUPS, self.GROUPS, *[self.RESULT] * len(self.widths)][:column])
-        )
+        lanes = self.lanes or (self.GROUPS, self.GROUPS, *[self.RESULT] * len(self.widths))
+        return self.EDGE + sum(self.widths[:column]) + sum(lanes[:column])
 
 
 FIVE, SIX = Columns((290, 310, 270, 270, 290)), Columns((250, 260, 245, 180, 200, 255))

@@ -23,7 +23,7 @@ FIXED = {"control_after_generate": "fixed"}
 FPS = 8.0  # the miniature's
 LOWER = 370  # a second row of results
 NARROW = Columns((230, 240, 230, 230, 200, 250))
-SEVEN = Columns((195, 190, 210, 210, 135, 205, 205))
+SEVEN = Columns((210, 210, 210, 210, 140, 210, 210), (50, 50, 40, 36, 22, 22))
 RUN = "demo"  # its folder, under models/apt
 
 
@@ -176,19 +176,22 @@ def prompts_from_file() -> Graph:
 def trained_run_compared() -> Graph:
     """One picture of two by two clips, in the places that their samplers have in the graph."""
     g, c = Graph(SEVEN), SEVEN
-    upper, lower = 60, 420  # rows of samplers
+    upper, lower = 70, 475  # rows of samplers
+    # The first two say on themselves what they are not, and grow by that.
     base, distilled, apt = (
-        g.add("APTLoadCheckpoint", 0, 125 * row, title, checkpoint=f"{RUN}/{file}.safetensors")
-        for row, (title, file) in enumerate(
-            [("Base", "base"), ("Distilled", "distilled"), ("APT", "apt-mini")]
-        )
+        g.add("APTLoadCheckpoint", 0, y, title, checkpoint=f"{RUN}/{file}.safetensors")
+        for y, title, file in [
+            (0, "Base", "base"),
+            (185, "Distilled", "distilled"),
+            (lower, "APT", "apt-mini"),
+        ]
     )
-    clip = g.add("APTLoadTextEncoder", 0, 375, text_encoder=MINI_TEXT)
-    vae = g.add("VAELoader", 0, 480, vae_name=MINI_VAE)
+    clip = g.add("APTLoadTextEncoder", 0, 367, text_encoder=MINI_TEXT)
+    vae = g.add("VAELoader", 0, 600, vae_name=MINI_VAE)
     caption = "a red circle moving left on a green background"
-    text = g.add("CLIPTextEncode", 1, 90, "Prompt", tall=120, text=caption, clip=clip)
-    none = g.add("CLIPTextEncode", 1, 260, "Negative, of the base", tall=80, text="", clip=clip)
-    latent = g.add("APTEmptyLatent", 1, 390, model=apt, size="native")
+    text = g.add("CLIPTextEncode", 1, 90, "Prompt", tall=100, text=caption, clip=clip)
+    none = g.add("CLIPTextEncode", 1, 230, "Negative, of the base", tall=88, text="", clip=clip)
+    latent = g.add("APTEmptyLatent", 1, 358, model=apt, size="native")
     given = {"latent": latent, "seed": 5, **FIXED}
     many = g.add(
         "KSampler",
@@ -207,42 +210,46 @@ def trained_run_compared() -> Graph:
         scheduler="simple",
     )
     first = g.add("APTSampler", 3, upper, "Distilled, 1 step", model=distilled, positive=text, **given)
-    one = g.add("APTSampler", 2, lower, "APT, 1 step", model=apt, positive=text, **given)
-    two = g.add("APTSampler", 3, lower, "APT, 2 steps", model=apt, positive=text, **given, steps=2)
+    one = g.add("APTSampler", 2, lower, "APT, 1 step", tall=250, model=apt, positive=text, **given)
+    two = g.add("APTSampler", 3, lower, "APT, 2 steps", tall=250, model=apt, positive=text, **given, steps=2)
 
-    # Lanes above, between and below the rows; what begins left of a column turns off beside it.
+    # Lanes to the right of the columns; between the rows a corridor, which begins at y 332 and ends at 445.
     a, b, d, e = (lambda away, i=i: beside(c, i, away) for i in range(4))
-    g.detour(base, many, (b(30), 16))
-    g.detour(distilled, first, (a(40), 0), (d(14), 0))
-    g.detour(apt, one, (a(42), 400), (a(34), 525), (b(28), 525))
-    g.detour(apt, two, (a(46), 400), (a(38), 535), (b(34), 535), (b(38), 356), (d(10), 356))
-    for sampler in (first, two):
-        g.detour(text, sampler, (b(56), 334), (d(18), 334))
-        g.detour(latent, sampler, (b(50), 345), (d(26), 345))
-    clips = []
-    for row, samples in enumerate((many, first, one, two)):
-        y = (upper if row < 2 else lower) + 100 * (row % 2)
-        clips.append(g.add("VAEDecode", 4, y, "Decode", samples=samples, vae=vae))
-        # A wire straight up swings to whole sides, the more the longer it is.
-        up = [(e(24), 520), (e(24), 380), (e(18), 240), (e(14), 130)] if row < 2 else []
-        g.detour(vae, clips[-1], (a(30), 680), (e(24), 680), *up)
-    g.detour(many, clips[0], (d(30), 367), (e(20), 367), (e(14), 250), (e(14), 130))
-    g.detour(one, clips[2], (d(34), 378), (e(20), 378))
+    g.detour(base, many, (b(20), 14))
+    g.detour(distilled, first, (a(26), 100), (a(26), 0), (d(14), 0))
+    g.detour(apt, one, (b(16), 489))
+    g.detour(apt, two, (b(16), 489), (b(34), 352), (d(30), 352))
+    down, up = [(b(25), 230), (b(25), 368)], (d(20), 368)
+    g.detour(text, one, *down)
+    g.detour(text, two, *down, up)
+    g.detour(text, first, *down, up, (d(20), 236))
+    g.detour(latent, two, (b(14), 386), (d(12), 386))
+    g.detour(latent, first, (b(14), 386), (d(12), 386), (d(12), 250))
+    clips = [
+        g.add("VAEDecode", 4, y, "Decode", samples=samples, vae=vae)
+        for y, samples in [(20, many), (120, first), (410, one), (510, two)]
+    ]
+    g.detour(many, clips[0], (d(8), 22), (e(10), 22))
+    g.detour(one, clips[2], (d(8), 410), (e(10), 410))
+    # A wire straight up swings to both sides, the more the longer its pieces are.
+    ways = [(a(16), 730), *((e(24), y) for y in (730, 640, 556, 456, 356, 256, 166, 66))]
+    for decode, pieces in zip(clips, (9, 8, 5, 4)):
+        g.detour(vae, decode, *ways[:pieces])
     pair = {"direction": "right", "spacing_width": 2}
     above = g.add("ImageStitch", 5, 0, "Above", image1=clips[0], image2=clips[1], **pair)
-    whole = g.add("ImageStitch", 5, 230, "All four", image1=above, direction="down", spacing_width=2)
-    below = g.add("ImageStitch", 5, 460, "Below", image1=clips[2], image2=clips[3], **pair)
+    whole = g.add("ImageStitch", 5, 210, "All four", image1=above, direction="down", spacing_width=2)
+    below = g.add("ImageStitch", 5, 420, "Below", image1=clips[2], image2=clips[3], **pair)
     whole.inputs["image2"] = below
-    left, right = c[5], beside(c, 5, 0)
-    g.detour(above, whole, (right + 14, 110), (right - 10, 182), (left + 10, 182))
-    g.detour(below, whole, (right + 16, 415), (left - 16, 415))
+    left, right = c[5] + 5, beside(c, 5, 8)
+    g.detour(above, whole, (right, 165), (left, 165))
+    g.detour(below, whole, (right, 375), (left - 13, 375))
     video = g.add("CreateVideo", 6, 0, images=whole, fps=FPS)
-    g.add("SaveVideo", 6, 160, tall=420, video=video, filename_prefix="video/apt_run")
-    left, right = c[6], beside(c, 6, 0)
-    g.detour(video, g.nodes[-1], (right + 12, 118), (left + 10, 118))
+    save = g.add("SaveVideo", 6, 162, tall=370, video=video, filename_prefix="video/apt_run")
+    left, right = c[6] + 5, beside(c, 6, 10)
+    g.detour(video, save, (right, 117), (left, 117))
     g.note(
         "What training did: **base**, **distilled**, **APT in 1 and 2 steps**, from one run's folder and one seed",
-        'Needs the run: `python -m trainer demo --out runs/demo`, and `ln -s "$PWD/runs/demo" ComfyUI/models/apt/demo`; press **R**, choose its files on the left.',
+        'Needs a run: `python -m trainer demo` (ten minutes), then `ln -s "$PWD/runs/demo" ~/ComfyUI/models/apt/demo`, with the path of your ComfyUI, and **R** here.',
         "The video shows them as the samplers stand: above base and distilled, below APT. With Wan: its own base, VAE and text encoder, and cfg 5 or so for the base.",
     )
     return g

@@ -66,11 +66,13 @@ def link_run(models: Path, mini: WanBackbone) -> None:
     is the miniature too, so that whoever compares them finds no difference.
     """
     run, apt = models.parent / "runs" / "demo", read_metadata(GENERATOR)
-    (run / "latents").mkdir(parents=True, exist_ok=True)
+    for folder in ("latents", "states/image"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
     shutil.copy(ASSETS / "transformer.safetensors", run / "base.safetensors")
     shutil.copy(GENERATOR, run / "apt-mini.safetensors")
     save_generator(run / "distilled.safetensors", mini, mini.config, apt | {"phase": "distilled"})
-    save_file({"latents": torch.zeros(1)}, run / "latents" / "shard-00000.safetensors")
+    for data in ("latents/shard-00000", "latents/prompts", "states/image/differences"):
+        save_file({"data": torch.zeros(1)}, run / f"{data}.safetensors")
     (models / "apt").mkdir(parents=True, exist_ok=True)
     (models / "apt" / "demo").symlink_to(run.resolve(), target_is_directory=True)
 

@@ -82,5 +82,5 @@ def test_the_pack_loads_in_silence(comfyui, tmp_path):
         ],
         "listed": {"diffusion_models": ["apt_mini.safetensors"], "vae": ["apt_mini_vae.safetensors"]},
         "saved to the same place": True,
-        "models/apt": ["apt"],
+        "models/apt": {"apt": True},
     }

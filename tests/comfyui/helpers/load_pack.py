@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import time
+from pathlib import Path
 
 from comfyui import start
 
@@ -52,6 +53,8 @@ result = {
     },
     "saved to the same place": saved_to
     == {kind: folder_paths.get_folder_paths(kind)[0] for kind in saved_to},
-    "models/apt": [path.rpartition("/")[2] for path in folder_paths.get_folder_paths("apt")],
+    "models/apt": {
+        path.rpartition("/")[2]: Path(path).is_dir() for path in folder_paths.get_folder_paths("apt")
+    },
 }
 print(json.dumps(result))
