@@ -13,19 +13,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from apt_core.errors import AptError
+from apt_core.files.folders import weight_files
 from trainer.config import Settings
-from trainer.files import file_digest
+from trainer.files import file_digest, files_digest
 
 from .features import checked_table, is_digest, read_tables
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")
+"""In the order in which transformers looks for them."""
 
 
 class ClipFolder(Settings):
     """The `[clip]` table in the file given as `--features`.
 
     path: a folder as transformers saves it (config.json, weights, tokenizer), relative to the TOML file.
-    sha256: of the weights' file in it, 64 hexadecimal digits; without it any weights are taken.
+    sha256: of the weights' file in it, 64 hexadecimal digits; without it any weights are taken. Of shards it
+        is the SHA-256 of what sha256sum prints for them in the order of their names.
     batch: frames per call.
     """
 
@@ -45,20 +49,31 @@ def read_clip(path: Path) -> ClipFolder:
     """
     folder = checked_table(path, ClipFolder, read_tables(path)["clip"])
     folder = folder.model_copy(update={"path": path.parent / folder.path})
-    file = next((folder.path / name for name in WEIGHTS if (folder.path / name).is_file()), None)
-    if file is None:
+    files = _weights(folder.path)
+    if not files:
         pinned = f" with SHA-256 {folder.sha256}" if folder.sha256 else ""
         raise AptError(
-            f"{folder.path} does not hold {' or '.join(WEIGHTS)} for clip_score: save a CLIP model of "
-            f"transformers{pinned} and its tokenizer there, or remove [clip] from {path}."
+            f"{folder.path} does not hold {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]} for clip_score: save a CLIP "
+            f"model of transformers{pinned} and its tokenizer there, or remove [clip] from {path}."
         )
-    found = file_digest(file)
+    names = [file.name for file in files]
+    found = file_digest(files[0]) if len(files) == 1 else files_digest(folder.path, names)
     if folder.sha256 not in (None, found):
         raise AptError(
-            f"{file} has SHA-256 {found}, but {path} says {folder.sha256}: get the right file, or correct "
-            "that line."
+            f"{' and '.join(map(str, files))} has SHA-256 {found}, but {path} says {folder.sha256}: get the "
+            "right file, or correct that line."
         )
     return folder.model_copy(update={"sha256": found})
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of weights that transformers would read; none if there are none. Raises AptError for shards
+    that are not all there.
+    """
+    name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if name == INDEX:
+        return weight_files(folder, "model")
+    return [folder / name] if name else []
 
 
 class ClipScore:

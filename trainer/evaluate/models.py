@@ -1,6 +1,5 @@
 """The models of a comparison: checkpoints and training states, all sampled with the same request."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from trainer.checkpoints.generate import find_source
 from trainer.checkpoints.starting_models import read_about, with_defaults
 from trainer.checkpoints.trained_models import average_of, base_of
 from trainer.config import Files
-from trainer.files import file_digest
+from trainer.files import file_digest, files_digest
 from trainer.run.folders import is_state, resolve
 
 
@@ -166,8 +165,7 @@ def digest(path: Path) -> str:
     if path.is_file():
         return file_digest(path)
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    lines = "".join(f"{file_digest(path / name)}  {name}\n" for name in names)
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return files_digest(path, names)
 
 
 def stamp(path: Path) -> list:

@@ -6,6 +6,7 @@ prompt of each name, which counts where a name cannot hold its prompt.
 """
 
 import hashlib
+import re
 import shlex
 import shutil
 import unicodedata
@@ -98,9 +99,13 @@ def lay_out(folder: Path, out: Path, result: dict) -> list[str]:
 
 
 def command(folder: Path, place: str) -> str:
-    """The line that runs VBench's six dimensions on the videos in `folder/place`."""
-    options = ["--mode=custom_input", "--prompt_file", str(folder / PROMPTS)]
-    options += ["--output_path", str(folder / RESULTS / place)]
-    return shlex.join(
-        ["vbench", "evaluate", "--dimension", *DIMENSIONS, "--videos_path", str(folder / place), *options]
-    )
+    """The line that runs VBench's six dimensions on the videos in `folder/place`.
+
+    vbench takes the dimensions as one argument. It puts what it is given into a shell's line once more, the
+    videos' folder in double quotes and the rest as it is, so paths are quoted for that one too.
+    """
+    videos = re.sub(r'(["$`\\])', r"\\\1", str(folder / place))
+    options = ["--videos_path", videos, "--mode=custom_input"]
+    options += ["--prompt_file", shlex.quote(str(folder / PROMPTS))]
+    options += ["--output_path", shlex.quote(str(folder / RESULTS / place))]
+    return shlex.join(["vbench", "evaluate", "--dimension", " ".join(DIMENSIONS), *options])

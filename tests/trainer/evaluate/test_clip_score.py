@@ -1,6 +1,8 @@
 """CLIP score: on a tiny CLIP model with random weights, against the formula written out."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +111,27 @@ def test_the_score_is_the_formula(folder, tmp_path):
     assert mixed  # where the mean of the clamped is not the clamped mean
 
 
+def test_shards_score_as_the_whole(folder, tmp_path):
+    sharded = tmp_path / "sharded"
+    shutil.copytree(folder, sharded, ignore=shutil.ignore_patterns("model.safetensors"))
+    CLIPModel.from_pretrained(folder).save_pretrained(sharded, max_shard_size="20KB")
+    shards = sorted(sharded.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2 and not (sharded / "model.safetensors").exists()
+    clip = clips()[0]
+    (tmp_path / "a").mkdir()
+    assert scorer(sharded, tmp_path)(clip, "cat") == scorer(folder, tmp_path / "a")(clip, "cat") != 0
+    lines = "".join(f"{file_digest(shard)}  {shard.name}\n" for shard in shards)
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    assert read_clip(table(sharded, tmp_path, sha256=digest)).sha256 == digest
+    assert f"has SHA-256 {digest}, but" in refused(table(sharded, tmp_path, sha256="0" * 64))
+    shards[1].rename(tmp_path / "away")
+    said = refused(table(sharded, tmp_path))
+    assert (
+        said
+        == f"{shards[1]} is missing, which model.safetensors.index.json names: copy or download it again."
+    )
+
+
 def test_it_does_not_depend_on_the_batch(folder, tmp_path):
     clip = clips()[0]
     one, two, many = (scorer(folder, tmp_path, batch=batch)(clip, "cat") for batch in (1, 2, 16))
@@ -139,7 +162,7 @@ def test_missing_and_other_weights_are_one_sentence(folder, tmp_path):
     said = refused(table(folder, tmp_path, sha256="0" * 64))
     assert f"model.safetensors has SHA-256 {digest}, but {tmp_path / 'clip.toml'} says {'0' * 64}" in said
     said = refused(table(tmp_path / "none", tmp_path, sha256=digest))
-    assert f"{tmp_path / 'none'} does not hold model.safetensors or pytorch_model.bin" in said
+    assert f"{tmp_path / 'none'} does not hold model.safetensors, model.safetensors.index.json or " in said
     assert f"with SHA-256 {digest} and its tokenizer there" in said
     assert "sha256 is not valid" in refused(table(folder, tmp_path, sha256="12"))
     assert "size is not valid" in refused(table(folder, tmp_path, size=3))

@@ -1,9 +1,12 @@
 """`evaluate --vbench`: the layout that VBench's mode custom_input reads, and the command that runs it."""
 
+import argparse
 import hashlib
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 
 from apt_core.errors import AptError
 from trainer.__main__ import app
+from trainer.evaluate import vbench as layout
 from trainer.evaluate.vbench import DIMENSIONS, check_folder, video_names
 
 PROMPTS = ["a red circle", "50/50: left or right?"]
@@ -47,12 +51,53 @@ def test_samples_are_laid_out_for_vbench_and_its_command_is_printed(tmp_path):
     assert told == dict(zip(names, [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2))
     assert "VBench has not been run" in run.output
     (line,) = [line for line in run.output.splitlines() if line.startswith("vbench evaluate ")]
-    assert shlex.split(line) == [
-        *("vbench", "evaluate", "--dimension", "subject_consistency", "background_consistency"),
-        *("motion_smoothness", "dynamic_degree", "aesthetic_quality", "imaging_quality"),
-        *("--videos_path", f"{folder}/01-apt_mini", "--mode=custom_input"),
-        *("--prompt_file", f"{folder}/prompts.json", "--output_path", f"{folder}/results/01-apt_mini"),
+    given = launched(shlex.split(line)[2:])
+    assert given["dimension"] == list(DIMENSIONS)
+    assert given["mode"] == ["custom_input"] and given["videos_path"] == [f"{folder}/01-apt_mini"]
+    assert given["output_path"] == [f"{folder}/results/01-apt_mini"]
+    found = prompts_of(Path(given["videos_path"][0]), Path(given["prompt_file"][0]))
+    assert found == told
+
+
+def launched(arguments: list[str]) -> dict[str, list[str]]:
+    """What vbench 0.1.5 makes of the arguments of `vbench evaluate`: each option takes one value, and a shell
+    reads them once more, `--videos_path` in double quotes and all others as they are.
+    """
+    parser = argparse.ArgumentParser()
+    for name in ("dimension", "videos_path", "mode", "prompt_file", "output_path"):
+        parser.add_argument(f"--{name}", type=str, required=True)
+    values = vars(parser.parse_args(arguments))
+    quoted = {name: f'"{value}"' if name == "videos_path" else value for name, value in values.items()}
+    line = " ".join(f"--{name} {value}" for name, value in quoted.items())
+    words = subprocess.run(f"printf '%s\\n' {line}", shell=True, capture_output=True, text=True, check=True)
+    found = {}
+    for word in words.stdout.splitlines():
+        if word.startswith("--"):
+            values = found.setdefault(word[2:], [])
+        else:
+            values.append(word)
+    return found
+
+
+def prompts_of(videos: Path, file: Path) -> dict[str, str]:
+    """The prompt of each video in mode custom_input: there is one in the file for every video, by its name."""
+    prompts = json.loads(file.read_text())
+    assert type(prompts) is dict
+    names = [
+        path.name for path in videos.iterdir() if path.suffix.lower() in (".mp4", ".gif", ".jpg", ".png")
     ]
+    assert len(prompts) >= len(names) and set(names) <= set(prompts)
+    return {name: prompts[name] for name in names}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it asks a POSIX shell")
+@pytest.mark.parametrize("name", ["vbench", "to test", "it's $HOME", 'a "b" `c` \\d', "ä;&|"])
+def test_paths_reach_vbench_through_its_second_shell(name):
+    folder = Path("/data") / name
+    given = launched(shlex.split(layout.command(folder, "01-m"))[2:])
+    assert given["videos_path"] == [str(folder / "01-m")]
+    assert given["prompt_file"] == [str(folder / "prompts.json")]
+    assert given["output_path"] == [str(folder / "results" / "01-m")]
 
 
 def test_a_prompt_that_a_name_can_hold_is_the_name():
