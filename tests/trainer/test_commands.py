@@ -812,7 +812,11 @@ def test_attention_is_told_and_no_part_of_a_runs_identity(run, tmp_path):
             "--out",
             tmp_path,
         )
-        assert f"attention: {'native' if attention == 'auto' else attention}" in shown.splitlines()
+        kernel = "native" if attention == "auto" else attention
+        assert (
+            f"attention: {kernel} in all passes of generator and discriminator; "
+            "native in the discriminator's heads, which compute in fp32"
+        ) in shown.splitlines()
     assert sorted(path.name for path in (tmp_path / "states" / "image").glob("step-*")) == [
         "step-000001",
         "step-000002",

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from apt_core.models.attention import NATIVE
 from trainer.data.precompute import SKIPPED, Report
 from trainer.jobs.plan import Plan
 from trainer.machines.distributed import World
@@ -40,6 +41,15 @@ def monitor(plan: Plan, world: World, bar: Callable) -> Iterator[Callable]:
         plan.log, plan.work, settings=plan.preset.model_dump(mode="json"), forward=bar, **options
     ) as log:
         yield log
+
+
+def attention_line(plan: Plan) -> str:
+    """Which attention kernel the stage's passes use."""
+    if plan.stage != "distill":
+        heads = f"{NATIVE} in the discriminator's heads, which compute in fp32"
+        return f"attention: {plan.attention} in all passes of generator and discriminator; {heads}"
+    dmd = plan.preset.distill.method == "dmd"
+    return f"attention: {plan.attention} in all passes of {'generator and both scores' if dmd else 'student and teacher'}"
 
 
 def tell_result(plan: Plan) -> None:

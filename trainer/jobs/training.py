@@ -36,7 +36,7 @@ from trainer.data.prompts import PROMPTS, Prompts
 from trainer.data.shards import INDEX
 from trainer.jobs.checks import check_parts, check_shards
 from trainer.jobs.plan import LATENTS, Plan, find_start, make_plan
-from trainer.jobs.tell import monitor, progress, say, tell_precomputed, tell_result
+from trainer.jobs.tell import attention_line, monitor, progress, say, tell_precomputed, tell_result
 from trainer.machines.distributed import World, connect
 from trainer.machines.machine import pick_device
 from trainer.mini.clips import SIZE, is_drawn
@@ -213,7 +213,7 @@ def _ready(plan: Plan) -> Iterator[tuple[World, Batches, dict]]:
         check_shards(batches, preset, plan.shards, world)
         if world.main:
             make_folder(plan.out)
-            say(f"attention: {plan.attention}")
+            say(attention_line(plan))
             if note := half_note(plan.base):
                 say(note)
         try:

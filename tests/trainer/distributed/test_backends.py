@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from layouts import Layout, assert_close, in_double, mmdit, run_workers, train_adversarial, train_distill
+from torch.autograd.function import once_differentiable
 
 from apt_core.loading.backbones import load_backbone
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel
-from trainer.stages.networks import Lora, adversarial_networks, distillation_networks
+from trainer.stages.networks import Lora, adversarial_networks, distillation_networks, matching_networks
 
 WANTED = "_native_math"
 
@@ -40,8 +41,10 @@ def test_every_network_has_it(kind, lora, files):
         parallel = Parallel(attention=attention, checkpointing="blocks")
         stage2 = adversarial_networks(base if lora else start, base, load_backbone, World(), parallel, lora)
         stage1 = distillation_networks(base, load_backbone, World(), parallel, lora, target=True)
+        matching = matching_networks(base, load_backbone, World(), parallel, lora, Lora(4))
         networks = [stage2.generator, stage2.discriminator, stage1.generator, stage1.teacher, stage1.target]
-        assert [backends(network) for network in networks] == [{attention}] * 5
+        networks += [matching.generator, matching.teacher, matching.fake]
+        assert [backends(network) for network in networks] == [{attention}] * 8
 
 
 @contextmanager
@@ -93,6 +96,55 @@ def test_nothing_else_is_called(train, kind, checkpointing, cp, files, tmp_path)
         for path in out.glob("calls-*.pt"):
             assert torch.load(path).keys() == {wanted}
     assert_close(tmp_path / WANTED, tmp_path / "native", 2, 1e-5)
+
+
+class FirstDerivative(torch.autograd.Function):
+    """Attention with a backward pass, and neither a second derivative nor a forward mode, as fused kernels."""
+
+    calls = {True: 0, False: 0}  # by whether gradients are on
+
+    @staticmethod
+    def attend(q, k, v):
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return FirstDerivative.attend(q, k, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            return torch.autograd.grad(FirstDerivative.attend(*inputs), inputs, gradient)
+
+
+def first_derivative(query, key, value, *nothing, **other):
+    assert not nothing and not any(other.values())  # no mask, no dropout, no scale of its own
+    FirstDerivative.calls[torch.is_grad_enabled()] += 1
+    return FirstDerivative.apply(query, key, value)
+
+
+@pytest.mark.parametrize(
+    "train, settings",
+    [
+        (train_adversarial, {"r2_weight": 10.0}),
+        (train_distill, {}),
+        (train_distill, {"method": "dmd", "regression": 1.0, "regression_steps": 2, "fake_updates": 1}),
+    ],
+    ids=["adversarial", "consistency", "dmd"],
+)
+def test_no_pass_needs_more_than_a_first_derivative(train, settings, files, tmp_path, monkeypatch):
+    """In the transformers and in the discriminator's heads."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", first_derivative)
+    x = torch.randn(1, 1, 2, 4, requires_grad=True)
+    (once,) = torch.autograd.grad(first_derivative(x, x, x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        once.sum().backward()
+    before = dict(FirstDerivative.calls)
+    train(files, Layout(1, Parallel(checkpointing="blocks"), {"updates": 1, **settings}), tmp_path, {})
+    assert all(count > before[grad] for grad, count in FirstDerivative.calls.items())
 
 
 def flash_2(q, k, v, dropout_p, softmax_scale, causal, window_size, return_attn_probs):
