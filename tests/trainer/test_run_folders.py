@@ -8,14 +8,16 @@ from apt_core.errors import AptError
 from trainer.config import load_preset
 from trainer.jobs.training import LATENTS, run_precompute
 from trainer.machines.distributed import World
-from trainer.run.folders import FACTS, STATE, newest_state, resolve, whole_states
+from trainer.run.folders import FACTS, STATE, newest_state, resolve, state_name, whole_states
 from trainer.run.lock import held
 
 TINY = Path(__file__).parent / "tiny.toml"
 
 
 def test_states_are_in_the_order_of_their_numbers(tmp_path):
-    names = ["step-000009", "step-999999", "step-999999-half", "step-1000000", "step-1000000-half"]
+    numbers = [(9, 0), (999999, 0), (999999, 1), (999999, 2), (999999, 10), (1000000, 0), (1000000, 1)]
+    names = [state_name(*pair) for pair in numbers]
+    assert names[:4] == ["step-000009", "step-999999", "step-999999-half", "step-999999-half2"]
     for name in reversed(names):
         (tmp_path / name).mkdir()
         (tmp_path / name / FACTS).touch(), (tmp_path / name / STATE).touch()

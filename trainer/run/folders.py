@@ -15,7 +15,7 @@ DISTILLED, IMAGE = (
 )
 STATE = ".metadata"  # what torch.distributed.checkpoint calls its index
 FACTS = "run.json"  # in each training state, written last
-STEP = re.compile(r"step-(\d{6,})(-half)?")
+STEP = re.compile(r"step-(\d{6,})(?:-half(\d*))?")
 """Names of training states. The trainer touches nothing else in their folder."""
 UNFINISHED = ".part"  # suffix of a state that is still being written
 
@@ -36,10 +36,17 @@ def newest_state(folder: Path) -> Path | None:
     return next(reversed(whole_states(folder)), None)
 
 
-def _age(path: Path) -> tuple[int, bool]:
-    """Sort key: the number. Sorted by name, step-1000000 would come before step-999999."""
-    number, half = STEP.fullmatch(path.name).groups()
-    return int(number), half is not None
+def state_name(update: int, ahead: int) -> str:
+    """The name of the state after so many updates, and so many steps of the discriminator or of the fake
+    score ahead of the next one: step-000100, step-000100-half, step-000100-half2.
+    """
+    return f"step-{update:06d}" + ("-half" + (str(ahead) if ahead > 1 else "") if ahead else "")
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """Sort key: the numbers. Sorted by name, step-1000000 would come before step-999999."""
+    number, ahead = STEP.fullmatch(path.name).groups()
+    return int(number), 0 if ahead is None else int(ahead or 1)
 
 
 def unfinished_states(folder: Path) -> list[Path]:

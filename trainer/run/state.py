@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +23,17 @@ from apt_core.files.jsonfile import read_object
 from trainer.data.sampling import ORDER
 from trainer.files import write_json
 from trainer.machines.distributed import World
-from trainer.run.folders import FACTS, UNFINISHED, newest_state, unfinished_states, whole_states
+from trainer.run.folders import (
+    FACTS,
+    UNFINISHED,
+    newest_state,
+    state_name,
+    unfinished_states,
+    whole_states,
+)
 from trainer.run.lock import Lock
 from trainer.run.state_files import StateReader, StateWriter, check_digests, gather_digests, read_facts
+from trainer.run.vote import Vote
 
 # Windows has no SIGUSR1
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -78,8 +85,9 @@ class Part(Protocol):
 
 
 class Checkpoints:
-    """A folder of training states. `step-000100` is the state after 100 updates, `step-000100-half` the one
-    after the discriminator's step of the next update. Each is a DCP checkpoint with a run.json.
+    """A folder of training states. Each is a DCP checkpoint with a run.json. `step-000100` is the state after
+    100 updates, `step-000100-half` the one after the discriminator's step of the next update; with several
+    steps of a fake score in an update there are -half, -half2 and so on.
 
     A state is written under another name and renamed when it is complete, so every folder named step-... can
     be loaded. All processes must call the methods together.
@@ -249,38 +257,6 @@ class _Stop(Exception):
     pass
 
 
-class Vote:
-    """Tells all processes whether a flag is set in any of them. It communicates only about every `seconds`,
-    because an all-reduce in every one of a thousand microbatches would slow them down.
-
-    All processes must call this equally often, and get the same answer at the same call. How many calls pass
-    between two exchanges depends on the slowest process's time per call.
-    """
-
-    def __init__(self, world: World, seconds: float = 3.0, clock: Callable[[], float] = time.monotonic):
-        self.world, self.seconds, self.clock = world, seconds, clock
-        self.start()
-
-    def start(self) -> None:
-        """Exchange flags at the next call, because from here on calls may take longer than before."""
-        self._calls, self._every, self._asked = 0, 0, None
-
-    def __call__(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; False if it is not time to exchange flags."""
-        if self.world.size == 1:
-            return flag
-        self._calls += 1
-        if self._calls < self._every:
-            return False
-        now = self.clock()
-        pace = 0.0 if self._asked is None else (now - self._asked) / self._calls
-        found, slowest = self.world.largest(flag, pace)
-        # At most doubled: the first calls may have been shorter than the next ones.
-        self._every = max(1, min(2 * self._every, int(self.seconds / slowest) if slowest else 1))
-        self._calls, self._asked = 0, self.clock()
-        return bool(found)
-
-
 def _kept(folder: Path) -> str:
     """For the sentence about a lost process: what has been saved."""
     if newest := newest_state(folder):
@@ -373,8 +349,8 @@ class Run:
 
     def _save(self, judged: bool) -> None:
         steps = {name: part.steps for name, part in self.parts.items()}
-        ahead = any(count > self.update * self.pace.get(name, 1) for name, count in steps.items())
-        name = f"step-{self.update:06d}" + ("-half" if ahead else "")
+        ahead = (max(0, count - self.update * self.pace.get(part, 1)) for part, count in steps.items())
+        name = state_name(self.update, sum(ahead))
         if name == self._saved:
             return
         self._saved, score = name, None

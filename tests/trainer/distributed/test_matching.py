@@ -15,6 +15,7 @@ from apt_core.loading.checkpoint import load_transformer
 from trainer.checkpoints.starting_models import describe_state
 from trainer.checkpoints.trained_models import open_generator
 from trainer.machines.parallel import Parallel
+from trainer.run.folders import whole_states
 from trainer.run.state import Keep, Preempted
 from trainer.stages.networks import Lora
 
@@ -141,6 +142,29 @@ def test_a_run_that_is_stopped_among_fake_updates_goes_on_bit_for_bit(
     with pytest.raises(Preempted, match="stopped by a signal in update 2; all is saved"):
         train_distill(files, STOPPED, tmp_path, dict(options))
     assert [path.name for path in (tmp_path / "states").iterdir()] == [saved]
+    monkeypatch.undo()
+    train_distill(files, STOPPED, tmp_path, dict(options))
+    assert_close(tmp_path, whole, 3, 0)
+
+
+def test_a_second_stop_in_the_same_update_is_saved_too(whole, files, tmp_path, monkeypatch):
+    """One fake step of two is saved; the run that goes on from there is stopped after the other."""
+    options = {"keep": Keep(tmp_path / "states", every=3)}
+    monkeypatch.setattr(trainer.stages.dmd, "fake_backward", partial(stop_at, 7, []))
+    with pytest.raises(Preempted):
+        train_distill(files, STOPPED, tmp_path, dict(options))
+    calls, original = [], trainer.stages.dmd.dmd_backward
+
+    def stop(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.stages.dmd, "fake_backward", partial(stop_at, 0, calls))
+    monkeypatch.setattr(trainer.stages.dmd, "dmd_backward", stop)
+    with pytest.raises(Preempted):
+        train_distill(files, STOPPED, tmp_path, dict(options))
+    names = [path.name for path in whole_states(tmp_path / "states")]
+    assert names == ["step-000001-half", "step-000001-half2"] and len(calls) == 2
     monkeypatch.undo()
     train_distill(files, STOPPED, tmp_path, dict(options))
     assert_close(tmp_path, whole, 3, 0)

@@ -29,7 +29,8 @@ from apt_core.errors import AptError
 from apt_core.loading.backbones import load_backbone
 from trainer.data.batches import Batches
 from trainer.machines.parallel import Parallel
-from trainer.run.state import Keep, Preempted, Vote, best_state
+from trainer.run.state import Keep, Preempted, best_state
+from trainer.run.vote import Vote
 from trainer.stages.networks import Lora
 
 ACCUMULATED = Parallel(microbatch=1)
