@@ -7,4 +7,4 @@ WEB_DIRECTORY = "./nodes/web"
 
 # pytest and pip come here without a package around this file; only ComfyUI imports it as one.
 if __package__:
-    from .nodes import comfy_entrypoint  # noqa: F401
+    from .nodes import comfy_entrypoint  # noqa: F401 - ComfyUI looks for it here

@@ -66,7 +66,7 @@ class APTVAEDecodeToVideo(io.ComfyNode):
 
 
 def _write(pieces: Iterable[torch.Tensor], rate: Fraction) -> str:
-    """The path of a new file with all frames. If anything stops the writing, also a cancel, no file is left."""
+    """The path of a new file with all frames. No file is left if an error or a cancel stops it."""
     folder = folder_paths.get_temp_directory()
     path = None
     try:

@@ -67,7 +67,8 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
 
 def left_out(model: ModelPatcher) -> list[str]:
     """Keys of the patches, of LoRAs or merges, that ComfyUI takes for loaded and never applies: of the own
-    weights of a module that has layers inside, in Wan the tables named modulation (`ModelPatcher._load_list`).
+    weights of a module that has layers inside, in Wan the tables named modulation
+    (`ModelPatcher._load_list`).
     """
     modules = dict(model.model.named_modules())
     inner = {

@@ -41,7 +41,8 @@ def text_of(page: Path) -> str:
 
 def long_lines(text: str) -> list[str]:
     """Lines wider than `WIDEST` that could be broken: not of tables, nor what a program printed (a block that
-    names no language), nor a line without a space, nor the README's set-up lines, which `.ci/run` takes whole.
+    names no language), nor a line without a space, nor the README's set-up lines, which `.ci/run` takes
+    whole.
     """
     found, language = [], None
     for line in text.splitlines():
@@ -111,8 +112,8 @@ def test_every_function_and_every_test_of_the_method_exists(row):
 
 
 def commands_of(page: Path) -> list[str]:
-    """What follows `-m trainer` in the page's blocks of shell lines and in its sentences, with the variables that
-    the page has set so far filled in, as a shell does. A command's name alone is no command.
+    """What follows `-m trainer` in the page's blocks of shell lines and in its sentences, with the variables
+    that the page has set so far filled in, as a shell does. A command's name alone is no command.
     """
     found, variables = [], {}
     for block in TERMINAL.findall(text_of(page).replace("\\\n", "")):
@@ -176,7 +177,9 @@ def test_a_setting_that_is_none_is_noticed(wrong, monkeypatch, capsys):
 
 
 def run_without_work(command: str, monkeypatch) -> list:
-    """The preset that a command of training arrives with, its recipe and settings in it, where it would begin."""
+    """The preset that a command of training arrives with, its recipe and settings in it, where it would
+    begin.
+    """
     seen: list = []
     for stage in STAGES.values():
         monkeypatch.setattr(

@@ -1,5 +1,5 @@
-"""The walk of docs/train.md on the miniature, run as it stands there, on clips of one's own; and its words are
-those that the log prints.
+"""The walk of docs/train.md on the miniature, run as it stands there, on clips of one's own; and its words
+are those that the log prints.
 """
 
 import re

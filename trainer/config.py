@@ -130,8 +130,8 @@ def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Seque
 def comparable(preset: Mapping, recipe: str) -> dict:
     """A preset that a run has stored, in a form to compare with others.
 
-    Settings that an earlier version did not have are filled in, and recipes other than the run's are left out.
-    Raises pydantic's ValidationError (a ValueError) for a preset that does not fit this version.
+    Settings that an earlier version did not have are filled in, and recipes other than the run's are left
+    out. Raises pydantic's ValidationError (a ValueError) for a preset that does not fit this version.
     """
     whole = Preset.model_validate(preset).model_dump(mode="json")
     return whole | {"stage2": {name: one for name, one in whole["stage2"].items() if name == recipe}}

@@ -83,7 +83,7 @@ class Split:
         return _Whole.apply(x, self, n)
 
     def tap(self, tokens: Tensor, n: int) -> Tensor:
-        """The tokens of a tap: all of them, or inside a discriminator this process's share, without padding."""
+        """The tokens of a tap: all, or inside a discriminator this process's share, without padding."""
         return tokens[:, : self._own(n)] if self.local_taps else self.whole(tokens, n)
 
     def embed(self, embedding: nn.Conv3d, latents: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class Split:
 
     def _unpadded(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         if all(n % self.size == 0 for n in lengths):
-            # The sequences come out interleaved. Attention does not depend on order, as long as k and v agree.
+            # The sequences come out interleaved. Attention does not depend on order if k and v agree.
             return x.flatten(1, 2)
         pieces = x.split([-(-n // self.size) for n in lengths], dim=2)
         return torch.cat([piece.flatten(1, 2)[:, :n] for piece, n in zip(pieces, lengths)], dim=1)

@@ -1,4 +1,4 @@
-"""Triton kernels of the VAE's decoder, imported only on CUDA. decoder_layers has the same functions in torch."""
+"""Triton kernels of the VAE's decoder, imported only on CUDA. decoder_layers has the same in torch."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def _extend(
     inside = (position[:, None] < positions) & (channel[None, :] < C)
     place = position[:, None] * C + channel[None, :]
     weight = tl.load(gamma + channel, mask=channel < C, other=0.0).to(tl.float32) if NORM else 0.0
-    # The same program reads the remembered values of a position and later overwrites them, so the order is safe.
+    # The same program reads a position's remembered values and later overwrites them: the order is safe.
     for i in tl.static_range(MEMORY):
         old = (
             tl.load(before + i * before_frame + place, mask=inside, other=0.0)
@@ -54,7 +54,8 @@ def _extend(
         if NORM:
             wide = y.to(tl.float32)
             length = tl.sqrt(tl.sum(wide * wide, axis=1))
-            wide = wide / tl.maximum(length, 1e-12)[:, None] * weight[None, :]  # pyright: ignore[reportIndexIssue] - no float with NORM
+            # weight is a float only without NORM
+            wide = wide / tl.maximum(length, 1e-12)[:, None] * weight[None, :]  # pyright: ignore[reportIndexIssue]
             y = (wide * tl.sigmoid(wide)).to(y.dtype)
         tl.store(out + (i + MEMORY) * out_frame + place, y, mask=inside)
         if KEEP:

@@ -1,4 +1,4 @@
-"""Identify this process, and check whether another one still runs. psutil is loaded only when it is needed."""
+"""Identify this process, and check whether another one still runs. psutil is loaded only when needed."""
 
 import hashlib
 import os

@@ -1,5 +1,5 @@
-"""The arguments of a Wan transformer: told from the shapes and the metadata of its file, and as ComfyUI guesses
-them.
+"""The arguments of a Wan transformer: told from the shapes and the metadata of its file, and as ComfyUI
+guesses them.
 """
 
 import inspect

@@ -1,4 +1,5 @@
-"""Latents of Wan's VAEs: their statistics, their sizes, and the change of a VAE that gives it these statistics.
+"""Latents of Wan's VAEs: their statistics, their sizes, and the change of a VAE that gives it these
+statistics.
 
 The transformer sees `(latent - mean) / std` with the fixed statistics of each Wan version. ComfyUI has the
 same numbers built in, so the latents of your own VAE must have exactly those statistics (`fold_statistics`).

@@ -399,7 +399,6 @@ def test_lora_without_metadata(tmp_path):
 
 
 # ---- writing
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["missing", "extra", "shape", "nan", "kind", "json"])

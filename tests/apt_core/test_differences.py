@@ -16,8 +16,8 @@ LAYER = "diffusion_model.blocks.0.self_attn.q"
 
 @pytest.fixture
 def start(wan, tmp_path):
-    """A few-step LoRA: factors in and outside of the blocks, differences of a bias, a norm, a modulation table,
-    a matrix that has factors too, and a whole one; and the model that it makes."""
+    """A few-step LoRA: factors in and outside of the blocks, differences of a bias, a norm, a modulation
+    table, a matrix that has factors too, and a whole one; and the model that it makes."""
     model, g = wan().double(), torch.Generator().manual_seed(0)
     shapes = {keys.transformer_to_official(name): tuple(p.shape) for name, p in model.named_parameters()}
     tensors = {}

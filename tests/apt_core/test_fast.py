@@ -104,7 +104,7 @@ torch.save((latents, counters["stats"]["unique_graphs"], counters["inductor"]["f
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_second_start_finds_what_was_compiled(tmp_path, monkeypatch):
-    """One graph serves all blocks, its numbers are those without it, and the next process compiles nothing."""
+    """One graph serves all blocks and changes no number, and the next process compiles nothing."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     found, compiled = [], []
     for _ in range(2):

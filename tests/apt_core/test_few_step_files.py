@@ -43,8 +43,8 @@ def with_layers(shapes, *names):
 
 
 def lightx2v(rank=64, width=5120, ffn=13824, blocks=40):
-    """A step-distilled LoRA: factors of each block's linear layers with the differences of their biases, those
-    of norms, and of the modulation."""
+    """A step-distilled LoRA: factors of each block's linear layers with the differences of their biases,
+    those of norms, and of the modulation."""
     keys = {}
     for i in range(blocks):
         block = f"diffusion_model.blocks.{i}"

@@ -118,7 +118,7 @@ def test_only_the_network_in_use_is_on_the_card(level, card, tmp_path, monkeypat
 
 
 def test_what_a_decoder_made_of_the_weights_leaves_with_them(card, tmp_path):
-    """Also when it was made while there was room for everything, and when a clip was not decoded to its end."""
+    """Also when there was room for everything at first, and when a clip was not decoded to its end."""
     pipe = pipeline(tmp_path, device=CARD, memory=MEMORY[PARTS])
     stream = pipe.stream(PROMPTS[0], **SIZE | {"frames": 9})
     next(stream)

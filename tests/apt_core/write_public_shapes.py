@@ -22,10 +22,17 @@ from apt_core.models.tiny_decoder import TinyDecoder
 PLACE = Path(__file__).with_name("public_shapes.json")
 XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 V22 = {
-    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12,
-    "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
-    "latents_mean": list(LATENTS_MEAN["2.2"]), "latents_std": [1.0] * 48,
-}  # fmt: skip
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": list(LATENTS_MEAN["2.2"]),
+    "latents_std": [1.0] * 48,
+}
 SUPER = 512, 256, 128, 64
 
 

@@ -1,4 +1,4 @@
-"""ComfyUI's own frontend in a headless Chromium: opens UI-format workflows and converts them to API prompts."""
+"""ComfyUI's own frontend in a headless Chromium: opens UI-format workflows, makes API prompts of them."""
 
 import os
 from pathlib import Path

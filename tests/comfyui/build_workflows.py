@@ -1,6 +1,6 @@
-"""Writes example_workflows/ (graphs and pictures), subgraphs/ and the tests' snapshots of /object_info, interface and
-words: builds each graph of graphs.py in ComfyUI's own frontend and keeps what that saves; the picture is the
-graph's own output where the miniature is enough, else it says what is needed.
+"""Writes example_workflows/ (graphs and pictures), subgraphs/ and the tests' snapshots of /object_info,
+interface and words: builds each graph of graphs.py in ComfyUI's own frontend and keeps what that saves; the
+picture is the graph's own output where the miniature is enough, else it says what is needed.
 
 COMFYUI_DIR=... COMFYUI_PYTHON=... CHROMIUM=... python tests/comfyui/build_workflows.py [--screenshots FOLDER]
 [NAME ...]

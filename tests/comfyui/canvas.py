@@ -16,7 +16,7 @@ WIDTH = 1650
 
 @dataclass(frozen=True)
 class Columns:
-    """Left edges and widths of what goes from left to right: two columns of groups, then those of the result."""
+    """Left edges and widths, from left to right: two columns of groups, then those of the result."""
 
     widths: tuple[int, ...]
     lanes: tuple[int, ...] = ()  # to the right of each column, where they are not the usual ones

@@ -1,5 +1,5 @@
-"""Graphs of what people do with a one-step model: our nodes with stock ones, on the miniature. `graphs.py` has
-the others.
+"""Graphs of what people do with a one-step model: our nodes with stock ones, on the miniature. `graphs.py`
+has the others.
 """
 
 from canvas import (

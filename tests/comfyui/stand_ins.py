@@ -62,8 +62,8 @@ def make_stand_ins(models: Path) -> None:
 
 
 def link_run(models: Path, mini: WanBackbone) -> None:
-    """models/apt/demo, a link to a folder as the trainer's demo leaves one, with its base: the distilled model
-    is the miniature too, so that whoever compares them finds no difference.
+    """models/apt/demo, a link to a folder as the trainer's demo leaves one, with its base: the distilled
+    model is the miniature too, so that whoever compares them finds no difference.
     """
     run, apt = models.parent / "runs" / "demo", read_metadata(GENERATOR)
     for folder in ("latents", "states/image"):

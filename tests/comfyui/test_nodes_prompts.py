@@ -1,4 +1,4 @@
-"""Load APT Prompts in a real ComfyUI: which files it lists, which lines it takes, what it says to bad ones."""
+"""Load APT Prompts in a real ComfyUI: the files it lists, the lines it takes, what it says to bad ones."""
 
 from pathlib import Path
 

@@ -65,8 +65,8 @@ def test_hundreds_of_prompts_leave_the_server_as_it_was(comfyui_dir, tmp_path, m
 
 
 def bad(server: Server, number: int) -> None:
-    """One of three prompts that cannot be: of a file that is not there, of one that is no model, of sizes that
-    the model does not take.
+    """One of three prompts that cannot be: of a file that is not there, of one that is no model, of sizes
+    that the model does not take.
     """
     prompt = mini_image("a red circle on a blue background", number, custom(48, 48, 1))
     if number % 3 == 0:

@@ -7,9 +7,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer" / "distributed"))
 
-from layouts import Files, Layout, run_layout, write_files  # noqa: E402
+from layouts import Files, Layout, run_layout, write_files
 
-from trainer.checkpoints.starting_models import describe_state  # noqa: E402
+from trainer.checkpoints.starting_models import describe_state
 
 
 @pytest.fixture(scope="session")

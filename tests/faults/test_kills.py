@@ -1,4 +1,5 @@
-"""Kills at any moment and a disk that takes no more: a run goes on to the same weights, and says why it ended.
+"""Kills at any moment and a disk that takes no more: a run goes on to the same weights, and says why it
+ended.
 
 Slow: `pytest -m slow tests/faults/test_kills.py`; $KILLS says how many runs are killed (20).
 """

@@ -26,8 +26,9 @@ from trainer.checkpoints.starting_models import read_about
 from trainer.data.shards import INDEX, ShardDataset
 from trainer.run.state_files import StateReader, read_facts
 
-QUICK = settings(max_examples=40, deadline=None, derandomize=True, database=None,
-                 suppress_health_check=list(HealthCheck))  # fmt: skip
+QUICK = settings(
+    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 MANY = settings(QUICK, max_examples=1250)
 HEADER = {
     "__metadata__": {"apt": '{"format": 1, "kind": "base"}', "config": '{"transformer": {"num_heads": 2}}'},
@@ -43,12 +44,32 @@ FACTS = {
     "rows": [{"update": 1}],
     "files": {".metadata": "00", "__0_0.distcp": "11"},
 }
-APT = {"format": 1, "kind": "generator", "second_time": 0.7, "native": {"width": 48, "height": 48, "frames": 9, "fps": 8}}  # fmt: skip
+APT = {
+    "format": 1,
+    "kind": "generator",
+    "second_time": 0.7,
+    "native": {"width": 48, "height": 48, "frames": 9, "fps": 8},
+}
 SHARDS = {
-    "format": "apt-shards", "version": 1, "vae": {"stride": [4, 8, 8], "channels": 16},
-    "text": {"dim": 96, "length": 32}, "fps": 8, "settings": {}, "fingerprint": "00",
-    "samples": [{"id": "a", "kind": "image", "caption": "a", "stamp": "1", "shard": "s", "row": 0, "bucket": [16, 1, 6, 6]}],
-}  # fmt: skip
+    "format": "apt-shards",
+    "version": 1,
+    "vae": {"stride": [4, 8, 8], "channels": 16},
+    "text": {"dim": 96, "length": 32},
+    "fps": 8,
+    "settings": {},
+    "fingerprint": "00",
+    "samples": [
+        {
+            "id": "a",
+            "kind": "image",
+            "caption": "a",
+            "stamp": "1",
+            "shard": "s",
+            "row": 0,
+            "bucket": [16, 1, 6, 6],
+        }
+    ],
+}
 WEIGHT_MAP = {"metadata": {"total_size": 4}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
 VALUES = (
     st.none()

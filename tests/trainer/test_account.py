@@ -201,8 +201,8 @@ def test_dmd_has_one_frozen_base_and_a_small_fake_score(mode):
 
 def test_an_update_of_dmd_is_31_forward_passes():
     """Of five fake updates, each a sample, a pass, its recomputation and the way back to its input; then as
-    much of the generator's, and three looks at its sample. Adapters, and attention's scores once more, come on
-    top.
+    much of the generator's, and three looks at its sample. Adapters, and attention's scores once more, come
+    on top.
     """
     one = preset("wan2.1-1.3b-480p", "distill.method=dmd", "train.mode=lora", "video_share=1.0")
     forward = sum(forward_flops(one.model, tokens(one, "video")))
@@ -306,7 +306,7 @@ def test_gradients_that_are_reduced_once_an_update_are_whole():
     "name, two_pass, batched", [("wan2.1-1.3b-720p", 10.2, 31), ("wan2.2-5b", 5, 15), ("wan2.1-14b", 36, 106)]
 )
 def test_activations_of_the_discriminator(name, two_pass, batched):
-    """Slim heads add nothing: their backward passes are over before a block is run again, which needs more."""
+    """Slim heads add nothing: their backward passes end before a block is run again, which needs more."""
     one = preset(name, "context_parallel=1", "head_width=128")
     several = preset(
         name, "context_parallel=1", "head_width=128", "stage2.paper.video.discriminator_step=batched"

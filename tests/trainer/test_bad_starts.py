@@ -62,20 +62,45 @@ def starts(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "name, settings, says",
     [
-        ("wide", LORA, ["changes blocks.0.self_attn.q.weight by (1536, 1536), but in", "it is (128, 128)",
-                        "of width 1536 (that of Wan 2.1 1.3B)."]),
+        (
+            "wide",
+            LORA,
+            [
+                "changes blocks.0.self_attn.q.weight by (1536, 1536), but in",
+                "it is (128, 128)",
+                "of width 1536 (that of Wan 2.1 1.3B).",
+            ],
+        ),
         ("wide", [], ["give as the base the model that this LoRA was trained on"]),
         ("claims", [], ["someone.own.name cannot be placed in a Wan transformer"]),
-        ("high", LORA, ["has rank 3 at blocks.0.self_attn.q", "(lora_rank=3) or more, or a LoRA of lower rank."]),
-        ("late", [], ["is for timestep 750, and one step from noise is a call at 1000", "(`distill`, with them as the base)."]),
+        (
+            "high",
+            LORA,
+            ["has rank 3 at blocks.0.self_attn.q", "(lora_rank=3) or more, or a LoRA of lower rank."],
+        ),
+        (
+            "late",
+            [],
+            [
+                "is for timestep 750, and one step from noise is a call at 1000",
+                "(`distill`, with them as the base).",
+            ],
+        ),
         ("whole", LORA, ["is a whole model, and adapters over", "train with mode=full, or give base="]),
         ("shallow", [], ["--start-from", "is not the model of preset tiny (blocks 5 instead of 6)"]),
-        ("sparse", [], ["was trained with TurboDiffusion's sparse-linear attention (SLA)", "give a model or a LoRA that"]),
+        (
+            "sparse",
+            [],
+            [
+                "was trained with TurboDiffusion's sparse-linear attention (SLA)",
+                "give a model or a LoRA that",
+            ],
+        ),
         ("coarse", [], ["--start-from", "too coarse to train from: give the model in fp32, bf16 or fp16."]),
         ("pickle", [], ["pickle.safetensors"]),
         ("gone", [], ["--start-from", "does not exist: give a model or a LoRA over the base."]),
     ],
-)  # fmt: skip
+)
 def test_a_start_that_cannot_be(starts, tmp_path, name, settings, says):
     start = starts / f"{name}.safetensors"
     given = [

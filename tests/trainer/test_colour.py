@@ -32,7 +32,7 @@ def test_pq_is_the_standards():
 
 def test_hlg_is_the_standards():
     assert hlg_scene(np.array([0, 0.5, 1])) == pytest.approx([0, 1 / 12, 1], abs=1e-6)
-    grey = lambda signal: hlg_light(np.repeat(hlg_scene(np.array([signal])), 3)[None])[0]  # noqa: E731
+    grey = lambda signal: hlg_light(np.repeat(hlg_scene(np.array([signal])), 3)[None])[0]
     assert grey(1.0) == pytest.approx([1000] * 3, rel=1e-4)
     assert grey(0.75) == pytest.approx([203] * 3, rel=3e-3)  # BT.2408: reference white at 75 %
     red = hlg_light(np.array([[1 / 12, 0, 0]]))[0]

@@ -93,8 +93,15 @@ def test_numbers_that_are_none_are_found_by_deep_alone(tmp_path):
 
 def test_a_model_for_images_beside_the_noise_is_no_checkpoint(tmp_path):
     model = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=36, out_channels=16, text_dim=10,
-        freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=36,
+        out_channels=16,
+        text_dim=10,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
     save_generator(tmp_path / "i2v.safetensors", model, model.config, {"kind": "base"})
     assert "takes 36 channels and makes 16" in inspect(tmp_path / "i2v.safetensors")["loads"]

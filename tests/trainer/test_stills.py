@@ -22,8 +22,8 @@ COLOURS = np.uint8([[200, 40, 40], [60, 120, 70], [90, 90, 200], [128, 128, 128]
 
 def profile(name: str, gamma: float, colourants: np.ndarray | None) -> bytes:
     """An ICC profile of version 2: of RGB with a matrix, or without colourants of grey."""
-    fixed = lambda value: struct.pack(">i", round(value * 65536))  # noqa: E731
-    xyz = lambda values: b"XYZ \0\0\0\0" + b"".join(map(fixed, values))  # noqa: E731
+    fixed = lambda value: struct.pack(">i", round(value * 65536))
+    xyz = lambda values: b"XYZ \0\0\0\0" + b"".join(map(fixed, values))
     curve = b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(gamma * 256))
     text = name.encode() + b"\0"
     tags = {

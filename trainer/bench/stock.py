@@ -23,8 +23,8 @@ class StockFigures:
 
     seconds: of "vae" and, for a Wan, of "dit" and "both" (the pipeline's call includes both).
     decode_peak: bytes besides weights, measured as the engine's.
-    latents: made from the engine's noise. Diffusers has no pipeline for the MMDiT; there, this project's plain
-    backbone makes them.
+    latents: made from the engine's noise. Diffusers has no pipeline for the MMDiT; there, this project's
+    plain backbone makes them.
     engine_psnr, stock_psnr: dB between the decode of PART latent frames, by the engine and by diffusers, and
     diffusers' decode in fp32.
     """

@@ -1,4 +1,4 @@
-"""What all commands share: how they end, what the library has to say, and the options that several of them have."""
+"""What all commands share: how they end, what the library logs, and the options that several have."""
 
 import logging
 import os

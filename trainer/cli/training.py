@@ -92,7 +92,7 @@ def distill_command(
     gpu_memory: Memory = 80,
     gpu_tflops: Tflops = 800,
 ) -> None:
-    """Stage 1: distil the base model into one step, by consistency or by distribution matching (method=dmd)."""
+    """Stage 1: distil the base model into one step, by consistency or distribution matching (method=dmd)."""
     loaded = _load(preset, recipe, overrides, ("distill", "train", "files", "data", "sampling", "model"))
     if dry_run:
         _show(loaded, "distill", None, gpus, gpu_memory, gpu_tflops)

@@ -74,7 +74,8 @@ def evaluate(
         same request had measured before it was stopped is kept.
 
     Raises AptError, before any weight is read, if there is no prompt, files do not fit each other, models
-    make different sizes, `out` or `vbench` already holds files, or there are too few clips for a Frechet distance.
+    make different sizes, `out` or `vbench` already holds files, or there are too few clips for a Frechet
+    distance.
     """
     usual = find_protocol(protocol, prompts).metrics if protocol is not None else ()
     names = chosen(metrics, features, usual)

@@ -1,5 +1,5 @@
-"""Samples laid out for VBench (arXiv 2311.17982), which is run elsewhere: its weights and dependencies are its
-own.
+"""Samples laid out for VBench (arXiv 2311.17982), which is run elsewhere: its weights and dependencies are
+its own.
 
 VBench's mode custom_input takes a folder of videos named PROMPT-INDEX.mp4, and a JSON file that gives the
 prompt of each name, which counts where a name cannot hold its prompt.

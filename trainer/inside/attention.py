@@ -53,7 +53,7 @@ def look(
 ) -> tuple[list[Tensor], float]:
     """The attention weights and the logit of one sample `[1, C, f, h, w]`, averaged over t.
 
-    Returns the weights by depth, `[heads, f, h, w]` in patches, and the logit. The weights of a head sum to 1.
+    Returns the weights by depth, `[heads, f, h, w]` in patches, and the logit. A head's weights sum to 1.
     t takes TIMES values of `shift(U(0, 1), s)`, spaced evenly in probability (eq. 6, 7), unless the
     discriminator was trained with a `fixed` one.
     """

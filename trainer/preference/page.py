@@ -53,9 +53,9 @@ def make_page(a: Path, b: Path, out: Path, seed: int = 0, link: bool = False, li
     a, b: folders of samples. link: put the samples into a folder beside the page (`page.files`) instead of
     into the page. The same folders and seed give the same page: order and sides are derived from the seed and
     the samples. Half of the pairs have A on the left.
-    Raises AptError for folders that are the same, have no sample in common or hold files that cannot be shown;
-    for pairs without a prompt; for more than `limit` bytes of samples without `link`; and for an `out` that
-    cannot be written, or whose key belongs to another study.
+    Raises AptError for folders that are the same, have no sample in common or hold files that cannot be
+    shown; for pairs without a prompt; for more than `limit` bytes of samples without `link`; and for an `out`
+    that cannot be written, or whose key belongs to another study.
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise AptError(f"{out} is no name of a page: give one that ends in .html.")

@@ -263,8 +263,8 @@ def all_variants(preset: Preset, recipe: str, phase: str) -> dict[str, Variant]:
 def choose(variants: Mapping[str, Variant], only: Iterable[str]) -> dict[str, Variant]:
     """The variants that `only` names, and those that they are compared with, in the table's order.
 
-    only: names of variants or groups ("sigma", "updates", "steps", "batch", "stage1"); if empty, all variants.
-    Raises AptError for any other name, and suggests the nearest ones.
+    only: names of variants or groups ("sigma", "updates", "steps", "batch", "stage1"); if empty, all
+    variants. Raises AptError for any other name, and suggests the nearest ones.
     """
     groups: dict[str, list[str]] = {"batch": [name for name in variants if name.startswith("batch_")]}
     if others := [name for name, variant in variants.items() if variant.stage1]:

@@ -119,9 +119,9 @@ def adversarial_networks(
     """The generator with the weights in `start`, and the discriminator over the weights in `base`. The
     discriminator's heads draw their first weights from torch's random state.
 
-    start: a whole model, or a LoRA file over `base`, which is merged into it. With `lora`: `base` itself, or a
-        LoRA over it of at most that rank. The adapters continue from it, and what else it changes stays as it
-        is (apt_core.models.lora.load_lora).
+    start: a whole model, or a LoRA file over `base`, which is merged into it. With `lora`: `base` itself, or
+        a LoRA over it of at most that rank. The adapters continue from it, and what else it changes stays as
+        it is (apt_core.models.lora.load_lora).
     head_width: width of the heads' attention, a multiple of the base's attention head; by default the base's
         own width.
     taps, discriminator_start, train_backbone: see trainer.config.Adversarial. With `lora` the last two are
@@ -212,8 +212,8 @@ def _load_start(start: Path, base: Path, load: Load, device: torch.device) -> nn
 
 
 def check_start(start: Path, base: Path, load: Load, lora: Lora | None) -> None:
-    """Whether a phase can begin with `start`, from headers: in full mode a LoRA must fit the base, with `lora`
-    adapters must be able to hold it. Raises AptError with what would do.
+    """Whether a phase can begin with `start`, from headers: in full mode a LoRA must fit the base, with
+    `lora` adapters must be able to hold it. Raises AptError with what would do.
     """
     if start == base or (lora is None and not is_lora_at(start)):
         return

@@ -101,8 +101,8 @@ class Watch:
         return row
 
     def _fakes(self, generator: nn.Module, update: int) -> Iterator[tuple]:
-        """The samples of this process, part by part: (positions within the held-out samples, sample numbers of
-        the run, real latents, text, fake latents).
+        """The samples of this process, part by part: (positions within the held-out samples, sample numbers
+        of the run, real latents, text, fake latents).
         """
         for part in self.parts:
             x, text, _ = self.data.batch([self.held[number % self.count] for number in part])

@@ -1,4 +1,4 @@
-"""A base of four blocks, shards of random latents, and workers that train on them in one process or several."""
+"""A base of four blocks, shards of random latents, and workers that train on them in any number of processes."""
 
 import os
 import socket
@@ -371,7 +371,7 @@ def state_of(out: Path, update: int) -> dict[str, torch.Tensor]:
 
 
 def assert_close(one: Path, other: Path, update: int, tolerance: float) -> None:
-    """Equal losses and equal states, within the tolerance of each tensor's largest number (0: bit for bit)."""
+    """Equal losses and equal states, within the tolerance of a tensor's largest number (0: bit for bit)."""
     rows, expected = torch.load(one / "rows.pt"), torch.load(other / "rows.pt")
     assert len(rows) == len(expected) == update
     for row, wanted in zip(rows, expected):

@@ -1,4 +1,4 @@
-"""`evaluate` that is stopped, and on several processes: what is measured stays, and the result is the same."""
+"""`evaluate`, stopped, and on several processes: what is measured stays, and the result is the same."""
 
 import json
 import shutil

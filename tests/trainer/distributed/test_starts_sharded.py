@@ -1,5 +1,5 @@
-"""A phase that begins with a LoRA of lower rank and what such files change beside, and watches the motion of its
-clips, is the same run on one process and on two; its files and states have the whole of it.
+"""A phase that begins with a LoRA of lower rank and what such files change beside, and watches the motion of
+its clips, is the same run on one process and on two; its files and states have the whole of it.
 """
 
 from functools import partial

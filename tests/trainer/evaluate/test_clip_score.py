@@ -73,7 +73,7 @@ def scorer(folder: Path, where: Path, **settings) -> ClipScore:
 
 
 def by_hand(folder: Path, clip: np.ndarray, words: str) -> list[float]:
-    """The cosine of each frame with the text: preprocessing by Pillow, tokens by hand, the model's forward."""
+    """The cosine of each frame with the text: Pillow's preprocessing, tokens by hand, the model's forward."""
     model, pixels = CLIPModel.from_pretrained(folder).eval(), []
     for frame in clip:
         image = Image.fromarray(frame)

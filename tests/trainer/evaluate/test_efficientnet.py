@@ -1,4 +1,4 @@
-"""The Frechet distance in features of EfficientNet-Lite0: the weights work, and too few frames are refused."""
+"""Frechet distance in features of EfficientNet-Lite0: the weights work, and too few frames are refused."""
 
 import sys
 from pathlib import Path
