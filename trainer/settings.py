@@ -144,6 +144,22 @@ class Sampling(Settings):
         return self.shift_image if kind == "image" else self.shift_video
 
 
+ONLY_OF = {
+    "consistency": ("steps", "fraction_at_final", "target_decay", "target_warmup"),
+    "dmd": (
+        "fake_updates",
+        "lr_fake",
+        "t_min",
+        "t_max",
+        "t_shift",
+        "weighting",
+        "regression",
+        "regression_steps",
+    ),
+}
+"""Settings of stage 1 that only one of its methods looks at."""
+
+
 class Distill(Settings):
     """Stage 1."""
 
@@ -199,6 +215,11 @@ class Distill(Settings):
     """
     regression_steps: int | None = Field(None, ge=1)
     """dmd: guided Euler steps of that sample, each of which calls the base; none: sampling.steps."""
+
+    @property
+    def idle(self) -> set[str]:
+        """Names of the settings that the method does not look at."""
+        return set(ONLY_OF["dmd" if self.method == "consistency" else "consistency"])
 
     @field_validator("t_max")
     @classmethod

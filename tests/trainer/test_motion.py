@@ -54,17 +54,22 @@ def test_the_curves_have_a_panel_of_motion(run):
     assert plot_run(out)[0].stat().st_size > 20_000
 
 
-def test_travel_is_measured_on_drawn_clips_alone():
+def test_travel_is_measured_on_drawn_clips_alone(monkeypatch):
     assert all(is_drawn(scene(0, i, moving).caption) for i in range(50) for moving in (False, True))
     assert not is_drawn("a red tram moving left on a green background") and not is_drawn("")
 
-    def names(kind, *captions, preset="mini"):
+    def names(kind, *captions, preset="mini", watch_every=10, held=(0,)):
         samples = [SimpleNamespace(caption=caption) for caption in captions]
-        plan = SimpleNamespace(kind=kind, preset=load_preset(preset))
-        batches = SimpleNamespace(datasets={"video": SimpleNamespace(samples=samples)})
+        plan = SimpleNamespace(
+            kind=kind, preset=load_preset(preset, (f"watch_every={watch_every}",), ("train",))
+        )
+        datasets = {"video": SimpleNamespace(samples=samples)}
+        batches = SimpleNamespace(datasets=datasets, held={"video": list(held)})
         return set(_measures(plan, batches, World()))
 
     drawn = scene(0, 0, True).caption
     assert names("video", drawn) == {"motion", "travel"} and names("image", drawn) == set()
     assert names("video", drawn, "a tram in the rain") == {"motion"}
     assert names("video", drawn, preset="wan2.1-1.3b-480p") == {"motion"}
+    monkeypatch.setattr("trainer.jobs.training.open_vae", lambda files: pytest.fail("a VAE was opened"))
+    assert names("video", drawn, watch_every=0) == set() == names("video", drawn, held=())

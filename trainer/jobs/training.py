@@ -263,11 +263,11 @@ def _embedder(preset: Preset, folder: Path):
 
 
 def _measures(plan: Plan, batches: Batches, world: World) -> dict[str, Measure]:
-    """What to measure on generated clips during training: how much they move.
+    """What to measure on generated clips during training, {} where nothing is: how much they move.
 
     If the miniature trains on drawn clips, it also decodes some and measures how far their objects travel.
     """
-    if plan.kind != "video":
+    if plan.kind != "video" or not (plan.preset.train.watch_every and batches.held["video"]):
         return {}
     measures = {"motion": Measure(motion)}
     drawn = all(is_drawn(sample.caption) for sample in batches.datasets["video"].samples)

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,8 +93,8 @@ class Checkpoints:
     be loaded. All processes must call the methods together.
     """
 
-    def __init__(self, keep: Keep, world: World, identity: Mapping):
-        self.keep, self.world = keep, world
+    def __init__(self, keep: Keep, world: World, identity: Mapping, idle: Collection[str] = ()):
+        self.keep, self.world, self.idle = keep, world, idle
         self.identity = json.loads(json.dumps(identity))
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._writing: tuple[Path, dict, object] | None = None
@@ -119,22 +119,20 @@ class Checkpoints:
         """
         remedy = f"delete the folder {path.name}, and the run goes on from the state before it"
         facts = read_facts(path, remedy)
-        old = facts["identity"]
-        changed = sorted(
-            key for key in self.identity.keys() | old.keys() if self.identity.get(key) != old.get(key)
-        )
+        old = {name: value for name, value in facts["identity"].items() if name not in self.idle}
+        changed = sorted(key for key in self.identity.keys() & old.keys() if self.identity[key] != old[key])
+        if changed:
+            key = changed[0]
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise AptError(
+                f"{self.keep.folder} holds a run with another {key}{more} ({old[key]!r}, now {self.identity[key]!r}): "
+                "give another --out, or the settings of that run."
+            )
         if new := sorted(self.identity.keys() ^ old.keys()):
             raise AptError(
                 f"{self.keep.folder} holds a run of another version of this program, which "
                 f"{'had no' if new[0] in self.identity else 'had a'} {new[0]!r}: give another --out, or "
                 "continue with that version."
-            )
-        if changed:
-            key = changed[0]
-            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            raise AptError(
-                f"{self.keep.folder} holds a run with another {key}{more} ({old.get(key)!r}, now {self.identity.get(key)!r}): "
-                "give another --out, or the settings of that run."
             )
         return facts
 
@@ -272,6 +270,7 @@ class Run:
     identity: settings that must be the same when a run is resumed.
     parts: the parts of a state, by name; keep.judge gets the network with the weights of the part `averages`.
     pace: how many steps a part takes per update, 1 unless given.
+    idle: settings that earlier versions put into a state's identity, and that change nothing in this run.
     resume: False refuses a folder that has a state.
 
     Raises AptError for a folder with another run.
@@ -285,12 +284,13 @@ class Run:
         parts: Mapping[str, Part],
         resume: bool = True,
         pace: Mapping[str, int] | None = None,
+        idle: Collection[str] = (),
     ):
         self.keep, self.world, self.parts, self.pace = keep, world, parts, pace or {}
         self.update, self.rows = 0, []
         self._signalled, self._handlers, self._saved = False, {}, "step-000000"
         self._vote = Vote(world)
-        self._checkpoints = Checkpoints(keep, world, {**identity, "order": ORDER}) if keep else None
+        self._checkpoints = Checkpoints(keep, world, {**identity, "order": ORDER}, idle) if keep else None
         if keep and (newest := self._checkpoints.newest()):
             try:
                 if not resume:

@@ -71,7 +71,8 @@ def distill(
         networks, (settings.target_decay,) if target is not None else (), settings.target_warmup
     )
     identity = identity_of(preset, batches, seed, lora, ema_decays)
-    run = Run(keep, world, identity, {"student": learner, "averages": averages, "target": following}, resume)
+    parts = {"student": learner, "averages": averages, "target": following}
+    run = Run(keep, world, identity, parts, resume, idle=settings.idle)
     if target is not None:
         following.copy_to(target)
 
@@ -138,7 +139,7 @@ def make_optimizer(settings: Distill, parameters: Iterable[nn.Parameter]) -> tor
 def identity_of(
     preset: Preset, batches: Batches, seed: int, lora: Lora | None, ema_decays: Sequence[float]
 ) -> dict:
-    """What makes two runs of stage 1 the same run."""
+    """What makes two runs of stage 1 the same run. The settings of the other method are not among it."""
     settings = preset.distill
     return {
         "phase": "distilled",
@@ -147,7 +148,7 @@ def identity_of(
         "lora": str(lora),
         "ema_decays": list(ema_decays),
         "sampling": preset.sampling.model_dump(exclude={"prompts"}),
-        **settings.model_dump(exclude={"updates"} if settings.lr_end is None else set()),
+        **settings.model_dump(exclude=settings.idle | ({"updates"} if settings.lr_end is None else set())),
     }
 
 

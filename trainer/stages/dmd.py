@@ -73,7 +73,7 @@ def match_distributions(
     averages = Averages(networks, (settings.ema_decay, *ema_decays), settings.ema_warmup)
     identity = identity_of(preset, batches, seed, lora, ema_decays) | {"fake": str(lora or own)}
     parts = {"student": g, "fake": f, "averages": averages}
-    run = Run(keep, world, identity, parts, resume, pace={"fake": count})
+    run = Run(keep, world, identity, parts, resume, pace={"fake": count}, idle=settings.idle)
     kind_and_size = kinds_and_sizes(settings, batches, seed)
 
     def take(role: str, number: int, updates_each: int):

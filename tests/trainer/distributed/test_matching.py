@@ -10,15 +10,30 @@ import torch
 from layouts import DMD, Layout, assert_close, state_of, train_distill
 
 import trainer.stages.dmd
+from apt_core.errors import AptError
 from apt_core.files.tensorfile import read_tensors
 from apt_core.loading.checkpoint import load_transformer
 from trainer.checkpoints.starting_models import describe_state
 from trainer.checkpoints.trained_models import open_generator
+from trainer.config import Distill
 from trainer.machines.parallel import Parallel
 from trainer.run.folders import whole_states
 from trainer.run.state import Keep, Preempted
+from trainer.settings import ONLY_OF
 from trainer.stages.networks import Lora
 
+DISTILL = {
+    "updates": 1,
+    "batch_image": 2,
+    "batch_video": 4,
+    "video_share": 1.0,
+    "lr": 5e-6,
+    "steps": 4,
+    "guidance": 3.0,
+    "fraction_at_final": 0.5,
+    "target_decay": 0.9,
+    "ema_decay": 0.9,
+}
 ORIGINAL = trainer.stages.dmd.fake_backward
 
 
@@ -168,3 +183,45 @@ def test_a_second_stop_in_the_same_update_is_saved_too(whole, files, tmp_path, m
     monkeypatch.undo()
     train_distill(files, STOPPED, tmp_path, dict(options))
     assert_close(tmp_path, whole, 3, 0)
+
+
+def resumed(files, out, **settings):
+    return train_distill(files, Layout(settings={"video_share": 1.0, **settings}), out)
+
+
+@pytest.mark.parametrize(
+    "method, of_the_other, own",
+    [
+        ("consistency", {"t_min": 0.5, "fake_updates": 1, "regression": 1.0}, {"target_decay": 0.5}),
+        ("dmd", {"steps": 9, "target_decay": 0.5}, {"t_min": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_setting_of_the_other_method_does_not_stop_a_run_from_going_on(
+    method, of_the_other, own, earlier, files, tmp_path
+):
+    """earlier: with a state whose identity still has the settings of both methods."""
+    settings = {"method": method, "fake_updates": 1} if method == "dmd" else {"method": method}
+    resumed(files, tmp_path, updates=1, **settings)
+    facts = tmp_path / "states" / "step-000001" / "run.json"
+    said = json.loads(facts.read_text())
+    assert not said["identity"].keys() & of_the_other.keys() and said["identity"].keys() > own.keys()
+    if earlier:
+        both = Distill(**DISTILL | settings).model_dump(exclude={"updates"}) | said["identity"]
+        assert both.keys() >= {*ONLY_OF["dmd"], *ONLY_OF["consistency"]}
+        facts.write_text(json.dumps(said | {"identity": both}))
+    with pytest.raises(AptError, match=f"holds a run with another {next(iter(own))}"):
+        resumed(files, tmp_path, updates=2, **settings | own)
+    other = {"consistency": "dmd", "dmd": "consistency"}[method]
+    with pytest.raises(AptError, match=f"holds a run with another method \\('{method}', now '{other}'\\)"):
+        resumed(files, tmp_path, updates=2, method=other)
+    resumed(files, tmp_path, updates=2, **of_the_other | settings)
+    assert (tmp_path / "states" / "step-000002").is_dir()
+
+
+def test_what_only_one_method_looks_at_is_what_its_docstring_says():
+    of = {
+        method: {name for name, field in Distill.model_fields.items() if field.description.startswith(f"{method}:")}
+        for method in ONLY_OF
+    }  # fmt: skip
+    assert of == {method: set(names) for method, names in ONLY_OF.items()}
