@@ -13,12 +13,11 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel
 
 from apt_core.errors import AptError, NotFinite
 from apt_core.files.atomic import make_folder
@@ -26,7 +25,7 @@ from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.export import export
 from trainer.checkpoints.starting_models import describe_state
-from trainer.config import Adversarial, Preset, comparable, load_preset
+from trainer.config import Preset, load_preset
 from trainer.data.batches import Batches
 from trainer.files import write_json
 from trainer.jobs.plan import LATENTS, final_file
@@ -44,6 +43,7 @@ from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
 
 from .ablation_page import write_page
+from .ablation_rows import Rows, plain, read, settings_of
 from .ablation_table import FIGURES, table
 from .evaluate import Models, Sampler
 from .measure import SAMPLE_SEED, read_run, results
@@ -95,6 +95,10 @@ class Ablation:
     device: str = "cpu"
     tables: tuple[Path, ...] = ()
 
+    @property
+    def finished(self) -> Rows:
+        return Rows(self.out, self.recipe)
+
     def run(self, seeds: int = 3, only: Sequence[str] = (), command: str = "") -> dict:
         """Train and judge what is missing, and write the tables after each seed.
 
@@ -109,11 +113,11 @@ class Ablation:
             "phase": self.phase,
             "recipe": self.recipe,
             "samples": self.samples,
-            "preset": _plain(self.preset),
+            "preset": plain(self.preset),
         }
-        self._check(self.out / "identity.json", identity, self._comparable)
+        self.finished.agree_on_settings(identity)
         for path in self.tables:
-            self._adopt(path, identity, variants)
+            self.finished.adopt(path, identity, variants)
         net, vae = load_features(ASSETS / "features.safetensors"), load_vae(VAE).to(self.device)
         rest = (seed for seed in range(seeds) if seed not in given)
         numbers = sorted([*given, *(next(rest) for _ in range(seeds - len(given)))])
@@ -122,21 +126,17 @@ class Ablation:
         for seed in numbers:
             source = None
             for variant in variants.values():
-                row = self._made(variant, seed)
+                row = self.finished.made(variant, seed)
                 if row is None and source is None:
                     source = self._source(seed, given.get(seed))
-                    self._check(self._source_path(seed), {"source": source.fingerprint()})
+                    self.finished.agree_on_source(seed, source.fingerprint())
                 rows[variant.name][seed] = row or self._row(variant, source, net, vae)
             facts = {
                 "command": command,
                 "settings": identity,
                 "seeds": [n for n in numbers if n <= seed],
                 "runs": [str(run) for run in self.runs],
-                "sources": {
-                    str(n): _read(self._source_path(n))["source"]
-                    for n in numbers
-                    if n <= seed and self._source_path(n).exists()
-                },
+                "sources": self.finished.sources([n for n in numbers if n <= seed]),
                 "versions": versions(),
                 "machine": {"device": self.device, "system": platform.platform(), "cpus": os.cpu_count()},
             }
@@ -177,32 +177,6 @@ class Ablation:
             raise AptError(f"{len(found)} runs are given, but --seeds is {seeds}: give --seeds {len(found)}.")
         return found
 
-    def _comparable(self, identity: dict) -> dict:
-        """The identity without the preset's other recipes, on which no row depends; see `comparable`."""
-        return identity | {"preset": comparable(identity["preset"], self.recipe)}
-
-    def _check(
-        self, path: Path, identity: dict, comparable: Callable[[dict], dict] = lambda found: found
-    ) -> None:
-        """Write the identity to `path`; if there is one already, raise AptError unless the two agree."""
-        if not path.exists():
-            write_json(path, identity)
-            return
-        try:
-            old, identity = comparable(_read(path)), comparable(identity)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, AptError):
-                raise
-            raise AptError(f"{path} is damaged: delete {self.out}, or give another --out.") from None
-        if changed := sorted(key for key in identity if old.get(key) != identity[key]):
-            key = changed[0]
-            values = (
-                f" ({old.get(key)!r}, now {identity[key]!r})" if isinstance(identity[key], (str, int)) else ""
-            )
-            raise AptError(
-                f"{self.out} holds an ablation with another {key}{values}: give another --out, or the settings of that one."
-            )
-
     def _source(self, seed: int, run: Path | None) -> Source:
         if run:
             text = load_text_encoder(ASSETS / "text_encoder.safetensors")
@@ -221,54 +195,6 @@ class Ablation:
         )
         return Source(seed, batches, shards, names["distill"], start, prompts)
 
-    def _source_path(self, seed: int) -> Path:
-        return self.out / f"identity-seed-{seed}.json"
-
-    def _path(self, variant: Variant, seed: int) -> Path:
-        return self.out / "results" / f"{variant.name}-seed-{seed}.json"
-
-    def _made(self, variant: Variant, seed: int) -> dict | None:
-        """The row of a variant and seed, if it has been made; otherwise None."""
-        path = self._path(variant, seed)
-        if not path.exists():
-            return None
-        self._check(path, _settings(variant), _filled_in)
-        return _read(path)
-
-    def _adopt(self, path: Path, identity: dict, variants: Mapping[str, Variant]) -> None:
-        """Take over the rows of an earlier table that have not been made here yet.
-
-        Raises AptError for a file that is not such a table, and for a table with another phase, recipe,
-        preset or number of samples.
-        """
-        try:
-            found = _read(path)
-            settings, identity = self._comparable(found["settings"]), self._comparable(identity)
-            theirs = {name: row for name, row in found["rows"].items() if name in variants}
-            if changed := sorted(key for key in identity if settings.get(key) != identity[key]):
-                raise AptError(
-                    f"{path} is a table with another {changed[0]} than this ablation has: leave it out, or give its settings."
-                )
-            for seed, source in found.get("sources", {}).items():
-                self._check(self._source_path(int(seed)), {"source": str(source)})
-            for name, row in theirs.items():
-                own, stage1 = variants[name].settings, row.get("stage1", {})
-                same = dict(variants[name].stage1) == stage1 and (
-                    row["settings"] is None
-                    if own is None
-                    else Adversarial.model_validate(row["settings"]) == own
-                )
-                for seed, figures in row["by_seed"].items() if same else ():
-                    file = self._path(variants[name], int(seed))
-                    if not file.exists():
-                        facts = {"variant": name, "seed": int(seed), "from": path.name}
-                        facts |= _settings(variants[name])
-                        write_json(file, facts | {"failed": row["failed"].get(seed), "figures": figures})
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, AptError):
-                raise
-            raise AptError(f"{path} is not the ablations.json of an ablation: give one that is.") from error
-
     def _row(self, variant: Variant, source: Source, net, vae) -> dict:
         """Train and judge one variant with one seed, and store its figures."""
         started, row = (
@@ -276,7 +202,7 @@ class Ablation:
             {
                 "variant": variant.name,
                 "seed": source.seed,
-                **_settings(variant),
+                **settings_of(variant),
                 "failed": None,
                 "figures": {},
             },
@@ -292,7 +218,8 @@ class Ablation:
         else:
             row["figures"] = self._judged(variant, source, weights, net, vae) | figures
         write_json(
-            self._path(variant, source.seed), row | {"seconds": round(time.perf_counter() - started, 2)}
+            self.finished.path(variant, source.seed),
+            row | {"seconds": round(time.perf_counter() - started, 2)},
         )
         return row
 
@@ -307,7 +234,7 @@ class Ablation:
         files = {stage: final_file(folder, preset, stage) for stage in ("distill", "image")}
         options = {"seed": source.seed, "shards": source.shards}
         make_folder(folder)
-        self._check(folder / "identity.json", {"stage1": dict(variant.stage1)})
+        self.finished.agree(folder / "identity.json", {"stage1": dict(variant.stage1)})
         if not files["distill"].exists():
             run_distill(preset, folder, **options)
         if self.phase == "video" and variant.settings and not files["image"].exists():
@@ -362,7 +289,7 @@ class Ablation:
                 export(_newest(folder), weights, "file", "fp32", ema=0.0)
         if variant.course not in (REFERENCE, "long"):  # no other row continues from these states
             shutil.rmtree(folder / "states", ignore_errors=True)
-        return weights, _read(files[-1].with_suffix(".json"))
+        return weights, read(files[-1].with_suffix(".json"))
 
     def _train(self, variant: Variant, updates: int, source: Source, folder: Path, file: Path) -> None:
         settings, train, states = (
@@ -405,35 +332,8 @@ class Ablation:
         write_json(file.with_suffix(".json"), {"d_adversarial": round(sum(losses) / len(losses), 6)})
 
 
-def _plain(settings: BaseModel | None) -> dict | None:
-    return None if settings is None else settings.model_dump(mode="json")
-
-
-def _settings(variant: Variant) -> dict:
-    """What a row's figures depend on besides the ablation's own settings."""
-    return {"settings": _plain(variant.settings)} | (
-        {"stage1": dict(variant.stage1)} if variant.stage1 else {}
-    )
-
-
-def _filled_in(row: dict) -> dict:
-    """A row as this version would write it: settings that an earlier version did not have are filled in."""
-    settings = row["settings"]
-    return row | {"settings": settings and _plain(Adversarial.model_validate(settings))}
-
-
 def _newest(folder: Path) -> Path | None:
     return newest_state(folder / "states")
-
-
-def _read(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, Mapping):
-            return found
-    except (OSError, ValueError):
-        pass
-    raise AptError(f"{path} is damaged: delete it, and it is made again.")
 
 
 def ablation(
