@@ -1,4 +1,4 @@
-"""A base of four blocks, shards of random latents, and workers that train on them in any number of processes."""
+"""A base of four blocks, shards of random latents, and workers (one process or several) to train on them."""
 
 import os
 import socket
