@@ -2,8 +2,8 @@
 its entries.
 
 `apt` is {format, kind, base, over, phase, timestep, second_time, vae, native, text_length, rank, updates,
-ema, ...}. Plain Python, so that anything may import it. Pipeline, trainer, `inspect` and the ComfyUI nodes all ask
-here.
+ema, ...}. Plain Python, so that anything may import it. Pipeline, trainer, `inspect` and the ComfyUI nodes
+all ask here.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Inception v3 as FID takes it: torch-fidelity's network and preprocessing, with weights from a local file."""
+"""Inception v3 for FID: torch-fidelity's network and preprocessing, with weights from a local file."""
 
 import io
 import sys

@@ -17,8 +17,8 @@ MODELS, CLIPS = "models.csv", "clips.csv"
 
 
 def write_tables(folder: Path, result: dict) -> None:
-    """Two tables: models.csv with a line per model, and with a protocol one per column of the paper; clips.csv
-    with a line per clip.
+    """Two tables: models.csv with a line per model, and with a protocol one per column of the paper;
+    clips.csv with a line per clip.
     """
     names = list(dict.fromkeys(name for model in result["models"] for name in model["metrics"]))
     sets = [*result["models"], *([{"label": "real"} | result["real"]] if result["real"] else [])]

@@ -149,8 +149,8 @@ def result_before(out: Path, preset: Preset, stage: str) -> Path | None:
 
 
 def find_start(plan: Plan) -> Path:
-    """The file with the generator's first weights: the plan's start or, without one, the miniature's base. For
-    other presets this raises AptError.
+    """The file with the generator's first weights: the plan's start or, without one, the miniature's base.
+    For other presets this raises AptError.
     """
     if plan.start:
         return plan.start.path

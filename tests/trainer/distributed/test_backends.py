@@ -99,7 +99,7 @@ def test_nothing_else_is_called(train, kind, checkpointing, cp, files, tmp_path)
 
 
 class FirstDerivative(torch.autograd.Function):
-    """Attention with a backward pass, and neither a second derivative nor a forward mode, as fused kernels."""
+    """Attention with a backward pass, but no second derivative and no forward mode, like fused kernels."""
 
     calls = {True: 0, False: 0}  # by whether gradients are on
 

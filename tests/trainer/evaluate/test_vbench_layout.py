@@ -80,7 +80,7 @@ def launched(arguments: list[str]) -> dict[str, list[str]]:
 
 
 def prompts_of(videos: Path, file: Path) -> dict[str, str]:
-    """The prompt of each video in mode custom_input: there is one in the file for every video, by its name."""
+    """The prompt of each video in mode custom_input: the file has one for every video, by its name."""
     prompts = json.loads(file.read_text())
     assert type(prompts) is dict
     names = [
