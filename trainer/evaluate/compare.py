@@ -27,7 +27,7 @@ from .clip_score import ClipScore, read_clip
 from .features import Features, check_count, distance
 from .measured import Desk, Measured, measure
 from .metrics import CLIP_SCORE, DIVERSITY, EACH
-from .models import Model, Wishes, open_models, sample, stamp, with_prompts
+from .models import Model, Wishes, open_models, sample, series, stamp, with_prompts
 from .page import write_page
 from .protocols import beside_paper, find_protocol, with_sizes
 from .real import Real, find_real
@@ -275,12 +275,13 @@ def _result(
         return [{"file": f, "metrics": record.row} for f, record in zip(column.files, column.records)]
 
     rows = []
-    for model in models:
+    for model, number in zip(models, series(models)):
         column = columns[model.label]
         first, each = column.seconds()
         rows.append(
             model.facts(digests)
             | {
+                "series": number,
                 "seconds_first": first,
                 "seconds_each": each,
                 "metrics": figures(column),

@@ -13,7 +13,7 @@ from apt_core.errors import AptError
 from apt_core.loading.sources import Sources, locate, read_sources
 from trainer.checkpoints.generate import find_source
 from trainer.checkpoints.starting_models import read_about, with_defaults
-from trainer.checkpoints.trained_models import average_of, base_of
+from trainer.checkpoints.trained_models import State, average_of, base_of
 from trainer.config import Files
 from trainer.files import file_digest, files_digest
 from trainer.run.folders import is_state, resolve
@@ -63,6 +63,7 @@ class Model:
     label: its name there.
     ema: for a training state, the decay of the average that is used; 0 for the raw weights.
     base: the transformer that a LoRA or a training state needs.
+    phase, updates: how far it was trained, as far as its file says.
     sources: headers and configs of its files, without weights.
     """
 
@@ -73,6 +74,8 @@ class Model:
     tokenizer: Path | None
     sources: Sources
     request: Request
+    phase: str | None = None
+    updates: int | None = None
 
     def open(self, device: torch.device) -> OneStepPipeline:
         """A pipeline for this model; it reads the weights when it samples."""
@@ -101,7 +104,8 @@ class Model:
         steps = {"steps": request.steps}
         if not self.sources.transformer.few_step:
             steps |= {name: getattr(request, name) for name in ("guidance", "shift", "negative")}
-        return {"label": self.label, "ema": self.ema, **steps, "weights": weights}
+        about = {"label": self.label, "ema": self.ema, "phase": self.phase, "updates": self.updates}
+        return about | steps | {"weights": weights}
 
 
 def open_models(
@@ -131,7 +135,8 @@ def open_models(
             request = wishes.request(["-"], sources.transformer.few_step).fitted(sources)
             taken = average_of(path, ema) if is_state(path) else None
             label = _name(path) + ("" if taken is None else f" EMA {taken:g}" if taken else " raw")
-            models.append(Model(label, path, taken, below, tokenizer, sources, request))
+            phase, updates = _progress(path, sources)
+            models.append(Model(label, path, taken, below, tokenizer, sources, request, phase, updates))
     if emas and not any(is_state(model.path) for model in models):
         raise AptError(
             f"--ema {emas[0]:g} selects an average of a training state, but none is given: give "
@@ -173,6 +178,22 @@ def stamp(path: Path) -> list:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     facts = [(file, file.stat()) for file in files]
     return [str(path.absolute()), [[f.name, about.st_size, about.st_mtime_ns] for f, about in facts]]
+
+
+def _progress(path: Path, sources: Sources) -> tuple[str | None, int | None]:
+    """The phase of a model and how many updates it has had in it; None where its file does not say."""
+    if is_state(path):
+        state = State(path, check=False)
+        return state.identity["phase"], int(state.facts["update"])
+    about = sources.transformer.metadata
+    phase, updates = about.get("phase"), about.get("updates")
+    return phase if type(phase) is str else None, updates if type(updates) is int else None
+
+
+def series(models: Sequence[Model]) -> list[int]:
+    """For each model the number of its series: models of one folder, phase and EMA share one."""
+    keys = [(model.path.absolute().parent, model.phase, model.ema) for model in models]
+    return [list(dict.fromkeys(keys)).index(key) for key in keys]
 
 
 def _check_one_size(models: Sequence[Model]) -> None:

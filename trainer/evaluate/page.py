@@ -8,6 +8,7 @@ from pathlib import Path
 
 from apt_core.files.atomic import replacing
 
+from .curves import curves
 from .metrics import WORDS
 from .protocols import as_html
 
@@ -30,6 +31,7 @@ def write_page(path: Path, result: dict, limit: int = LIMIT) -> None:
         "ABOUT": _about(result),
         "TABLE": _table(result) + as_html(result.get("protocol")),
         "HINT": _hint(result, total > limit),
+        "CURVES": curves(result),
         "CLIPS": _clips(path.parent, result, embed=total <= limit),
         "FACTS": _facts(result),
         "SCRIPT": _read(template, "page.js"),

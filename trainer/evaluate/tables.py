@@ -55,7 +55,7 @@ def tell(result: dict, page: Path, commands: Sequence[str] = ()) -> None:
     table.add_column("")
     sets = [*result["models"], *([{"label": "real"} | result["real"]] if result["real"] else [])]
     for entry in sets:
-        table.add_column(entry["label"].replace("[", "\\["), justify="right")
+        table.add_column(entry["label"].replace("[", "\\["), justify="right", overflow="fold")
     for name in names:
         table.add_row(name, *(cell(entry["metrics"].get(name)) for entry in sets))
     console.print(table)

@@ -53,6 +53,10 @@ def result(run):
 def test_each_decay_of_a_state_is_a_model(run, result):
     assert [model["label"] for model in result["models"]] == ["step-000001 EMA 0.9", "step-000001 raw"]
     assert [model["ema"] for model in result["models"]] == [0.9, 0]
+    assert [(m["phase"], m["updates"], m["series"]) for m in result["models"]] == [
+        ("distilled", 1, 0),
+        ("distilled", 1, 1),
+    ]
     for model in result["models"]:
         source = find_source(run / "states" / "distill", "", model["ema"])
         pipe = OneStepPipeline.from_checkpoint(source, "mini", "mini")
@@ -89,8 +93,9 @@ def test_shards_of_another_size_or_rate_are_refused(run, tmp_path):
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    from apt_core.files.checkpoint_header import read_metadata
     from trainer.config import Files
-    from trainer.evaluate.models import Wishes, open_models
+    from trainer.evaluate.models import Wishes, open_models, series
 
     paths = [tmp_path / a / "last" / "apt.safetensors" for a in ("one", "two")]
     for path in paths:
@@ -98,6 +103,9 @@ def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path):
         shutil.copy(GENERATOR, path)
     models = open_models([*paths, Path("mini")], [], Files(), Wishes())
     assert [model.label for model in models] == ["one/last/apt", "two/last/apt", "apt_mini"]
+    assert series(models) == [0, 1, 2] and series([models[0], models[0], models[1]]) == [0, 0, 1]
+    apt = read_metadata(GENERATOR)
+    assert (models[0].phase, models[0].updates) == (apt["phase"], apt["updates"])
 
 
 def test_reading_a_state_in_a_process_of_its_own_says_nothing_of_torch(run):
