@@ -27,7 +27,7 @@ class Columns:
         return self.EDGE + sum(self.widths[:column]) + sum(lanes[:column])
 
 
-FIVE, SIX = Columns((290, 310, 270, 270, 290)), Columns((250, 260, 245, 180, 200, 255))
+FIVE, SIX = Columns((290, 310, 270, 270, 290)), Columns((250, 260, 245, 205, 220, 210))
 GROUPS = {"1 Model": "#3f789e", "2 Prompt": "#b58b2a", "3 Result": "#88aa88"}
 # Of columns: a lane for MODEL above the prompt, and one for fps between sampler and VAE.
 TEXT, LATENT, VAE, DECODE = 80, 260, 360, 240

@@ -36,12 +36,13 @@ def card_of_outputs(files: list[Path], out: Path) -> None:
     card.save(out, quality=88)
 
 
-def card_of_words(words: tuple[str, str, str], out: Path) -> None:
-    """What a graph makes, how, and what it needs, large enough for the template browser's 300 pixels."""
+def card_of_words(words: tuple[str, ...], out: Path) -> None:
+    """What a graph makes, how, and what it needs, large enough for the template browser's 300 pixels; then a
+    fourth line, or how the trainer makes it.
+    """
     card = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     draw = ImageDraw.Draw(card)
-    title, how, needs = words
-    made_by = "python -m trainer makes it from your clips"
+    title, how, needs, made_by = (*words, "python -m trainer makes it from your clips")[:4]
     lines = (
         (title, 68, 90, "white"),
         (how, 44, 196, "#a8c0d8"),

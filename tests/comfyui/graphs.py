@@ -23,6 +23,15 @@ PUBLIC = {
     ),
     "wan_2.1_vae.safetensors": (f"{WAN21}/vae/wan_2.1_vae.safetensors", "vae"),
     "wan2.2_vae.safetensors": (f"{WAN22}/vae/wan2.2_vae.safetensors", "vae"),
+    "wan2.1_t2v_14B_fp8_scaled.safetensors": (
+        f"{WAN21}/diffusion_models/wan2.1_t2v_14B_fp8_scaled.safetensors",
+        "diffusion_models",
+    ),
+    "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors": (
+        "https://huggingface.co/Kijai/WanVideo_comfy/resolve/main/Lightx2v/"
+        "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors",
+        "loras",
+    ),
     "wan2.1_t2v_1.3B_fp16.safetensors": (
         f"{WAN21}/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",
         "diffusion_models",
@@ -70,7 +79,10 @@ def public(name: str) -> str:
 
 
 def trained(name: str, folder: str = "diffusion_models") -> str:
-    return f"{name} → models/{folder}: the trainer of ComfyUI-APT makes it from your clips (README, *Train*); choose yours in the loader"
+    return (
+        f"{name} → models/{folder}: none is public, the trainer of ComfyUI-APT makes it from your clips "
+        "(README, *Train*); choose yours in the loader"
+    )
 
 
 def wan21_text_to_video() -> Graph:
@@ -122,17 +134,38 @@ def text_to_image() -> Graph:
     return g
 
 
-def lora_text_to_video() -> Graph:
+def lora_on_base(base_name: str, lora_name: str, prefix: str, **sampler) -> tuple[Graph, Node]:
+    """Text to video by a LoRA on a released base; returns the graph and the LoRA's node."""
     g = Graph()
-    base = g.add("UNETLoader", 0, 0, unet_name="wan2.1_t2v_1.3B_fp16.safetensors")
-    lora = "wan2.1_1.3B_apt_lora.safetensors"
-    model = g.add("LoraLoaderModelOnly", 0, 170, model=base, lora_name=lora, strength_model=1.0)
+    base = g.add("UNETLoader", 0, 0, unet_name=base_name)
+    model = g.add("LoraLoaderModelOnly", 0, 170, model=base, lora_name=lora_name, strength_model=1.0)
     left, right = FIVE[0], FIVE[0] + FIVE.widths[0]
     g.detour(base, model, (right - 10, 112), (left + 10, 112))
     text, latent, vae = wan_front(g, model, "wan_2.1_vae.safetensors", STREET, {"size": "native"}, second=330)
-    samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=1)
+    samples = g.add("APTSampler", 2, 0, model=model, positive=text, latent=latent, seed=1, **sampler)
     g.detour(model, samples, (right + 45, 14))
-    video_out(g, vae, samples, latent[1], "video/apt_lora")
+    video_out(g, vae, samples, latent[1], prefix)
+    return g, model
+
+
+def few_step_lora() -> Graph:
+    base = "wan2.1_t2v_14B_fp8_scaled.safetensors"
+    lora = "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors"
+    g, _ = lora_on_base(base, lora, "video/apt_few_step", times="4 steps, shift 5")
+    g.note(
+        "Wan 2.1 14B in **four steps**, with public weights: LightX2V's step-distilled LoRA",
+        f"Needs {public(base)}, {public(UMT5)}, {public('wan_2.1_vae.safetensors')}",
+        f"and {public(lora)}",
+        "*times* of the sampler sets steps and shift; some graphs take shift 8 with this LoRA. There is no CFG and no negative prompt.",
+        "This is not APT, which needs one step. What other public models need: docs/comfyui.md, *Few-step models of others*.",
+    )
+    return g
+
+
+def lora_text_to_video() -> Graph:
+    base, lora = "wan2.1_t2v_1.3B_fp16.safetensors", "wan2.1_1.3B_apt_lora.safetensors"
+    g, model = lora_on_base(base, lora, "video/apt_lora")
+    right = FIVE[0] + FIVE.widths[0]
     prefix = "diffusion_models/apt_wan21"
     save = g.add("APTSaveCheckpoint", 2, 470, off=True, model=model, filename_prefix=prefix)
     g.detour(model, save, (right + 30, 484))
@@ -199,9 +232,9 @@ def stock_nodes() -> Graph:
     g.add(
         "SaveVideo",
         5,
-        down,
+        down - 70,
         "Save Video (stock nodes)",
-        tall=270,
+        tall=320,
         video=video,
         filename_prefix="video/apt_stock",
     )
@@ -226,6 +259,7 @@ WORKFLOWS = {
     "apt_stock_nodes": stock_nodes,
     "apt_text_to_image": text_to_image,
     "apt_trained_run_compared": trained_run_compared,
+    "apt_wan21_few_step_lora": few_step_lora,
     "apt_wan21_lora_text_to_video": lora_text_to_video,
     "apt_wan21_text_to_video": wan21_text_to_video,
     "apt_wan22_5b_text_to_video": wan22_text_to_video,
@@ -252,6 +286,12 @@ CARDS = {
         "Your run, side by side",
         "base, distilled, APT in 1 and 2 steps",
         "Needs the folder of a run, such as the demo's",
+    ),
+    "apt_wan21_few_step_lora": (
+        "Wan 2.1 14B in four steps",
+        "LightX2V's public LoRA, stock loaders",
+        "Needs base and LoRA, both public",
+        "not APT, but the same sampler and decode",
     ),
     "apt_wan21_lora_text_to_video": (
         "Wan 2.1: APT as a LoRA",

@@ -22,7 +22,7 @@ from canvas import (
 FIXED = {"control_after_generate": "fixed"}
 FPS = 8.0  # the miniature's
 LOWER = 370  # a second row of results
-NARROW = Columns((230, 240, 230, 230, 200, 250))
+NARROW = Columns((230, 240, 240, 240, 220, 210))
 SEVEN = Columns((210, 210, 210, 210, 140, 210, 210), (50, 50, 40, 36, 22, 22))
 RUN = "demo"  # its folder, under models/apt
 
@@ -63,7 +63,7 @@ def draft_and_refine() -> Graph:
     second = g.add("APTVAEDecodeToVideo", 4, 0, vae=vae, samples=refined, fps=FPS)
     g.detour(draft, first, (beside(NARROW, 2), 305), (beside(NARROW, 3, 5), 305))
     g.add(
-        "SaveVideo", 5, LOWER, "Save Video (draft)", tall=270, video=first, filename_prefix="video/apt_draft"
+        "SaveVideo", 5, LOWER, "Save Video (draft)", tall=330, video=first, filename_prefix="video/apt_draft"
     )
     g.add(
         "SaveVideo", 5, 0, "Save Video (refined)", tall=330, video=second, filename_prefix="video/apt_refined"
@@ -90,7 +90,7 @@ def seed_contact_sheet() -> Graph:
     for decode in (sheet, video):
         g.detour(vae, decode, lane, (beside(NARROW, 3, 5), 290))
     g.add("PreviewImage", 5, 0, "Contact sheet", tall=330, images=sheet)
-    g.add("SaveVideo", 5, LOWER, tall=270, video=video, filename_prefix="video/apt_chosen")
+    g.add("SaveVideo", 5, LOWER, tall=330, video=video, filename_prefix="video/apt_chosen")
     g.note(
         "Press **Run**: a **contact sheet** of 16 seeds, one call of the network each",
         "It shows the first frame of each clip: only these are decoded, for after one step the decode is a large part of the time.",

@@ -45,7 +45,10 @@ def make_stand_ins(models: Path) -> None:
     diffusion = folders["diffusion_models"]
     save_generator(diffusion / "wan2.1_1.3B_apt.safetensors", wan21, wan21.config, WAN21, torch.float16)
     save_generator(diffusion / "wan2.2_5B_apt.safetensors", wan22, wan22.config, WAN22, torch.float16)
-    save_plain(diffusion / "wan2.1_t2v_1.3B_fp16.safetensors", diffusion / "wan2.1_1.3B_apt.safetensors")
+    for released in ("1.3B_fp16", "14B_fp8_scaled"):
+        save_plain(
+            diffusion / f"wan2.1_t2v_{released}.safetensors", diffusion / "wan2.1_1.3B_apt.safetensors"
+        )
     mini = load_transformer(GENERATOR)
     save_generator(diffusion / "apt_mini_fp32.safetensors", mini, mini.config, read_metadata(GENERATOR))
     link_run(models, mini)
@@ -56,6 +59,7 @@ def make_stand_ins(models: Path) -> None:
         folders["loras"] / "wan2.1_1.3B_apt_lora.safetensors",
         {"apt": json.dumps({"format": 1, "kind": "lora", **WAN21})},
     )
+    save_file(lora, folders["loras"] / "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors")
     save_vae(folders["vae"] / "wan_2.1_vae.safetensors", AutoencoderKLWan(base_dim=8).eval())
     save_file({}, folders["vae"] / "wan2.2_vae.safetensors")
     save_file({}, folders["text_encoders"] / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")

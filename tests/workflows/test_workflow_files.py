@@ -26,6 +26,7 @@ NAMES = [
     "apt_stock_nodes",
     "apt_text_to_image",
     "apt_trained_run_compared",
+    "apt_wan21_few_step_lora",
     "apt_wan21_lora_text_to_video",
     "apt_wan21_text_to_video",
     "apt_wan22_5b_text_to_video",
@@ -205,10 +206,11 @@ def test_files_that_are_public_come_with_their_address(name):
             file for file in named if "apt" not in file and not file.startswith("demo/")
         ]
         for model in models:
-            assert model["directory"] in ("diffusion_models", "text_encoders", "vae")
-            assert model["url"].startswith("https://huggingface.co/Comfy-Org/") and model["url"].endswith(
-                f"/{model['directory']}/{model['name']}"
-            )
+            assert model["directory"] in ("diffusion_models", "loras", "text_encoders", "vae")
+            lora = model["directory"] == "loras"
+            owner, folder = ("Kijai", "Lightx2v") if lora else ("Comfy-Org", model["directory"])
+            assert model["url"].startswith(f"https://huggingface.co/{owner}/")
+            assert model["url"].endswith(f"/{folder}/{model['name']}")
 
 
 def test_each_of_our_nodes_is_shown_in_a_workflow():
