@@ -16,6 +16,7 @@ from test_public_files import sparse
 from apt_core.errors import AptError
 from apt_core.files.keys import transformer_to_official
 from apt_core.files.origins import convolution_shapes, origin
+from apt_core.files.tensorfile import read_tensors
 from apt_core.loading.checkpoint import load_transformer
 from trainer.checkpoints.inspect import inspect
 from trainer.checkpoints.starting_models import times_note
@@ -74,6 +75,9 @@ def test_rcm_turbodiffusion_and_self_forcing_are_wan_transformers(wan_13b, tmp_p
         facts = inspect(sparse(tmp_path / f"{name}.safetensors", shapes))
         assert facts["what"] == "Wan transformer, official keys" and facts.get("of") == of, name
         assert facts["loads"].startswith("yes"), facts["loads"]
+        assert facts["as a start"].startswith(
+            "with mode=full, or with mode=lora as base too, and the LoRA is"
+        )
         assert facts["shape"].startswith(
             "30 blocks, 12 heads x 128 = width 1536, ffn 8960, 16 latent channels"
         )
@@ -89,7 +93,7 @@ def test_rcm_turbodiffusion_and_self_forcing_are_wan_transformers(wan_13b, tmp_p
 def test_another_attention_is_named_and_refused(wan_13b, tmp_path, name, layer, shape, of):
     path = sparse(tmp_path / f"{name}.safetensors", with_layers(wan_13b, (layer, shape)))
     facts = inspect(path)
-    assert facts["of"] == f"{of}, by its names"
+    assert facts["of"] == f"{of}, by its names" and "as a start" not in facts
     assert (
         facts["loads"].startswith(f"no: {path} was trained with {of}'s ")
         and f"(blocks.0.{layer})" in facts["loads"]
@@ -153,6 +157,12 @@ def test_times_are_told_and_those_of_another_call_are_refused(wan, tmp_path):
         AptError, match=r"late\.safetensors is for timestep 750, and one step from noise is a call at 1000: "
     ):
         times_note(tmp_path / "late.safetensors")
+    assert inspect(tmp_path / "ours.safetensors")["as a start"].endswith("and the LoRA is over it")
+    assert inspect(tmp_path / "late.safetensors")["as a start"].startswith("no: ")
+    tensors, header = read_tensors(tmp_path / "ours.safetensors")
+    coarse = {key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()}
+    save_file(coarse, tmp_path / "coarse.safetensors", header.metadata)
+    assert inspect(tmp_path / "coarse.safetensors")["as a start"].endswith("is too coarse to train from")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     note = times_note(tmp_path / "other.safetensors")
     assert note and "at timestep 1000, where a list like 1000, 750, 500, 250 begins under any shift" in note

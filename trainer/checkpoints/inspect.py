@@ -38,6 +38,7 @@ from apt_core.models.lora_files import LoraFile, official_shapes, own_names, rea
 from apt_core.models.text import Tokenizer
 from apt_core.models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, other_tiny_decoder
 from apt_core.models.vae import load_vae
+from trainer.checkpoints.starting_models import times_note
 from trainer.checkpoints.trained_models import State, base_of
 from trainer.data.shards import INDEX, ShardDataset
 from trainer.overrides import plain
@@ -46,6 +47,7 @@ from trainer.run.state import score_of
 
 ADAPTED = re.compile(r"blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]|ffn\.[02])")
 """The layers of a Wan that adapters are attached to: the linear layers of its blocks."""
+TIMES = "stage 2 calls it once, at timestep 1000, whatever times it was trained for"
 
 
 def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str, str]:
@@ -115,7 +117,10 @@ def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[s
             return {"loads": config}
         missing = "" if "config" in header.metadata else "missing "
         needs = f"with the {missing}metadata entry config" if comfy_config(config) else "all from the shapes"
-        return {**_numbers(config), "ComfyUI reads": needs, **_note(path), "loads": _transformer(path, deep)}
+        start = {"as a start": _whole_start(path, form_of(header))}
+        facts = {**_numbers(config), "ComfyUI reads": needs, **_note(path)}
+        loads = _transformer(path, deep)
+        return facts | (start if loads.startswith("yes") else {}) | {"loads": loads}
     if what.startswith("MMDiT"):
         return {"loads": _transformer(path, deep)}
     if what.startswith("Wan VAE"):
@@ -171,13 +176,23 @@ def _lora_facts(lora: LoraFile) -> dict[str, str]:
 
 def _as_start(lora: LoraFile) -> str:
     """Whether stage 2's `--start-from` takes this LoRA; see apt_core.models.lora.check_lora."""
-    times = "stage 2 calls it once, at timestep 1000, whatever times it was trained for"
     ranks = [rank for layer, rank in lora.ranks.items() if ADAPTED.fullmatch(layer)]
     others = {name for name in lora.targets if not ADAPTED.fullmatch(name.removesuffix(".weight"))}
     others |= {layer for layer, parts in lora.parts.items() if "diff" in parts and ADAPTED.fullmatch(layer)}
     rank = f" and lora_rank={max(ranks)} or more" if ranks else ""
     stay = f" ({len(others)} other changes stay as they are)" if others else ""
-    return f"with mode=lora{rank}{stay}, or mode=full; {times}"
+    return f"with mode=lora{rank}{stay}, or mode=full; {TIMES}"
+
+
+def _whole_start(path: Path, form: str) -> str:
+    """Whether stage 2's `--start-from` takes this whole transformer; see trainer.jobs.starts."""
+    if form:
+        return f"no: {form} is too coarse to train from"
+    try:
+        times = f"; {TIMES}" if times_note(path) else ""
+    except AptError as error:
+        return f"no: {error}"
+    return f"with mode=full, or with mode=lora as base too, and the LoRA is over it{times}"
 
 
 def _note(path: Path) -> dict[str, str]:
