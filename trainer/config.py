@@ -57,31 +57,31 @@ class Preset(Settings):
     stage2: dict[str, Phases] = Field(min_length=1)
 
     @property
-    def variant(self) -> str:
+    def recipe(self) -> str:
         return next(iter(self.stage2))
 
-    def phases(self, variant: str) -> Phases:
+    def phases(self, recipe: str) -> Phases:
         """The two phases of a recipe. Raises AptError for a name that the preset does not have."""
-        if variant not in self.stage2:
+        if recipe not in self.stage2:
             raise AptError(
-                f"preset {self.name} has no stage 2 named {variant!r}; it has {', '.join(self.stage2)}."
+                f"preset {self.name} has no stage 2 named {recipe!r}; it has {', '.join(self.stage2)}."
             )
-        return self.stage2[variant]
+        return self.stage2[recipe]
 
     def with_recipe(
-        self, variant: str, overrides: Sequence[str] = (), sections: Sequence[str] = ()
+        self, recipe: str, overrides: Sequence[str] = (), sections: Sequence[str] = ()
     ) -> "Preset":
         """The preset with the changes that a recipe makes to settings outside stage 2.
 
         `overrides` (see `load_preset`) win over the recipe's changes. Raises AptError as `phases` does, and
         for an unknown setting.
         """
-        return self.changed(self.phases(variant).also, variant, overrides, sections)
+        return self.changed(self.phases(recipe).also, recipe, overrides, sections)
 
     def changed(
         self,
         changes: Mapping[str, Any],
-        variant: str,
+        recipe: str,
         overrides: Sequence[str] = (),
         sections: Sequence[str] = (),
     ) -> "Preset":
@@ -91,14 +91,14 @@ class Preset(Settings):
             section, _, key = name.partition(".")
             if not isinstance(values.get(section), dict) or key not in values[section]:
                 raise AptError(
-                    f"preset {self.name}: there is no setting {name}{nearest(name, known_names(Preset, values))}, which {variant} changes: mend it."
+                    f"preset {self.name}: there is no setting {name}{nearest(name, known_names(Preset, values))}, which {recipe} changes: mend it."
                 )
             values[section][key] = value
         values = apply(values, overrides, known_names(Preset, values), sections)
         try:
             return Preset.model_validate(values)
         except ValidationError as error:
-            raise _sentence(f"{self.name}, recipe {variant}", error.errors()[0], values) from None
+            raise _sentence(f"{self.name}, recipe {recipe}", error.errors()[0], values) from None
 
 
 def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> Preset:

@@ -33,10 +33,10 @@ def by_hand(steps: int, decay: float, warmup: float) -> float:
     return value
 
 
-@pytest.mark.parametrize("variant", ["paper", "stable"])
+@pytest.mark.parametrize("recipe", ["paper", "stable"])
 @pytest.mark.parametrize("phase", ["image", "video"])
-def test_decays_differ_in_every_recipe_at_its_own_number_of_updates(variant, phase):
-    settings = getattr(load_preset("mini").phases(variant), phase)
+def test_decays_differ_in_every_recipe_at_its_own_number_of_updates(recipe, phase):
+    settings = getattr(load_preset("mini").phases(recipe), phase)
     decays = (settings.ema_decay, 0.9, 0.98, 0.99, 0.995)
     averages = averages_of(settings.updates, decays, settings.ema_warmup)
     for decay, ema in averages.emas.items():

@@ -13,7 +13,7 @@ def test_every_shipped_preset_loads():
         assert load_preset(path.stem).name == path.stem
 
 
-def test_the_paper_variant_keeps_the_papers_structure():
+def test_the_paper_recipe_keeps_the_papers_structure():
     phases = load_preset("mini").phases("paper")
     for phase in (phases.image, phases.video):
         objective = phase.objective()
@@ -22,7 +22,7 @@ def test_the_paper_variant_keeps_the_papers_structure():
     assert (phases.image.shift, phases.video.shift) == (1, 12)
 
 
-def test_the_stable_variant_is_relativistic_with_both_penalties():
+def test_the_stable_recipe_is_relativistic_with_both_penalties():
     for phase in (load_preset("mini").phases("stable").image, load_preset("mini").phases("stable").video):
         objective = phase.objective()
         assert (

@@ -99,9 +99,9 @@ def at_depth(preset, few, fewer, more) -> float:
     return fewer + (more - fewer) * (preset.model.layers - few)
 
 
-def stage_2(preset, phase, variant) -> tuple[float, float]:
+def stage_2(preset, phase, recipe) -> tuple[float, float]:
     """Counted FLOPs per sample of (the discriminator's step, the generator's)."""
-    settings = getattr(preset.phases(variant), phase)
+    settings = getattr(preset.phases(recipe), phase)
     objective = settings.objective()
     x, z, text, t = samples(preset, phase)
 
@@ -128,9 +128,9 @@ def stage_2(preset, phase, variant) -> tuple[float, float]:
     return tuple(at_depth(preset, few, *counts) for counts in zip(steps(few), steps(few + 1)))
 
 
-def check_stage_2(preset, phase, variant):
-    needed, settings = account(preset, phase, variant), getattr(preset.phases(variant), phase)
-    of_discriminator, of_generator = stage_2(preset, phase, variant)
+def check_stage_2(preset, phase, recipe):
+    needed, settings = account(preset, phase, recipe), getattr(preset.phases(recipe), phase)
+    of_discriminator, of_generator = stage_2(preset, phase, recipe)
     assert needed.flops / settings.batch == pytest.approx(of_discriminator + of_generator, rel=0.03)
     warmup = settings.warmup * settings.batch * of_discriminator
     assert needed.warmup == pytest.approx(warmup, rel=0.03)
@@ -139,8 +139,8 @@ def check_stage_2(preset, phase, variant):
 @pytest.mark.parametrize("phase, mode", [("image", "full"), ("video", "lora")])
 @pytest.mark.parametrize("name", ALL)
 def test_an_update_of_stage_2(name, phase, mode):
-    variant = read(name).variant
-    check_stage_2(read(name, f"mode={mode}", f"stage2.{variant}.{phase}.taps=[1.0]"), phase, variant)
+    recipe = read(name).recipe
+    check_stage_2(read(name, f"mode={mode}", f"stage2.{recipe}.{phase}.taps=[1.0]"), phase, recipe)
 
 
 @pytest.mark.parametrize(

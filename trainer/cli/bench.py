@@ -54,8 +54,8 @@ def bench_train(
     from trainer.bench.train import run
     from trainer.config import load_preset
 
-    variant = load_preset(preset).variant
-    loaded = load_preset(preset, overrides or (), (f"stage2.{variant}.{phase}", "train", "data", "model"))
+    recipe = load_preset(preset).recipe
+    loaded = load_preset(preset, overrides or (), (f"stage2.{recipe}.{phase}", "train", "data", "model"))
     run(
         loaded,
         phase,

@@ -130,17 +130,17 @@ def adversarial_command(
 
     if phase not in ("image", "video"):
         raise AptError(f"--phase {phase} is not known: it is image or video.")
-    variant = recipe or load_preset(preset).variant
-    load_preset(preset).phases(variant)
-    sections = (f"stage2.{variant}.{phase}", "train", "files", "data", "sampling", "model")
-    loaded = _load(preset, variant, overrides, sections)
+    recipe = recipe or load_preset(preset).recipe
+    load_preset(preset).phases(recipe)
+    sections = (f"stage2.{recipe}.{phase}", "train", "files", "data", "sampling", "model")
+    loaded = _load(preset, recipe, overrides, sections)
     if dry_run:
-        _show(loaded, phase, variant, gpus, gpu_memory, gpu_tflops, start)
+        _show(loaded, phase, recipe, gpus, gpu_memory, gpu_tflops, start)
         return
     from trainer.jobs.training import run_adversarial
 
     run_adversarial(
-        loaded, phase, out or RUNS / loaded.name, variant=variant, start=start, seed=seed, shards=shards
+        loaded, phase, out or RUNS / loaded.name, recipe=recipe, start=start, seed=seed, shards=shards
     )
 
 
@@ -149,13 +149,13 @@ def _load(name: str, recipe: str | None, overrides: list[str] | None, sections: 
     from trainer.config import load_preset
 
     loaded = load_preset(name, overrides or (), sections)
-    return loaded.with_recipe(recipe or loaded.variant, overrides or (), sections)
+    return loaded.with_recipe(recipe or loaded.recipe, overrides or (), sections)
 
 
 def _show(
     preset,
     stage: str,
-    variant: str | None,
+    recipe: str | None,
     gpus: int | None,
     memory: float,
     tflops: float,
@@ -173,11 +173,11 @@ def _show(
         check_name(preset.train.attention)  # what is installed there is not known here
         begin = open_start(start, preset, find_base(preset) if given else None) if start else None
         frozen = begin.frozen if begin else 0
-        show_account(preset, stage, variant, imagined(gpus, memory, tflops), frozen=frozen)
+        show_account(preset, stage, recipe, imagined(gpus, memory, tflops), frozen=frozen)
         return
     device = pick_device(preset.train.device)
     attention = attention_of(preset, device)
     base = find_base(preset) if given else None  # an account needs none, but one that is given must be right
     begin = open_start(start, preset, base) if start else None
     machine = this_machine(device, preset.train.compute)
-    show_account(preset, stage, variant, machine, str(attention), begin.frozen if begin else 0)
+    show_account(preset, stage, recipe, machine, str(attention), begin.frozen if begin else 0)

@@ -15,20 +15,20 @@ from trainer.run.progress import console
 MOST_GPUS = 4096
 
 
-def check_fit(preset: Preset, stage: str, variant: str | None, machine: Machine, frozen: int = 0) -> Account:
+def check_fit(preset: Preset, stage: str, recipe: str | None, machine: Machine, frozen: int = 0) -> Account:
     """The stage's account (trainer.machines.account), if it fits into the GPUs' memory. frozen: as for
     `account`.
 
     Otherwise raises AptError, whose message names the nearest settings that would fit.
     """
-    needed = account(preset, stage, variant, machine.gpus, frozen)
+    needed = account(preset, stage, recipe, machine.gpus, frozen)
     if needed.bytes <= machine.usable:
         return needed
     ways = [
         way
         for way in (
-            _by_settings(preset, stage, variant, machine, frozen),
-            _by_gpus(preset, stage, variant, machine, frozen),
+            _by_settings(preset, stage, recipe, machine, frozen),
+            _by_gpus(preset, stage, recipe, machine, frozen),
         )
         if way
     ]
@@ -46,7 +46,7 @@ def check_fit(preset: Preset, stage: str, variant: str | None, machine: Machine,
 def show_account(
     preset: Preset,
     stage: str,
-    variant: str | None,
+    recipe: str | None,
     machine: Machine,
     attention: str = "",
     frozen: int = 0,
@@ -55,11 +55,11 @@ def show_account(
 
     If the account does not fit, raises the AptError of `check_fit` after printing it.
     """
-    needed = account(preset, stage, variant, machine.gpus, frozen)
+    needed = account(preset, stage, recipe, machine.gpus, frozen)
     kinds = ("image", "video") if stage == "distill" else (stage,)
-    recipe = preset.distill.method if stage == "distill" else variant or preset.variant
+    kind_of = preset.distill.method if stage == "distill" else recipe or preset.recipe
     table = Table(
-        title=f"{preset.name}, {stage} ({recipe}), {preset.train.mode}", title_justify="left", box=None
+        title=f"{preset.name}, {stage} ({kind_of}), {preset.train.mode}", title_justify="left", box=None
     )
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", overflow="fold")
@@ -69,10 +69,10 @@ def show_account(
         table.add_row("attention", attention)
     for kind in kinds:
         table.add_row(f"tokens of one {kind}", f"{tokens(preset, kind):,}")
-        table.add_row(f"batch of {kind}s", f"{batch_of(preset, stage, kind, variant):,}")
+        table.add_row(f"batch of {kind}s", f"{batch_of(preset, stage, kind, recipe):,}")
     if stage != "distill":
         for name, gamma in (
-            getattr(preset.phases(variant or preset.variant), stage).objective().gammas().items()
+            getattr(preset.phases(recipe or preset.recipe), stage).objective().gammas().items()
         ):
             penalty, _, time = name.partition("_gamma")
             table.add_row(f"lambda sigma^2 of a{penalty.upper()}{time.replace('_', ', ')}", f"{gamma:.3g}")
@@ -84,14 +84,14 @@ def show_account(
     table.add_row("FLOPs per update", f"{needed.flops:.3g}")
     table.add_row("updates", f"{needed.updates:,}")
     if needed.warmup:
-        warmup = getattr(preset.phases(variant or preset.variant), stage).warmup
+        warmup = getattr(preset.phases(recipe or preset.recipe), stage).warmup
         table.add_row("updates before, of the discriminator alone", f"{warmup:,}")
     per_hour = 3600 * machine.gpus * machine.speed / needed.flops
     table.add_row("updates per hour, at half of the peak", f"{per_hour:.3g}")
     hours = needed.gpu_hours(machine.speed)
     table.add_row("hours in all", f"{hours / machine.gpus:.3g} ({hours:.3g} GPU-hours)")
     console.print(table)
-    check_fit(preset, stage, variant, machine, frozen)
+    check_fit(preset, stage, recipe, machine, frozen)
     console.print(
         f"It fits: {needed.bytes / GIB:.1f} of {machine.usable / GIB:.1f} GiB that a run can use on each GPU.",
         markup=False,
@@ -99,11 +99,9 @@ def show_account(
     )
 
 
-def _by_settings(
-    preset: Preset, stage: str, variant: str | None, machine: Machine, frozen: int
-) -> str | None:
+def _by_settings(preset: Preset, stage: str, recipe: str | None, machine: Machine, frozen: int) -> str | None:
     """The least costly set of changes with which the stage fits, as `key=value`s; None if there is none."""
-    options = _changes(preset, stage, variant, machine.gpus)
+    options = _changes(preset, stage, recipe, machine.gpus)
     sets = [group for size in range(1, 6) for group in combinations(options, size)]
     for group in sorted(sets, key=lambda group: sum(cost for cost, _ in group)):
         changes = [change for _, changes in group for change in changes]
@@ -112,13 +110,13 @@ def _by_settings(
         changed = Preset.model_validate(
             apply(preset.model_dump(), changes, known_names(Preset, preset.model_dump()), ())
         )
-        needed = account(changed, stage, variant, machine.gpus, frozen)
+        needed = account(changed, stage, recipe, machine.gpus, frozen)
         if needed.bytes <= machine.usable:
             return f"add {' '.join(changes)} ({needed.bytes / GIB:.1f} GiB)"
     return None
 
 
-def _changes(preset: Preset, stage: str, variant: str | None, gpus: int) -> list[tuple[int, list[str]]]:
+def _changes(preset: Preset, stage: str, recipe: str | None, gpus: int) -> list[tuple[int, list[str]]]:
     """(cost, settings) of each change that saves memory. Cheap ones take time, the dearest shrink clips."""
     train, model, data = preset.train, preset.model, preset.data
     out = []
@@ -128,10 +126,10 @@ def _changes(preset: Preset, stage: str, variant: str | None, gpus: int) -> list
             out.append((cost, list(settings)))
 
     if stage != "distill":
-        phase = f"stage2.{variant or preset.variant}.{stage}"
+        phase = f"stage2.{recipe or preset.recipe}.{stage}"
         offer(
             1,
-            getattr(preset.phases(variant or preset.variant), stage).discriminator_step != "two_pass",
+            getattr(preset.phases(recipe or preset.recipe), stage).discriminator_step != "two_pass",
             f"{phase}.discriminator_step=two_pass",
         )
     offer(1, train.checkpointing == "none", "train.checkpointing=blocks")
@@ -146,7 +144,7 @@ def _changes(preset: Preset, stage: str, variant: str | None, gpus: int) -> list
     offer(2, bool(train.ema_decays), "train.ema_decays=[]")
     offer(2, train.checkpointing != "offload", "train.checkpointing=offload")
     offer(2, train.compute == "fp32", "train.compute=bf16")
-    for cp in _splits(preset, stage, variant, gpus):
+    for cp in _splits(preset, stage, recipe, gpus):
         offer(3, cp != train.context_parallel, f"train.context_parallel={cp}")
     slim = max(1, round(1024 / model.head_dim)) * model.head_dim
     offer(3, stage != "distill" and (train.head_width or model.width) > slim, f"train.head_width={slim}")
@@ -160,13 +158,13 @@ def _changes(preset: Preset, stage: str, variant: str | None, gpus: int) -> list
     return out
 
 
-def _splits(preset: Preset, stage: str, variant: str | None, gpus: int) -> list[int]:
+def _splits(preset: Preset, stage: str, recipe: str | None, gpus: int) -> list[int]:
     def splits(cp: int) -> bool:
         changed = preset.model_copy(
             update={"train": preset.train.model_copy(update={"context_parallel": cp})}
         )
         try:
-            check_split(changed, stage, variant, gpus)
+            check_split(changed, stage, recipe, gpus)
         except AptError:
             return False
         return True
@@ -174,12 +172,12 @@ def _splits(preset: Preset, stage: str, variant: str | None, gpus: int) -> list[
     return [cp for cp in (2, 4, 5, 6, 8, 10, 12) if gpus % cp == 0 and splits(cp)]
 
 
-def _by_gpus(preset: Preset, stage: str, variant: str | None, machine: Machine, frozen: int) -> str | None:
+def _by_gpus(preset: Preset, stage: str, recipe: str | None, machine: Machine, frozen: int) -> str | None:
     """The smallest number of GPUs (this machine's times 2, 4, ...) on which the unchanged settings fit."""
     gpus = machine.gpus * 2
     while gpus <= MOST_GPUS:
         try:
-            needed = account(preset, stage, variant, gpus, frozen)
+            needed = account(preset, stage, recipe, gpus, frozen)
         except AptError:  # the batch cannot be divided over this many
             return None
         if needed.bytes <= machine.usable:

@@ -115,7 +115,7 @@ def make_plan(
     parallel, attention = parallel_of(preset, device)
     base = out / "base.safetensors" if preset.files.base == RANDOM else find_base(preset)
     machine = this_machine(device, preset.train.compute)
-    recipe = recipe or preset.variant
+    recipe = recipe or preset.recipe
     start = start or result_before(out, preset, stage)
     begin = open_start(start, preset, base if base.exists() else None) if start else None
     account = check_fit(preset, stage, recipe, machine, begin.frozen if begin else 0)

@@ -147,7 +147,7 @@ def run_adversarial(
     phase: str,
     out: Path,
     *,
-    variant: str | None = None,
+    recipe: str | None = None,
     start: Path | None = None,
     seed: int = 0,
     shards: Path | None = None,
@@ -158,7 +158,7 @@ def run_adversarial(
     discriminator starts from the base, unless the phase's `discriminator_start` says otherwise.
     Raises AptError as `make_plan`, `find_start` and `adversarial` do.
     """
-    plan = make_plan(preset, phase, out, recipe=variant, seed=seed, shards=shards, start=start)
+    plan = make_plan(preset, phase, out, recipe=recipe, seed=seed, shards=shards, start=start)
     with _ready(plan) as (world, batches, options):
         if phase not in batches.datasets:
             raise AptError(f"the shards hold no {phase}s: run precompute on some, or train the other phase.")

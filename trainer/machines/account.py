@@ -97,9 +97,7 @@ def base_bytes(model: Model, compute: str, gpus: int) -> float:
     return (2 * (parameters(model) - time - exact) + 4 * time) / gpus + 4 * exact
 
 
-def account(
-    preset: Preset, stage: str, variant: str | None = None, gpus: int = 1, frozen: int = 0
-) -> Account:
+def account(preset: Preset, stage: str, recipe: str | None = None, gpus: int = 1, frozen: int = 0) -> Account:
     """The account of a stage on this many GPUs. stage: "distill", or "image" or "video" of stage 2.
 
     frozen: bytes of what stage 2's start changes beside the layers that adapters adapt
@@ -107,17 +105,17 @@ def account(
 
     Raises AptError as `check_split` does.
     """
-    check_split(preset, stage, variant, gpus)
+    check_split(preset, stage, recipe, gpus)
     if stage == "distill":
         return _distill(preset, gpus)
-    return _adversarial(preset, stage, variant or preset.variant, gpus, frozen)
+    return _adversarial(preset, stage, recipe or preset.recipe, gpus, frozen)
 
 
 def summary(preset: Preset, speed: float = 400e12) -> list[str]:
     """The table at the top of a preset's file: GiB per GPU by mode and number of GPUs, and GPU-hours at this
     speed (FLOP/s of one GPU).
     """
-    lines = [f"GiB on each GPU ({preset.variant}):  stage 1  images  videos"]
+    lines = [f"GiB on each GPU ({preset.recipe}):  stage 1  images  videos"]
     for mode in ("full", "lora"):
         for gpus in (1, 8):
             train = preset.train.model_copy(
@@ -129,14 +127,14 @@ def summary(preset: Preset, speed: float = 400e12) -> list[str]:
                 f"  {mode}, {gpus} GPU{'s' if gpus > 1 else ' '}" + "".join(f"{size:9.1f}" for size in sizes)
             )
     lines.append(f"GPU-hours at {speed / 1e12:g} TFLOP/s:")
-    for variant in preset.stage2:
-        alone = preset.with_recipe(variant, ("train.context_parallel=1",))
-        hours = [account(alone, stage, variant).gpu_hours(speed) for stage in STAGES]
-        lines.append(f"  {variant:<12}" + "".join(f"{number:9.0f}" for number in hours))
+    for recipe in preset.stage2:
+        alone = preset.with_recipe(recipe, ("train.context_parallel=1",))
+        hours = [account(alone, stage, recipe).gpu_hours(speed) for stage in STAGES]
+        lines.append(f"  {recipe:<12}" + "".join(f"{number:9.0f}" for number in hours))
     return lines
 
 
-def check_split(preset: Preset, stage: str, variant: str | None, gpus: int) -> None:
+def check_split(preset: Preset, stage: str, recipe: str | None, gpus: int) -> None:
     """Raises AptError if `context_parallel` does not divide the attention heads or the GPUs, or if a batch
     does not divide over GPUs and microbatches.
     """
@@ -155,7 +153,7 @@ def check_split(preset: Preset, stage: str, variant: str | None, gpus: int) -> N
             f"context_parallel={math.gcd(cp, gpus)}."
         )
     for kind in kinds:
-        batch, step = batch_of(preset, stage, kind, variant), gpus // cp * (preset.train.microbatch or 1)
+        batch, step = batch_of(preset, stage, kind, recipe), gpus // cp * (preset.train.microbatch or 1)
         if batch % step:
             name = f"batch_{kind}" if stage == "distill" else "batch"
             below, above = batch // step * step, (batch // step + 1) * step
@@ -168,14 +166,14 @@ def check_split(preset: Preset, stage: str, variant: str | None, gpus: int) -> N
             )
 
 
-def batch_of(preset: Preset, stage: str, kind: str, variant: str | None) -> int:
+def batch_of(preset: Preset, stage: str, kind: str, recipe: str | None) -> int:
     if stage == "distill":
         return getattr(preset.distill, f"batch_{kind}")
-    return getattr(preset.phases(variant or preset.variant), stage).batch
+    return getattr(preset.phases(recipe or preset.recipe), stage).batch
 
 
-def _adversarial(preset: Preset, stage: str, variant: str, gpus: int, frozen: int) -> Account:
-    settings, train, model = getattr(preset.phases(variant), stage), preset.train, preset.model
+def _adversarial(preset: Preset, stage: str, recipe: str, gpus: int, frozen: int) -> Account:
+    settings, train, model = getattr(preset.phases(recipe), stage), preset.train, preset.model
     n, lora = tokens(preset, stage), preset.train.mode == "lora"
     inner = train.head_width or model.width
     taps = tap_blocks(model.layers, settings.taps)
@@ -184,7 +182,7 @@ def _adversarial(preset: Preset, stage: str, variant: str, gpus: int, frozen: in
     penalties = [weight > 0 for weight in (settings.r1_weight, settings.r2_weight)]
     most_passes = 2 + sum(penalties) * math.ceil(settings.reg_fraction * micro) / micro
 
-    of_discriminator, of_generator = adversarial_flops(preset, stage, variant)
+    of_discriminator, of_generator = adversarial_flops(preset, stage, recipe)
 
     averages = len({settings.ema_decay, *train.ema_decays})
     shard = 1 / gpus

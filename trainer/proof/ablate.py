@@ -238,7 +238,7 @@ class Ablation:
         if not files["distill"].exists():
             run_distill(preset, folder, **options)
         if self.phase == "video" and variant.settings and not files["image"].exists():
-            run_adversarial(preset, "image", folder, variant=self.recipe, **options)
+            run_adversarial(preset, "image", folder, recipe=self.recipe, **options)
         start = files["distill" if self.phase == "image" else "image"]
         return replace(source, distilled=files["distill"], start=start)
 
@@ -355,10 +355,10 @@ def ablation(
     found = [read_run(run) for run in runs]
     if found and preset is None:
         loaded, settings = found[0]
-        recipe = recipe or settings["variant"]
+        recipe = recipe or settings["recipe"]
     else:
         loaded = load_preset(preset or "mini")
-        recipe = recipe or loaded.variant
+        recipe = recipe or loaded.recipe
     return Ablation(
         out, loaded.with_recipe(recipe), recipe, phase, samples, tuple(runs), device, tuple(tables)
     )

@@ -31,13 +31,13 @@ from trainer.run.progress import console, stage_bar
 class Demo:
     """One run of the demo.
 
-    preset: with the recipe `variant` applied; data: a folder of captioned clips and pictures, or None to draw
+    preset: with `recipe` applied; data: a folder of captioned clips and pictures, or None to draw
     them; samples: how many samples each column of the report is judged on.
     """
 
     out: Path
     preset: Preset
-    variant: str = "paper"
+    recipe: str = "paper"
     data: Path | None = None
     seed: int = 0
     samples: int = 128
@@ -103,7 +103,7 @@ class Demo:
         for kind in kinds[: {"distill": 0, "image": 1}.get(last)]:
 
             def train(kind: str = kind) -> list:
-                return run_adversarial(preset, kind, self.out, variant=self.variant, seed=self.seed)
+                return run_adversarial(preset, kind, self.out, recipe=self.recipe, seed=self.seed)
 
             state.stage(f"adversarial_{kind}", train, names[kind])
         if kinds == ["image"] and last == "video":  # no clips: the image phase gives the result
@@ -113,7 +113,7 @@ class Demo:
 
     def _identity(self) -> dict:
         """The settings that two runs must share to count as the same run."""
-        keys = ("variant", "seed", "skip_bad", "truncate_captions")
+        keys = ("recipe", "seed", "skip_bad", "truncate_captions")
         facts = {key: getattr(self, key) for key in keys} | {
             "data": str(self.data.resolve()) if self.data else None
         }
@@ -126,6 +126,14 @@ def _keep_base(out: Path) -> None:
     if not base.exists():
         with replacing(base) as path:
             shutil.copyfile(ASSETS / "transformer.safetensors", path)
+
+
+def stored_settings(state: dict) -> dict:
+    """The settings in a run's state.json. Earlier versions called the recipe `variant`."""
+    settings = dict(state["settings"])
+    if "variant" in settings:
+        settings["recipe"] = settings.pop("variant")
+    return settings
 
 
 class RunState:
@@ -141,7 +149,7 @@ class RunState:
         if path.exists():
             try:
                 self.state = json.loads(path.read_text(encoding="utf-8"))
-                old = dict(self.state["settings"])
+                old = self.state["settings"] = stored_settings(self.state)
                 self.record()
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 raise AptError(
@@ -181,6 +189,6 @@ class RunState:
 def _compared(settings: dict, key: str):
     """One setting of a run, in a form that this version shares with earlier ones."""
     try:
-        return comparable(settings["preset"], settings["variant"]) if key == "preset" else settings.get(key)
+        return comparable(settings["preset"], settings["recipe"]) if key == "preset" else settings.get(key)
     except (ValueError, KeyError):  # written by a version with settings that we do not know
         return settings.get(key)

@@ -18,6 +18,7 @@ from trainer.run.folders import DISTILLED
 from trainer.run.progress import columns_table, console, criteria_table, stage_bar
 
 from .criteria import check
+from .demo import stored_settings
 from .evaluate import ALL_COLUMNS, Models, Sampler
 from .report import drawn_prompts, evaluate
 from .verdict import half_width
@@ -116,13 +117,13 @@ def results(run: Path, preset: Preset) -> dict[str, Path]:
 
 
 def read_run(run: Path) -> tuple[Preset, dict]:
-    """The preset of a finished demo run, and its other settings (seed, variant, ...).
+    """The preset of a finished demo run, and its other settings (seed, recipe, ...).
 
     Raises AptError for a folder that holds no demo run, for a run on clips that were not drawn, and for a run
     that is not finished.
     """
     try:
-        settings = json.loads((run / "state.json").read_text(encoding="utf-8"))["settings"]
+        settings = stored_settings(json.loads((run / "state.json").read_text(encoding="utf-8")))
         data, preset = settings["data"], Preset.model_validate(settings["preset"])
     except (OSError, ValueError, KeyError, TypeError):
         raise AptError(f"{run} holds no run of the demo; give the folders that `demo --out` made.") from None

@@ -126,7 +126,7 @@ def write_report(demo, files: dict[str, dict[str, Path]], batches, record: dict,
         if result[name]:
             console.print(
                 columns_table(
-                    f"{title} ({demo.variant} recipe, seed {demo.seed}, {demo.samples} samples)", result[name]
+                    f"{title} ({demo.recipe} recipe, seed {demo.seed}, {demo.samples} samples)", result[name]
                 )
             )
     return result

@@ -203,7 +203,7 @@ def test_the_stable_preset_runs_on_other_peoples_pictures(tmp_path):
     large = TINY.model_copy(
         update={"data": TINY.data.model_copy(update={"image_height": 64, "image_width": 80})}
     )
-    result = Demo(tmp_path / "out", large, variant="stable", data=folder, samples=4).run()
+    result = Demo(tmp_path / "out", large, recipe="stable", data=folder, samples=4).run()
     assert set(ShardDataset(tmp_path / "out" / "latents", "image").buckets) == {(16, 1, 8, 10)}
     for name in ("distilled", "apt-tiny"):
         assert read_metadata(tmp_path / "out" / f"{name}.safetensors")["native"] == {
@@ -288,12 +288,14 @@ def test_a_damaged_state_is_named(tmp_path, text):
 
 
 def test_a_run_of_a_version_with_fewer_settings_and_recipes_goes_on(tmp_path):
-    identity = {"variant": "paper", "seed": 0, "preset": TINY.model_dump()}
+    identity = {"recipe": "paper", "seed": 0, "preset": TINY.model_dump()}
     earlier = json.loads(json.dumps(identity))
+    wanted = earlier.copy()
+    earlier["variant"] = earlier.pop("recipe")  # its old name
     del earlier["preset"]["distill"]["method"], earlier["preset"]["stage2"]["stable"]
     path = tmp_path / "state.json"
     path.write_text(json.dumps({"settings": earlier, "stages": {}}))
-    assert RunState(path, identity).state["settings"] == earlier
+    assert RunState(path, identity).state["settings"] == wanted
     earlier["preset"]["stage2"]["paper"]["image"]["updates"] += 1
     path.write_text(json.dumps({"settings": earlier, "stages": {}}))
     with pytest.raises(AptError, match="holds a run with another preset; give another --out"):
