@@ -1,6 +1,8 @@
 """The blocks of CONTRIBUTING.md do what they are shown for, and what a new backbone meets is one sentence."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -130,6 +132,17 @@ def test_the_kinds_that_are_there_offer_all_that_is_asked_for(kind):
     assert isinstance(model, Backbone) and not isinstance(torch.nn.Linear(1, 1), Backbone)
     for name in [*Backbone.__annotations__, *(name for name in vars(Backbone) if name[0] != "_")]:
         assert hasattr(model, name), name
+
+
+def test_a_script_that_imports_the_block_is_the_command_line_with_it(preset_of, tmp_path):
+    (tmp_path / "mine.py").write_text(BLOCKS[0], encoding="utf-8")
+    script = tmp_path / "run.py"
+    script.write_text("import mine\nfrom trainer.__main__ import main\nmain()\n", encoding="utf-8")
+    command = [sys.executable, script, "settings", preset_of("raw-text-mmdit")]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr  # without the import the preset's kind is refused
+    assert "raw-text-mmdit" in done.stdout
 
 
 def test_a_name_is_given_once(registry):

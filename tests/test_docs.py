@@ -168,6 +168,27 @@ TRAINING = [
 def test_every_preset_recipe_and_setting_of_a_command_exists(name, command, monkeypatch):
     (preset,) = run_without_work(command, monkeypatch)
     assert preset.name == command.split()[1]
+    if "--dry-run" not in command:
+        assert files_missing(preset, command.split()[0]) == []
+
+
+def files_missing(preset, stage: str) -> list[str]:
+    """The files without which a stage stops: all to encode; to train the base, and what decodes samples."""
+    needed = {"base", "vae", "text_encoder"} if stage == "precompute" else {"base"}
+    if preset.train.sample_every:
+        needed.add("vae")
+    return sorted(part for part in needed if not getattr(preset.files, part))
+
+
+def test_a_command_that_names_no_files_is_noticed(monkeypatch):
+    for command, missing in {
+        "distill wan2.1-1.3b-480p": ["base", "vae"],
+        "distill wan2.1-1.3b-480p base=wan.safetensors sample_every=0": [],
+        "precompute wan2.1-1.3b-480p base=wan.safetensors": ["text_encoder", "vae"],
+        "adversarial mini --phase image": [],
+    }.items():
+        (preset,) = run_without_work(command, monkeypatch)
+        assert files_missing(preset, command.split()[0]) == missing
 
 
 @pytest.mark.parametrize("wrong", ["mini updats=3", "mini --recipe weekend", "minni", "mini updates=many"])
