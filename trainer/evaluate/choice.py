@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 
+from apt_core.engine.request import Request
 from apt_core.errors import AptError
+from trainer.mini.clips import SIZE, is_drawn
 
 from .efficientnet import efficientnet_lite0
 from .features import Features, Network, network_tables, read_networks, read_tables
-from .metrics import CLIP_SCORE, DISTANCES, FD, FLOW, FRECHET_LITE0, NAMES
+from .metrics import CLIP_SCORE, DISTANCES, FD, FLOW, FRECHET_LITE0, JUDGED, NAMES, can_be_judged
 from .published import PATCH, files_of
 
 TABLES = {FD: "features", CLIP_SCORE: "clip"}
@@ -22,13 +24,14 @@ AGAINST_REAL = (FD, *DISTANCES)
 def chosen(names: str | None, features: Path | None, usual: Sequence[str] = ()) -> list[str]:
     """The metrics in a comma-separated list. Without a list those in `usual`, a protocol's; without these all
     that are possible: `fd` and `clip_score` if the file `features` has their tables, `fd` standing for all
-    distances of its networks, and not `frechet_efficientnet_lite0`, which takes 1,281 frames.
+    distances of its networks, and not `frechet_efficientnet_lite0`, which takes 1,281 frames; `with_judge`
+    adds the miniature's judge.
 
     Raises AptError for a name that is no metric, if a metric's table is missing, and if no table is used.
     """
     tables = read_tables(features) if features else {}
     if names is None and not usual:
-        return [n for n in NAMES if n not in DISTANCES and TABLES.get(n, "") in ("", *tables)]
+        return [n for n in NAMES if n not in (*DISTANCES, *JUDGED) and TABLES.get(n, "") in ("", *tables)]
     given = usual if names is None else (name.strip() for name in names.split(","))
     wanted = list(dict.fromkeys(name for name in given if name))
     if FLOW in wanted and FLOW not in NAMES:
@@ -53,6 +56,23 @@ def chosen(names: str | None, features: Path | None, usual: Sequence[str] = ()) 
             f"--features {features} is only used by {needed}: add that to --metrics, or leave the file out."
         )
     return wanted
+
+
+def with_judge(names: list[str], captions: Sequence[str], request: Request, named: bool) -> list[str]:
+    """The metrics, and the figures of the miniature's judge unless the metrics were `named` and where it can
+    read the clips. Raises AptError if they are named and it cannot.
+    """
+    can = can_be_judged(captions, request.height, request.width)
+    if not named:
+        return [*names, *JUDGED] if can else names
+    if not can and (wanted := next((name for name in names if name in JUDGED), None)):
+        other = next((text for text in captions if not is_drawn(text)), None)
+        why = f"{request.width}x{request.height}" if other is None else f"the prompt {other!r}"
+        raise AptError(
+            f"{wanted} is read by the miniature's judge, which knows drawn clips of {SIZE}x{SIZE} and their "
+            f"captions only, not {why}: leave {wanted} out."
+        )
+    return names
 
 
 def opened(names: Sequence[str], features: Path | None, device: torch.device) -> list[Features]:

@@ -22,7 +22,7 @@ from trainer.files import write_json
 from trainer.machines.distributed import World
 from trainer.run.progress import console, stage_bar
 
-from .choice import AGAINST_REAL, chosen, opened
+from .choice import AGAINST_REAL, chosen, opened, with_judge
 from .clip_score import ClipScore, read_clip
 from .features import Features, check_count, distance
 from .measured import Desk, Measured, measure
@@ -101,6 +101,7 @@ def evaluate(
     if not texts:
         raise AptError(f"there is no prompt, and {data} has no captions: give --prompts FILE.")
     models = with_prompts(models, texts)
+    names = with_judge(names, texts, request, named=metrics is not None or bool(usual))
     networks = opened(names, features, world.device)
     score = ClipScore(read_clip(features), world.device) if CLIP_SCORE in names else None
     _check_enough(networks, models[0], real)

@@ -3,7 +3,7 @@
 import math
 from html import escape
 
-from .metrics import CLIP_SCORE, DISTANCES, WORDS
+from .metrics import CLIP_SCORE, DISTANCES, JUDGED, WORDS
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 320, 150, 44, 8, 20
 """Of one figure, in the units of its picture: whole, and the room for the labels."""
@@ -31,21 +31,21 @@ def curves(result: dict) -> str:
     return (
         f'<h2>Over updates</h2>\n<p class="key">{"".join(key)}</p>\n<div class="curves">'
         + "\n".join(filter(None, figures))
-        + '</div>\n<p class="hint">A ring marks the best: the lowest distance, the highest CLIP score, else '
+        + '</div>\n<p class="hint">A ring marks the best: the lowest distance, the highest CLIP score, structure or alignment, else '
         "what is nearest to the real clips (dashed). No ring: nothing says which is better.</p>"
     )
 
 
 def best(name: str, models: list[dict], real: float | None) -> dict | None:
-    """The model with the best figure: the lowest distance, the highest CLIP score, of other metrics the one
-    whose ratio to the real clips' is nearest to 1; None where nothing says which is better.
+    """The model with the best figure: the lowest distance, the highest CLIP score or share of the judge's, of
+    other metrics the one whose ratio to the real clips' is nearest to 1; None where nothing says which it is.
     """
     there = [model for model in models if value_of(model, name) is not None]
     if not there:
         return None
     if name in DISTANCES or name not in WORDS:
         return min(there, key=lambda model: value_of(model, name))
-    if name == CLIP_SCORE:
+    if name == CLIP_SCORE or name in JUDGED:
         return max(there, key=lambda model: value_of(model, name))
     if not real:
         return None

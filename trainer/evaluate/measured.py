@@ -20,7 +20,7 @@ from trainer.files import write_json
 
 from .clip_score import ClipScore
 from .features import Features
-from .metrics import CLIP, CLIP_SCORE, DIVERSITY, diversity, thumbnail
+from .metrics import CLIP, CLIP_SCORE, DIVERSITY, JUDGED, diversity, judged, thumbnail
 
 UNFINISHED = "unfinished"
 """The folder of what is measured so far, inside the result's. It is removed when the result is written."""
@@ -81,6 +81,8 @@ def measure(
     row = {name: CLIP[name].of(clip) for name in names if name in CLIP}
     if score is not None:
         row[CLIP_SCORE] = score(clip, words) if words else None
+    if any(name in JUDGED for name in names):
+        row |= {name: value for name, value in judged(clip, words).items() if name in names}
     features = {name: part for network in networks for name, part in network(clip).items()}
     return Record(row, features, thumbnail(clip) if DIVERSITY in names else None)
 

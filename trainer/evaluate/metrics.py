@@ -12,6 +12,8 @@ from itertools import combinations
 
 import numpy as np
 
+from trainer.mini.clips import SIZE, is_drawn, words_of
+from trainer.mini.judge import read_clip
 from trainer.mini.metrics import edge_energy
 
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
@@ -132,6 +134,24 @@ def diversity(thumbnails: Sequence[Sequence[np.ndarray]]) -> float | None:
     return float(np.mean(prompts)) if prompts else None
 
 
+def judged(clip: np.ndarray, caption: str | None) -> dict[str, float | None]:
+    """What the miniature's judge reads from a clip, 1 or 0: whether its structure is intact, and whether it
+    shows every word of its caption; None without a caption of a drawn clip. Of pictures the direction is not
+    asked.
+    """
+    if (words := words_of(caption or "")) is None:
+        return dict.fromkeys(JUDGED)
+    reading = read_clip(clip)
+    if len(clip) == 1:
+        words["direction"] = None
+    return {STRUCTURE: float(reading.structure), ALIGNMENT: float(reading.says(words)["all"])}
+
+
+def can_be_judged(captions: Sequence[str], height: int, width: int) -> bool:
+    """Whether the miniature's judge can read clips of these captions: all are its own, and of its size."""
+    return (height, width) == (SIZE, SIZE) and all(map(is_drawn, captions))
+
+
 @dataclass(frozen=True)
 class Metric:
     """title, words: how the page names and explains it; of: the function of a clip that computes it."""
@@ -155,6 +175,12 @@ if find_spec("cv2"):
     CLIP[FLOW] = Metric("Flow", "length of optical flow, in percent of the shorter side per frame", flow)
 DIVERSITY = "diversity"
 CLIP_SCORE = "clip_score"
+STRUCTURE, ALIGNMENT = "structure", "alignment"
+JUDGED: Mapping[str, Metric] = {
+    STRUCTURE: Metric("Structure", "share of clips that show one whole object, by the miniature's judge"),
+    ALIGNMENT: Metric("Alignment", "share of clips that show every word, by the miniature's judge"),
+}
+"""What the miniature's judge says of clips of its own kind."""
 FD = "fd"
 FID, PFID, FVD = "fid", "pfid", "fvd"
 FRECHET_LITE0 = "frechet_efficientnet_lite0"
@@ -171,9 +197,10 @@ WORDS: Mapping[str, Metric] = {
     **CLIP,
     DIVERSITY: Metric("Seed diversity", "RMS distance between two samples of one prompt, in levels"),
     CLIP_SCORE: Metric("CLIP score", "100 max(cos, 0) of frame and prompt by a CLIP model, mean over frames"),
+    **JUDGED,
     **DISTANCES,
 }
-EACH = (*CLIP, CLIP_SCORE)
+EACH = (*CLIP, CLIP_SCORE, *JUDGED)
 """The metrics that every clip has of its own."""
 NAMES = (*EACH, DIVERSITY, FD, *DISTANCES)
 """What `--metrics` takes; `fd` stands for all distances in the networks of `--features`."""

@@ -33,7 +33,7 @@ class Protocol:
     fps: float | None
     source: str
     columns: tuple[str, ...]
-    rows: dict[str, tuple[float, ...]]
+    rows: dict[str, tuple[float | None, ...]]
     metrics: tuple[str, ...] = ()
 
     def sizes(self) -> dict[str, float]:
@@ -52,9 +52,16 @@ PROTOCOLS = {
         1024,
         1,
         None,
-        "appendix A, 5,000 captions, CLIP-ViT-g-14-laion2B",
+        "appendix A, 5,000 captions, CLIP-ViT-g-14-laion2B; preference: table 1, percent against the base",
         ("APT, 1 step", "base, 25 steps"),
-        {"FID": (27.9, 26.9), "PFID": (34.6, 30.6), "CLIP": (32.3, 33.2)},
+        {
+            "FID": (27.9, 26.9),
+            "PFID": (34.6, 30.6),
+            "CLIP": (32.3, 33.2),
+            f"{PREFERENCE}fidelity": (37, None),
+            f"{PREFERENCE}structure": (-13, None),
+            f"{PREFERENCE}text": (-8, None),
+        },
         tuple(OURS.values()),
     ),
     "apt-video": Protocol(
@@ -144,14 +151,14 @@ def cells(beside: dict) -> list[list[str]]:
         lines.append(
             [
                 row["figure"] + ours,
-                *(f"{value:g}" for value in row["paper"]),
+                *("-" if value is None else f"{value:g}" for value in row["paper"]),
                 *("-" if value is None else f"{value:.3g}" for value in here),
             ]
         )
     return lines
 
 
-def papers(beside: dict) -> list[dict[str, str | float]]:
+def papers(beside: dict) -> list[dict[str, str | float | None]]:
     """The paper's figures for each of its columns, by our names where we have one."""
     return [
         {"model": column} | {OURS.get(r["figure"], r["figure"]): r["paper"][n] for r in beside["rows"]}

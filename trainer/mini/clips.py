@@ -85,11 +85,20 @@ def scene(seed: int, index: int, moving: bool) -> Scene:
 
 def is_drawn(caption: str) -> bool:
     """Whether a caption is that of a drawn clip or image."""
-    return _CAPTION.fullmatch(caption) is not None
+    return words_of(caption) is not None
+
+
+def words_of(caption: str) -> dict[str, str | None] | None:
+    """The colour, shape, background and direction that a drawn clip's caption names, by the names that Scene
+    gives them; None for any other caption.
+    """
+    found = _CAPTION.fullmatch(caption)
+    return found and found.groupdict()
 
 
 _CAPTION = re.compile(
-    rf"a ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})( moving ({'|'.join(DIRECTIONS)}))? on a ({'|'.join(COLORS)}) background"
+    rf"a (?P<color>{'|'.join(COLORS)}) (?P<shape>{'|'.join(SHAPES)})"
+    rf"( moving (?P<direction>{'|'.join(DIRECTIONS)}))? on a (?P<background>{'|'.join(COLORS)}) background"
 )
 
 

@@ -4,6 +4,7 @@ Nothing here is learned. A pixel gets the palette colour with the nearest hue an
 region that is not background, and its shape is the ideal shape of equal area that overlaps it best.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,9 +64,11 @@ class Reading:
 
         The direction counts only for clips.
         """
-        words = {key: getattr(self, key) == getattr(scene, key) for key in ("color", "shape", "background")}
-        if scene.direction is not None:
-            words["direction"] = self.direction == scene.direction
+        return self.says({key: getattr(scene, key) for key in ("color", "shape", "background", "direction")})
+
+    def says(self, named: Mapping[str, str | None]) -> dict[str, bool]:
+        """The same for words by their names; a direction of None is not asked for."""
+        words = {key: getattr(self, key) == word for key, word in named.items() if word is not None}
         return {**words, "all": all(words.values())}
 
 

@@ -24,6 +24,7 @@ def result(*models, **real) -> dict:
         ("fid", (3.0, 2.0, 2.5), None, 20),  # the lowest distance
         ("fd_net", (3.0, 2.0, 1.5), None, 30),
         ("clip_score", (31.0, 33.0, 32.0), 30.0, 20),  # the highest
+        ("structure", (0.5, 0.9, 0.7), None, 20),
         ("sharpness", (50.0, 230.0, 130.0), 100.0, 30),  # nearest by ratio: 0.5, 2.3, 1.3
         ("sharpness", (50.0, 190.0, 201.0), 100.0, 20),
         ("saturation", (0.0, 4.0, 5.0), 1.0, 20),

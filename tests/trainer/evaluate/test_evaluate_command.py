@@ -222,7 +222,7 @@ def test_flow_without_opencv_says_what_to_install(monkeypatch):
     with pytest.raises(AptError, match="flow needs OpenCV: pip install opencv-python-headless, or leave"):
         choice.chosen("motion,flow", None)
     assert choice.chosen(None, None) == [
-        name for name in names if name not in ("fd", "clip_score", *choice.DISTANCES)
+        name for name in names if name not in ("fd", "clip_score", *choice.DISTANCES, *choice.JUDGED)
     ]
 
 

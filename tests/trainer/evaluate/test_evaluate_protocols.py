@@ -27,6 +27,7 @@ from trainer.evaluate.published import INCEPTION
 from trainer.evaluate.tables import write_tables
 
 FEATURES = [{"name": "fid", "file": "weights.pth"}, {"name": "clip_score", "file": "tiny-clip"}]
+PREFERENCES = '"preference, fidelity","preference, structure","preference, text"'
 FIGURES = {"fid": 28.125, "pfid": 40.0, "clip_score": 31.5}
 
 
@@ -71,10 +72,10 @@ def test_models_csv_holds_the_papers_figures(tmp_path):
     found["protocol"] = beside_paper("apt-images", images(5_000), found)
     write_tables(tmp_path, found)
     assert (tmp_path / "models.csv").read_text().splitlines() == [
-        "source,model,fid,fid_of_real,seconds_each,pfid,clip_score",
-        "here,mine,28.125,,2.0,,",
-        'paper,"APT, 1 step",27.9,,,34.6,32.3',
-        'paper,"base, 25 steps",26.9,,,30.6,33.2',
+        "source,model,fid,fid_of_real,seconds_each,pfid,clip_score," + PREFERENCES,
+        "here,mine,28.125,,2.0,,,,,",
+        'paper,"APT, 1 step",27.9,,,34.6,32.3,37,-13,-8',
+        'paper,"base, 25 steps",26.9,,,30.6,33.2,,,',
     ]
     found["protocol"] = beside_paper("apt-video", images(5, fps=24.0), found)
     write_tables(tmp_path, found)
@@ -122,13 +123,16 @@ def test_our_figures_stand_beside_the_papers_under_their_own_names():
         ["FID (here fid)", "27.9", "26.9", "28.1"],
         ["PFID (here pfid)", "34.6", "30.6", "40"],
         ["CLIP (here clip_score)", "32.3", "33.2", "31.5"],
+        ["preference, fidelity", "37", "-", "-"],
+        ["preference, structure", "-13", "-", "-"],
+        ["preference, text", "-8", "-", "-"],
     ]
     assert "<th scope=col>here: a &lt;b&gt;</th>" in as_html(beside) and as_html(None) == ""
     assert "clip_score here is of tiny-clip." in notes(beside)
     # in the features of another file it is no FID, whatever the file is called
     other = result(features=[{"name": "fd_inception", "file": "inception.pt"}], fd_inception=28.0)
     beside = beside_paper("apt-images", images(5_000), other)
-    assert [line[3] for line in cells(beside)[1:]] == ["-", "-", "-"]
+    assert [line[3] for line in cells(beside)[1:]] == ["-"] * 6
     assert not any("clip_score here" in note for note in notes(beside))
 
 
