@@ -80,6 +80,8 @@ def test_a_dry_run_counts_it_too(few_step, machine):
     without, counted = dry_run(*machine), dry_run("--start-from", str(few_step), *machine)
     assert without.exit_code == counted.exit_code == 0, counted.output
     assert LINE not in without.output and LINE in counted.output
+    note = f"{few_step} does not say which times it was trained for: stage 2 calls it once, at timestep 1000"
+    assert note in counted.output and "does not say which times" not in without.output
     high = dry_run("lora_rank=1", "--start-from", str(few_step), *machine)
     assert high.exit_code == 2 and "(lora_rank=2) or more" in high.stderr
     gone = dry_run("--start-from", "gone.safetensors", *machine)

@@ -165,19 +165,21 @@ def _show(
     from trainer.checkpoints.starting_models import RANDOM, find_base
     from trainer.jobs.dry_run import show_account
     from trainer.jobs.starts import open_start
+    from trainer.jobs.tell import say
     from trainer.machines.machine import imagined, pick_device, this_machine
     from trainer.machines.parallel import attention_of
 
     given = preset.files.base not in ("", RANDOM)
     if gpus is not None:
         check_name(preset.train.attention)  # what is installed there is not known here
-        begin = open_start(start, preset, find_base(preset) if given else None) if start else None
-        frozen = begin.frozen if begin else 0
-        show_account(preset, stage, recipe, imagined(gpus, memory, tflops), frozen=frozen)
-        return
-    device = pick_device(preset.train.device)
-    attention = attention_of(preset, device)
-    base = find_base(preset) if given else None  # an account needs none, but one that is given must be right
-    begin = open_start(start, preset, base) if start else None
-    machine = this_machine(device, preset.train.compute)
-    show_account(preset, stage, recipe, machine, str(attention), begin.frozen if begin else 0)
+        machine, attention = imagined(gpus, memory, tflops), ""
+    else:
+        device = pick_device(preset.train.device)
+        attention = str(attention_of(preset, device))
+        if given:  # an account needs no base, but one that is given must be right
+            find_base(preset)
+        machine = this_machine(device, preset.train.compute)
+    begin = open_start(start, preset, find_base(preset) if given else None) if start else None
+    if begin and begin.note:
+        say(begin.note)
+    show_account(preset, stage, recipe, machine, attention, begin.frozen if begin else 0)
