@@ -81,6 +81,29 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def anchors_of(page: Path) -> set[str]:
+    """What `#...` may be in a link to this page: its headings as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", text_of(page)), re.M)
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_into_a_page_name_one_of_its_headings(page):
+    links = re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", text_of(page))
+    lost = [
+        (file, anchor)
+        for file, anchor in links
+        if anchor not in anchors_of(page.parent / file if file else page)
+    ]
+    assert lost == []
+
+
+def test_anchors_are_github_s():
+    wanted = {"the-walk-a-one-step-lora-on-one-card-in-a-weekend", "3-look-at-the-start-and-train"}
+    assert wanted <= anchors_of(ROOT / "docs" / "train.md")
+
+
 def test_the_readme_leads_to_every_page():
     linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md)\)", text_of(ROOT / "README.md")))
     assert linked == {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
@@ -109,6 +132,15 @@ def test_every_function_and_every_test_of_the_method_exists(row):
             node.name for node in ast.parse(text_of(ROOT / file)).body if isinstance(node, ast.FunctionDef)
         }
         assert name in defined, f"{file}::{name}"
+
+
+def test_the_method_page_has_the_presets_numbers_of_stage_1():
+    page = text_of(ROOT / "docs" / "method.md")
+    wan, mini = (load_preset(name) for name in ("wan2.1-1.3b-480p", "mini"))
+    paper = wan.with_recipe("paper").distill.guidance
+    assert f"| {wan.distill.steps} discrete steps (the miniature: {mini.distill.steps})," in page
+    said = f"| {wan.distill.guidance:g} for Wan, which `--recipe paper` makes {paper:g}; {mini.distill.guidance:g} for"
+    assert said in page
 
 
 def commands_of(page: Path) -> list[str]:
