@@ -25,7 +25,7 @@ from apt_core.errors import AptError
 from trainer.checkpoints.inspect import inspect
 from trainer.checkpoints.starting_models import describe_state
 from trainer.checkpoints.trained_models import open_discriminator, open_generator
-from trainer.files import file_digest
+from trainer.digest import file_digest
 from trainer.machines.distributed import World
 from trainer.run.folders import resolve, unfinished_states, whole_states
 from trainer.run.state import Checkpoints, Keep

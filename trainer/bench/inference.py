@@ -12,13 +12,13 @@ from rich.table import Table
 from apt_core.engine.decoder import Decoder
 from apt_core.engine.pipeline import OneStepPipeline, on_the_cpu
 from apt_core.engine.request import Request
+from apt_core.files.jsonfile import write_json
 from apt_core.method.noise import draw
 from trainer.bench.floors import count_work
 from trainer.bench.many import model_of_many
 from trainer.bench.rates import measure_rates, median_seconds, once, peak_memory
 from trainer.bench.shapes import Shapes, find_shapes
 from trainer.bench.stock import measure_stock
-from trainer.files import write_json
 from trainer.machines.machine import versions
 from trainer.run.progress import console
 

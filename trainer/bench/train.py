@@ -13,12 +13,12 @@ from rich.table import Table
 from torch import nn
 
 from apt_core.errors import AptError
+from apt_core.files.jsonfile import write_json
 from trainer.bench.rates import peak_memory, synchronise
 from trainer.bench.shapes import build_backbone
 from trainer.config import Preset
 from trainer.data.batches import Micro
 from trainer.data.sampling import split
-from trainer.files import write_json
 from trainer.machines.account import account, batch_of
 from trainer.machines.distributed import World, connect
 from trainer.machines.machine import pick_device, this_machine, versions

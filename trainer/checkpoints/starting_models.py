@@ -10,7 +10,7 @@ from apt_core.errors import AptError
 from apt_core.files.checkpoint_header import read_folder_metadata, read_metadata
 from apt_core.files.contract import metadata_json
 from apt_core.files.folders import transformer_folder, weight_files
-from apt_core.files.jsonfile import read_object
+from apt_core.files.jsonfile import read_object, write_json
 from apt_core.files.quantised import form_of
 from apt_core.files.tensorfile import read_header
 from apt_core.loading.backbones import kind_named, kind_of_file
@@ -20,7 +20,6 @@ from apt_core.loading.text_files import load_text_encoder_files
 from apt_core.models.text import TextEncoder
 from apt_core.models.vae import load_vae
 from trainer.config import Files, Model, Preset
-from trainer.files import write_json
 from trainer.run.folders import ABOUT, resolve
 
 RANDOM = "random"  # for backbones without public weights: start from random ones

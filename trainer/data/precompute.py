@@ -13,6 +13,7 @@ import torch
 
 from apt_core.errors import AptError, NotFinite
 from apt_core.files.atomic import make_folder
+from apt_core.files.jsonfile import write_json
 from apt_core.models.latents import stride
 from apt_core.models.text import check_tokens
 from apt_core.models.vae import encode
@@ -20,7 +21,6 @@ from trainer.data.captions import Bad, Item, find_items, item_id, refuse_bad
 from trainer.data.cuts import Clip, Cut
 from trainer.data.prompts import write_prompts
 from trainer.data.shards import Sample, ShardWriter, indexed_names
-from trainer.files import write_json
 from trainer.machines.distributed import World
 
 SKIPPED = "skipped.json"

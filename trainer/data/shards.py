@@ -21,9 +21,8 @@ from torch import Tensor
 
 from apt_core.errors import AptError
 from apt_core.files.contract import metadata_json
-from apt_core.files.jsonfile import read_object
+from apt_core.files.jsonfile import read_object, write_json
 from apt_core.files.tensorfile import Header, read_header, write_tensors
-from trainer.files import write_json
 
 FORMAT, VERSION = "apt-shards", 1
 INDEX = "index.json"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from apt_core.errors import AptError
 from apt_core.files.folders import weight_files
 from trainer.config import Settings
-from trainer.files import file_digest, files_digest
+from trainer.digest import file_digest, files_digest
 
 from .features import checked_table, is_digest, read_tables
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from apt_core.errors import AptError
+from apt_core.files.jsonfile import write_json
 from apt_core.files.media_write import write_image, write_video
 from apt_core.files.prompts import read_prompts
 from trainer.config import Files
-from trainer.files import write_json
 from trainer.machines.distributed import World
 from trainer.run.progress import console, stage_bar
 

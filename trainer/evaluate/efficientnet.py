@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.errors import AptError
-from trainer.files import file_digest
+from trainer.digest import file_digest
 
 from .features import Features, Network
 from .metrics import FRECHET_LITE0

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from apt_core.errors import AptError
 from trainer.config import Settings
-from trainer.files import file_digest
+from trainer.digest import file_digest
 from trainer.mini.metrics import frechet
 
 from .inception import Inception, open_inception

@@ -15,8 +15,7 @@ import numpy as np
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder, replacing
-from apt_core.files.jsonfile import read_object
-from trainer.files import write_json
+from apt_core.files.jsonfile import read_object, write_json
 
 from .clip_score import ClipScore
 from .features import Features

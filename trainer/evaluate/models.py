@@ -15,7 +15,7 @@ from trainer.checkpoints.generate import find_source
 from trainer.checkpoints.starting_models import read_about, with_defaults
 from trainer.checkpoints.trained_models import State, average_of, base_of
 from trainer.config import Files
-from trainer.files import file_digest, files_digest
+from trainer.digest import file_digest, files_digest
 from trainer.run.folders import is_state, resolve
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import replacing_folder
-from trainer.files import write_json
+from apt_core.files.jsonfile import write_json
 
 DIMENSIONS = (
     "subject_consistency",

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
+from apt_core.files.jsonfile import write_json
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.flow import shift
 from apt_core.method.noise import APT, draw
 from trainer.checkpoints.trained_models import open_discriminator
 from trainer.data.batches import held_positions
 from trainer.data.shards import ShardDataset
-from trainer.files import write_json
 from trainer.inside.opening import embed_all, frames_of, show_frame
 from trainer.jobs.plan import LATENTS
 from trainer.run.folders import is_state, whole_states

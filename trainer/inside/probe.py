@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from apt_core.engine.pipeline import OneStepPipeline
+from apt_core.files.jsonfile import write_json
 from apt_core.method.generator import one_step
 from apt_core.method.linear_probe import Ridge, band_energies
 from apt_core.method.noise import draw
 from apt_core.models.patches import from_patches, to_patches
-from trainer.files import write_json
 from trainer.inside.opening import embed_all, find_captions, frames_of, show_frame
 from trainer.run.plot import BLACK, BLUE, ORANGE, save_figure
 from trainer.run.progress import stage_bar

@@ -8,9 +8,9 @@ import numpy as np
 
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
+from apt_core.files.jsonfile import write_json
 from apt_core.files.media_write import write_video
 from apt_core.method.noise import draw, walk
-from trainer.files import write_json
 from trainer.inside.opening import embed_all, find_captions, frames_of, show_frame
 from trainer.run.pictures import enlarge
 from trainer.run.plot import BLACK, BLUE, ORANGE, save_figure

@@ -13,8 +13,9 @@ import numpy as np
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder, replacing
+from apt_core.files.jsonfile import write_json
 from trainer.data.media import bare
-from trainer.files import file_digest, write_json
+from trainer.digest import file_digest
 from trainer.run.progress import console
 
 from . import FORMAT, KEY, QUESTIONS, SIDES, VOTES

@@ -9,8 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from apt_core.errors import AptError
-from apt_core.files.jsonfile import read_object
-from trainer.files import write_json
+from apt_core.files.jsonfile import read_object, write_json
 from trainer.run.progress import console
 
 from . import ANSWERS, FORMAT, KEY, QUESTIONS, VOTES

@@ -21,13 +21,13 @@ import torch
 
 from apt_core.errors import AptError, NotFinite
 from apt_core.files.atomic import make_folder
+from apt_core.files.jsonfile import write_json
 from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.export import export
 from trainer.checkpoints.starting_models import describe_state
 from trainer.config import Preset, load_preset
 from trainer.data.batches import Batches
-from trainer.files import write_json
 from trainer.jobs.plan import LATENTS, final_file
 from trainer.jobs.plan import metadata as stage_metadata
 from trainer.jobs.training import run_adversarial, run_distill

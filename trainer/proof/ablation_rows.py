@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from apt_core.errors import AptError
+from apt_core.files.jsonfile import write_json
 from trainer.config import Adversarial, comparable
-from trainer.files import write_json
 
 from .variants import Variant
 

@@ -11,12 +11,12 @@ from rich.markup import escape
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder, replacing
+from apt_core.files.jsonfile import write_json
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.models.text import load_text_encoder
 from trainer.config import Preset, comparable
 from trainer.data.batches import Batches
 from trainer.data.shards import INDEX
-from trainer.files import write_json
 from trainer.jobs.plan import LATENTS, final_file
 from trainer.jobs.training import run_adversarial, run_distill, run_precompute
 from trainer.machines.machine import versions

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from apt_core.errors import AptError
+from apt_core.files.jsonfile import write_json
 from apt_core.models.text import load_text_encoder
 from apt_core.models.vae import load_vae
 from trainer.config import Preset
 from trainer.data.batches import Embedder
-from trainer.files import file_digest, write_json
+from trainer.digest import file_digest
 from trainer.jobs.plan import final_file
 from trainer.mini import ASSETS, VAE
 from trainer.mini.features import load_features

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from apt_core.files.jsonfile import write_json
 from apt_core.models.vae import load_vae
-from trainer.files import write_json
 from trainer.mini import ASSETS, VAE
 from trainer.mini.clips import Scene, draw
 from trainer.mini.features import load_features

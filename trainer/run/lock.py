@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder
-from trainer.files import write_json
+from apt_core.files.jsonfile import write_json
 from trainer.machines.distributed import World
 
 

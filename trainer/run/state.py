@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from apt_core.errors import AptError
-from apt_core.files.jsonfile import read_object
+from apt_core.files.jsonfile import read_object, write_json
 from trainer.data.sampling import ORDER
-from trainer.files import write_json
 from trainer.machines.distributed import World
 from trainer.run.folders import (
     FACTS,

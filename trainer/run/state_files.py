@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from apt_core.errors import AptError
 from apt_core.files.jsonfile import read_object
-from trainer.files import file_digest
+from trainer.digest import file_digest
 from trainer.run.folders import FACTS, STATE
 
 # a single process is fine, for a reader of states too

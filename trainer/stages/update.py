@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from apt_core.errors import NotFinite
+from apt_core.files.jsonfile import write_json
 from trainer.data.batches import Micro, Microbatches
-from trainer.files import write_json
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel
 from trainer.stages.networks import Networks

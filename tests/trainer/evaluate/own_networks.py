@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from trainer.digest import file_digest
 from trainer.evaluate.features import Features, read_networks
-from trainer.files import file_digest
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from apt_core.errors import AptError
 from trainer.__main__ import app
+from trainer.digest import file_digest
 from trainer.evaluate.choice import chosen
 from trainer.evaluate.clip_score import ClipScore, read_clip
-from trainer.files import file_digest
 from trainer.mini.clips import draw
 
 CPU, SIZE, LENGTH = torch.device("cpu"), 32, 12

@@ -16,12 +16,12 @@ from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
 from apt_core.files.media_write import write_image, write_video
 from trainer.__main__ import app
+from trainer.digest import file_digest
 from trainer.evaluate import choice
 from trainer.evaluate.features import distance
 from trainer.evaluate.measured import Measured, measure
 from trainer.evaluate.metrics import CLIP, diversity, thumbnail
 from trainer.evaluate.page import write_page
-from trainer.files import file_digest
 from trainer.mini import GENERATOR
 from trainer.mini.clips import draw
 

@@ -6,8 +6,8 @@ from own_networks import CPU, ClipMeans, network, table
 from scipy.linalg import sqrtm
 
 from apt_core.errors import AptError
+from trainer.digest import file_digest
 from trainer.evaluate.features import Features, check_count, distance, read_networks
-from trainer.files import file_digest
 from trainer.mini.clips import draw
 
 

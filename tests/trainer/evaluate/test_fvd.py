@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from apt_core.errors import AptError
 from apt_core.files.media_write import write_video
 from trainer.__main__ import app
+from trainer.digest import file_digest
 from trainer.evaluate.features import distance, read_networks
 from trainer.evaluate.published import I3D, KNOWN
-from trainer.files import file_digest
 from trainer.mini.clips import draw
 
 

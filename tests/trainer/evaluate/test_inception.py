@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from apt_core.errors import AptError
+from trainer.digest import file_digest
 from trainer.evaluate import inception
 from trainer.evaluate.choice import chosen, opened
 from trainer.evaluate.features import Features, distance, read_networks
 from trainer.evaluate.published import INCEPTION, KNOWN
-from trainer.files import file_digest
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(find_spec("torch_fidelity") is None, reason="it needs torch-fidelity")

@@ -6,7 +6,7 @@ import pytest
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder, replacing
-from trainer.files import write_json
+from apt_core.files.jsonfile import write_json
 
 
 def test_json_makes_its_folder_and_leaves_nothing_beside_it(tmp_path):
