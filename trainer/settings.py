@@ -21,7 +21,7 @@ class Model(Settings):
     """Shape of the base model. Memory and time are computed from it, without reading weights."""
 
     kind: str = "wan"
-    """Kind of backbone, see apt_core.loading.backbones."""
+    """Kind of backbone: wan, mmdit, or one of your own (see CONTRIBUTING.md)."""
     layers: int = Field(ge=1)
     """Number of transformer blocks."""
     heads: int = Field(ge=1)
@@ -57,8 +57,8 @@ class Model(Settings):
 
 
 class Files(Settings):
-    """Where the weights are: a diffusers folder, or a single file that ComfyUI takes. "mini" is the shipped
-    miniature's; empty means not given.
+    """Where the weights are: a diffusers folder, or a single file as ComfyUI loads it. "mini" takes the file
+    of the miniature that comes with this project; none: not given.
     """
 
     base: str = ""
@@ -68,37 +68,39 @@ class Files(Settings):
     text_encoder: str = ""
     """The text encoder."""
     tokenizer: str = ""
-    """A folder with spiece.model, or that file; needed if the text encoder has none in it."""
+    """The folder with spiece.model, or that file; only needed if the text encoder's file has no tokenizer in
+    it."""
 
 
 class Data(Settings):
-    """What samples are cropped and resampled to."""
+    """The size and frame rate that your clips and images are cropped and resampled to."""
 
     height: int = Field(ge=16)
-    """Pixels of clips."""
+    """Height of clips in pixels."""
     width: int = Field(ge=16)
-    """Pixels of clips."""
+    """Width of clips in pixels."""
     frames: int = Field(ge=1)
-    """Frames of a clip, 4 n + 1."""
+    """Frames of a clip: 1 more than a multiple of 4."""
     fps: float = Field(ge=1, le=240)
     """Frames per second."""
     image_height: int | None = Field(None, ge=16)
-    """Pixels of images; none: as clips."""
+    """Height of images in pixels; none: the same as of clips."""
     image_width: int | None = Field(None, ge=16)
-    """Pixels of images; none: as clips."""
+    """Width of images in pixels; none: the same as of clips."""
     aspects: tuple[str, ...] = ()
-    """Aspect ratios such as 16:9; each file gets the nearest one, with as many pixels as height x width
-    (none: every file is cropped to height x width)."""
+    """Aspect ratios such as 16:9. Each file gets the nearest one, with about as many pixels as height x
+    width; none: every file is cropped to height x width."""
     shorter: tuple[int, ...] = ()
-    """Numbers of frames for clips that are shorter than frames."""
+    """Smaller numbers of frames, for clips that are too short for frames."""
     clips_per_file: int = Field(1, ge=1)
-    """How many clips at most are cut from a long video, one after another."""
+    """At most how many clips to cut from a long video, one after another."""
     images: int = Field(0, ge=0)
     """How many images the demo draws."""
     clips: int = Field(0, ge=0)
     """How many clips the demo draws."""
     held_out: int = Field(64, ge=0)
-    """Samples of each kind that are kept from training (at most a tenth), for trainer.stages.watch."""
+    """How many images and how many clips are not trained on (at most a tenth of each), so that the
+    discriminator and the motion can be measured on samples that no update sees."""
 
     @field_validator("aspects", "shorter", mode="before")
     @classmethod
@@ -126,19 +128,19 @@ class Sampling(Settings):
     """How the base model is sampled, and what sample pictures show."""
 
     steps: int = Field(25, ge=1)
-    """Euler steps."""
+    """Euler steps of the base model."""
     guidance: float
     """Scale of classifier-free guidance."""
     shift_image: float = Field(gt=0)
-    """Shift of the times, for images."""
+    """Shift of the base model's sampling times, for images."""
     shift_video: float = Field(gt=0)
-    """Shift of the times, for clips."""
+    """Shift of the base model's sampling times, for clips."""
     negative_prompt: str
-    """The fixed negative prompt."""
+    """The negative prompt of every guided sample."""
     second_time: float = Field(gt=0, lt=1)
-    """Time of the second step in two-step sampling; it is written to every file of the run."""
+    """Time of the second step when a model is sampled in two steps. Every file of the run states it."""
     prompts: tuple[str, ...] = ()
-    """Prompts of the sample pictures during training."""
+    """Prompts of the sample pictures that training writes; none: captions of the data."""
 
     def shift(self, kind: str) -> float:
         return self.shift_image if kind == "image" else self.shift_video
@@ -161,10 +163,10 @@ ONLY_OF = {
 
 
 class Distill(Settings):
-    """Stage 1."""
+    """Stage 1: distillation into one step. Some settings are for one method only and begin with its name."""
 
     method: Literal["consistency", "dmd"] = "consistency"
-    """Consistency (the paper's) or dmd, distribution matching (apt_core.method.dmd)."""
+    """consistency, which the paper uses, or dmd: distribution matching."""
     updates: int = Field(ge=1)
     """Number of updates."""
     batch_image: int = Field(ge=1)
@@ -174,45 +176,45 @@ class Distill(Settings):
     video_share: float = Field(ge=0, le=1)
     """Share of the updates that train on clips."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """Muon is for models as small as the miniature."""
+    """adam, or muon for models as small as the miniature."""
     lr: float = Field(gt=0)
     """Learning rate."""
     lr_end: float | None = Field(None, gt=0)
-    """Learning rate that lr falls to in a straight line; none: it stays."""
+    """Where the learning rate ends; it falls from lr in a straight line. none: it stays at lr."""
     lr_warmup: int = Field(0, ge=0)
-    """Updates in which the learning rate rises to lr."""
+    """Updates at the start in which the learning rate rises to lr."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     steps: int = Field(ge=1)
-    """consistency: number of discrete times."""
+    """consistency: into how many intervals the time between sample and noise is divided."""
     guidance: float = Field(ge=1)
-    """Guidance scale of the teacher; dmd: of the real score."""
+    """Guidance scale of the teacher (for dmd, of the real score)."""
     fraction_at_final: float = Field(ge=0, le=1)
-    """consistency: share of the samples at the last time."""
+    """consistency: share of the samples that train on the last interval, the one that ends at pure noise."""
     target_decay: float = Field(ge=0, lt=1)
-    """consistency: EMA decay of the target network; 0: the student itself."""
+    """consistency: EMA decay of the target network; 0: the target is the student itself."""
     target_warmup: float = Field(0.0, ge=0)
-    """consistency: as ema_warmup, for the target network."""
+    """consistency: like ema_warmup, for the target network."""
     ema_decay: float = Field(ge=0, lt=1)
-    """Decay of the EMA that becomes the result."""
+    """Decay of the EMA (average of the weights) that becomes the result."""
     ema_warmup: float = Field(0.0, ge=0)
-    """Lets a young EMA forget the start sooner (apt_core.method.ema.Ema); 0: the plain decay."""
+    """W: update n uses a decay of at most n / (n + W), so that a young EMA forgets the start sooner; 0:
+    always the full decay."""
     fake_updates: int = Field(5, ge=1)
-    """dmd: updates of the fake score, a LoRA of train.lora_rank, for each update of the generator (DMD2: 5).
-    """
+    """dmd: updates of the fake score for each update of the generator (DMD2: 5). The fake score is a LoRA of
+    rank train.lora_rank."""
     lr_fake: float | None = Field(None, gt=0)
-    """dmd: learning rate of the fake score, which rises and falls as lr does; none: lr."""
+    """dmd: learning rate of the fake score. It rises and falls like that of the generator; none: lr."""
     t_min: float = Field(0.02, gt=0, le=1)
-    """dmd: the earliest time that samples are noised to."""
+    """dmd: lowest time (least noise) at which samples are noised."""
     t_max: float = Field(0.98, gt=0, le=1, validate_default=True)
-    """dmd: the latest time that samples are noised to."""
+    """dmd: highest time (most noise) at which samples are noised."""
     t_shift: float | None = Field(None, gt=0)
-    """dmd: shift of those times; none: that of the base's own sampling."""
+    """dmd: shift of these times; none: the shift that the base is sampled with."""
     weighting: Weighting = "dmd"
-    """dmd: see apt_core.method.dmd.DmdSettings."""
+    """dmd: either dmd, which makes all times count alike, or kl, the gradient of the divergence itself."""
     regression: float = Field(0.0, ge=0)
-    """dmd: weight of the distance to the base's own sample from the same noise; 0: no such samples are made.
-    """
+    """dmd: weight of the distance to the base's own sample from the same noise; 0: off."""
     regression_steps: int | None = Field(None, ge=1)
     """dmd: guided Euler steps of that sample, each of which calls the base; none: sampling.steps."""
 
@@ -251,8 +253,8 @@ class Distill(Settings):
 class Adversarial(Settings):
     """One phase of stage 2 (table in section 3.5).
 
-    taps, discriminator_time, discriminator_start and train_backbone are choices that the paper tried and
-    decided against (sections 3.3 and 5.2); the defaults are the paper's.
+    With taps, discriminator_time, discriminator_start and train_backbone you can repeat what the paper tried
+    and decided against (sections 3.3 and 5.2); their defaults are the paper's.
     """
 
     updates: int = Field(ge=1)
@@ -264,46 +266,47 @@ class Adversarial(Settings):
     lr_discriminator: float = Field(gt=0)
     """Learning rate of the discriminator."""
     lr_heads: float | None = Field(None, gt=0)
-    """Learning rate of the discriminator's new heads; none: lr_discriminator, as in the paper."""
+    """Learning rate of the discriminator's heads, which are new; none: lr_discriminator, as in the paper."""
     warmup: int = Field(0, ge=0)
     """Updates at the start that train only the discriminator."""
     ema_decay: float = Field(ge=0, lt=1)
-    """Decay of the EMA that becomes the result."""
+    """Decay of the EMA (average of the weights) that becomes the result."""
     ema_warmup: float = Field(0.0, ge=0)
-    """Lets a young EMA forget the start sooner (apt_core.method.ema.Ema); 0: the plain decay, as in the
-    paper."""
+    """W: update n uses a decay of at most n / (n + W), so that a young EMA forgets the start sooner; 0:
+    always the full decay, as in the paper."""
     shift: float = Field(gt=0)
-    """S of equation 7, for the discriminator's timesteps."""
+    """s of equation 7: shift of the discriminator's timesteps."""
     relativistic: bool = False
-    """A relativistic pair loss instead of the paper's."""
+    """true: a relativistic loss, which compares each real sample with a generated one; false: the paper's."""
     r1_weight: float = Field(ge=0)
-    """Weight lambda of aR1; 0: none."""
+    """Weight lambda of aR1, the approximated R1 penalty on real samples; 0: off."""
     r1_sigma: float = Field(gt=0)
     """Sigma of aR1's noise."""
     r1_sigma_time: float | None = Field(None, gt=0)
-    """AR1's sigma for what differs between frames, r1_sigma then being for what they share
-    (apt_core.method.objectives.perturbation); none: one sigma, as in the paper."""
+    """Sigma of the part of aR1's noise that differs between frames; r1_sigma is then that of the part that
+    all frames share. none: r1_sigma is for both, as in the paper."""
     r2_weight: float = Field(0.0, ge=0)
-    """Weight lambda of aR2; 0: none."""
+    """Weight lambda of aR2, the same penalty on generated samples; 0: off."""
     r2_sigma: float = Field(0.01, gt=0)
     """Sigma of aR2's noise."""
     r2_sigma_time: float | None = Field(None, gt=0)
-    """As r1_sigma_time, for aR2."""
+    """Like r1_sigma_time, for aR2."""
     reg_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the batch that the penalties see."""
+    """Share of the batch that the penalties are computed on."""
     centering: float = Field(0.0, ge=0)
-    """Weight of the penalty on the mean of the logits."""
+    """Weight of a penalty that keeps the logits near 0, which a relativistic loss needs; 0: off."""
     discriminator_step: Literal["batched", "separate", "two_pass"] = "batched"
-    """How the discriminator's passes are run (mode of apt_core.method.objectives.discriminator_backward)."""
+    """Three ways to the same gradients: batched is the fastest for few tokens, separate calls the network
+    once per input, two_pass needs the least memory and one more forward pass."""
     taps: tuple[float, ...] = PAPER_FRACTIONS
-    """Depths of the discriminator's heads, as fractions of the base's blocks; the last one is the depth of
-    the discriminator."""
+    """Where the discriminator's heads sit, as fractions of the base's blocks. The discriminator ends at the
+    last one."""
     discriminator_time: float | None = Field(None, ge=0, le=1)
-    """One timestep in [0, 1] for all samples instead of those of equation 6."""
+    """One timestep from 0 to 1 for all samples; none: random ones, as in equation 6."""
     discriminator_start: Literal["base", "start"] = "base"
-    """Base, or start: the weights that the generator starts from."""
+    """What the discriminator starts from: base, or start, the weights that the generator starts from."""
     train_backbone: bool = True
-    """False trains only the discriminator's heads."""
+    """false: only the discriminator's heads are trained."""
 
     def objective(self) -> Objective:
         return Objective(
@@ -327,55 +330,58 @@ class Phases(Settings):
     video: Adversarial
     """The video phase."""
     also: dict[str, Any] = {}
-    """By full name (distill.guidance), what the recipe changes of the preset's other settings."""
+    """The preset's other settings that the recipe changes, by full name (distill.guidance)."""
 
 
 class Train(Settings):
-    """How a run uses its machines, and what it writes. Except for mode and the LoRA settings, nothing here
-    changes the training, apart from rounding.
+    """How a run uses its machines, and what it writes. Only mode, the LoRA settings and head_width change the
+    training; the others change nothing but rounding.
     """
 
     mode: Literal["full", "lora"] = "full"
-    """Full trains all weights; lora trains adapters on one frozen base that all networks share."""
+    """full trains all weights; lora trains adapters on one frozen base that all networks share."""
     lora_rank: int = Field(64, ge=1)
-    """Rank of the adapters."""
+    """Rank of the LoRA adapters."""
     lora_alpha: float | None = Field(None, gt=0)
-    """Adapters are scaled by lora_alpha / lora_rank; none: by 1."""
+    """Adapters are scaled by lora_alpha / lora_rank; none: they are not scaled."""
     head_width: int | None = Field(None, ge=1)
-    """Inner width of the discriminator's heads; none: the model's own."""
+    """Inner width of the discriminator's heads; none: the width of the model."""
     microbatch: int | None = Field(None, ge=1)
-    """Samples that a process computes at once; none: its whole share."""
+    """How many samples a process computes at once; none: its whole share of the batch."""
     compute: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of matrix products."""
+    """Dtype of matrix products; weights and optimizer stay in fp32."""
     generator_zero: Literal[2, 3] = 3
-    """ZeRO stage of the generator, see trainer.machines.parallel.Parallel."""
+    """ZeRO stage of the generator: 3 needs the least memory; 2 gathers the weights only once per update and
+    keeps them, 2 bytes per parameter."""
     discriminator_zero: Literal[2, 3] = 3
-    """ZeRO stage of the discriminator."""
+    """The same for the discriminator."""
     sync_every_microbatch: bool = False
-    """Reduce gradients after every microbatch instead of once per update."""
+    """true: reduce gradients after every microbatch, if a whole fp32 gradient does not fit into memory;
+    false: once per update."""
     checkpointing: Literal["none", "blocks", "offload"] = "none"
-    """Activation checkpointing; offload keeps the blocks' inputs in the CPU's memory."""
+    """Activation checkpointing: blocks recomputes each block in the backward pass; offload does too, and
+    keeps the blocks' inputs in the CPU's memory."""
     compile: str | None = None
-    """Torch.compile the blocks with this backend."""
+    """Compile the blocks with this backend of torch.compile, such as inductor; none: do not."""
     context_parallel: int = Field(1, ge=1)
-    """Processes that divide the tokens of one sample."""
+    """How many processes share the tokens of one sample."""
     attention: str = "auto"
     """Attention backend by diffusers' name; auto: the fastest installed one with a backward pass."""
     device: str = "auto"
-    """Auto: the GPU if there is one."""
+    """auto, cpu or cuda; auto: the GPU if there is one."""
     ema_decays: tuple[float, ...] = ()
-    """Decays of additional EMAs."""
+    """Decays of more EMAs to keep beside ema_decay's."""
     save_every: int = Field(50, ge=0)
-    """Updates between two training states; 0: none."""
+    """Save a training state every so many updates; 0: never."""
     keep_last: int = Field(2, ge=1)
-    """How many of the newest states are kept."""
+    """How many of the newest training states to keep."""
     keep_best: int = Field(1, ge=0)
-    """How many of the best states are kept in addition, by trainer.run.judge."""
+    """How many of the best training states to keep besides, whose samples are nearest to real latents."""
     judge_samples: int = Field(64, ge=0)
-    """Samples that judge a state; 0: states are not judged."""
+    """How many samples a training state is judged by; 0: none is judged."""
     sample_every: int = Field(0, ge=0)
-    """Updates between two sets of sample pictures; 0: none."""
+    """Write sample pictures every so many updates; 0: never."""
     watch_every: int = Field(10, ge=0)
-    """Updates between two measurements on held-out samples, of the discriminator and of motion; 0: none."""
+    """Measure the discriminator and the motion on held-out samples every so many updates; 0: never."""
     wandb: str | None = None
-    """Weights & Biases project to report to, if the package is installed."""
+    """Weights & Biases project to report to; if the package wandb is installed."""

@@ -100,17 +100,16 @@ Overrides = Annotated[
     ),
 ]
 Recipe = Annotated[
-    str | None, option("paper, stable, budget or weekend, whichever the preset has; by default its first.")
+    str | None,
+    option("One of the preset's recipes (paper, stable, budget, weekend, ...); by default its first."),
 ]
 Run = Annotated[
     Path | None,
-    option("The run's folder, which all its stages share; by default runs/NAME of the preset.", "--out"),
+    option("The run's folder, the same for all its stages; by default runs/ and the preset's name.", "--out"),
 ]
-Seed = Annotated[int, option("All random numbers of the run are derived from it.", min=0, max=MAX_SEED)]
-Shards = Annotated[
-    Path | None, option("Folder of shards; by default the one that precompute wrote to --out.")
-]
-Phase = Annotated[str, option("image or video.")]
+Seed = Annotated[int, option("Seed of all random numbers of the run.", min=0, max=MAX_SEED)]
+Shards = Annotated[Path | None, option("Folder of precompute's shards; by default the one in --out.")]
+Phase = Annotated[str, option("Which phase: image or video.")]
 SkipBad = Annotated[bool, option("Leave out files that cannot be used, and list them.", "--skip-bad")]
 TruncateCaptions = Annotated[
     bool, option("Cut captions that are too long for the text encoder.", "--truncate-captions")
@@ -123,12 +122,28 @@ DryRun = Annotated[
         panel=PLANNING,
     ),
 ]
-Gpus = Annotated[int | None, option("For this many GPUs instead of this machine.", panel=PLANNING)]
-Memory = Annotated[float, option("With --gpus: GiB of each.", panel=PLANNING)]
-Tflops = Annotated[float, option("With --gpus: peak TFLOP/s of matrix products of each.", panel=PLANNING)]
+Gpus = Annotated[int | None, option("Count for this many GPUs instead of for this machine.", panel=PLANNING)]
+Memory = Annotated[float, option("With --gpus: memory of each GPU, in GiB.", panel=PLANNING)]
+Tflops = Annotated[
+    float, option("With --gpus: peak speed of each GPU in matrix products, in TFLOP/s.", panel=PLANNING)
+]
 File = Annotated[
     str,
-    option("A diffusers folder or a .safetensors file; mini is the miniature's own.", panel=FILES),
+    option("A diffusers folder or a .safetensors file; mini takes the miniature's.", panel=FILES),
+]
+Tokenizer = Annotated[
+    str,
+    option(
+        "The folder with spiece.model, or that file; only needed if the text encoder's file has none in it.",
+        panel=FILES,
+    ),
+]
+Base = Annotated[
+    str,
+    option(
+        "For a LoRA or a training state: the transformer beneath it; mini takes the miniature's.",
+        panel=FILES,
+    ),
 ]
 Checkpoint = Annotated[
     Path,
@@ -138,16 +153,19 @@ Checkpoint = Annotated[
 ]
 Ema = Annotated[
     float | None,
-    option("For a training state: the decay of the average to use; 0 for the raw weights.", panel=FILES),
+    option("For a training state: which average to use, by its decay; 0 takes the raw weights.", panel=FILES),
 ]
 Prompts = Annotated[Path | None, option("Text file with one prompt per line.")]
-Height = Annotated[int | None, option("Pixels; by default the checkpoint's own.", panel=SIZE)]
-Width = Annotated[int | None, option("Pixels; by default the checkpoint's own.", panel=SIZE)]
-Frames = Annotated[int | None, option("By default the checkpoint's own; 1 makes pictures.", panel=SIZE)]
+Height = Annotated[int | None, option("Height in pixels; by default the checkpoint's own.", panel=SIZE)]
+Width = Annotated[int | None, option("Width in pixels; by default the checkpoint's own.", panel=SIZE)]
+Frames = Annotated[
+    int | None,
+    option("Frames of each sample; by default the checkpoint's own, and 1 makes pictures.", panel=SIZE),
+]
 Fps = Annotated[float | None, option("Frames per second; by default the checkpoint's own.", panel=SIZE)]
 Guidance = Annotated[float, option("Scale of classifier-free guidance.", panel=BASE)]
 Shift = Annotated[float, option("Shift of the sampling times.", panel=BASE)]
 Negative = Annotated[str, option("Negative prompt.", panel=BASE)]
-Device = Annotated[str, option("auto, cpu, cuda, cuda:1, ...", panel=ENGINE)]
+Device = Annotated[str, option("Where to compute: auto, cpu, cuda, cuda:1, ...", panel=ENGINE)]
 Noise = Annotated[int, option("Seed of the noise.", min=0, max=2**64 - 1)]
-Json = Annotated[Path | None, option("Write the figures here as JSON too.")]
+Json = Annotated[Path | None, option("Also write the figures to this JSON file.")]

@@ -7,7 +7,8 @@ import typer
 from trainer.cli.app import USE, Device, Json, Overrides, Phase, Preset, app
 
 bench = typer.Typer(
-    no_args_is_help=True, help="Speed and memory on this machine, with random weights of the true shapes."
+    no_args_is_help=True,
+    help="Measure speed and memory on this machine, with random weights of the true shapes.",
 )
 app.add_typer(bench, name="bench", rich_help_panel=USE)
 
@@ -19,7 +20,7 @@ def bench_inference(
     ] = "mini",
     json: Json = None,
     device: Device = "auto",
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each part; their median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each part runs; the median counts.")] = 5,
     compiled: Annotated[
         bool,
         typer.Option(
@@ -27,9 +28,11 @@ def bench_inference(
             help="Compile the engine's transformer and decoder; by default on a GPU.",
         ),
     ] = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="The engine's transformer in 8 bits.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Compute the engine's transformer in 8 bits.")] = False,
 ) -> None:
-    """Time text encoder, transformer, decode and total, beside their floors, stock diffusers and the paper.
+    """Time each part of a sample, beside the least time this hardware allows, stock diffusers and the paper.
+
+    The parts are the text encoder, the transformer and the decoder.
 
     Also estimates the times on several GPUs.
     """
@@ -45,11 +48,13 @@ def bench_train(
     overrides: Overrides = None,
     json: Json = None,
     phase: Phase = "video",
-    updates: Annotated[int, typer.Option(min=2, help="Updates of each mode; the first does not count.")] = 3,
+    updates: Annotated[
+        int, typer.Option(min=2, help="Updates to time in each mode; the first does not count.")
+    ] = 3,
 ) -> None:
     """Time an update of stage 2, with all weights and as a LoRA.
 
-    Shows its share of the peak speed of matrix products, and its memory beside what the account says.
+    Shows which share of the peak speed it reaches, and its memory beside what --dry-run counts.
     """
     from trainer.bench.train import run
     from trainer.config import load_preset

@@ -7,6 +7,7 @@ import typer
 
 from trainer.cli.app import (
     INSIDE,
+    Base,
     Checkpoint,
     Device,
     Ema,
@@ -15,6 +16,7 @@ from trainer.cli.app import (
     Height,
     Noise,
     Prompts,
+    Tokenizer,
     Width,
     app,
 )
@@ -25,16 +27,18 @@ def probe(
     checkpoint: Checkpoint = Path("mini"),
     out: Annotated[Path, typer.Option(help="Folder for probe.png and probe.json.")] = Path("inside"),
     samples: Annotated[int, typer.Option(min=1, help="Samples that the probes are fitted on.")] = 512,
-    held_out: Annotated[int, typer.Option(min=2, help="Other samples, which they are judged on.")] = 128,
+    held_out: Annotated[int, typer.Option(min=2, help="Other samples, to judge the probes on.")] = 128,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of shards, whose captions are sampled; the miniature draws its own."),
+        typer.Option(
+            help="Folder of shards with captions to sample; without it, the miniature makes up its own."
+        ),
     ] = None,
     prompts: Prompts = None,
     vae: File = "",
     text_encoder: File = "",
-    tokenizer: File = "",
-    base: File = "",
+    tokenizer: Tokenizer = "",
+    base: Base = "",
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -74,26 +78,31 @@ def probe(
 def walk(
     checkpoint: Checkpoint = Path("mini"),
     prompt: Annotated[
-        str | None, typer.Argument(help="One prompt; the miniature has one of its own.")
+        str | None, typer.Argument(help="The prompt; the miniature has one of its own.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="The seeds to walk through, with commas in between.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="The seeds to walk through, separated by commas.")] = "0,1,2",
     frames: Annotated[
-        int, typer.Option(min=2, help="Samples on the way from one seed to the next, its own counted once.")
+        int,
+        typer.Option(
+            min=2, help="Samples from one seed to the next, with the first seed's and without the next one's."
+        ),
     ] = 12,
     out: Annotated[Path, typer.Option(help="Folder for walk.mp4, walk.png and walk.json.")] = Path("inside"),
     closed: Annotated[
         bool, typer.Option("--closed", help="Walk on from the last seed to the first.")
     ] = False,
-    noise: Annotated[str, typer.Option(help="What a seed means: apt, as in generate, or comfyui.")] = "apt",
+    noise: Annotated[
+        str, typer.Option(help="Whose noise a seed stands for: apt, as in generate, or comfyui.")
+    ] = "apt",
     length: Annotated[
         int | None,
         typer.Option(help="Frames of each sample; by default what the checkpoint was trained for."),
     ] = None,
-    fps: Annotated[float, typer.Option(min=0.1, max=240, help="Of the video: samples a second.")] = 12,
+    fps: Annotated[float, typer.Option(min=0.1, max=240, help="Samples per second of the video.")] = 12,
     vae: File = "",
     text_encoder: File = "",
-    tokenizer: File = "",
-    base: File = "",
+    tokenizer: Tokenizer = "",
+    base: Base = "",
     height: Height = None,
     width: Width = None,
     ema: Ema = None,
@@ -131,23 +140,24 @@ def attention(
     state: Annotated[
         Path, typer.Argument(help="A training state of stage 2 (states/video/step-...), or a run's folder.")
     ],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures; by default the run's own.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default the run's.")] = None,
     phase: Annotated[
         str | None,
-        typer.Option(help="Of a run's folder: image or video; by default video where there is one."),
+        typer.Option(help="For a run's folder: image or video; by default video if it has one."),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, help="Real samples, and as many generated ones of their captions.")
+        int,
+        typer.Option(
+            min=1, help="How many real samples to show, with as many generated from their captions."
+        ),
     ] = 3,
     data: Annotated[
         Path | None, typer.Option(help="Folder of shards with the real samples; by default the run's own.")
     ] = None,
     vae: File = "",
     text_encoder: File = "",
-    tokenizer: File = "",
-    base: File = "",
+    tokenizer: Tokenizer = "",
+    base: Base = "",
     ema: Ema = None,
     device: Device = "auto",
     seed: Noise = 0,

@@ -13,13 +13,15 @@ from trainer.cli.app import PROOF, Device, Json, Out, Phase, Seed, SkipBad, Trun
 def demo(
     out: Out = Path("runs/demo"),
     data: Annotated[
-        Path | None, typer.Option(help="Folder of captioned clips and pictures; without it, clips are drawn.")
+        Path | None,
+        typer.Option(help="Folder of captioned clips and pictures; without it, the demo draws its own."),
     ] = None,
-    preset: Annotated[str, typer.Option(help="Preset with the numbers: a name, or a .toml file.")] = "mini",
+    preset: Annotated[str, typer.Option(help="A preset's name, or a .toml file.")] = "mini",
     recipe: Annotated[
         str,
         typer.Option(
-            help="Of the preset: demo, proof (longer), paper (no warm-up, equal rates), stable (what its authors changed since) or dmd (stage 1 by distribution matching)."
+            help="One of the preset's recipes. mini has demo, proof (longer), paper (no warm-up, equal rates), "
+            "stable (with what its authors changed since) and dmd (stage 1 by distribution matching)."
         ),
     ] = "demo",
     seed: Seed = 0,
@@ -58,9 +60,9 @@ def _spelled_anew(preset: str, recipe: str) -> tuple[str, str]:
 @app.command(rich_help_panel=PROOF)
 def measure(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished demo runs.")],
-    samples: Annotated[int, typer.Option(min=2, help="Samples per column and run.")] = 1024,
+    samples: Annotated[int, typer.Option(min=2, help="Samples for each column and run.")] = 1024,
     out: Json = None,
-    fp8: Annotated[bool, typer.Option("--fp8", help="With the APT model's blocks in 8 bits.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Compute the APT model's blocks in 8 bits.")] = False,
 ) -> None:
     """Judge finished runs on many new samples, and print a table with the means over the runs."""
     from trainer.proof.measure import measure_runs
@@ -73,35 +75,39 @@ def ablate(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="These variants (or groups: sigma, updates, steps, batch, stage1) and what they are compared with; commas or several times. By default all."
+            help="Variants to run, or groups of them (sigma, updates, steps, batch, stage1); what they are "
+            "compared with runs too. Separate them by commas, or give the option several times. By default all."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many; intervals and verdicts need two or more.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Number of seeds; intervals and verdicts need two or more.")
+    ] = 3,
     out: Out = Path("runs/ablations"),
     run: Annotated[
         list[Path] | None,
         typer.Option(
             "--run",
             "--with-run",
-            help="Folder of a finished demo whose data and stage 1 are used for its seed; several times. For other seeds they are made.",
+            help="Folder of a finished demo, whose data and stage 1 are used for its seed; for other seeds they "
+            "are made. Can be given several times.",
         ),
     ] = None,
     table: Annotated[
         list[Path] | None,
         typer.Option(
-            help="An earlier ablation's ablations.json; its rows are taken over and not made again. Several times."
+            help="The ablations.json of an earlier ablation; its rows are not made again. Can be given several times."
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=2, help="Samples that each row is judged on, for each seed.")
+        int, typer.Option(min=2, help="Samples that each row is judged by, for each seed.")
     ] = 1024,
     recipe: Annotated[
         str | None,
-        typer.Option(help="Recipe of the reference row; by default the runs', or the preset's first."),
+        typer.Option(help="Recipe of the reference row; by default that of --run, or the preset's first."),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Preset with the numbers: a name, or a .toml file; by default the runs', or mini."),
+        typer.Option(help="A preset's name, or a .toml file; by default that of --run, or mini."),
     ] = None,
     phase: Phase = "image",
     device: Device = "cpu",
@@ -124,9 +130,7 @@ def ablate(
 @app.command(rich_help_panel=PROOF)
 def plot(
     run: Annotated[Path, typer.Argument(help="A run's folder, of the demo or of the trainer.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures; by default the run's own.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default the run's.")] = None,
 ) -> None:
     """Plot training curves as PNGs.
 
@@ -144,7 +148,7 @@ def pretrain_mini(
     part: Annotated[
         str,
         typer.Argument(
-            help="What to train: all, or one of vae, sharpen, text, features, teacher, base, in that order."
+            help="What to train: all, or one part: vae, sharpen, text, features, teacher or base, made in this order."
         ),
     ] = "all",
     out: Out = Path("runs/pretrain-mini"),
@@ -153,7 +157,7 @@ def pretrain_mini(
     amp: Annotated[
         bool,
         typer.Option(
-            "--amp", help="Train VAE, teacher and base in bf16 autocast, where the processor is fast at it."
+            "--amp", help="Train VAE, teacher and base in bf16 autocast, if the processor is fast at it."
         ),
     ] = False,
     compiled: Annotated[

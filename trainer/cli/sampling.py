@@ -12,6 +12,7 @@ from trainer.cli.app import (
     FILES,
     MAX_SEED,
     USE,
+    Base,
     Checkpoint,
     Device,
     Ema,
@@ -24,6 +25,7 @@ from trainer.cli.app import (
     Noise,
     Prompts,
     Shift,
+    Tokenizer,
     Width,
     app,
     option,
@@ -38,14 +40,14 @@ def generate(
     out: Annotated[Path, option("Folder for the samples.")] = Path("samples"),
     vae: File = "",
     text_encoder: File = "",
-    tokenizer: File = "",
-    base: File = "",
+    tokenizer: Tokenizer = "",
+    base: Base = "",
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
     fps: Fps = None,
     count: Annotated[int, option("Samples per prompt.")] = 1,
-    steps: Annotated[int, option("Network calls per sample. With a base model, Euler steps.")] = 1,
+    steps: Annotated[int, option("Network calls per sample; for a base model, Euler steps.")] = 1,
     guidance: Guidance = 1.0,
     shift: Shift = 5.0,
     negative: Negative = "",
@@ -70,7 +72,8 @@ def generate(
         option("Compute the transformer's blocks in 8 bits, if the GPU can.", "--fp8", panel=ENGINE),
     ] = False,
     memory: Annotated[
-        float | None, option("GiB of the device to use at most; by default all that is free.", panel=ENGINE)
+        float | None,
+        option("Use at most this many GiB of the device; by default all that is free.", panel=ENGINE),
     ] = None,
     tiny_decoder: Annotated[
         str,
@@ -117,7 +120,7 @@ def evaluate(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CHECKPOINT...", help="One or more of what generate takes: files, folders, states, mini."
+            metavar="CHECKPOINT...", help="One or more checkpoints, in any form that generate takes."
         ),
     ],
     prompts: Annotated[
@@ -129,16 +132,18 @@ def evaluate(
     ] = None,
     features: Annotated[
         Path | None,
-        option("For distances and clip_score: a TOML file that names networks, see docs/evaluate.md."),
+        option("For distances and clip_score: a TOML file that names the networks, see docs/evaluate.md."),
     ] = None,
     out: Annotated[Path, option("Folder for figures, page and clips.")] = Path("evaluation"),
     protocol: Annotated[
         str | None,
-        option("The paper's: apt-images or apt-video. Its size and metrics, and its figures beside these."),
+        option(
+            "Evaluate as the paper does: apt-images or apt-video. Takes its size and metrics, and shows its figures too."
+        ),
     ] = None,
     vbench: Annotated[
         Path | None,
-        option("Folder for copies of the samples named as VBench takes them; prints its command."),
+        option("Folder for copies of the samples under the names that VBench wants; its command is printed."),
     ] = None,
     seed: Noise = 0,
     count: Annotated[int, option("Samples per prompt; diversity needs 2 or more.", min=1)] = 1,
@@ -150,7 +155,7 @@ def evaluate(
     ema: Annotated[
         list[float] | None,
         option(
-            "For training states: the decay of an average, 0 for the raw weights. Can be given several times.",
+            "For training states: which average to use, by its decay; 0 takes the raw weights. Can be given several times.",
             panel=FILES,
         ),
     ] = None,
@@ -160,8 +165,8 @@ def evaluate(
     ] = None,
     vae: File = "",
     text_encoder: File = "",
-    tokenizer: File = "",
-    base: File = "",
+    tokenizer: Tokenizer = "",
+    base: Base = "",
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -208,9 +213,13 @@ def preference(
     ],
     votes: Annotated[bool, option("Count votes instead of making a page.", "--votes")] = False,
     out: Annotated[Path | None, option("The page to write; with --votes, a file for the figures.")] = None,
-    seed: Annotated[int, option("Seed of the order and sides of the pairs.", min=0, max=MAX_SEED)] = 0,
+    seed: Annotated[
+        int, option("Seed that shuffles the order and the sides of the pairs.", min=0, max=MAX_SEED)
+    ] = 0,
     link: Annotated[bool, option("Keep the samples beside the page instead of in it.", "--link")] = False,
-    key: Annotated[Path | None, option("With --votes: the page's .key.json.")] = None,
+    key: Annotated[
+        Path | None, option("With --votes: the page's .key.json; by default the one beside the votes.")
+    ] = None,
     unfinished: Annotated[bool, option("With --votes: count unfinished files too.", "--unfinished")] = False,
 ) -> None:
     """The paper's user study: make a blind page that compares two models' samples, or score the votes."""
@@ -234,8 +243,8 @@ def preference(
 @app.command(rich_help_panel=USE)
 def export(
     source: Checkpoint,
-    out: Annotated[Path, option("The file to write (.safetensors), or for diffusers the folder.")],
-    form: Annotated[str, option("file, lora or diffusers.")] = "file",
+    out: Annotated[Path, option("The .safetensors file to write; for diffusers, the folder.")],
+    form: Annotated[str, option("file (the whole model in one), lora, or diffusers (a folder).")] = "file",
     dtype: Annotated[str, option("fp32, fp16, bf16, or fp8 for ComfyUI.")] = "bf16",
     base: Annotated[
         str | None,

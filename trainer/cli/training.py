@@ -40,7 +40,7 @@ def precompute_command(
             "Folder of captioned videos and images, or a list of them (.jsonl, .csv). Without it, mini draws its own."
         ),
     ] = None,
-    kinds: Annotated[str, option("image, video, or both: image,video.")] = "image,video",
+    kinds: Annotated[str, option("What to encode: image, video, or both: image,video.")] = "image,video",
     skip_bad: SkipBad = False,
     truncate_captions: TruncateCaptions = False,
     seed: Seed = 0,
@@ -112,8 +112,8 @@ def adversarial_command(
     start: Annotated[
         Path | None,
         option(
-            "The generator's first weights; by default the result of the previous stage in --out. (Under torchrun "
-            "use the long name.)",
+            "The generator's first weights; by default the result of the previous stage in --out. Under "
+            "torchrun only the long name works.",
             "--start-from",
             "--start",
         ),
