@@ -4,6 +4,7 @@ the commands are ones that the command line takes.
 
 import ast
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -13,8 +14,10 @@ import typer
 
 import trainer.cli.training
 import trainer.jobs.training
+from apt_core.files.contract import as_lora, metadata_strings
 from trainer.__main__ import app
 from trainer.config import load_preset
+from trainer.jobs.plan import metadata
 from trainer.proof.variants import all_variants
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +144,19 @@ def test_the_method_page_has_the_presets_numbers_of_stage_1():
     assert f"| {wan.distill.steps} discrete steps (the miniature: {mini.distill.steps})," in page
     said = f"| {wan.distill.guidance:g} for Wan, which `--recipe paper` makes {paper:g}; {mini.distill.guidance:g} for"
     assert said in page
+
+
+def test_the_format_page_names_every_entry_that_a_stage_writes():
+    page = (
+        text_of(ROOT / "docs" / "checkpoint-format.md")
+        .partition("Names in `apt`:")[2]
+        .partition("**LoRA.**")[0]
+    )
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|(.+?)\|", page, re.M))))
+    stage = metadata(load_preset("mini"), "image", "image", "demo", 0)
+    average = {"phase": "image", "updates": 1, "ema": 0.9, "ema_warmup": 0.0}
+    written = json.loads(metadata_strings("x", as_lora(stage | average, 16))["apt"])
+    assert named == written.keys() | {"over", "edited"}
 
 
 def commands_of(page: Path) -> list[str]:

@@ -1,5 +1,7 @@
 """Curves of a run: one picture a stage, drawn from what the history has."""
 
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -63,3 +65,11 @@ def test_what_is_no_run_is_named(tmp_path):
     (folder / "history.csv").write_text("update,d_loss\nthree,1.0\n")
     with pytest.raises(AptError, match="is damaged, a row cannot be read as numbers"):
         plot_run(tmp_path)
+
+
+def test_zeros_alone_are_drawn_without_a_warning(tmp_path):
+    rows = [{"cd_loss_image": loss, "cd_loss_final_image": 0.0} for loss in (0.2, 0.1)]
+    write(tmp_path / "log" / "distill", rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, which has no logarithm of them
+        assert len(plot_run(tmp_path)) == 1

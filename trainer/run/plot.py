@@ -168,19 +168,19 @@ def plot(history: dict[str, tuple[list[int], list[float]]], stage: str, path: Pa
     figure.suptitle(TITLES[stage], fontsize=14)
     for number, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, 2, number)
-        for line in panel.lines:
-            if line.column in history:
-                axes.plot(
-                    *history[line.column],
-                    color=line.color,
-                    linestyle=line.style,
-                    label=line.label,
-                    linewidth=1.6,
-                    marker="." if len(history[line.column][0]) <= FEW else "",
-                )
+        drawn = [line for line in panel.lines if line.column in history]
+        for line in drawn:
+            axes.plot(
+                *history[line.column],
+                color=line.color,
+                linestyle=line.style,
+                label=line.label,
+                linewidth=1.6,
+                marker="." if len(history[line.column][0]) <= FEW else "",
+            )
         if panel.level:
             axes.axhline(panel.level[0], color="0.6", linewidth=1, zorder=0, label=panel.level[1] or None)
-        if panel.log:
+        if panel.log and any(value > 0 for line in drawn for value in history[line.column][1]):
             axes.set_yscale("log")
         axes.set_title(panel.title, fontsize=11)
         axes.set_xlabel("update")
