@@ -51,6 +51,37 @@ def test_the_page_names_every_room(package):
     assert set(rooms(package)) == folders
 
 
+def lost_modules(package: str, page: str) -> list[str]:
+    """The modules that the rows of a package's rooms name, and that are not there. Classes have capitals."""
+    _, _, after = page.partition(f"`{package}/`, ")
+    rows = re.findall(
+        r"^\| `(\w+)/` \| (.+) \|$", after.partition("\n\n|")[2].partition("\n\n")[0], re.MULTILINE
+    )
+    assert len(rows) == len(rooms(package))
+    named = [f"{package}/{room}/{name}" for room, text in rows for name in re.findall(r"`([a-z]\w*)`", text)]
+    return [name for name in named if not (ROOT / f"{name}.py").exists()]
+
+
+@pytest.mark.parametrize("package", ["apt_core", "trainer"])
+def test_the_modules_that_the_rows_name_are_there(package):
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert lost_modules(package, page) == []
+    gone = page.replace("`ema`", "`emma`").replace("`judge`", "`jury`")
+    assert lost_modules(package, gone) == [
+        {"apt_core": "apt_core/method/emma", "trainer": "trainer/run/jury"}[package]
+    ]
+
+
+def test_the_modules_of_the_drawing_are_there():
+    drawing = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
+    found = re.findall(r"((?:apt_core|trainer)(?:/\w+)*)/(\w+(?:, \w+\b(?!/))*)", drawing)
+    # "trainer/data/captions, media" is short for two modules of one room
+    paths = [f"{room}/{name}" for room, names in found for name in names.split(", ")]
+    assert len(paths) > 20
+    lost = [path for path in paths if not (ROOT / path).is_dir() and not (ROOT / f"{path}.py").exists()]
+    assert lost == []
+
+
 @pytest.mark.parametrize("package", ["apt_core", "trainer"])
 def test_imports_between_rooms_run_one_way(package):
     order = [TOP, *rooms(package), ENTRY]
