@@ -254,7 +254,7 @@ def run_without_work(command: str, monkeypatch) -> list:
         monkeypatch.setattr(
             trainer.jobs.training, stage, lambda preset, *args, **options: seen.append(preset)
         )
-    monkeypatch.setattr(trainer.cli.training, "_show", lambda preset, *args: seen.append(preset))
+    monkeypatch.setattr(trainer.cli.training, "_show", lambda preset, *args, **options: seen.append(preset))
     typer.main.get_command(app).main(shlex.split(command), standalone_mode=False)
     return seen
 

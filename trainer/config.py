@@ -60,13 +60,18 @@ class Preset(Settings):
     def recipe(self) -> str:
         return next(iter(self.stage2))
 
-    def phases(self, recipe: str) -> Phases:
+    def phases(self, recipe: str | None = None) -> Phases:
         """The two phases of a recipe. Raises AptError for a name that the preset does not have."""
+        recipe = recipe or self.recipe
         if recipe not in self.stage2:
             raise AptError(
-                f"preset {self.name} has no stage 2 named {recipe!r}; it has {', '.join(self.stage2)}."
+                f"preset {self.name} has no recipe {recipe!r}: use one of {', '.join(self.stage2)}."
             )
         return self.stage2[recipe]
+
+    def phase(self, name: str, recipe: str | None = None) -> Adversarial:
+        """The settings of stage 2's phase "image" or "video". Raises AptError as `phases` does."""
+        return getattr(self.phases(recipe), name)
 
     def with_recipe(
         self, recipe: str, overrides: Sequence[str] = (), sections: Sequence[str] = ()

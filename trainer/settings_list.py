@@ -46,5 +46,5 @@ def _sections(preset: Preset | None) -> Iterator[tuple[str, type[Settings], dict
         yield PHASE, Adversarial, None
         return
     for phase in ("image", "video"):
-        values = getattr(preset.phases(preset.recipe), phase).model_dump()
+        values = preset.phase(phase).model_dump()
         yield f"stage2.{preset.recipe}.{phase}", Adversarial, values

@@ -2,11 +2,13 @@
 parts.
 """
 
+from pathlib import Path
+
 import pytest
 
 from apt_core.errors import AptError
 from trainer.config import PRESETS, load_preset
-from trainer.jobs.dry_run import check_fit
+from trainer.jobs.plan import make_plan
 from trainer.machines.account import (
     account,
     head_parameters,
@@ -23,6 +25,13 @@ REAL = sorted(path.stem for path in PRESETS.glob("*.toml") if path.stem != "mini
 
 def preset(name, *overrides):
     return load_preset(name, overrides, ("train", "data", "distill"))
+
+
+def fitting(one, stage, recipe, machine):
+    """The account of a plan for such a machine, on which it fits."""
+    plan = make_plan(one, stage, Path("run"), recipe=recipe, dry_run=True, machine=machine)
+    plan.check_fit()
+    return plan.account
 
 
 @pytest.mark.parametrize(
@@ -227,7 +236,7 @@ def test_a_weekend_is_48_hours_on_one_card(name, gib):
     one = preset(name).with_recipe("weekend")
     assert one.train.mode == "lora" and one.data.frames == 33
     card = imagined(1, gib, 165)
-    needed = [check_fit(one, phase, "weekend", card) for phase in ("image", "video")]
+    needed = [fitting(one, phase, "weekend", card) for phase in ("image", "video")]
     assert 24 < sum(each.gpu_hours(card.speed) for each in needed) <= 48
     assert (
         max(each.bytes for each in needed) <= 0.8 * gib * GIB
@@ -246,7 +255,7 @@ def test_what_the_walk_says_of_a_weekend(name, label, more):
     """On one card of 24 GB it fits, within 48 hours; what an RTX 5090 and an H100 take."""
     one = preset(name).with_recipe("weekend", more, ("train",))
     cards = [imagined(1, gib, teraflop) for gib, teraflop in ((24, 165), (32, 210), (80, 800))]
-    needed = [[check_fit(one, phase, "weekend", card) for phase in ("image", "video")] for card in cards]
+    needed = [[fitting(one, phase, "weekend", card) for phase in ("image", "video")] for card in cards]
     hours = [sum(each.gpu_hours(card.speed) for each in of) for card, of in zip(cards, needed)]
     assert hours[0] <= 48
     written = " | ".join(f"{n:.1f} h" if n < 10 else f"{n:.0f} h" for n in hours)
@@ -326,7 +335,7 @@ def test_the_targets_fit():
         ("wan2.1-14b", [], 8, 80),
     ):
         for stage in ("image", "video"):
-            check_fit(preset(name, *overrides), stage, "budget", imagined(gpus, gib, 400))
+            fitting(preset(name, *overrides), stage, "budget", imagined(gpus, gib, 400))
 
 
 @pytest.mark.parametrize(
@@ -351,10 +360,10 @@ def test_the_targets_fit():
 )
 def test_what_does_not_fit_names_the_nearest_that_does(name, overrides, gpus, gib, sentence):
     with pytest.raises(AptError) as error:
-        check_fit(preset(name, *overrides), "video", "budget", imagined(gpus, gib, 400))
+        fitting(preset(name, *overrides), "video", "budget", imagined(gpus, gib, 400))
     assert sentence in str(error.value) and "\n" not in str(error.value)
     change = str(error.value).split("add ")[1].split(" (")[0].split()
-    check_fit(preset(name, *overrides, *change), "video", "budget", imagined(gpus, gib, 400))
+    fitting(preset(name, *overrides, *change), "video", "budget", imagined(gpus, gib, 400))
 
 
 @pytest.mark.parametrize(

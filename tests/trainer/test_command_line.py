@@ -67,7 +67,7 @@ def test_help_names_the_commands():
     [
         (
             ("demo", "--recipe", "wild"),
-            "preset mini has no stage 2 named 'wild'; it has demo, proof, paper, stable, dmd.",
+            "preset mini has no recipe 'wild': use one of demo, proof, paper, stable, dmd.",
         ),
         (("demo", "--preset", "nope"), "there is no preset 'nope'; use one of mini, seaweed-8b, "),
         (("ablate", "--only", "t0,no_r1"), "there is no variant 'no_r1' (did you mean no_ar1"),

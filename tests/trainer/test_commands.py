@@ -607,7 +607,7 @@ def test_prompts_are_encoded_with_the_shards(run):
         (("adversarial", TINY, "--phase", "film"), "--phase film is not known: it is image or video."),
         (
             ("adversarial", TINY, "--phase", "image", "--recipe", "wild"),
-            "preset tiny has no stage 2 named 'wild'; it has paper, stable.",
+            "preset tiny has no recipe 'wild': use one of paper, stable.",
         ),
         (
             ("adversarial", TINY, "--phase", "image", "batch=5", "microbatch=2"),

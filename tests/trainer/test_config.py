@@ -40,7 +40,7 @@ def test_unknown_names_are_refused_with_what_there_is():
         AptError, match=r"'wan2.1-1.3b' \(did you mean wan2.1-1.3b-480p or wan2.1-1.3b-720p\?\)"
     ):
         load_preset("wan2.1-1.3b")
-    with pytest.raises(AptError, match="no stage 2 named 'wild'; it has demo, proof, paper, stable, dmd"):
+    with pytest.raises(AptError, match="no recipe 'wild': use one of demo, proof, paper, stable, dmd"):
         load_preset("mini").phases("wild")
 
 

@@ -88,6 +88,17 @@ def test_a_dry_run_counts_it_too(few_step, machine):
     assert gone.exit_code == 2 and "--start-from gone.safetensors does not exist" in gone.stderr
 
 
+def test_a_dry_run_shows_the_plan_of_the_run(few_step, tmp_path):
+    """What lies in the run's folder is counted too."""
+    (tmp_path / "apt-image.safetensors").write_bytes(few_step.read_bytes())
+    shown = dry_run("--out", str(tmp_path))
+    assert shown.exit_code == 0 and LINE in shown.output, shown.output
+    assert f"{tmp_path / 'apt-image.safetensors'} does not say which times it was trained for" in shown.output
+    needed = make_plan(preset(), "video", tmp_path).account.bytes / 2**30
+    assert f"It fits: {needed:.1f} of " in shown.output
+    assert f"GiB per GPU, in all {needed:.2f}" in " ".join(shown.output.split())
+
+
 def test_a_dry_run_knows_no_base_and_still_names_a_whole_model(tmp_path):
     result = CliRunner().invoke(
         app,

@@ -118,7 +118,7 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
 
 
 def _changed(preset: Preset, phase: str, mode: str, batch: int) -> Preset:
-    phases = preset.phases(preset.recipe)
+    phases = preset.phases()
     settings = getattr(phases, phase).model_copy(update={"batch": batch, "warmup": 0})
     stage2 = preset.stage2 | {preset.recipe: phases.model_copy(update={phase: settings})}
     return preset.model_copy(
@@ -145,7 +145,7 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     with peak_memory(world.device, interval=0.05) as peak:  # not too often, because this run is also timed
-        settings = getattr(preset.phases(preset.recipe), phase).model_copy(update={"updates": updates})
+        settings = preset.phase(phase).model_copy(update={"updates": updates})
         try:
             adversarial(
                 phase,

@@ -53,7 +53,7 @@ def precompute_command(
     chosen = tuple(dict.fromkeys(kinds.split(",")))
     if not set(chosen) <= {"image", "video"}:
         raise AptError(f"--kinds {kinds} is not known: use image, video, or image,video.")
-    loaded = _load(preset, recipe, overrides, ("data", "files", "train", "sampling", "model"))
+    loaded = _load(preset, recipe, overrides, "data", "files", "train", "sampling", "model")
     run_precompute(
         loaded,
         data,
@@ -93,13 +93,14 @@ def distill_command(
     gpu_tflops: Tflops = 800,
 ) -> None:
     """Stage 1: distil the base model into one step, by consistency or distribution matching (method=dmd)."""
-    loaded = _load(preset, recipe, overrides, ("distill", "train", "files", "data", "sampling", "model"))
+    loaded = _load(preset, recipe, overrides, "distill", "train", "files", "data", "sampling", "model")
+    out = out or RUNS / loaded.name
     if dry_run:
-        _show(loaded, "distill", None, gpus, gpu_memory, gpu_tflops)
+        _show(loaded, "distill", out, gpus, gpu_memory, gpu_tflops)
         return
     from trainer.jobs.training import run_distill
 
-    run_distill(loaded, out or RUNS / loaded.name, seed=seed, shards=shards)
+    run_distill(loaded, out, seed=seed, shards=shards)
 
 
 @app.command("adversarial", rich_help_panel=TRAIN)
@@ -126,60 +127,46 @@ def adversarial_command(
     gpu_tflops: Tflops = 800,
 ) -> None:
     """Stage 2: one phase of adversarial post-training. The same command continues a run that was stopped."""
-    from trainer.config import load_preset
-
     if phase not in ("image", "video"):
         raise AptError(f"--phase {phase} is not known: it is image or video.")
-    recipe = recipe or load_preset(preset).recipe
-    load_preset(preset).phases(recipe)
-    sections = (f"stage2.{recipe}.{phase}", "train", "files", "data", "sampling", "model")
-    loaded = _load(preset, recipe, overrides, sections)
+    loaded = _load(preset, recipe, overrides, "train", "files", "data", "sampling", "model", phase=phase)
+    out = out or RUNS / loaded.name
     if dry_run:
-        _show(loaded, phase, recipe, gpus, gpu_memory, gpu_tflops, start)
+        _show(loaded, phase, out, gpus, gpu_memory, gpu_tflops, recipe=recipe, start=start)
         return
     from trainer.jobs.training import run_adversarial
 
-    run_adversarial(
-        loaded, phase, out or RUNS / loaded.name, recipe=recipe, start=start, seed=seed, shards=shards
-    )
+    run_adversarial(loaded, phase, out, recipe=recipe, start=start, seed=seed, shards=shards)
 
 
-def _load(name: str, recipe: str | None, overrides: list[str] | None, sections: tuple[str, ...]):
-    """The preset as a recipe changes it, by default its first, and then the command line."""
+def _load(name: str, recipe: str | None, overrides: list[str] | None, *sections: str, phase: str = ""):
+    """The preset as a recipe changes it, by default its first, and then the command line.
+
+    sections: where keys without dots are looked up, after the recipe's `phase` if one is given.
+    """
     from trainer.config import load_preset
 
-    loaded = load_preset(name, overrides or (), sections)
-    return loaded.with_recipe(recipe or loaded.recipe, overrides or (), sections)
+    loaded = load_preset(name)
+    recipe = recipe or loaded.recipe
+    first = (f"stage2.{recipe}.{phase}",) if phase else ()
+    return loaded.with_recipe(recipe, overrides or (), (*first, *sections))
 
 
 def _show(
     preset,
     stage: str,
-    recipe: str | None,
+    out: Path,
     gpus: int | None,
     memory: float,
     tflops: float,
-    start: Path | None = None,
+    **options,
 ) -> None:
-    from apt_core.models.attention import check_name
-    from trainer.checkpoints.starting_models import RANDOM, find_base
-    from trainer.jobs.dry_run import show_account
-    from trainer.jobs.starts import open_start
-    from trainer.jobs.tell import say
-    from trainer.machines.machine import imagined, pick_device, this_machine
-    from trainer.machines.parallel import attention_of
+    """Print the plan of a stage on this machine or, with `gpus`, on one that is described. options: as for
+    `make_plan`.
+    """
+    from trainer.jobs.dry_run import show_plan
+    from trainer.jobs.plan import make_plan
+    from trainer.machines.machine import imagined
 
-    given = preset.files.base not in ("", RANDOM)
-    if gpus is not None:
-        check_name(preset.train.attention)  # what is installed there is not known here
-        machine, attention = imagined(gpus, memory, tflops), ""
-    else:
-        device = pick_device(preset.train.device)
-        attention = str(attention_of(preset, device))
-        if given:  # an account needs no base, but one that is given must be right
-            find_base(preset)
-        machine = this_machine(device, preset.train.compute)
-    begin = open_start(start, preset, find_base(preset) if given else None) if start else None
-    if begin and begin.note:
-        say(begin.note)
-    show_account(preset, stage, recipe, machine, attention, begin.frozen if begin else 0)
+    machine = None if gpus is None else imagined(gpus, memory, tflops)
+    show_plan(make_plan(preset, stage, out, dry_run=True, machine=machine, **options))

@@ -1,63 +1,22 @@
-"""`--dry-run`: what a stage needs on a machine, and the nearest settings that fit if these do not."""
-
-from itertools import combinations
+"""`--dry-run`: print a plan, and what its stage needs on the machine."""
 
 from rich.table import Table
 
-from apt_core.errors import AptError
-from trainer.config import Preset
-from trainer.machines.account import Account, account, batch_of, check_split
+from trainer.jobs.plan import Plan
+from trainer.jobs.tell import say
+from trainer.machines.account import batch_of
 from trainer.machines.flops import tokens
-from trainer.machines.machine import GIB, Machine
-from trainer.overrides import apply, known_names
+from trainer.machines.machine import GIB
 from trainer.run.progress import console
 
-MOST_GPUS = 4096
 
-
-def check_fit(preset: Preset, stage: str, recipe: str | None, machine: Machine, frozen: int = 0) -> Account:
-    """The stage's account (trainer.machines.account), if it fits into the GPUs' memory. frozen: as for
-    `account`.
-
-    Otherwise raises AptError, whose message names the nearest settings that would fit.
-    """
-    needed = account(preset, stage, recipe, machine.gpus, frozen)
-    if needed.bytes <= machine.usable:
-        return needed
-    ways = [
-        way
-        for way in (
-            _by_settings(preset, stage, recipe, machine, frozen),
-            _by_gpus(preset, stage, recipe, machine, frozen),
-        )
-        if way
-    ]
-    has = (
-        f"{machine.gpus} x {machine.memory / GIB:.0f} GiB"
-        if machine.gpus > 1
-        else f"{machine.memory / GIB:.0f} GiB"
-    )
-    what = f"{preset.name}, {'stage 1' if stage == 'distill' else stage + ' phase'}"
-    raise AptError(
-        f"{what}, needs {needed.bytes / GIB:.1f} GiB on each GPU, which {has} cannot hold: {' or '.join(ways) or 'take larger GPUs'}."
-    )
-
-
-def show_account(
-    preset: Preset,
-    stage: str,
-    recipe: str | None,
-    machine: Machine,
-    attention: str = "",
-    frozen: int = 0,
-) -> None:
-    """Print a stage's account, and the attention backend if one is given. frozen: as for `account`.
-
-    If the account does not fit, raises the AptError of `check_fit` after printing it.
-    """
-    needed = account(preset, stage, recipe, machine.gpus, frozen)
+def show_plan(plan: Plan) -> None:
+    """Print a plan. If the stage does not fit, raises the AptError of `Plan.check_fit` after printing."""
+    preset, stage, machine, needed = plan.preset, plan.stage, plan.machine, plan.account
+    if plan.start and plan.start.note:
+        say(plan.start.note)
     kinds = ("image", "video") if stage == "distill" else (stage,)
-    kind_of = preset.distill.method if stage == "distill" else recipe or preset.recipe
+    kind_of = preset.distill.method if stage == "distill" else plan.recipe
     table = Table(
         title=f"{preset.name}, {stage} ({kind_of}), {preset.train.mode}", title_justify="left", box=None
     )
@@ -65,15 +24,13 @@ def show_account(
     table.add_column("", justify="right", overflow="fold")
     table.add_row("machine", f"{machine.gpus} x {machine.name}")
     table.add_row("of each", f"{machine.memory / GIB:.1f} GiB, {machine.peak / 1e12:.3g} TFLOP/s at best")
-    if attention:
-        table.add_row("attention", attention)
+    if plan.attention:
+        table.add_row("attention", plan.attention)
     for kind in kinds:
         table.add_row(f"tokens of one {kind}", f"{tokens(preset, kind):,}")
-        table.add_row(f"batch of {kind}s", f"{batch_of(preset, stage, kind, recipe):,}")
+        table.add_row(f"batch of {kind}s", f"{batch_of(preset, stage, kind, plan.recipe):,}")
     if stage != "distill":
-        for name, gamma in (
-            getattr(preset.phases(recipe or preset.recipe), stage).objective().gammas().items()
-        ):
+        for name, gamma in plan.settings.objective().gammas().items():
             penalty, _, time = name.partition("_gamma")
             table.add_row(f"lambda sigma^2 of a{penalty.upper()}{time.replace('_', ', ')}", f"{gamma:.3g}")
     for name, count in needed.parameters.items():
@@ -84,103 +41,13 @@ def show_account(
     table.add_row("FLOPs per update", f"{needed.flops:.3g}")
     table.add_row("updates", f"{needed.updates:,}")
     if needed.warmup:
-        warmup = getattr(preset.phases(recipe or preset.recipe), stage).warmup
-        table.add_row("updates before, of the discriminator alone", f"{warmup:,}")
+        table.add_row("updates before, of the discriminator alone", f"{plan.settings.warmup:,}")
     per_hour = 3600 * machine.gpus * machine.speed / needed.flops
     table.add_row("updates per hour, at half of the peak", f"{per_hour:.3g}")
     hours = needed.gpu_hours(machine.speed)
     table.add_row("hours in all", f"{hours / machine.gpus:.3g} ({hours:.3g} GPU-hours)")
     console.print(table)
-    check_fit(preset, stage, recipe, machine, frozen)
-    console.print(
-        f"It fits: {needed.bytes / GIB:.1f} of {machine.usable / GIB:.1f} GiB that a run can use on each GPU.",
-        markup=False,
-        highlight=False,
+    plan.check_fit()
+    say(
+        f"It fits: {needed.bytes / GIB:.1f} of {machine.usable / GIB:.1f} GiB that a run can use on each GPU."
     )
-
-
-def _by_settings(preset: Preset, stage: str, recipe: str | None, machine: Machine, frozen: int) -> str | None:
-    """The least costly set of changes with which the stage fits, as `key=value`s; None if there is none."""
-    options = _changes(preset, stage, recipe, machine.gpus)
-    sets = [group for size in range(1, 6) for group in combinations(options, size)]
-    for group in sorted(sets, key=lambda group: sum(cost for cost, _ in group)):
-        changes = [change for _, changes in group for change in changes]
-        if len({change.partition("=")[0] for change in changes}) < len(changes):
-            continue
-        changed = Preset.model_validate(
-            apply(preset.model_dump(), changes, known_names(Preset, preset.model_dump()), ())
-        )
-        needed = account(changed, stage, recipe, machine.gpus, frozen)
-        if needed.bytes <= machine.usable:
-            return f"add {' '.join(changes)} ({needed.bytes / GIB:.1f} GiB)"
-    return None
-
-
-def _changes(preset: Preset, stage: str, recipe: str | None, gpus: int) -> list[tuple[int, list[str]]]:
-    """(cost, settings) of each change that saves memory. Cheap ones take time, the dearest shrink clips."""
-    train, model, data = preset.train, preset.model, preset.data
-    out = []
-
-    def offer(cost: int, wanted: bool, *settings: str) -> None:
-        if wanted:
-            out.append((cost, list(settings)))
-
-    if stage != "distill":
-        phase = f"stage2.{recipe or preset.recipe}.{stage}"
-        offer(
-            1,
-            getattr(preset.phases(recipe or preset.recipe), stage).discriminator_step != "two_pass",
-            f"{phase}.discriminator_step=two_pass",
-        )
-    offer(1, train.checkpointing == "none", "train.checkpointing=blocks")
-    offer(1, train.microbatch != 1, "train.microbatch=1")
-    offer(
-        1,
-        2 in (train.generator_zero, train.discriminator_zero),
-        "train.generator_zero=3",
-        "train.discriminator_zero=3",
-    )
-    offer(1, gpus > 1 and not train.sync_every_microbatch, "train.sync_every_microbatch=true")
-    offer(2, bool(train.ema_decays), "train.ema_decays=[]")
-    offer(2, train.checkpointing != "offload", "train.checkpointing=offload")
-    offer(2, train.compute == "fp32", "train.compute=bf16")
-    for cp in _splits(preset, stage, recipe, gpus):
-        offer(3, cp != train.context_parallel, f"train.context_parallel={cp}")
-    slim = max(1, round(1024 / model.head_dim)) * model.head_dim
-    offer(3, stage != "distill" and (train.head_width or model.width) > slim, f"train.head_width={slim}")
-    offer(8, train.mode != "lora", "train.mode=lora")
-    if stage != "image":
-        offer(12, data.frames > 33, "data.frames=33")
-        offer(14, data.frames > 17, "data.frames=17")
-        offer(16, data.height * data.width > 480 * 832, "data.height=480", "data.width=832")
-    else:
-        offer(16, data.size("image")[0] > 512, "data.image_height=512", "data.image_width=512")
-    return out
-
-
-def _splits(preset: Preset, stage: str, recipe: str | None, gpus: int) -> list[int]:
-    def splits(cp: int) -> bool:
-        changed = preset.model_copy(
-            update={"train": preset.train.model_copy(update={"context_parallel": cp})}
-        )
-        try:
-            check_split(changed, stage, recipe, gpus)
-        except AptError:
-            return False
-        return True
-
-    return [cp for cp in (2, 4, 5, 6, 8, 10, 12) if gpus % cp == 0 and splits(cp)]
-
-
-def _by_gpus(preset: Preset, stage: str, recipe: str | None, machine: Machine, frozen: int) -> str | None:
-    """The smallest number of GPUs (this machine's times 2, 4, ...) on which the unchanged settings fit."""
-    gpus = machine.gpus * 2
-    while gpus <= MOST_GPUS:
-        try:
-            needed = account(preset, stage, recipe, gpus, frozen)
-        except AptError:  # the batch cannot be divided over this many
-            return None
-        if needed.bytes <= machine.usable:
-            return f"take {gpus} such GPUs ({needed.bytes / GIB:.1f} GiB)"
-        gpus *= 2
-    return None

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from apt_core.errors import AptError
 from apt_core.loading.sources import MINI
+from apt_core.models.attention import check_name
 from trainer.checkpoints.starting_models import RANDOM, find_base
 from trainer.config import Adversarial, Preset
-from trainer.jobs.dry_run import check_fit
+from trainer.jobs.fit import check_fit
 from trainer.jobs.starts import Start, open_start
-from trainer.machines.account import Account
+from trainer.machines.account import Account, account
 from trainer.machines.machine import Machine, pick_device, this_machine
 from trainer.machines.parallel import Parallel, parallel_of
 from trainer.run.folders import DISTILLED, IMAGE
@@ -28,8 +29,11 @@ class Plan:
     """One stage of a run, as `make_plan` makes it.
 
     preset: with its recipe applied; stage: "distill", or stage 2's "image" or "video"; out: the run's folder.
-    base: the base transformer's file; attention: the attention backend, in words; account: the memory and
-    FLOPs that were counted; start: the generator's first weights, of stage 2, where there is a file of them.
+    base: the base transformer's file; machine: what it runs on; account: the memory and FLOPs that were
+    counted for it; attention: the attention backend, in words; start: the generator's first weights, of stage
+    2, where there is a file of them.
+    A plan for a dry run has base None if none is given, and device, parallel and attention None for a machine
+    that is only described.
     """
 
     preset: Preset
@@ -38,10 +42,10 @@ class Plan:
     out: Path
     seed: int
     shards: Path
-    base: Path
-    device: str
-    parallel: Parallel
-    attention: str
+    base: Path | None
+    device: str | None
+    parallel: Parallel | None
+    attention: str | None
     machine: Machine
     account: Account
     start: Start | None = None
@@ -62,7 +66,7 @@ class Plan:
     @property
     def settings(self) -> Adversarial:
         """The settings of this phase of stage 2."""
-        return getattr(self.preset.phases(self.recipe), self.stage)
+        return self.preset.phase(self.stage, self.recipe)
 
     @property
     def lora(self) -> Lora | None:
@@ -92,6 +96,11 @@ class Plan:
         found = metadata(self.preset, self.stage, kind, self.recipe, self.seed)
         return found | {"over": self.base.name} if self.lora else found
 
+    def check_fit(self) -> None:
+        """Raise AptError, with the nearest settings that fit, if the stage does not fit the GPUs' memory."""
+        frozen = self.start.frozen if self.start else 0
+        check_fit(self.account, self.preset, self.stage, self.recipe, self.machine, frozen)
+
 
 def make_plan(
     preset: Preset,
@@ -102,24 +111,36 @@ def make_plan(
     seed: int = 0,
     shards: Path | None = None,
     start: Path | None = None,
+    dry_run: bool = False,
+    machine: Machine | None = None,
 ) -> Plan:
     """Plan a stage on this machine. preset: with its recipe applied (`Preset.with_recipe`).
 
     recipe: by default the preset's own; shards: by default those in the run's folder `out`; start: of stage
     2, the generator's first weights, by default the result of the stage before.
+    dry_run: the plan is only shown, so it needs no base and may be too large. machine: a dry run's, if it is
+    not this one; what is installed there and which files it has is not known.
     Raises AptError for a device, a backend or a compiler that is not there, for a base that is missing or has
     another shape, as `open_start`, for settings that contradict each other, and when the stage does not fit
     the GPUs' memory.
     """
-    device = pick_device(preset.train.device)
-    parallel, attention = parallel_of(preset, device)
-    base = out / "base.safetensors" if preset.files.base == RANDOM else find_base(preset)
-    machine = this_machine(device, preset.train.compute)
-    recipe = recipe or preset.recipe
-    start = start or result_before(out, preset, stage)
-    begin = open_start(start, preset, base if base.exists() else None) if start else None
-    account = check_fit(preset, stage, recipe, machine, begin.frozen if begin else 0)
-    return Plan(
+    recipe, device, parallel, attention = recipe or preset.recipe, None, None, None
+    if here := machine is None:
+        device = pick_device(preset.train.device)
+        parallel, backend = parallel_of(preset, device)
+        attention = str(backend)
+    else:
+        check_name(preset.train.attention)
+    base = None
+    if preset.files.base == RANDOM:
+        base = out / "base.safetensors"
+    elif not dry_run or (preset.files.base and (here or start)):
+        base = find_base(preset)
+    if here:
+        machine = this_machine(device, preset.train.compute)
+        start = start or result_before(out, preset, stage)
+    begin = open_start(start, preset, base if base and base.exists() else None) if start else None
+    plan = Plan(
         preset,
         stage,
         recipe,
@@ -129,11 +150,14 @@ def make_plan(
         base,
         device,
         parallel,
-        str(attention),
+        attention,
         machine,
-        account,
+        account(preset, stage, recipe, machine.gpus, begin.frozen if begin else 0),
         begin,
     )
+    if not dry_run:
+        plan.check_fit()
+    return plan
 
 
 def final_file(out: Path, preset: Preset, stage: str) -> Path:

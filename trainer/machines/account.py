@@ -169,11 +169,11 @@ def check_split(preset: Preset, stage: str, recipe: str | None, gpus: int) -> No
 def batch_of(preset: Preset, stage: str, kind: str, recipe: str | None) -> int:
     if stage == "distill":
         return getattr(preset.distill, f"batch_{kind}")
-    return getattr(preset.phases(recipe or preset.recipe), stage).batch
+    return preset.phase(stage, recipe).batch
 
 
 def _adversarial(preset: Preset, stage: str, recipe: str, gpus: int, frozen: int) -> Account:
-    settings, train, model = getattr(preset.phases(recipe), stage), preset.train, preset.model
+    settings, train, model = preset.phase(stage, recipe), preset.train, preset.model
     n, lora = tokens(preset, stage), preset.train.mode == "lora"
     inner = train.head_width or model.width
     taps = tap_blocks(model.layers, settings.taps)

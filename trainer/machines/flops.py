@@ -82,7 +82,7 @@ def cost(
 
 def adversarial_flops(preset: Preset, stage: str, recipe: str) -> tuple[float, float]:
     """FLOPs of one sample in a phase of stage 2: (the discriminator's step, the generator's step)."""
-    settings, model = getattr(preset.phases(recipe), stage), preset.model
+    settings, model = preset.phase(stage, recipe), preset.model
     n, lora = tokens(preset, stage), preset.train.mode == "lora"
     taps = tap_blocks(model.layers, settings.taps)
     heads = len(taps) * 4.0 * n * (preset.train.head_width or model.width) * (model.width + 1)

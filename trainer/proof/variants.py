@@ -72,7 +72,7 @@ def all_variants(preset: Preset, recipe: str, phase: str) -> dict[str, Variant]:
 
     Raises AptError as `Preset.phases` does.
     """
-    own: Adversarial = getattr(preset.phases(recipe), phase)
+    own = preset.phase(phase, recipe)
     rows: list[Variant] = []
 
     def row(
@@ -207,7 +207,7 @@ def all_variants(preset: Preset, recipe: str, phase: str) -> dict[str, Variant]:
         row(
             "stable",
             "the recipe stable: relativistic, aR1 and aR2",
-            change=getattr(preset.phases("stable"), phase).model_dump(),
+            change=preset.phase(phase, "stable").model_dump(),
         )
     for number, updates in enumerate(UPDATES):
         claim, section, test = (

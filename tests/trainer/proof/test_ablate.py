@@ -517,7 +517,7 @@ def test_runs_that_cannot_be_used_are_one_sentence(made, tmp_path):
         match="demo was made with another distill than recipe paper of tiny has: give a run of that recipe.",
     ):
         Ablation(tmp_path / "out", other, "paper", runs=(run,)).run(2, ["t0"])
-    with pytest.raises(AptError, match="no stage 2 named 'wild'; it has paper, stable"):
+    with pytest.raises(AptError, match="no recipe 'wild': use one of paper, stable"):
         ablation(tmp_path / "out", None, "wild", "image", 4, [run], "cpu")
     (run / "apt-tiny.safetensors").unlink()
     with pytest.raises(AptError, match="demo has no apt-tiny.safetensors; let the demo finish there first."):
