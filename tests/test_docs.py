@@ -17,6 +17,7 @@ import trainer.jobs.training
 from apt_core.files.contract import as_lora, metadata_strings
 from trainer.__main__ import app
 from trainer.config import load_preset
+from trainer.evaluate import metrics
 from trainer.jobs.plan import metadata
 from trainer.proof.variants import all_variants
 
@@ -157,6 +158,12 @@ def test_the_format_page_names_every_entry_that_a_stage_writes():
     average = {"phase": "image", "updates": 1, "ema": 0.9, "ema_warmup": 0.0}
     written = json.loads(metadata_strings("x", as_lora(stage | average, 16))["apt"])
     assert named == written.keys() | {"over", "edited"}
+
+
+def test_the_page_of_figures_has_a_row_for_each():
+    page = text_of(ROOT / "docs" / "evaluate.md")
+    rows = set(re.findall(r"^\| `(\w+)` \|", page.partition("## The figures")[2].partition("\n## ")[0], re.M))
+    assert rows >= {*metrics.CLIP, metrics.FLOW, metrics.DIVERSITY, metrics.CLIP_SCORE}
 
 
 def commands_of(page: Path) -> list[str]:
