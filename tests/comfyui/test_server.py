@@ -79,7 +79,7 @@ def test_every_node_is_explained(server):
 def test_the_workflows_are_offered_as_templates(server):
     names = server.get("/workflow_templates")["ComfyUI-APT"]
     files = Path(__file__).parents[2] / "example_workflows"
-    assert sorted(names) == sorted(path.stem for path in files.glob("*.json")) and len(names) == 13
+    assert sorted(names) == sorted(path.stem for path in files.glob("*.json")) and len(names) == 14
     for name in names:
         assert server.get(f"/api/workflow_templates/ComfyUI-APT/{name}.json")["nodes"]
         with urllib.request.urlopen(f"{server.url}/api/workflow_templates/ComfyUI-APT/{name}.jpg") as picture:
