@@ -96,7 +96,7 @@ class Preset(Settings):
             section, _, key = name.partition(".")
             if not isinstance(values.get(section), dict) or key not in values[section]:
                 raise AptError(
-                    f"preset {self.name}: there is no setting {name}{nearest(name, known_names(Preset, values))}, which {recipe} changes: mend it."
+                    f"preset {self.name}: {recipe} changes {name}, but no setting has that name{nearest(name, known_names(Preset, values))}: correct it."
                 )
             values[section][key] = value
         values = apply(values, overrides, known_names(Preset, values), sections)
@@ -127,7 +127,7 @@ def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Seque
             f"preset {path.name} cannot be read: give a TOML file in UTF-8 that you may read."
         ) from None
     except tomllib.TOMLDecodeError as error:
-        raise AptError(f"preset {path.name} is not valid TOML: {error}.") from None
+        raise AptError(f"preset {path.name} is not valid TOML ({error}): correct it.") from None
     except ValidationError as error:
         raise _sentence(path.name, error.errors()[0], values) from None
 
@@ -148,7 +148,7 @@ def _sentence(file: str, first: dict, values: dict) -> AptError:
         return AptError(f"preset {file}: {where} is missing: add it.")
     if first["type"] == "extra_forbidden":
         return AptError(
-            f"preset {file}: there is no setting {where}{nearest(where, known_names(Preset, values))}: mend or remove it."
+            f"preset {file}: there is no setting {where}{nearest(where, known_names(Preset, values))}: correct or remove it."
         )
     message = first["msg"].removeprefix("Value error, ").lower()  # how pydantic begins our own sentences
     return AptError(f"preset {file}: {where} is {first.get('input')!r}: {message}.")

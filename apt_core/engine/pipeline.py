@@ -105,7 +105,9 @@ class OneStepPipeline:
         if fp8:
             check_fp8(self.device)
         if memory is not None and not (isinstance(memory, Real) and 0 < memory < math.inf):
-            raise AptError(f"memory is {memory!r}, but must be GiB above 0, or None for what is free.")
+            raise AptError(
+                f"memory is {memory!r}, but must be a number of GiB above 0, or None for all that is free."
+            )
         self.memory = None if memory is None else int(memory * GIB)
         self.cache = cache_folder() if cache is None else Path(cache)
         if compile:

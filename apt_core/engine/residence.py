@@ -95,7 +95,7 @@ class Residence:
     def _step_down(self, name: str, alone: bool) -> None:
         if not alone:
             raise OutOfMemory(
-                f"{self.device} runs out of memory: add processes, or let all of them keep within a smaller memory."
+                f"{self.device} runs out of memory: add processes, or give all of them a smaller memory to keep within."
             )
         if self.level >= PARTS:
             self._leave(name)

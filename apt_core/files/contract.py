@@ -121,7 +121,7 @@ def check_apt(what: object, apt: Mapping) -> None:
         raise _wrong(what, "format", apt.get("format"), "not a number from 1")
     if apt["format"] > FORMAT:
         raise AptError(
-            f"{what} has format {apt['format']} of the checkpoint contract, this version reads up to {FORMAT}: update ComfyUI-APT."
+            f"{what} has format {apt['format']} of the checkpoint contract, but this version only reads up to {FORMAT}: update ComfyUI-APT."
         )
     if apt.get("kind") not in KINDS:
         raise AptError(

@@ -30,12 +30,12 @@ def half_note(path: str | Path) -> str:
     for high, low in HALVES.items():
         if transformer_folder(path) == path / high and (path / low).is_dir():
             what = f"{high} (high noise) is taken and {low} (low noise) is not"
-            why = "for a one-step model needs the first only"
+            why = "because a one-step model needs only the first"
             return f"{path} holds both halves of a Wan 2.2 A14B: {what}, {why}."
     name = path.name.lower()
     if name in HALVES.values() or re.search(r"low[-_ ]?noise", name):
         what = "is by its name the low-noise half of a Wan 2.2 A14B"
-        return f"{path} {what}: a one-step model needs the high-noise half, give that."
+        return f"{path} {what}: give the high-noise half, which a one-step model needs."
     return ""
 
 

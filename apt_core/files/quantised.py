@@ -164,7 +164,7 @@ def _refuse_foreign(path, header: Header) -> None:
 
 
 def _refusal(path, what: str) -> AptError:
-    return AptError(f"{path}: {what}, which is not read: give the file in bf16, fp16 or scaled fp8.")
+    return AptError(f"{path}: {what}, which cannot be read: give the file in bf16, fp16 or scaled fp8.")
 
 
 def _layers(path, header: Header) -> dict[str, dict]:
@@ -181,6 +181,6 @@ def _layers(path, header: Header) -> dict[str, dict]:
                     found[key.rpartition(".")[0]] = None
     if wrong := next((layer for layer, about in found.items() if not isinstance(about, dict)), None):
         raise AptError(
-            f"{path}: what it says of the quantisation of {wrong} is not a JSON object: download it again."
+            f"{path}: what it says about the quantisation of {wrong} is not a JSON object: download it again."
         )
     return found

@@ -46,7 +46,7 @@ def register(kind: Kind) -> None:
     of another kind's. Raises AptError for a name that is already in use.
     """
     if kind.name in _TARGETS and _TARGETS[kind.name] is not kind:
-        raise AptError(f"there is a backbone named {kind.name!r} already: give the new one another name.")
+        raise AptError(f"a backbone named {kind.name!r} exists already: give the new one another name.")
     _TARGETS[kind.name] = kind
 
 

@@ -191,7 +191,7 @@ def _parts(path: Path) -> _Parts:
         check_floats(file, header)
         if found := sparse_attention(header.shapes):
             raise AptError(
-                f"{file} was trained with {found[1]}, whose weights ({found[0]}) Wan's full attention has no place for: "
+                f"{file} was trained with {found[1]}, and Wan's full attention has no place for its weights ({found[0]}): "
                 "give a model or a LoRA that was trained with full attention."
             )
         shapes |= convolution_shapes(header.shapes)

@@ -140,7 +140,7 @@ def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> Transf
         how = "by Euler steps; a LoRA for few steps wants its own steps and guidance"
         notes.append(
             f"{path} has no metadata of this project: it is added to {below} at strength 1 "
-            f"(alpha {lora.alpha}) and sampled as that is, {'in one step' if is_few_step(about) else how}."
+            f"(alpha {lora.alpha}) and sampled like that model, {'in one step' if is_few_step(about) else how}."
         )
     return TransformerSource(
         str(path), dict(as_backbone(model).config), about, _count(model), load, " ".join(filter(None, notes))
@@ -174,7 +174,7 @@ def read_vae_source(path: Path) -> VaeSource:
     """
     if path.is_file() and path.suffix == ".safetensors" and is_tiny_decoder(read_header(path)):
         raise AptError(
-            f"vae {path} is a tiny decoder, whose pictures are only near the VAE's: give the VAE, or this as tiny_decoder."
+            f"vae {path} is a tiny decoder, whose pictures are only close to the VAE's: give the VAE, or give this file as tiny_decoder."
         )
     vae = read_vae(path)
     made = vae.config.out_channels // (vae.config.patch_size or 1) ** 2

@@ -190,7 +190,9 @@ def _plain(path: Path) -> Header:
     for key, dtype in header.dtypes.items():
         if dtype not in FLOATS and key != TOKENIZER_KEY:
             instead = "give a file in fp16, bf16 or scaled fp8"
-            raise AptError(f"text_encoder {path}: {key} is stored as {dtype}, which is not read: {instead}.")
+            raise AptError(
+                f"text_encoder {path}: {key} is stored as {dtype}, which cannot be read: {instead}."
+            )
     return header
 
 

@@ -82,7 +82,7 @@ def transformer_config_from(
     )
     if not isinstance(heads, int) or heads < 1 or dim % heads or dim // heads % 2:
         raise AptError(
-            f"{path}: {dim} channels do not tell the number of heads: its metadata entry `config` must name a fitting num_heads."
+            f"{path}: the number of heads cannot be told from {dim} channels: name a fitting num_heads in its metadata entry `config`."
         )
     eps = given.get("eps", ASSUMED["eps"])
     if not isinstance(eps, float) or not 0 < eps < 1:

@@ -90,7 +90,7 @@ def choose_backend(
     if wanted.startswith(SIXTEEN_BITS_ON_A_CARD) and (device.type != "cuda" or dtype.itemsize != 2):
         computes = f"{str(dtype).removeprefix('torch.')} on {device}"
         raise AptError(
-            f"attention backend {wanted} needs 16-bit values on a CUDA card, and this is {computes}: use {best}."
+            f"attention backend {wanted} needs 16-bit values on a CUDA card, but this is {computes}: use {best}."
         )
     if training and _forward_only(wanted):
         return Backend(best, f"{wanted} has no backward pass")

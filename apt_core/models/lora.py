@@ -397,7 +397,7 @@ def check_lora(path: str | Path, model: nn.Module, name: str, base: object = "th
     if high := {layer: rank for layer, rank in lora.ranks.items() if rank > ranks.get(layer, rank)}:
         layer, rank = max(high.items(), key=lambda pair: pair[1])
         raise AptError(
-            f"{path} has rank {rank} at {layer}, and the adapters have {ranks[layer]}: take rank {rank} "
+            f"{path} has rank {rank} at {layer}, but the adapters have {ranks[layer]}: take rank {rank} "
             f"(lora_rank={rank}) or more, or a LoRA of lower rank."
         )
     return lora

@@ -160,7 +160,7 @@ def read_lora(path: str | Path, own: Sequence[str] = ()) -> LoraFile:
     apt = metadata_json(path, header.metadata, "apt")
     if kind := unreadable_kind(header.shapes):
         raise AptError(
-            f"{path} is {kind[1]} ({kind[0]}), and only LoRAs of two factors and plain differences can be "
+            f"{path} is {kind[1]} ({kind[0]}), but only LoRAs of two factors and plain differences can be "
             f"added: {REMEDY}."
         )
     found = {key: find_place(key, own) for key in header.shapes}
@@ -259,7 +259,7 @@ def _read_shapes(
         ):
             first = next(iter(found.values()))
             raise AptError(
-                f"{path}: of {layer} there is only {first}: the file is not whole, copy or download it again."
+                f"{path}: {layer} has only {first}: the file is incomplete, copy or download it again."
             )
         if "up" in found:
             down, up = shape["down"], shape["up"]
@@ -328,7 +328,7 @@ def _peft_scales(
     }
     for what, is_so in odd.items():
         if is_so:
-            raise AptError(f"{path}: {where} says {what}, and only plain LoRAs can be added: {REMEDY}.")
+            raise AptError(f"{path}: {where} says {what}, but only plain LoRAs can be added: {REMEDY}.")
     alpha, patterns = config.get("lora_alpha", 8), config.get("alpha_pattern") or {}
     numbers = [alpha, *patterns.values()] if isinstance(patterns, dict) else [None]
     if not all(
@@ -341,7 +341,7 @@ def _peft_scales(
         )
     if wild := [name for name in patterns if not re.fullmatch(r"\^?[\w.]+", name)]:
         raise AptError(
-            f"{path}: {where} has the pattern {wild[0]!r}, and only names of layers can be read: {REMEDY}."
+            f"{path}: {where} has the pattern {wild[0]!r}, but only names of layers can be read: {REMEDY}."
         )
 
     def alpha_of(name: str) -> float:

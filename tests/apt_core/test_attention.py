@@ -131,9 +131,9 @@ def test_diffusers_flash_3_has_no_backward_pass():
             "_native_cudnn",
             "cpu",
             torch.bfloat16,
-            "attention backend _native_cudnn needs 16-bit values on a CUDA card, and this is bfloat16 on cpu: use native.",
+            "attention backend _native_cudnn needs 16-bit values on a CUDA card, but this is bfloat16 on cpu: use native.",
         ),
-        ("_native_cudnn", "cuda", torch.float32, "and this is float32 on cuda: use native."),
+        ("_native_cudnn", "cuda", torch.float32, "but this is float32 on cuda: use native."),
     ],
 )
 @pytest.mark.parametrize("training", [False, True])

@@ -76,7 +76,7 @@ def test_rcm_turbodiffusion_and_self_forcing_are_wan_transformers(wan_13b, tmp_p
         assert facts["what"] == "Wan transformer, official keys" and facts.get("of") == of, name
         assert facts["loads"].startswith("yes"), facts["loads"]
         assert facts["as a start"].startswith(
-            "with mode=full, or with mode=lora as base too, and the LoRA is"
+            "with mode=full; with mode=lora give it as base too, to train a LoRA over it"
         )
         assert facts["shape"].startswith(
             "30 blocks, 12 heads x 128 = width 1536, ffn 8960, 16 latent channels"
@@ -99,7 +99,8 @@ def test_another_attention_is_named_and_refused(wan_13b, tmp_path, name, layer, 
         and f"(blocks.0.{layer})" in facts["loads"]
     )
     with pytest.raises(
-        AptError, match=r"full attention has no place for: give a model or a LoRA that was trained"
+        AptError,
+        match=r"full attention has no place for its weights \(.*\): give a model or a LoRA that was trained",
     ):
         load_transformer(path)
 
@@ -154,10 +155,10 @@ def test_times_are_told_and_those_of_another_call_are_refused(wan, tmp_path):
     assert times_note(tmp_path / "ours.safetensors") is None
     save_generator(tmp_path / "late.safetensors", model, model.config, {"timestep": 750})
     with pytest.raises(
-        AptError, match=r"late\.safetensors is for timestep 750, and one step from noise is a call at 1000: "
+        AptError, match=r"late\.safetensors is for timestep 750, but one step from noise is a call at 1000: "
     ):
         times_note(tmp_path / "late.safetensors")
-    assert inspect(tmp_path / "ours.safetensors")["as a start"].endswith("and the LoRA is over it")
+    assert inspect(tmp_path / "ours.safetensors")["as a start"].endswith("to train a LoRA over it")
     assert inspect(tmp_path / "late.safetensors")["as a start"].startswith("no: ")
     tensors, header = read_tensors(tmp_path / "ours.safetensors")
     coarse = {key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()}
@@ -165,6 +166,6 @@ def test_times_are_told_and_those_of_another_call_are_refused(wan, tmp_path):
     assert inspect(tmp_path / "coarse.safetensors")["as a start"].endswith("is too coarse to train from")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     note = times_note(tmp_path / "other.safetensors")
-    assert note and "at timestep 1000, where a list like 1000, 750, 500, 250 begins under any shift" in note
+    assert note and "at timestep 1000. A list like 1000, 750, 500, 250 begins there under any shift" in note
     with pytest.raises(AptError, match=r"--start-from .*gone\.safetensors does not exist"):
         times_note(tmp_path / "gone.safetensors")

@@ -77,7 +77,7 @@ def test_a_folder_of_wan_ai_is_read(shards, wan, tmp_path):
 
 def test_what_a_folder_of_wan_ai_cannot_give_is_named(wan, tmp_path):
     folder = original(tmp_path / "a", wan(), num_heads=5)
-    refuse(load_transformer, folder, "24 channels do not tell the number of heads")
+    refuse(load_transformer, folder, "the number of heads cannot be told from 24 channels")
     (folder / "Wan2.1_VAE.pth").write_bytes(b"PK\3\4")
     hint = "(its Wan2.1_VAE.pth is a pickle, which can run code when it is opened)"
     refuse(load_vae, folder, f"has no config.json of an AutoencoderKLWan {hint}: give")
@@ -185,14 +185,14 @@ def test_which_half_is_taken_is_said(high, low, wan, tmp_path):
             original(tmp_path / name, model)
     note = (
         f"{tmp_path} holds both halves of a Wan 2.2 A14B: {high} (high noise) is taken "
-        f"and {low} (low noise) is not, for a one-step model needs the first only."
+        f"and {low} (low noise) is not, because a one-step model needs only the first."
     )
     assert equal(load_transformer(tmp_path), first) and not equal(load_transformer(tmp_path), second)
     assert read_transformer(tmp_path).note == inspect(tmp_path)["note"] == note
     assert half_note(tmp_path / high) == "" and "is by its name the low-noise half" in half_note(
         tmp_path / low
     )
-    assert "the high-noise half, give that." in inspect(tmp_path / low)["note"]
+    assert "give the high-noise half, which a one-step model needs." in inspect(tmp_path / low)["note"]
 
 
 def test_the_pipeline_says_it_once_when_it_is_opened(tmp_path, capsys, caplog):

@@ -361,7 +361,7 @@ def test_file_round_trip(double, shared, batch, tmp_path):
     close(one_step(role(fresh, "generator"), x, text), one_step(role(model, "generator"), x, text))
     assert torch.equal(one_step(role(fresh, "discriminator"), x, text), one_step(role(fresh, None), x, text))
     with pytest.raises(
-        AptError, match=r"has rank 3 at .*, and the adapters have 2: take rank 3 \(lora_rank=3\)"
+        AptError, match=r"has rank 3 at .*, but the adapters have 2: take rank 3 \(lora_rank=3\)"
     ):
         load_lora(path, shared(rank=2), "generator")
     few = shared(targets=["to_q"]).double()  # other layers of the file become differences

@@ -55,17 +55,17 @@ def refusal(path, **kw):
 @pytest.mark.parametrize(
     "config, says",
     [
-        ({"use_dora": True}, "says use_dora, and only plain LoRAs can be added"),
-        ({"peft_type": "LOHA"}, "says peft_type LOHA, and only plain"),
+        ({"use_dora": True}, "says use_dora, but only plain LoRAs can be added"),
+        ({"peft_type": "LOHA"}, "says peft_type LOHA, but only plain"),
         (
             {"init_lora_weights": "pissa_niter_4"},
-            "says init_lora_weights pissa_niter_4, which changes the base, and only plain",
+            "says init_lora_weights pissa_niter_4, which changes the base, but only plain",
         ),
         ({"lora_alpha": "six"}, "has lora_alpha 'six', alpha_pattern {}: they must be numbers"),
         ({"lora_alpha": math.inf}, "has lora_alpha inf, alpha_pattern {}: they must be numbers"),
         ({"lora_alpha": 10**400}, "has lora_alpha 1000"),
         ({"alpha_pattern": {"a": None}}, 'has lora_alpha 8, alpha_pattern {"a": null}: they must be numbers'),
-        ({"alpha_pattern": {"(a+)+$": 1}}, "has the pattern '(a+)+$', and only names of layers can be read"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "has the pattern '(a+)+$', but only names of layers can be read"),
     ],
 )
 def test_settings_of_peft_that_cannot_be(wan, tmp_path, config, says):
@@ -148,9 +148,9 @@ PAIR = {"blocks.0.ffn.0.lora_A.weight": torch.ones(2, 24), "blocks.0.ffn.0.lora_
         ),
         (
             {"blocks.0.ffn.2.lora_A.weight": torch.ones(2, 32)},
-            "of blocks.0.ffn.2 there is only blocks.0.ffn.2.lora_A.weight: the file is not whole",
+            "blocks.0.ffn.2 has only blocks.0.ffn.2.lora_A.weight: the file is incomplete",
         ),
-        ({"blocks.0.ffn.2.alpha": torch.ones(())}, "of blocks.0.ffn.2 there is only blocks.0.ffn.2.alpha"),
+        ({"blocks.0.ffn.2.alpha": torch.ones(())}, "blocks.0.ffn.2 has only blocks.0.ffn.2.alpha"),
         (
             {"blocks.0.ffn.0.lora_A.weight": torch.ones(3, 24)},
             "the factors of blocks.0.ffn.0, (3, 24) and (32, 2), do not fit",
@@ -284,7 +284,7 @@ def test_a_pipeline_takes_a_foreign_lora_and_says_what_it_assumes(tmp_path):
     end = "by Euler steps; a LoRA for few steps wants its own steps and guidance."
     begin = (
         f"{path} has no metadata of this project: it is added to {{}} at strength 1 (alpha in the file) "
-        f"and sampled as that is, "
+        f"and sampled like that model, "
     )
     assert said == [begin.format(SHIPPED["base"]) + end]
     assert not pipe.sources.transformer.few_step and pipe.sources.vae.name == str(SHIPPED["vae"])

@@ -262,7 +262,8 @@ def test_every_mistake_is_a_sentence_before_a_weight_is_read(tmp_path, no_weight
             pipe(prompt)
     for memory in (0, -1.0, float("nan"), "8"):
         with pytest.raises(
-            AptError, match=r"^memory is .*, but must be GiB above 0, or None for what is free\.$"
+            AptError,
+            match=r"^memory is .*, but must be a number of GiB above 0, or None for all that is free\.$",
         ):
             pipeline(memory=memory)
     with pytest.raises(
@@ -436,7 +437,7 @@ def test_many_processes_make_one_clip(double, size, tmp_path):
         ({"dtype": torch.int8}, "dtype is torch.int8, but must be one of"),
         ({"tiny_decoder": "mini"}, "tiny_decoder mini does not exist"),
         ({"backend": "nosuch"}, "there is no attention backend 'nosuch'"),
-        ({"memory": "much"}, "memory is 'much', but must be GiB above 0"),
+        ({"memory": "much"}, "memory is 'much', but must be a number of GiB above 0"),
     ],
 )
 def test_options_that_cannot_be_are_one_sentence(options, word):

@@ -202,25 +202,25 @@ ELSE = "give the file in bf16, fp16 or scaled fp8."
 REFUSED = {
     "nvfp4": (
         lambda t: t.update({f"{MODULE}.comfy_quant": bytes_of(format="nvfp4")}),
-        f"{MODULE} is quantised as nvfp4, which is not read: {ELSE}",
+        f"{MODULE} is quantised as nvfp4, which cannot be read: {ELSE}",
     ),
     "rotated": (
         lambda t: t.update(
             {f"{MODULE}.comfy_quant": bytes_of(format="float8_e4m3fn", convrot=True, convrot_groupsize=64)}
         ),
-        f"{MODULE} is quantised as float8_e4m3fn, convrot, convrot_groupsize, which is not read: {ELSE}",
+        f"{MODULE} is quantised as float8_e4m3fn, convrot, convrot_groupsize, which cannot be read: {ELSE}",
     ),
     "int8": (
         lambda t: t.update({Q: torch.zeros(24, 24, dtype=torch.int8)}),
-        f"its weights are quantised as int8, which is not read: {ELSE}",
+        f"its weights are quantised as int8, which cannot be read: {ELSE}",
     ),
     "gptq": (
         lambda t: t.update({f"{MODULE}.qweight": torch.zeros(3, 24, dtype=torch.int32)}),
-        f"its weights are quantised as GPTQ or AWQ, which is not read: {ELSE}",
+        f"its weights are quantised as GPTQ or AWQ, which cannot be read: {ELSE}",
     ),
     "bitsandbytes": (
         lambda t: t.update({f"{Q}.absmax": torch.zeros(9)}),
-        f"its weights are quantised as bitsandbytes, which is not read: {ELSE}",
+        f"its weights are quantised as bitsandbytes, which cannot be read: {ELSE}",
     ),
     "blocks": (
         lambda t: t.update({f"{MODULE}.scale_weight": torch.ones(3, 3)}),
@@ -236,7 +236,7 @@ REFUSED = {
     ),
     "no json": (
         lambda t: t.update({f"{MODULE}.comfy_quant": torch.zeros(4, dtype=torch.uint8)}),
-        f"what it says of the quantisation of {MODULE} is not a JSON object: download it again.",
+        f"what it says about the quantisation of {MODULE} is not a JSON object: download it again.",
     ),
 }
 

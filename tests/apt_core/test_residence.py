@@ -171,7 +171,7 @@ def test_work_that_others_wait_for_is_not_tried_again(card):
 
     residence = Residence(CARD)
     with pytest.raises(
-        OutOfMemory, match=f"^{CARD} runs out of memory: add processes, or let all of them keep"
+        OutOfMemory, match=f"^{CARD} runs out of memory: add processes, or give all of them a smaller memory"
     ):
         residence.run("a", lambda device: nn.Linear(2, 2).to(device), work, alone=False)
     assert len(calls) == 1 and residence.level == ALL and not residence.steps_taken

@@ -257,11 +257,11 @@ def test_bad_files_get_a_sentence(run):
         "is its first key, and head.modulation is not there): give a Wan model's file.",
         "missing.safetensors": f"{name} missing.safetensors: blocks.1.cross_attn.k.weight missing: the file is not a whole Wan transformer, "
         "export or download it again.",
-        "no heads.safetensors": f"{name} no heads.safetensors: 48 channels do not tell the number of heads: "
-        "its metadata entry `config` must name a fitting num_heads.",
+        "no heads.safetensors": f"{name} no heads.safetensors: the number of heads cannot be told from 48 channels: "
+        "name a fitting num_heads in its metadata entry `config`.",
         "no config.safetensors": f"{name} no config.safetensors: its text_dim is 20, but its metadata entry `config` does not say so "
         "and ComfyUI takes 4096: use the file that the trainer wrote, or save the model with Save APT Checkpoint, which keeps the metadata.",
-        "newer.safetensors": f"{name} newer.safetensors has format 2 of the checkpoint contract, this version reads up to 1: update ComfyUI-APT.",
+        "newer.safetensors": f"{name} newer.safetensors has format 2 of the checkpoint contract, but this version only reads up to 1: update ComfyUI-APT.",
         "kind.safetensors": f"{name} kind.safetensors: its metadata entry `apt` has kind 'critic': it must be one of generator, base, lora.",
         "native.safetensors": f"{name} native.safetensors: its metadata entry `apt` has native {{'width': 64}}, not width, height, frames and fps: "
         "export the file again.",

@@ -109,7 +109,10 @@ def test_the_trainer_reads_what_was_saved(run, name):
     assert_close(theirs, ours, rtol=0, atol=1e-5)
     facts = inspect(file(saved, name), deep=True)
     assert facts["loads"].startswith("yes, as checkpoint, in one step; needs a vae of 16 channels")
-    assert (facts["kind"], facts["ComfyUI reads"]) == ("generator", "with the metadata entry config")
+    assert (facts["kind"], facts["ComfyUI reads"]) == (
+        "generator",
+        "its settings from the metadata entry config",
+    )
 
 
 def test_the_metadata_is_kept(run):

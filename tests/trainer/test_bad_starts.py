@@ -82,11 +82,11 @@ def starts(tmp_path_factory) -> Path:
             "late",
             [],
             [
-                "is for timestep 750, and one step from noise is a call at 1000",
-                "(`distill`, with them as the base).",
+                "is for timestep 750, but one step from noise is a call at 1000",
+                "run `distill` with these as the base first.",
             ],
         ),
-        ("whole", LORA, ["is a whole model, and adapters over", "train with mode=full, or give base="]),
+        ("whole", LORA, ["is a whole model, which adapters over", "train with mode=full, or give base="]),
         ("shallow", [], ["--start-from", "is not the model of preset tiny (blocks 5 instead of 6)"]),
         (
             "sparse",

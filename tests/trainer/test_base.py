@@ -150,7 +150,7 @@ def test_an_mmdit_starts_from_noise_and_is_known_by_its_file(tmp_path):
     check_base(tmp_path / "a.safetensors", preset.model, "seaweed-8b")
     a, b = (load_backbone(tmp_path / f"{name}.safetensors").state_dict() for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
-    with pytest.raises(AptError, match="is an MMDiT, which preset mini is not for"):
+    with pytest.raises(AptError, match="is an MMDiT, but preset mini is for another kind of model"):
         check_base(tmp_path / "a.safetensors", load_preset("mini").model, "mini")
     with pytest.raises(
         AptError, match="base=random is for backbones without public weights, and mini is a Wan transformer"

@@ -299,7 +299,7 @@ def test_the_mmdit_goes_the_whole_way(run, tmp_path):
     z, text = torch.randn(1, 16, 1, 6, 6), torch.randn(1, 32, 96)
     with torch.no_grad():
         assert not torch.equal(one_step(adapted.model, z, text), one_step(start, z, text))
-    assert "an MMDiT, which preset tiny is not for" in refused(
+    assert "an MMDiT, but preset tiny is for another kind of model" in refused(
         "distill", TINY, f"base={tmp_path / 'base.safetensors'}", "--out", tmp_path / "x"
     )
 
@@ -412,7 +412,7 @@ def test_export_names_its_file_so_that_comfyui_lists_it_and_does_not_replace_its
     done("export", run, "--out", tmp_path / "my-model")
     assert load_transformer(tmp_path / "my-model.safetensors")
     before = (tmp_path / "my-model.safetensors").read_bytes()
-    assert "is what is to be exported, or what it was trained from: give another --out" in refused(
+    assert "is the model to export, or one that it was trained from: give another --out" in refused(
         "export",
         tmp_path / "my-model.safetensors",
         "--out",
@@ -423,7 +423,7 @@ def test_export_names_its_file_so_that_comfyui_lists_it_and_does_not_replace_its
     assert (tmp_path / "my-model.safetensors").read_bytes() == before
     shutil.copy(ASSETS / "transformer.safetensors", tmp_path / "base.safetensors")
     lora, base = run / "lora" / "apt-tiny.safetensors", tmp_path / "base.safetensors"
-    assert "or what it was trained from: give another --out" in refused(
+    assert "or one that it was trained from: give another --out" in refused(
         "export", lora, "--base", base, "--out", base
     )
     assert base.read_bytes() == (ASSETS / "transformer.safetensors").read_bytes()
@@ -604,7 +604,7 @@ def test_prompts_are_encoded_with_the_shards(run):
             ("adversarial", TINY, "--phase", "image", "updtes=2"),
             "there is no setting 'updtes' (did you mean updates?)",
         ),
-        (("adversarial", TINY, "--phase", "film"), "--phase film is not known: it is image or video."),
+        (("adversarial", TINY, "--phase", "film"), "--phase film is not known: use image or video."),
         (
             ("adversarial", TINY, "--phase", "image", "--recipe", "wild"),
             "preset tiny has no recipe 'wild': use one of paper, stable.",
@@ -648,7 +648,7 @@ def test_prompts_are_encoded_with_the_shards(run):
         ),
         (
             ("distill", TINY, "attention=_native_cudnn"),
-            "needs 16-bit values on a CUDA card, and this is float32 on cpu: use native.",
+            "needs 16-bit values on a CUDA card, but this is float32 on cpu: use native.",
         ),
         (
             ("distill", "wan2.2-5b", "attention=flush", "--dry-run", "--gpus", 8),
@@ -725,7 +725,7 @@ def test_a_lora_over_a_whole_few_step_model(run, tmp_path):
     shutil.copy(run / "distilled.safetensors", few)
     given = ("adversarial", TINY, "--phase", "video", "mode=lora", "lora_rank=2", "updates=1")
     where = ("--shards", run / "latents", "--out", out, "--start-from", few)
-    assert f"or give base={few} too, and the LoRA is one over that model." in refused(*given, *where)
+    assert f"or give base={few} too, to train a LoRA over that model." in refused(*given, *where)
     done(*given, f"base={few}", *where)
     assert read_metadata(out / "apt-tiny.safetensors")["over"] == "few-step.safetensors"
     made = open_generator(out / "apt-tiny.safetensors", few)
@@ -749,7 +749,7 @@ def test_a_phase_without_the_stage_before_says_where_it_starts(run, tmp_path):
         "--out",
         tmp_path,
     )
-    assert "distilled.safetensors is not there: the generator starts from the base itself" in shown
+    assert "distilled.safetensors does not exist, so the generator starts from the base itself" in shown
 
 
 def test_dry_run_touches_no_weight():

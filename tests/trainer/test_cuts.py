@@ -54,7 +54,9 @@ def test_short_clips_get_fewer_frames_and_long_ones_give_several(tmp_path):
     for frames, expected in lengths.items():
         item = video(tmp_path / f"{frames}.mp4", 32, 32, frames)
         if not expected:
-            with pytest.raises(AptError, match=r"has 0.50 s, 0.63 s \(5 frames at 8 fps\) are needed"):
+            with pytest.raises(
+                AptError, match=r"is 0.50 s long, but 0.63 s \(5 frames at 8 fps\) are needed"
+            ):
                 cut.plan(item)
             continue
         clips = cut.plan(item)

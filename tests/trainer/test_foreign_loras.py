@@ -97,7 +97,7 @@ def test_inspect_says_what_a_lora_is_and_whether_it_fits(base, kohya, tmp_path):
     assert inspect(path, base=str(tmp_path / "gone"))["loads"].startswith(
         f"no: base {tmp_path / 'gone'} does not exist"
     )
-    with pytest.raises(AptError, match=r"is not a LoRA file: leave --base away\.$"):
+    with pytest.raises(AptError, match=r"is not a LoRA file: leave --base out\.$"):
         inspect(SHIPPED["base"], base="mini")
 
 
@@ -201,14 +201,14 @@ def test_adapters_begin_with_a_lora_of_lower_rank(base, kohya, tmp_path):
         (
             "plain",
             Lora(3, None),
-            r"plain\.safetensors has rank 4 at blocks\.0\.cross_attn\.q, and the adapters "
+            r"plain\.safetensors has rank 4 at blocks\.0\.cross_attn\.q, but the adapters "
             r"have 3: take rank 4 \(lora_rank=4\) or more, or a LoRA of lower rank\.$",
         ),
         (
             "whole",
             Lora(8, None),
-            r"whole\.safetensors is a whole model, and adapters over .* cannot hold what it "
-            r"has become: train with mode=full, or give base=.*whole\.safetensors too",
+            r"whole\.safetensors is a whole model, which adapters over .* cannot "
+            r"hold: train with mode=full, or give base=.*whole\.safetensors too",
         ),
         (
             "other",

@@ -100,7 +100,7 @@ def test_resampling_picks_the_nearest_frames(clip24):
 
 def test_a_start_time_moves_the_window(clip24):
     assert numbers(read_video(clip24, 5, 8, 32, 32, start=0.5)) == [12, 15, 18, 21, 24]
-    with pytest.raises(AptError, match="has 0.62 s, 0.75 s"):
+    with pytest.raises(AptError, match="is 0.62 s long, but 0.75 s"):
         read_video(clip24, 6, 8, 32, 32, start=0.5)
 
 
@@ -300,7 +300,7 @@ def test_a_clip_too_short(tmp_path):
             read(tmp_path / "short.mp4")
         one_sentence(
             error,
-            "short.mp4 has 0.50 s, 1.13 s (9 frames at 8 fps) are needed: give a longer clip or lower frames",
+            "short.mp4 is 0.50 s long, but 1.13 s (9 frames at 8 fps) are needed: give a longer clip or lower frames",
         )
     check_video(tmp_path / "short.mp4", 4, 8)
     assert numbers(read_video(tmp_path / "short.mp4", 4, 8, 32, 32)) == [0, 1, 2, 3]

@@ -167,7 +167,7 @@ def test_bad_input_is_refused_before_anything_is_encoded(data, tmp_path):
     assert set(reasons) == {"clip1.mp4", "clip3.mp4", "clip5.mp4", "image2.png"}
     assert (
         "clip1.mp4 holds no frame that can be decoded" in reasons["clip1.mp4"]
-        and "clip5.mp4 has 0.37 s, 0.63 s (5 frames at 8 fps)" in reasons["clip5.mp4"]
+        and "clip5.mp4 is 0.37 s long, but 0.63 s (5 frames at 8 fps)" in reasons["clip5.mp4"]
     )
     assert "has 8 tokens, but at most 6 fit: shorten it, or give --truncate-captions" in reasons["clip3.mp4"]
     assert [sample.id for sample in ShardDataset(out, "video").samples] == [
@@ -261,7 +261,9 @@ def test_samples_that_leave_the_index_are_counted_and_said(data, tmp_path, capsy
     assert made.samples == {"image": 0, "video": 2}
     assert made.dropped == sum(first.samples.values()) - 1  # clip0.mp4 is there again
     tell_precomputed(made, out)
-    said = f"{made.dropped} samples of the index before are not in this data and are no longer trained on"
+    said = (
+        f"{made.dropped} samples of the earlier index are not in this data, so they are no longer trained on"
+    )
     assert said in capsys.readouterr().out
     tell_precomputed(run(other, out), out)
     assert "no longer trained on" not in capsys.readouterr().out

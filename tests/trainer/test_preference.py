@@ -260,7 +260,7 @@ def test_a_picture_is_upright_and_bare(tmp_path):
         ("too much", ("the samples of 4 pairs are more than 0 MiB", "--link puts them")),
         ("codec", ("is in mpeg4, which not every browser plays: convert it to H.264",)),
         ("damaged", ("cannot be read as a video",)),
-        ("name", ("page.txt is no name of a page",)),
+        ("name", ("page.txt does not end in .html",)),
         ("another key", ("page.key.json belongs to another study",)),
     ],
 )

@@ -193,13 +193,13 @@ def test_shards_of_another_version_are_neither_read_nor_added_to(says_so, folder
     with pytest.raises(AptError) as error:
         ShardWriter(folder, SETTINGS)
     assert str(error.value) == (
-        f"{folder} holds shards of apt-shards version 1, and this program writes version 2: "
+        f"{folder} holds shards of apt-shards version 1, but this program writes version 2: "
         "give another folder, or delete it to start over."
     )
     with pytest.raises(AptError) as error:
         ShardDataset(folder, "video")
     assert str(error.value) == (
-        f"{folder / 'index.json'} is of apt-shards version 1, and this program reads version 2: "
+        f"{folder / 'index.json'} is of apt-shards version 1, but this program reads version 2: "
         "run precompute again into another folder."
     )
     assert files(folder) == before

@@ -80,8 +80,10 @@ def test_a_dry_run_counts_it_too(few_step, machine):
     without, counted = dry_run(*machine), dry_run("--start-from", str(few_step), *machine)
     assert without.exit_code == counted.exit_code == 0, counted.output
     assert LINE not in without.output and LINE in counted.output
-    note = f"{few_step} does not say which times it was trained for: stage 2 calls it once, at timestep 1000"
-    assert note in counted.output and "does not say which times" not in without.output
+    note = (
+        f"{few_step} does not say which timesteps it was trained for. Stage 2 calls it once, at timestep 1000"
+    )
+    assert note in counted.output and "does not say which timesteps" not in without.output
     high = dry_run("lora_rank=1", "--start-from", str(few_step), *machine)
     assert high.exit_code == 2 and "(lora_rank=2) or more" in high.stderr
     gone = dry_run("--start-from", "gone.safetensors", *machine)
@@ -93,7 +95,10 @@ def test_a_dry_run_shows_the_plan_of_the_run(few_step, tmp_path):
     (tmp_path / "apt-image.safetensors").write_bytes(few_step.read_bytes())
     shown = dry_run("--out", str(tmp_path))
     assert shown.exit_code == 0 and LINE in shown.output, shown.output
-    assert f"{tmp_path / 'apt-image.safetensors'} does not say which times it was trained for" in shown.output
+    assert (
+        f"{tmp_path / 'apt-image.safetensors'} does not say which timesteps it was trained for"
+        in shown.output
+    )
     needed = make_plan(preset(), "video", tmp_path).account.bytes / 2**30
     assert f"It fits: {needed:.1f} of " in shown.output
     assert f"GiB per GPU, in all {needed:.2f}" in " ".join(shown.output.split())
@@ -105,4 +110,4 @@ def test_a_dry_run_knows_no_base_and_still_names_a_whole_model(tmp_path):
         ["adversarial", TINY, "--phase", "video", "--dry-run", "mode=lora", "base=", "--start-from", str(SHIPPED["base"])],
     )  # fmt: skip
     assert result.exit_code == 2
-    assert "is a whole model, and adapters over the base of preset tiny cannot hold" in result.stderr
+    assert "is a whole model, which adapters over the base of preset tiny cannot hold" in result.stderr

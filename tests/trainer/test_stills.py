@@ -127,7 +127,7 @@ def test_a_grey_picture_with_a_profile_of_rgb_and_one_that_is_broken(tmp_path):
         assert (
             np.array_equal(got[0], COLOURS)
             and len(notes) == 1
-            and notes[0].startswith("its colour profile passed over (")
+            and notes[0].startswith("its colour profile ignored (")
         ), notes
 
 
@@ -186,7 +186,7 @@ def test_floats_of_0_to_1_are_black_to_white_and_others_refused(tmp_path):
         Image.fromarray(np.float32([odd])).save(tmp_path / f"{name}.tif")
         refused(
             tmp_path / f"{name}.tif",
-            f"has float pixels {says}, and only 0 (black) to 1 (white) is known: save it in 8 or 16 bits.",
+            f"has float pixels {says}, but only 0 (black) to 1 (white) is known: save it in 8 or 16 bits.",
         )
 
 
@@ -194,7 +194,7 @@ def test_integers_of_32_bits_are_refused_and_16_are_right(tmp_path):
     Image.fromarray(np.int32([[0, 70000]])).save(tmp_path / "a.tif")
     refused(
         tmp_path / "a.tif",
-        "has signed or 32-bit integer pixels, of which nothing tells the white: save it in 8 or 16 bits.",
+        "has signed or 32-bit integer pixels, and nothing says which value is white: save it in 8 or 16 bits.",
     )
     Image.fromarray(np.uint16([[0, 128 * 256, 65535]])).save(tmp_path / "b.tif")
     got, notes = read(tmp_path / "b.tif", 1, 3)

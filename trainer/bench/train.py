@@ -77,7 +77,7 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
     Raises AptError for an unknown phase.
     """
     if phase not in ("image", "video"):
-        raise AptError(f"--phase {phase} is not known: it is image or video.")
+        raise AptError(f"--phase {phase} is not known: use image or video.")
     attention = attention_of(preset, pick_device(preset.train.device))
     machine = this_machine(pick_device(preset.train.device), preset.train.compute)
     with connect(

@@ -44,14 +44,14 @@ def export(
     """
     if form not in FORMS or dtype not in (*DTYPES, "fp8"):
         raise AptError(
-            f"--form {form} --dtype {dtype} cannot be: forms are {', '.join(FORMS)}, dtypes {', '.join(DTYPES)} and fp8."
+            f"--form {form} --dtype {dtype} is not possible: forms are {', '.join(FORMS)}, dtypes {', '.join(DTYPES)} and fp8."
         )
     if dtype == "fp8" and form != "file":
         raise AptError(f"fp8 is for single files: use --form file, or --dtype bf16 with --form {form}.")
     if form != "diffusers" and out.suffix != ".safetensors":
         out = out.with_name(out.name + ".safetensors")  # ComfyUI lists only these
     if out.exists() and out.resolve() in (resolve(source).resolve(), base and Path(base).resolve()):
-        raise AptError(f"{out} is what is to be exported, or what it was trained from: give another --out.")
+        raise AptError(f"{out} is the model to export, or one that it was trained from: give another --out.")
     generator = open_generator(source, base, ema)
     kind = kind_of(generator.base or generator.model)
     if not kind.public:

@@ -59,7 +59,7 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
     Raises AptError when `path` holds nothing that can be inspected, and if `base` is given without a LoRA.
     """
     if base is not None and not (path.is_file() and _what(path, read_header(path)) == "LoRA"):
-        raise AptError(f"{path} is not a LoRA file: leave --base away.")
+        raise AptError(f"{path} is not a LoRA file: leave --base out.")
     if path.is_dir() and (path / INDEX).is_file():
         return _shards(path)
     path = resolve(path)
@@ -75,7 +75,7 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
         **({"of": f"{made_by}, by its names"} if made_by else {}),
         "parameters": f"{sum(math.prod(shape) for shape in header.shapes.values()):,} in {len(header.shapes)} tensors",
         "dtypes": ", ".join(sorted(set(header.dtypes.values()))),
-        "size": f"{path.stat().st_size / 2**30:.3f} GiB",
+        "size": _size(path.stat().st_size),
         **{name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in apt.items()},
         **{
             name: value
@@ -84,6 +84,10 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
         },
     }
     return facts | _by_kind(path, header, deep, base)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.3f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
 def _what(path: Path, header: Header) -> str:
@@ -115,10 +119,10 @@ def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[s
         config = _config_or_reason(path)
         if isinstance(config, str):
             return {"loads": config}
-        missing = "" if "config" in header.metadata else "missing "
-        needs = f"with the {missing}metadata entry config" if comfy_config(config) else "all from the shapes"
+        missing = "" if "config" in header.metadata else ", which is missing"
+        where = f"the metadata entry config{missing}" if comfy_config(config) else "the tensors' shapes"
         start = {"as a start": _whole_start(path, form_of(header))}
-        facts = {**_numbers(config), "ComfyUI reads": needs, **_note(path)}
+        facts = {**_numbers(config), "ComfyUI reads": f"its settings from {where}", **_note(path)}
         loads = _transformer(path, deep)
         return facts | (start if loads.startswith("yes") else {}) | {"loads": loads}
     if what.startswith("MMDiT"):
@@ -192,7 +196,7 @@ def _whole_start(path: Path, form: str) -> str:
         times = f"; {TIMES}" if times_note(path) else ""
     except AptError as error:
         return f"no: {error}"
-    return f"with mode=full, or with mode=lora as base too, and the LoRA is over it{times}"
+    return f"with mode=full; with mode=lora give it as base too, to train a LoRA over it{times}"
 
 
 def _note(path: Path) -> dict[str, str]:

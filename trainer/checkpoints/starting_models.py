@@ -65,7 +65,7 @@ def check_base(path: Path, model: Model, name: str, what: str = "base") -> None:
     kind = kind_of_file(path)
     if kind.name != model.kind:
         raise AptError(
-            f"{what} {path} is {kind.words}, which preset {name} is not for: give a model of its kind."
+            f"{what} {path} is {kind.words}, but preset {name} is for another kind of model: give one of that kind."
         )
     if path.is_file():
         _refuse_coarse(path, [path], what)
@@ -115,13 +115,14 @@ def times_note(start: Path) -> str | None:
     apt = read_folder_metadata(start) if start.is_dir() else read_metadata(start)
     if "timestep" not in apt:
         return (
-            f"{start} does not say which times it was trained for: stage 2 calls it once, at timestep 1000, where a list like 1000, 750, "
-            "500, 250 begins under any shift; if its own begins lower, it has not learned that call: distil from it first (`distill`)."
+            f"{start} does not say which timesteps it was trained for. Stage 2 calls it once, at timestep 1000. "
+            "A list like 1000, 750, 500, 250 begins there under any shift; if its own list begins lower, it has "
+            "not learned this call: run `distill` with it as the base first."
         )
     if apt["timestep"] != 1000:
         raise AptError(
-            f"{start} is for timestep {apt['timestep']}, and one step from noise is a call at 1000: give weights that were trained there, "
-            "or distil them first (`distill`, with them as the base)."
+            f"{start} is for timestep {apt['timestep']}, but one step from noise is a call at 1000: "
+            "give weights that were trained there, or run `distill` with these as the base first."
         )
     return None
 

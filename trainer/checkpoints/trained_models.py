@@ -60,7 +60,7 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
         return _from_state(path, ema, base)
     if ema is not None:
         raise AptError(
-            f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema away."
+            f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema out."
         )
     if path.is_dir():
         metadata = read_folder_metadata(path)

@@ -95,8 +95,8 @@ Preset = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Settings to change, for example updates=100 base=PATH; `settings` lists them all.",
+        metavar="KEY=VALUE",
+        help="Settings to change, for example updates=100 base=PATH; the command settings lists them all.",
     ),
 ]
 Recipe = Annotated[

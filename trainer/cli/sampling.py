@@ -120,7 +120,7 @@ def evaluate(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            metavar="CHECKPOINT...", help="One or more checkpoints, in any form that generate takes."
+            metavar="CHECKPOINT", help="One or more checkpoints, in any form that generate takes."
         ),
     ],
     prompts: Annotated[
@@ -208,7 +208,7 @@ def preference(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="A B | VOTES...", help="Two folders of samples; with --votes, the raters' files."
+            metavar="A B | VOTES", help="Two folders of samples; with --votes, the raters' files."
         ),
     ],
     votes: Annotated[bool, option("Count votes instead of making a page.", "--votes")] = False,

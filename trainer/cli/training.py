@@ -128,7 +128,7 @@ def adversarial_command(
 ) -> None:
     """Stage 2: one phase of adversarial post-training. The same command continues a run that was stopped."""
     if phase not in ("image", "video"):
-        raise AptError(f"--phase {phase} is not known: it is image or video.")
+        raise AptError(f"--phase {phase} is not known: use image or video.")
     loaded = _load(preset, recipe, overrides, "train", "files", "data", "sampling", "model", phase=phase)
     out = out or RUNS / loaded.name
     if dry_run:

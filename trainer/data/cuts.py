@@ -71,7 +71,7 @@ class Cut:
         for one, other in pairwise(self._lengths):
             if one == other:
                 raise AptError(
-                    f"shorter names {one} frames twice, or as many as frames: name each length once."
+                    f"shorter names {one} frames twice, or the same number as frames: name each length once."
                 )
 
     def sizes(self, kind: str) -> list[tuple[int, int]]:

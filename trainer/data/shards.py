@@ -127,7 +127,7 @@ class ShardWriter:
             return  # damaged: its samples are encoded again, into a shard with the same name
         if version != VERSION:
             raise AptError(
-                f"{self.folder} holds shards of {FORMAT} version {version}, and this program writes version {VERSION}: "
+                f"{self.folder} holds shards of {FORMAT} version {version}, but this program writes version {VERSION}: "
                 "give another folder, or delete it to start over."
             )
         try:
@@ -205,7 +205,7 @@ class ShardDataset:
             )
         if (version := index.get("version")) != VERSION:
             raise AptError(
-                f"{path} is of {FORMAT} version {version}, and this program reads version {VERSION}: {AGAIN} into another folder."
+                f"{path} is of {FORMAT} version {version}, but this program reads version {VERSION}: {AGAIN} into another folder."
             )
         try:
             self.vae, self.fps, self.settings = index["vae"], index["fps"], index["settings"]

@@ -113,14 +113,14 @@ def _eight_bits(
         low, high = float(pixels.min()), float(pixels.max())
         if not (0 <= low and high <= 1):  # written so that NaN is refused too
             raise AptError(
-                f"{path} has float pixels from {low:g} to {high:g}, and only 0 (black) to 1 (white) is known: "
+                f"{path} has float pixels from {low:g} to {high:g}, but only 0 (black) to 1 (white) is known: "
                 "save it in 8 or 16 bits."
             )
         note("float pixels of 0 to 1 taken as black to white")
         return Image.fromarray(np.rint(pixels * 255).astype(np.uint8)), None
     if image.mode == "I" and form != "PNG":  # older Pillows open a 16-bit PNG in mode I
         raise AptError(
-            f"{path} has signed or 32-bit integer pixels, of which nothing tells the white: "
+            f"{path} has signed or 32-bit integer pixels, and nothing says which value is white: "
             "save it in 8 or 16 bits."
         )
     clear = image.info.get("transparency")
@@ -152,7 +152,7 @@ def _to_srgb(image: Image.Image, profile: bytes, note: Note) -> Image.Image:
                 return image
         image = ImageCms.applyTransform(image, change)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-        note(f"its colour profile passed over ({' '.join(str(error).split()).rstrip('.')})")
+        note(f"its colour profile ignored ({' '.join(str(error).split()).rstrip('.')})")
         return image
     note(f"colours converted from {name or 'its profile'} to sRGB")
     return image

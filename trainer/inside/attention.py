@@ -34,7 +34,7 @@ def find_state(path: Path, phase: str | None = None) -> Path:
     Raises AptError when there is none.
     """
     if phase not in (None, "image", "video"):
-        raise AptError(f"--phase {phase} is not known: it is image or video.")
+        raise AptError(f"--phase {phase} is not known: use image or video.")
     if is_state(path):
         return path
     folders = [path, *(path / "states" / name for name in ([phase] if phase else ["video", "image"]))]

@@ -58,5 +58,5 @@ def check_shards(batches: Batches, preset: Preset, folder: Path, world: World) -
         other = next(wrong, "")
     if other := world.gather(other)[0]:
         raise AptError(
-            f"{folder} was made with another {other} than {getattr(preset.files, other)}: precompute again with this one, or give that one."
+            f"{folder} was made with another {other} than {getattr(preset.files, other)}: precompute again, or give the {other} that it was made with."
         )

@@ -23,7 +23,9 @@ def show_plan(plan: Plan) -> None:
     table.add_column("", no_wrap=True)
     table.add_column("", justify="right", overflow="fold")
     table.add_row("machine", f"{machine.gpus} x {machine.name}")
-    table.add_row("of each", f"{machine.memory / GIB:.1f} GiB, {machine.peak / 1e12:.3g} TFLOP/s at best")
+    table.add_row(
+        "each of them", f"{machine.memory / GIB:.1f} GiB, {machine.peak / 1e12:.3g} TFLOP/s at best"
+    )
     if plan.attention:
         table.add_row("attention", plan.attention)
     for kind in kinds:
@@ -41,7 +43,7 @@ def show_plan(plan: Plan) -> None:
     table.add_row("FLOPs per update", f"{needed.flops:.3g}")
     table.add_row("updates", f"{needed.updates:,}")
     if needed.warmup:
-        table.add_row("updates before, of the discriminator alone", f"{plan.settings.warmup:,}")
+        table.add_row("warm-up updates, discriminator alone", f"{plan.settings.warmup:,}")
     per_hour = 3600 * machine.gpus * machine.speed / needed.flops
     table.add_row("updates per hour, at half of the peak", f"{per_hour:.3g}")
     hours = needed.gpu_hours(machine.speed)

@@ -76,7 +76,7 @@ def tell_precomputed(made: Report, folder: Path) -> None:
         say(f"{len(made.skipped)} left out, listed in {folder / SKIPPED}")
     if made.dropped:
         say(
-            f"{made.dropped} samples of the index before are not in this data and are no longer trained on: "
+            f"{made.dropped} samples of the earlier index are not in this data, so they are no longer trained on: "
             "give another --out to keep both."
         )
     counts = ", ".join(f"{count} {kind}s" for kind, count in made.samples.items())

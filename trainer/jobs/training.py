@@ -165,7 +165,7 @@ def run_adversarial(
         begin = find_start(plan)
         if not plan.start and world.main:
             say(
-                f"{DISTILLED} is not there: the generator starts from the base itself, which is worse; run distill first."
+                f"{DISTILLED} does not exist, so the generator starts from the base itself, which is worse: run `distill` first."
             )
         if plan.start and plan.start.note and world.main:
             say(plan.start.note)

@@ -306,7 +306,7 @@ def open_pulse(rank: int, size: int, seconds: float) -> Pulse | None:
         )
     except (RuntimeError, ValueError) as error:
         why = _first_line(error)
-        warn(f"the other processes cannot be watched ({why}): one that dies may be waited for.")
+        warn(f"the other processes cannot be watched ({why}): if one dies, this one may wait for it.")
         return None
     prefix = f"apt/pulse/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{_opened}"
     keeper = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0

@@ -59,7 +59,7 @@ def make_page(a: Path, b: Path, out: Path, seed: int = 0, link: bool = False, li
     that cannot be written, or whose key belongs to another study.
     """
     if out.suffix.lower() not in (".html", ".htm"):
-        raise AptError(f"{out} is no name of a page: give one that ends in .html.")
+        raise AptError(f"{out} does not end in .html: give the page a name that does.")
     study, left_over = arrange(a, b, seed)
     key = key_of(out)
     if key.exists() and read_key(key).study != study.id:

@@ -351,7 +351,7 @@ def ablation(
     Raises AptError for a run that is not a finished demo, and as `load_preset` and `Preset.with_recipe` do.
     """
     if phase not in ("image", "video"):
-        raise AptError(f"--phase {phase} is not known: it is image or video.")
+        raise AptError(f"--phase {phase} is not known: use image or video.")
     found = [read_run(run) for run in runs]
     if found and preset is None:
         loaded, settings = found[0]

@@ -9,11 +9,12 @@ from scipy import stats
 CONFIDENCE = 0.95
 HOLDS, DOES_NOT, CANNOT_TELL, NO_CLAIM = "holds here", "does not", "cannot be told", "no claim"
 RULE = (
-    "A test compares one figure of two rows seed by seed: d is the row's minus the other's. "
-    f"Where the {CONFIDENCE:.0%} interval of d's mean over seeds (Student's t) lies on the claimed side of 0, the test holds; where it lies on the other "
-    "side, it does not; else, and with fewer than two seeds, it cannot be told. Of a share of the samples the interval is never narrower than "
-    "what that many samples leave open (normal approximation): two seeds may lie together by luck. A claim holds when all its tests hold, does not when one of them "
-    "does not, and else cannot be told."
+    "A test compares one figure of two rows, seed by seed: d is this row's figure minus the other row's. "
+    f"It looks at the {CONFIDENCE:.0%} interval of d's mean over the seeds (Student's t). If the whole interval is "
+    "on the claimed side of 0, the test holds; if it is on the other side, it does not. If 0 is inside, or there "
+    "are fewer than two seeds, it cannot be told. Some figures are a share of the samples. Two seeds may agree on "
+    "one by luck, so its interval is never narrower than the number of samples allows (normal approximation). "
+    "A claim holds if all its tests hold. It does not if one of them does not. Otherwise it cannot be told."
 )
 
 

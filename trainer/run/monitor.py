@@ -239,7 +239,7 @@ class MotionWarning:
         found = f"update {done}: clips of one step have {share:.0%} of the motion of real ones"
         if of_start < STILL:
             return (
-                f"{found}, and {of_start:.0%} of what they had before this phase: keep the best state, in which motion counts, "
+                f"{found}, and {of_start:.0%} of what they had before this phase: keep the best state (motion counts in it), "
                 "or train again with a lower lr_generator or more clips that move."
             )
         start = f", and had {share / of_start:.0%} before this phase" if "motion_of_start" in row else ""

@@ -205,7 +205,7 @@ def check_digests(folder: Path, digests: dict, names: Iterable[str]) -> None:
     for name in names:
         path = folder / name
         if not (name == STATE or DATA.fullmatch(name)) or path.is_symlink() or not path.is_file():
-            raise DamagedState(f"{folder} should have a file {_short(name)}, but has not: {REMEDY}.")
+            raise DamagedState(f"{folder} lacks the file {_short(name)}: {REMEDY}.")
         try:
             same = file_digest(path) == digests[name]
         except OSError as error:

@@ -223,8 +223,8 @@ def check_start(start: Path, base: Path, load: Load, lora: Lora | None) -> None:
         return
     if not is_lora_at(start):
         raise AptError(
-            f"{start} is a whole model, and adapters over {base} cannot hold what it has become: train with mode=full, "
-            f"or give base={start} too, and the LoRA is one over that model."
+            f"{start} is a whole model, which adapters over {base} cannot hold: train with mode=full, "
+            f"or give base={start} too, to train a LoRA over that model."
         )
     check_lora(start, add_adapters(empty, ("generator",), lora.rank, lora.alpha), "generator", base)
 
