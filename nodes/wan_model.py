@@ -58,7 +58,7 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
         temporal=format.temporal_downscale_ratio,
         patch=network.patch_size[-1],
         text_dim=network.text_dim,
-        native=native or contract.RELEASED[format.latent_channels],
+        native=native or contract.released(format.latent_channels),
         second_time=contract.second_time(node, apt),
         text_length=text_length or (contract.TEXT_LENGTH if released else None),
         guessed=native is None and not released,

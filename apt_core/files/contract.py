@@ -23,15 +23,11 @@ state the value that it uses.
 """
 TEXT_LENGTH = 512
 """The rows of text that every released Wan was trained with."""
-NATIVE = {"height": 480, "width": 832, "frames": 49, "fps": 16}
-"""The sizes that a pipeline uses when a checkpoint does not say what it was trained for."""
 RELEASED = {
     16: {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
     48: {"width": 1280, "height": 704, "frames": 121, "fps": 24.0},
 }
-"""The sizes that the ComfyUI nodes use in that case: what Wan 2.1 and Wan 2.2 5B were released for, by latent
-channels.
-"""
+"""What Wan 2.1 and Wan 2.2 5B were released for, by latent channels."""
 MAX_FPS = 1000
 
 
@@ -91,6 +87,13 @@ def native(what: object, apt: Mapping) -> dict | None:
     ):
         raise _wrong(what, "native", sizes, "not width, height, frames and fps")
     return dict(sizes)
+
+
+def released(channels: int) -> dict:
+    """The sizes to use when a file does not say what it was trained for: those of the released Wan with so
+    many latent channels, and of Wan 2.1 if there is none.
+    """
+    return dict(RELEASED.get(channels, RELEASED[16]))
 
 
 def text_length(what: object, apt: Mapping) -> int | None:

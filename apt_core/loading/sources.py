@@ -86,8 +86,8 @@ class TransformerSource:
 
     @property
     def native(self) -> dict:
-        """The height, width, frames and fps that it was trained for."""
-        return contract.native(self.name, self.metadata) or contract.NATIVE
+        """The height, width, frames and fps that it was trained for, or `contract.released`."""
+        return contract.native(self.name, self.metadata) or contract.released(self.config["in_channels"])
 
     @property
     def text_length(self) -> int:

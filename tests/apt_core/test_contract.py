@@ -2,6 +2,7 @@ import pytest
 
 from apt_core.errors import AptError
 from apt_core.files import contract
+from apt_core.loading.sources import TransformerSource
 
 LORA_KEY = "diffusion_model.blocks.0.self_attn.q.lora_A.weight"
 NATIVE = {"width": 64, "height": 32, "frames": 5, "fps": 8}
@@ -54,3 +55,12 @@ def test_a_lora_has_a_rank_and_a_whole_model_has_none():
         "phase": "video",
         "native": NATIVE,
     }
+
+
+@pytest.mark.parametrize("channels, frames", [(16, 81), (48, 121), (12, 81)])
+def test_a_file_that_names_no_size_counts_as_released(channels, frames):
+    """The pipeline's default; the ComfyUI nodes ask the same function."""
+    source = TransformerSource("it", {"in_channels": channels}, {}, 0, print)
+    assert source.native == contract.released(channels) and source.native["frames"] == frames
+    own = TransformerSource("it", {"in_channels": channels}, {"native": NATIVE}, 0, print)
+    assert own.native == NATIVE

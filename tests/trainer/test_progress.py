@@ -1,9 +1,11 @@
 """What the terminal shows."""
 
+from pathlib import Path
+
 from rich.console import Console
 
 import trainer.run.progress
-from trainer.run.progress import columns_table, stage_bar
+from trainer.run.progress import columns_table, say_there, stage_bar
 
 NAMES = ("fd", "patch_fd", "sharpness", "structure", "alignment", "diversity", "motion", "calls")
 
@@ -49,3 +51,10 @@ def test_a_log_gets_a_line_twice_a_minute(monkeypatch):
     lines = shown.get().splitlines()
     assert [line.split(",")[0] for line in lines] == [f"run [/1]: images {done}/8" for done in (1, 4, 7, 8)]
     assert lines[1].endswith("0:00:40  d_loss 1.25  g_loss 0.5  real 0.1  \u03bb\u03c3\u00b2 9")
+
+
+def test_what_an_earlier_run_made_is_told(capsys):
+    say_there(0, 5, "clips", Path("out"))
+    assert capsys.readouterr().out == ""
+    say_there(2, 5, "clips", Path(f"{'long' * 40} [b]"))
+    assert capsys.readouterr().out == f"2 of 5 clips are in {'long' * 40} [b] already.\n"

@@ -20,7 +20,7 @@ from trainer.bench.rates import measure_rates, median_seconds, once, peak_memory
 from trainer.bench.shapes import Shapes, find_shapes
 from trainer.bench.stock import measure_stock
 from trainer.machines.machine import versions
-from trainer.run.progress import console
+from trainer.run.progress import console, say
 
 # table 7: the 8B at 1280x720, 2 s at 24 fps, one H100
 PAPER = {
@@ -192,34 +192,34 @@ def show(result: dict) -> None:
         )
     console.print(table)
     rates = result["rates"]
-    say = [
+    lines = [
         "stock: diffusers' WanPipeline, one step, in the same run; paper: table 7, its 8B model at 1280x720 on one H100."
     ]
-    say += [
+    lines += [
         f"Measured here: {rates['matrix'] / 1e12:.3g} TFLOP/s in matrix products, {rates['copy'] / 1e9:.3g} GB/s in copies; floors follow from these."
     ]
     if result["fp8"]:
-        say[-1] += f" In fp8 {rates['matrix_fp8'] / 1e12:.3g} TFLOP/s, which the transformer's floor takes."
+        lines[-1] += f" In fp8 {rates['matrix_fp8'] / 1e12:.3g} TFLOP/s, which the transformer's floor takes."
     first, quality = result["first_seconds"], result["decode_psnr"]
-    say.append(
+    lines.append(
         f"First calls, with making the weights{' and compiling' * result['compiled']}: transformer {first['dit']:.2f}, decode {first['vae']:.2f}."
     )
     if result["uncompiled_decode_seconds"]:
-        say.append(
+        lines.append(
             f"Decode without torch.compile, by this project's kernels: {_seconds(result['uncompiled_decode_seconds'])}."
         )
-    say.append(
+    lines.append(
         f"Velocity in {'fp8' if result['fp8'] else result['dtype']}: {result['velocity_error']:.1e} from {_plain(result)}, relative (random weights)."
     )
-    say.append(
+    lines.append(
         f"Decode against diffusers' in float32: engine {quality['engine']:.1f} dB, diffusers in {result['dtype']} {quality['stock']:.1f} dB."
     )
-    say.append(
+    lines.append(
         f"Peak memory of the decode beside weights: engine {memory['engine'] / MIB:.0f} MiB, diffusers {memory['stock'] / MIB:.0f} MiB."
     )
-    say += result["steps_taken"]
-    for line in say:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    lines += result["steps_taken"]
+    for line in lines:
+        say(line)
     many = Table(
         title="A MODEL of several such GPUs over NVLink (450 GB/s each way), not a measurement: seconds",
         title_justify="left",

@@ -23,7 +23,7 @@ from trainer.machines.account import account, batch_of
 from trainer.machines.distributed import World, connect
 from trainer.machines.machine import pick_device, this_machine, versions
 from trainer.machines.parallel import attention_of, parallel_of
-from trainer.run.progress import console
+from trainer.run.progress import console, say
 from trainer.stages.adversarial import adversarial
 from trainer.stages.networks import Lora
 
@@ -202,8 +202,6 @@ def show(result: dict) -> None:
             f"{row['account_bytes'] / GIB:.2f}",
         )
     console.print(table)
-    console.print(
+    say(
         f"Peak of matrix products, measured here: {result['peak_flops'] / 1e12:.3g} TFLOP/s in {result['compute']}.",
-        markup=False,
-        highlight=False,
     )

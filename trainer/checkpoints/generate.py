@@ -22,7 +22,7 @@ from trainer.checkpoints.trained_models import ROLE, average_of, base_of, open_g
 from trainer.config import Files
 from trainer.machines.distributed import World
 from trainer.run.folders import FACTS, is_state, resolve
-from trainer.run.progress import console, stage_bar
+from trainer.run.progress import say, say_there, stage_bar
 
 
 def generate(
@@ -67,18 +67,11 @@ def generate(
     paths = [out / _name(common, request, number) for number in range(request.samples)]
     # The first process decides which files exist, because processes that share a sample must agree.
     there = world.gather({number for number, path in enumerate(paths) if path.exists()})[0]
-    if there and world.main:
-        console.print(
-            f"{len(there)} of {len(paths)} samples are in {out} already.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+    if world.main:
+        say_there(len(there), len(paths), "samples", out)
     if pipe.approximate and world.main:
-        console.print(
+        say(
             f"{pipe.sources.vae.name} stands in for the VAE: these pictures are near the VAE's own, not equal to them.",
-            markup=False,
-            highlight=False,
         )
     written = []
     with stage_bar("Sampling") as report:
@@ -90,7 +83,7 @@ def generate(
             report(done + 1, len(mine))
     if world.main:
         where = str(paths[0]) if len(paths) == 1 else f"{len(paths)} samples go to {out}"
-        console.print(where, markup=False, highlight=False, soft_wrap=True)
+        say(where)
     return written
 
 

@@ -20,7 +20,7 @@ from apt_core.files.media_write import write_image, write_video
 from apt_core.files.prompts import read_prompts
 from trainer.config import Files
 from trainer.machines.distributed import World
-from trainer.run.progress import console, stage_bar
+from trainer.run.progress import say_there, stage_bar
 
 from .choice import AGAINST_REAL, chosen, opened, with_judge
 from .clip_score import ClipScore, read_clip
@@ -192,13 +192,8 @@ def _measure(
     prompts, count = models[0].request.prompts, models[0].request.count
     missing = world.gather({label: desk.missing(place, counts[label]) for label, place in places.items()})[0]
     there = sum(counts.values()) - sum(map(len, missing.values()))
-    if there and world.main:
-        console.print(
-            f"{there} of {sum(counts.values())} clips are in {desk.folder} already.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+    if world.main:
+        say_there(there, sum(counts.values()), "clips", desk.folder)
     # shared out anew after a stop, so that no process has more than one clip more than another
     mine = {label: numbers[world.rank :: world.size] for label, numbers in missing.items()}
     total, done = sum(map(len, mine.values())), 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from apt_core.files.atomic import replacing
-from trainer.run.progress import console
+from trainer.run.progress import console, say
 
 from .metrics import EACH
 from .page import cell
@@ -66,9 +66,9 @@ def tell(result: dict, page: Path, commands: Sequence[str] = ()) -> None:
             paper.add_row(*(text.replace("[", "\\[") for text in line))
         console.print(paper)
         for note in notes(beside):
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{page}", markup=False, highlight=False, soft_wrap=True)
+            say(note)
+    say(f"{page}")
     if commands:
         console.print("VBench has not been run. Where it is installed, this runs it:")
     for line in commands:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)

@@ -3,11 +3,10 @@
 from rich.table import Table
 
 from trainer.jobs.plan import Plan
-from trainer.jobs.tell import say
 from trainer.machines.account import batch_of
 from trainer.machines.flops import tokens
 from trainer.machines.machine import GIB
-from trainer.run.progress import console
+from trainer.run.progress import console, say
 
 
 def show_plan(plan: Plan) -> None:

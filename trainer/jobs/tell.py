@@ -10,13 +10,8 @@ from trainer.jobs.plan import Plan
 from trainer.machines.distributed import World
 from trainer.run.folders import newest_state
 from trainer.run.monitor import Monitor
-from trainer.run.progress import console, stage_bar
+from trainer.run.progress import say, stage_bar
 from trainer.run.state import best_state
-
-
-def say(line: str) -> None:
-    """Print a line as it is, without markup or wrapping."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

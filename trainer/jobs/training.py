@@ -36,7 +36,7 @@ from trainer.data.prompts import PROMPTS, Prompts
 from trainer.data.shards import INDEX
 from trainer.jobs.checks import check_parts, check_shards
 from trainer.jobs.plan import LATENTS, Plan, find_start, make_plan
-from trainer.jobs.tell import attention_line, monitor, progress, say, tell_precomputed, tell_result
+from trainer.jobs.tell import attention_line, monitor, progress, tell_precomputed, tell_result
 from trainer.machines.distributed import World, connect
 from trainer.machines.machine import pick_device
 from trainer.mini.clips import SIZE, is_drawn
@@ -45,7 +45,7 @@ from trainer.mini.judge import travel
 from trainer.run.folders import DISTILLED
 from trainer.run.judge import LatentJudge, motion
 from trainer.run.lock import held
-from trainer.run.progress import stage_bar
+from trainer.run.progress import say, stage_bar
 from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
 from trainer.stages.distill import distill

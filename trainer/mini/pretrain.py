@@ -5,7 +5,7 @@ from pathlib import Path
 from apt_core.engine.fast import check_device
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder
-from trainer.run.progress import console
+from trainer.run.progress import console, say
 
 from . import ASSETS
 
@@ -37,11 +37,11 @@ def pretrain(part: str, out: Path, *, seed: int, device: str, amp: bool, compile
     for name in PARTS if part == "all" else (part,):
         target = out / FILES[name]
         if target.exists():
-            console.print(f"{target} is there already; delete it to train it again", markup=False)
+            say(f"{target} is there already; delete it to train it again")
             continue
         make_folder(target.parent)
         _train(name, target, out, seed=seed, device=device, amp=amp, compiled=compiled)
-        console.print(f"wrote {target}", markup=False)
+        say(f"wrote {target}")
 
 
 def _file(name: str, out: Path) -> Path:

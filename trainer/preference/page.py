@@ -16,7 +16,7 @@ from apt_core.files.atomic import make_folder, replacing
 from apt_core.files.jsonfile import write_json
 from trainer.data.media import bare
 from trainer.digest import file_digest
-from trainer.run.progress import console
+from trainer.run.progress import say
 
 from . import FORMAT, KEY, QUESTIONS, SIDES, VOTES
 from .pairs import Pair, Sample, match, read_samples
@@ -201,9 +201,6 @@ def _hash(*values, size: int) -> str:
 
 
 def _tell(study: Study, left_over: Sequence[Sequence[Sample]], out: Path, key: Path) -> None:
-    def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
     for samples, other in zip(left_over, (study.b, study.a)):
         if samples:
             many = f"{len(samples)} sample{'s' if len(samples) > 1 else ''} of {samples[0].path.parent}"

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from apt_core.errors import AptError
 from apt_core.files.jsonfile import read_object, write_json
-from trainer.run.progress import console
+from trainer.run.progress import console, say
 
 from . import ANSWERS, FORMAT, KEY, QUESTIONS, VOTES
 from .statistics import CONFIDENCE, RESAMPLES, SEED, Score, score
@@ -101,12 +101,9 @@ def show_votes(
     count = count_votes(paths, key, unfinished)
     raters = len(count.raters)
     pairs = len(count.key.left)
-    console.print(
+    say(
         f"A {count.key.a} against B {count.key.b}: {pairs} pair{'s' if pairs > 1 else ''}, {raters} "
         f"rater{'s' if raters > 1 else ''}.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("", no_wrap=True)
@@ -118,11 +115,9 @@ def show_votes(
         cells = _percent(one.score), interval, str(one.good), str(one.same), str(one.bad), agreement
         table.add_row(escape(QUESTIONS[question][0]), *cells)
     console.print(table)
-    console.print(
+    say(
         f"Score: (A better - B better) / all. Interval: {RESAMPLES:,} resamples of the pairs, seed {SEED}. "
         "Alpha: Krippendorff's, ordinal; 1 is agreement, 0 chance.",
-        markup=False,
-        highlight=False,
     )
     if out is not None:
         write_json(out, count.json())

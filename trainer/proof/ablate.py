@@ -38,7 +38,7 @@ from trainer.mini.features import load_features
 from trainer.proof.demo import Demo
 from trainer.run.folders import DISTILLED, newest_state
 from trainer.run.monitor import Monitor
-from trainer.run.progress import console, stage_bar
+from trainer.run.progress import say, stage_bar
 from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
 
@@ -143,11 +143,8 @@ class Ablation:
             result = json.loads(json.dumps(facts | table(variants, rows, self.samples)))
             write_json(self.out / "ablations.json", result)
             write_page(self.out, result)
-        console.print(
+        say(
             f"{self.out / 'ablations.html'}, ablations.png and ablations.json hold the table.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
         )
         return result
 
@@ -212,9 +209,7 @@ class Ablation:
             weights, figures = self._trained(variant, source) if variant.settings else (source.distilled, {})
         except NotFinite as error:
             row["failed"] = str(error)
-            console.print(
-                f"{variant.name}, seed {source.seed}: {error}", markup=False, highlight=False, soft_wrap=True
-            )
+            say(f"{variant.name}, seed {source.seed}: {error}")
         else:
             row["figures"] = self._judged(variant, source, weights, net, vae) | figures
         write_json(

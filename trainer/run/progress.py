@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -47,6 +48,19 @@ class _Screen:
 
 
 console = Console(file=_Screen())
+
+
+def say(line: str) -> None:
+    """Print a line as it is, without markup or wrapping."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_there(there: int, of: int, what: str, folder: Path) -> None:
+    """Say how many of the files to make (`what`: "clips") an earlier run has made, if it has."""
+    if there:
+        say(f"{there} of {of} {what} are in {folder} already.")
+
+
 SHOWN = {
     "cd_loss_image": "cd_loss_image",
     "cd_loss_video": "cd_loss_video",
@@ -124,7 +138,7 @@ class _Lines:
             return
         self.next = elapsed + LINE_SECONDS
         line = f"{self.title} {done}/{total}, {timedelta(seconds=round(elapsed))}  {_words(metrics)}"
-        console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        say(line.rstrip())
 
 
 def _words(metrics: dict | None) -> str:

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
-from apt_core.errors import AptError
+from apt_core.errors import AptError, and_more
 from apt_core.files.jsonfile import read_object, write_json
 from trainer.data.sampling import ORDER
 from trainer.machines.distributed import World
@@ -122,9 +122,8 @@ class Checkpoints:
         changed = sorted(key for key in self.identity.keys() & old.keys() if self.identity[key] != old[key])
         if changed:
             key = changed[0]
-            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise AptError(
-                f"{self.keep.folder} holds a run with another {key}{more} ({old[key]!r}, now {self.identity[key]!r}): "
+                f"{self.keep.folder} holds a run with another {and_more(changed)} ({old[key]!r}, now {self.identity[key]!r}): "
                 "give another --out, or the settings of that run."
             )
         if new := sorted(self.identity.keys() ^ old.keys()):
