@@ -140,7 +140,7 @@ def test_unfinished_votes_are_counted_when_asked(study, tmp_path):
     [
         ({"study": "0123"}, ("holds votes on another page (study 0123, the key's is",)),
         ({"kind": "something"}, ("holds no votes: give the files that the raters saved",)),
-        ({"format": 2}, ("has format 2, but 1 can be read",)),
+        ({"format": 2}, ("has format 2, but only 1 can be read",)),
         ({"rater": " "}, ("is damaged: have the rater open the page and save the votes again",)),
         ({"rater": None}, ("is damaged",)),
         ({"votes": {}}, ("is damaged",)),
