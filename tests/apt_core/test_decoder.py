@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan
 from failing import Failing
 from live_bytes import LiveBytes
 from moved_bytes import MovedBytes
+from vae_configs import RELEASED_22, SMALL_22
 
 import apt_core
 from apt_core.engine.decoder import Decoder, psnr
@@ -25,22 +26,11 @@ VERSIONS = {
     "2.1": {"base_dim": 4},
     # The last level but one halves its channels, as the released one's does, so that the shortcut picks among
     # them.
-    "2.2": {
-        "base_dim": 4,
-        "decoder_base_dim": 8,
-        "z_dim": 48,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "latents_mean": [0.1] * 48,
-        "latents_std": [1.1] * 48,
-    },
+    "2.2": SMALL_22,
 }
 FULL = {
     "2.1": {},
-    "2.2": VERSIONS["2.2"] | {"base_dim": 160, "decoder_base_dim": 256},
+    "2.2": RELEASED_22,
 }
 
 

@@ -5,6 +5,7 @@ memory).
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from vae_configs import RELEASED_22
 
 from apt_core.errors import AptError
 from apt_core.files import keys
@@ -185,18 +186,7 @@ def official_vae_names(version: str) -> set[str]:
 
 VAES = {
     "2.1": {"base_dim": 12},
-    "2.2": {
-        "base_dim": 160,
-        "decoder_base_dim": 256,
-        "z_dim": 48,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "latents_mean": [0.0] * 48,
-        "latents_std": [1.0] * 48,
-    },
+    "2.2": RELEASED_22,
 }
 
 

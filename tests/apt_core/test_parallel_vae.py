@@ -7,24 +7,14 @@ import torch
 from diffusers import AutoencoderKLWan
 from failing import Failing
 from ranks import start
+from vae_configs import SMALL_22
 
 from apt_core.engine.decoder import Decoder
 from apt_core.errors import AptError, OutOfMemory
 
 VERSIONS = {
     "2.1": {"base_dim": 4},
-    "2.2": {
-        "base_dim": 4,
-        "decoder_base_dim": 8,
-        "z_dim": 48,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "latents_mean": [0.1] * 48,
-        "latents_std": [1.1] * 48,
-    },
+    "2.2": SMALL_22,
 }
 HEIGHTS = (8, 6, 4)
 """Of latents: even on four processes; uneven; one row each."""

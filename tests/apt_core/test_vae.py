@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import vae_configs
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
@@ -20,18 +21,10 @@ from apt_core.models.latents import (
 )
 from apt_core.models.vae import decode, encode, load_vae, save_vae
 
-SMALL_22 = dict(
-    base_dim=4,
-    decoder_base_dim=8,
-    z_dim=48,
-    is_residual=True,
-    in_channels=12,
-    out_channels=12,
-    patch_size=2,
-    scale_factor_spatial=16,
-    latents_mean=list(LATENTS_MEAN["2.2"]),
-    latents_std=list(LATENTS_STD["2.2"]),
-)
+SMALL_22 = vae_configs.SMALL_22 | {
+    "latents_mean": list(LATENTS_MEAN["2.2"]),
+    "latents_std": list(LATENTS_STD["2.2"]),
+}
 
 
 @pytest.fixture(scope="module")

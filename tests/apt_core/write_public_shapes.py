@@ -12,27 +12,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+from vae_configs import RELEASED_22
 
 from apt_core.files import keys
 from apt_core.files.text_keys import BLOCK, TOP
-from apt_core.models.latents import LATENTS_MEAN
 from apt_core.models.text import TIED_KEY
 from apt_core.models.tiny_decoder import TinyDecoder
 
 PLACE = Path(__file__).with_name("public_shapes.json")
 XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-V22 = {
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "z_dim": 48,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "latents_mean": list(LATENTS_MEAN["2.2"]),
-    "latents_std": [1.0] * 48,
-}
 SUPER = 512, 256, 128, 64
 
 
@@ -72,7 +60,7 @@ def all_shapes() -> dict[str, dict[str, list[int]]]:
         t5 = T5Config(**XXL | {"vocab_size": 32128}, feed_forward_proj="gated-gelu")
         return {
             "wan_2.1_vae": vae("2.1"),
-            "wan2.2_vae": vae("2.2", **V22),
+            "wan2.2_vae": vae("2.2", **RELEASED_22),
             "lightvaew2_1": vae("2.1", base_dim=24),
             "wan_2.1_vae_wider_decoder": vae("2.1", decoder_base_dim=128),
             "taew2_1": shapes(TinyDecoder(16)),

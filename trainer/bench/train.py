@@ -25,7 +25,7 @@ from trainer.machines.machine import pick_device, this_machine, versions
 from trainer.machines.parallel import attention_of, parallel_of
 from trainer.run.progress import console, say
 from trainer.stages.adversarial import adversarial
-from trainer.stages.networks import Lora
+from trainer.stages.networks import lora_of
 
 MODES = ("full", "lora")
 GIB = 2**30
@@ -158,7 +158,7 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
                 metadata={},
                 world=world,
                 parallel=parallel,
-                lora=Lora(train.lora_rank, train.lora_alpha) if mode == "lora" else None,
+                lora=lora_of(train),
                 head_width=train.head_width,
                 load=load,
                 report=report,

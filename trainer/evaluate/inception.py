@@ -57,15 +57,16 @@ def _extractor(path: Path) -> type:
     """torch-fidelity's class. Only its module is imported: the package as a whole imports torchvision, which
     not every build of torch has, and whose wrong build breaks diffusers.
     """
-    if PACKAGE not in sys.modules:
+    whole = PACKAGE in sys.modules
+    if not whole:
         if (spec := find_spec(PACKAGE)) is None:
             raise AptError(
                 f"{path} holds weights for the Inception of the package torch-fidelity, which is not "
                 "installed: pip install --no-deps torch-fidelity."
             )
         sys.modules[PACKAGE] = module_from_spec(spec)
-        try:
-            return import_module(f"{PACKAGE}.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
-        finally:
+    try:
+        return import_module(f"{PACKAGE}.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    finally:
+        if not whole:
             del sys.modules[PACKAGE]  # whoever wants the package gets it whole
-    return import_module(f"{PACKAGE}.feature_extractor_inceptionv3").FeatureExtractorInceptionV3

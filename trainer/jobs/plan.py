@@ -18,7 +18,7 @@ from trainer.machines.machine import Machine, pick_device, this_machine
 from trainer.machines.parallel import Parallel, parallel_of
 from trainer.run.folders import DISTILLED, IMAGE
 from trainer.run.monitor import Work
-from trainer.stages.networks import Lora
+from trainer.stages.networks import Lora, lora_of
 
 LATENTS = "latents"
 STAGES = ("distill", "image", "video")
@@ -70,8 +70,7 @@ class Plan:
 
     @property
     def lora(self) -> Lora | None:
-        train = self.preset.train
-        return Lora(train.lora_rank, train.lora_alpha) if train.mode == "lora" else None
+        return lora_of(self.preset.train)
 
     @property
     def ema_decays(self) -> list[float]:

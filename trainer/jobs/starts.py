@@ -12,7 +12,7 @@ from apt_core.models.lora import add_adapters, load_lora
 from trainer.checkpoints.starting_models import build, check_base, read_about, times_note
 from trainer.config import Preset
 from trainer.run.folders import is_state, resolve
-from trainer.stages.networks import Lora, check_start, is_lora_at
+from trainer.stages.networks import Lora, check_start, is_lora_at, lora_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def open_start(path: Path, preset: Preset, base: Path | None) -> Start:
         check_base(path, preset.model, preset.name, "--start-from")
     if base is not None and path.samefile(base):
         return Start(base, note)
-    lora = Lora(preset.train.lora_rank, preset.train.lora_alpha) if preset.train.mode == "lora" else None
+    lora = lora_of(preset.train)
 
     def load(place, device=None):
         if base is not None:

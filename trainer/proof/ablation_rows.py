@@ -1,6 +1,5 @@
 """The finished rows of an ablation on disk, one file for each variant and seed, and what they depend on."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from apt_core.errors import AptError
-from apt_core.files.jsonfile import write_json
+from apt_core.files.jsonfile import read_object, write_json
 from trainer.config import Adversarial, comparable
 
 from .variants import Variant
@@ -119,14 +118,8 @@ def settings_of(variant: Variant) -> dict:
 
 
 def read(path: Path) -> dict:
-    """A JSON object. Raises AptError if the file holds something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, Mapping):
-            return found
-    except (OSError, ValueError):
-        pass
-    raise AptError(f"{path} is damaged: delete it, and it is made again.")
+    """A file of the ablation. Raises AptError as `read_object` does."""
+    return read_object(path, "delete it, and it is made again")
 
 
 def _first_difference(old: Mapping, new: Mapping) -> str | None:

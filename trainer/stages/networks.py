@@ -17,6 +17,7 @@ from apt_core.method.ema import Ema
 from apt_core.models.lora import Role, add_adapters, check_lora, difference_state, load_lora, lora_state, role
 from apt_core.models.lora_files import merge, read_lora_for
 from apt_core.models.wan import PAPER_FRACTIONS
+from trainer.config import Train
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel, place, reshard, shard_heads, whole_state
 
@@ -29,6 +30,11 @@ class Lora:
 
     rank: int = 64
     alpha: float | None = None
+
+
+def lora_of(train: Train) -> Lora | None:
+    """The adapters that a run with these settings trains; None if it trains whole networks."""
+    return Lora(train.lora_rank, train.lora_alpha) if train.mode == "lora" else None
 
 
 @dataclass(frozen=True)

@@ -236,21 +236,24 @@ def train_adversarial(files: Files, layout: Layout, out: Path, options: dict | N
             torch.save(base_after, out / "base.pt")
 
 
+DISTILL = {
+    "updates": 5,
+    "batch_image": 2,
+    "batch_video": 4,
+    "video_share": 0.5,
+    "lr": 5e-6,
+    "steps": 4,
+    "guidance": 3.0,
+    "fraction_at_final": 0.5,
+    "target_decay": 0.9,
+    "ema_decay": 0.9,
+}
+"""Stage 1 of the layouts, where they do not say otherwise."""
+
+
 def train_distill(files: Files, layout: Layout, out: Path, options: dict | None = None) -> None:
     """Stage 1 with a layout and the method of its settings; as train_adversarial."""
-    settings = {
-        "updates": 5,
-        "batch_image": 2,
-        "batch_video": 4,
-        "video_share": 0.5,
-        "lr": 5e-6,
-        "steps": 4,
-        "guidance": 3.0,
-        "fraction_at_final": 0.5,
-        "target_decay": 0.9,
-        "ema_decay": 0.9,
-        **layout.settings,
-    }
+    settings = DISTILL | layout.settings
     sampling = Sampling(
         guidance=3.0, shift_image=1.0, shift_video=3.0, negative_prompt="bad", second_time=0.7
     )

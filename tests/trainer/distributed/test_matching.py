@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from layouts import DMD, Layout, assert_close, state_of, train_distill
+from layouts import DISTILL, DMD, Layout, assert_close, state_of, train_distill
 
 import trainer.stages.dmd
 from apt_core.errors import AptError
@@ -22,18 +22,7 @@ from trainer.run.state import Keep, Preempted
 from trainer.settings import ONLY_OF
 from trainer.stages.networks import Lora
 
-DISTILL = {
-    "updates": 1,
-    "batch_image": 2,
-    "batch_video": 4,
-    "video_share": 1.0,
-    "lr": 5e-6,
-    "steps": 4,
-    "guidance": 3.0,
-    "fraction_at_final": 0.5,
-    "target_decay": 0.9,
-    "ema_decay": 0.9,
-}
+ONE_UPDATE = DISTILL | {"updates": 1, "video_share": 1.0}
 ORIGINAL = trainer.stages.dmd.fake_backward
 
 
@@ -207,7 +196,7 @@ def test_a_setting_of_the_other_method_does_not_stop_a_run_from_going_on(
     said = json.loads(facts.read_text())
     assert not said["identity"].keys() & of_the_other.keys() and said["identity"].keys() > own.keys()
     if earlier:
-        both = Distill(**DISTILL | settings).model_dump(exclude={"updates"}) | said["identity"]
+        both = Distill(**ONE_UPDATE | settings).model_dump(exclude={"updates"}) | said["identity"]
         assert both.keys() >= {*ONLY_OF["dmd"], *ONLY_OF["consistency"]}
         facts.write_text(json.dumps(said | {"identity": both}))
     with pytest.raises(AptError, match=f"holds a run with another {next(iter(own))}"):
