@@ -42,5 +42,6 @@ for update in range(10):
     optimizers[0].zero_grad()
     average.update(generator)
     print(
-        f"update {update + 1}: D {of_d['d_adversarial']:.3f} + aR1 {of_d['r1_loss']:.3f}, real right {of_d['right_real']:.2f}, G {of_g['g_loss']:.3f}"
+        f"update {update + 1}: D {of_d['d_adversarial']:.3f} + aR1 {of_d['r1_loss']:.3f}, "
+        f"real right {of_d['right_real']:.2f}, G {of_g['g_loss']:.3f}"
     )

@@ -18,13 +18,19 @@ class APTVAEDecode(io.ComfyNode):
             node_id="APTVAEDecode",
             display_name=NAME,
             category="APT",
-            description="Decodes video latents to exactly the images of VAE Decode, a few frames at a time: with progress, a preview "
-            "of the last frame, a cancel that acts at once, and only the images themselves growing with the length of the clip.",
+            description=(
+                "Decodes video latents to exactly the images of VAE Decode, a few frames at a time: "
+                "with progress, a preview of the last frame, a cancel that acts at once, "
+                "and only the images themselves growing with the length of the clip."
+            ),
             search_aliases=["decode", "vae decode", "wan vae", "latent to image", "streamed decode"],
             inputs=[
                 io.Vae.Input(
                     "vae",
-                    tooltip="The VAE that belongs to the model. Wan's are streamed, any other one is decoded as VAE Decode does.",
+                    tooltip=(
+                        "The VAE that belongs to the model. Wan's are streamed, "
+                        "any other one is decoded as VAE Decode does."
+                    ),
                 ),
                 io.Latent.Input(
                     "samples", tooltip="The latents to decode. Clips of a batch come one after another."

@@ -17,9 +17,8 @@ from . import streaming
 
 NAME = "APT VAE Decode to Video"
 FPS = 1.0, 120.0  # as stock Create Video
-CRF = (
-    "17"  # Save Video copies the stream as it is, so this is the last encoding: no loss that an eye could see
-)
+# Save Video copies the stream as it is, so this is the last encoding: no loss that an eye could see.
+CRF = "17"
 
 
 class APTVAEDecodeToVideo(io.ComfyNode):
@@ -29,13 +28,19 @@ class APTVAEDecodeToVideo(io.ComfyNode):
             node_id="APTVAEDecodeToVideo",
             display_name=NAME,
             category="APT",
-            description="Decodes video latents straight into an H.264 file in ComfyUI's temp folder, a few frames at a time: the clip is never held "
-            "in memory, however long. Save Video keeps the file, with the workflow inside.",
+            description=(
+                "Decodes video latents straight into an H.264 file in ComfyUI's temp folder, "
+                "a few frames at a time: the clip is never held in memory, however long. "
+                "Save Video keeps the file, with the workflow inside."
+            ),
             search_aliases=["decode", "vae decode", "wan vae", "latent to video", "streamed decode"],
             inputs=[
                 io.Vae.Input(
                     "vae",
-                    tooltip="The VAE that belongs to the model. Wan's are streamed, any other one is decoded whole, as VAE Decode does.",
+                    tooltip=(
+                        "The VAE that belongs to the model. Wan's are streamed, "
+                        "any other one is decoded whole, as VAE Decode does."
+                    ),
                 ),
                 io.Latent.Input(
                     "samples", tooltip="The latents to decode. Clips of a batch come one after another."
@@ -56,7 +61,8 @@ class APTVAEDecodeToVideo(io.ComfyNode):
     def execute(cls, vae, samples, fps: float) -> io.NodeOutput:
         if not FPS[0] <= fps <= FPS[1]:
             raise AptError(
-                f"{NAME}: fps is {fps:g}, but a video needs {FPS[0]:g} to {FPS[1]:g} frames per second: 24 is the rate of APT's video models."
+                f"{NAME}: fps is {fps:g}, but a video needs {FPS[0]:g} to {FPS[1]:g} frames per second: "
+                "24 is the rate of APT's video models."
             )
         latent = streaming.read_latent(NAME, vae, samples)
         rate = Fraction(round(fps * 1000), 1000)
@@ -79,7 +85,8 @@ def _write(pieces: Iterable[torch.Tensor], rate: Fraction) -> str:
             os.unlink(path)
         if isinstance(error, OSError):
             raise AptError(
-                f"{NAME}: the video cannot be written to {folder} ({error.strerror}): free room there, or start ComfyUI with another --temp-directory."
+                f"{NAME}: the video cannot be written to {folder} ({error.strerror}): "
+                "free room there, or start ComfyUI with another --temp-directory."
             ) from None
         raise
     return path

@@ -44,19 +44,28 @@ class APTEmptyLatent(io.ComfyNode):
             node_id="APTEmptyLatent",
             display_name=NAME,
             category="APT",
-            description="Empty latents in a size that the model takes, for APT One-Step Sampler or any stock sampler, and the model's frame rate.",
+            description=(
+                "Empty latents in a size that the model takes, for APT One-Step Sampler or any stock "
+                "sampler, and the model's frame rate."
+            ),
             search_aliases=["empty latent", "latent size", "empty wan latent", "resolution", "apt"],
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model to make latents for: its channels, strides, native size and frame rate count.",
+                    tooltip=(
+                        "The model to make latents for: its channels, strides, "
+                        "native size and frame rate count."
+                    ),
                 ),
                 io.DynamicCombo.Input(
                     "size",
                     options=[io.DynamicCombo.Option(key, []) for key in (NATIVE, IMAGE, VIDEO)]
                     + [io.DynamicCombo.Option(CUSTOM, custom)],
-                    tooltip="Default native, the size that the model was trained for. image 1024: one frame of 1024x1024. video 1280x720, 2 s: "
-                    "1280x704 on Wan 2.2 5B, 49 frames at 24 fps. custom: width, height and frames, which start at the native ones.",
+                    tooltip=(
+                        "Default native, the size that the model was trained for. image 1024: "
+                        "one frame of 1024x1024. video 1280x720, 2 s: 1280x704 on Wan 2.2 5B, 49 frames at "
+                        "24 fps. custom: width, height and frames, which start at the native ones."
+                    ),
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -71,7 +80,9 @@ class APTEmptyLatent(io.ComfyNode):
                 io.Float.Output(
                     "fps",
                     display_name="fps",
-                    tooltip="The frame rate that the model was trained for, for the node that makes the video.",
+                    tooltip=(
+                        "The frame rate that the model was trained for, for the node that makes the video."
+                    ),
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -81,7 +92,8 @@ class APTEmptyLatent(io.ComfyNode):
     def execute(cls, model, size: dict | None = None, batch_size: int = 1) -> io.NodeOutput:
         if size is None:  # ComfyUI's value for an unknown key
             raise AptError(
-                f"{NAME}: the size is not one of those in the list: choose {NATIVE}, {IMAGE}, {VIDEO} or {CUSTOM}."
+                f"{NAME}: the size is not one of those in the list: "
+                f"choose {NATIVE}, {IMAGE}, {VIDEO} or {CUSTOM}."
             )
         wan = read_model(NAME, model)
         width, height, frames = _check(wan, *_pixels(wan, size))
@@ -102,7 +114,8 @@ class APTEmptyLatent(io.ComfyNode):
         warnings = []
         if wan.guessed and size["size"] == NATIVE:
             warnings = [
-                f"The native size is a guess, {width}x{height} with {frames} frames: the model's file does not say. Choose custom for another."
+                f"The native size is a guess, {width}x{height} with {frames} frames: "
+                "the model's file does not say. Choose custom for another."
             ]
         return io.NodeOutput(latent, float(wan.native["fps"]), ui=warn(NAME, cls.hidden, warnings))
 
@@ -121,7 +134,8 @@ def _check(wan: WanModel, width: int, height: int, frames: int) -> tuple[int, in
     right = _near(width, wan.multiple), _near(height, wan.multiple), _near(frames, wan.temporal, 1)
     if right != (width, height, frames):
         raise AptError(
-            f"{NAME}: {width}x{height} with {frames} frames does not fit this model, which takes sides in steps of {wan.multiple} pixels "
+            f"{NAME}: {width}x{height} with {frames} frames does not fit this model, "
+            f"which takes sides in steps of {wan.multiple} pixels "
             f"and {wan.temporal}n + 1 frames: {right[0]}x{right[1]} with {right[2]} frames is nearest."
         )
     return right

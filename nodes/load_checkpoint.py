@@ -37,23 +37,30 @@ class APTLoadCheckpoint(io.ComfyNode):
             node_id="APTLoadCheckpoint",
             display_name=NAME,
             category="APT",
-            description="Loads a Wan model after Adversarial Post-Training: a MODEL like any other, for LoRAs, offloading, fp8 and compiling, "
-            "that also knows the sizes it was trained for. Says so when a file was never adversarially trained.",
+            description=(
+                "Loads a Wan model after Adversarial Post-Training: "
+                "a MODEL like any other, for LoRAs, offloading, fp8 and compiling, that also knows the "
+                "sizes it was trained for. Says so when a file was never adversarially trained."
+            ),
             search_aliases=["load diffusion model", "unet loader", "wan", "one step", "apt"],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
                     options=folders.checkpoints(),
                     default="apt_mini.safetensors",
-                    tooltip="A whole model from models/diffusion_models or models/apt; a LoRA goes through Load LoRA. "
-                    "Default apt_mini.safetensors, the miniature that comes with the pack.",
+                    tooltip=(
+                        "A whole model from models/diffusion_models or models/apt; a LoRA goes through Load "
+                        "LoRA. Default apt_mini.safetensors, the miniature that comes with the pack."
+                    ),
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=["default", *DTYPES],
                     default="default",
-                    tooltip="How the weights are held. Default: as in the file, and computed so where the device can. "
-                    "fp8_e4m3fn halves the memory of bf16 at some loss of quality.",
+                    tooltip=(
+                        "How the weights are held. Default: as in the file, and computed so where the "
+                        "device can. fp8_e4m3fn halves the memory of bf16 at some loss of quality."
+                    ),
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model, for the nodes of this pack and all stock ones.")],
@@ -112,7 +119,8 @@ def load(path: str, weight_dtype: str = "default", disable_dynamic: bool = False
     missing = [name for name in expected if name not in names]
     if missing:
         raise AptError(
-            f"{path}: {and_more(missing)} missing: the file is not a whole Wan transformer, export or download it again."
+            f"{path}: {and_more(missing)} missing: the file is not a whole Wan transformer, "
+            "export or download it again."
         )
     model.set_attachments(ATTACHMENT, apt)
     model.cached_patcher_init = (load, (path, weight_dtype))
@@ -125,7 +133,8 @@ def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
     """
     if is_lora_file(apt, header.shapes):
         raise AptError(
-            f"{path} is a LoRA, not a whole model: load the model that it belongs to, and the LoRA with Load LoRA (Model Only)."
+            f"{path} is a LoRA, not a whole model: load the model that it belongs to, "
+            "and the LoRA with Load LoRA (Model Only)."
         )
     try:
         layout, prefix = keys.detect_layout(header.shapes)
@@ -138,8 +147,10 @@ def _check(path: str, header: Header, apt: dict) -> tuple[str, bool]:
         for name in ("text_dim", "freq_dim"):
             if config[name] != given[name]:
                 raise AptError(
-                    f"{path}: its {name} is {config[name]}, but its metadata entry `config` does not say so and ComfyUI takes {given[name]}: "
-                    "use the file that the trainer wrote, or save the model with Save APT Checkpoint, which keeps the metadata."
+                    f"{path}: its {name} is {config[name]}, but its metadata entry `config` does not say so "
+                    f"and ComfyUI takes {given[name]}: "
+                    "use the file that the trainer wrote, or save the model with Save APT Checkpoint, "
+                    "which keeps the metadata."
                 )
     return prefix, layout == "diffusers"
 
@@ -172,5 +183,6 @@ def _untrained(checkpoint: str, apt: dict) -> list[str]:
     if not apt:
         what = "has no metadata that tells of adversarial training"
     return [
-        f"{checkpoint} {what}: one step of such a model is blurred. Choose an APT checkpoint, or add the APT LoRA of this model."
+        f"{checkpoint} {what}: one step of such a model is blurred. "
+        "Choose an APT checkpoint, or add the APT LoRA of this model."
     ]

@@ -22,24 +22,30 @@ class APTLoadPrompts(io.ComfyNode):
             node_id="APTLoadPrompts",
             display_name=NAME,
             category="APT",
-            description="Reads prompts from a text file, one a line: connected to CLIP Text Encode, one run makes a clip of each. "
-            "Empty lines are left out.",
+            description=(
+                "Reads prompts from a text file, one a line: connected to CLIP Text Encode, "
+                "one run makes a clip of each. Empty lines are left out."
+            ),
             search_aliases=["text file", "prompt list", "prompts from file", "batch", "load text", "apt"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=[BUILT_IN, *_listed()],
                     default=BUILT_IN,
-                    tooltip=f"Default {BUILT_IN}, prompts of the miniature, which come with the pack. "
-                    "Files whose names end in .txt in ComfyUI's input folder, in UTF-8.",
+                    tooltip=(
+                        f"Default {BUILT_IN}, prompts of the miniature, which come with the pack. "
+                        "Files whose names end in .txt in ComfyUI's input folder, in UTF-8."
+                    ),
                 ),
                 io.Int.Input(
                     "start",
                     default=0,
                     min=0,
                     max=MOST,
-                    tooltip="Default 0, the first prompt. How many to leave out at the beginning: "
-                    "a batch that was stopped goes on there.",
+                    tooltip=(
+                        "Default 0, the first prompt. How many to leave out at the beginning: "
+                        "a batch that was stopped goes on there."
+                    ),
                 ),
                 io.Int.Input(
                     "count",
@@ -63,7 +69,8 @@ class APTLoadPrompts(io.ComfyNode):
         path = _path(file)
         if path is None:
             raise AptError(
-                f"{NAME}: {file} is not a text file in ComfyUI's input folder: put it there, or choose another one."
+                f"{NAME}: {file} is not a text file in ComfyUI's input folder: "
+                "put it there, or choose another one."
             )
         try:
             prompts = read_prompts(path)
@@ -72,7 +79,8 @@ class APTLoadPrompts(io.ComfyNode):
         chosen = prompts[start : start + count if count else None]
         if not chosen:
             raise AptError(
-                f"{NAME}: start is {start}, but {file} has only {len(prompts)} prompt{'s'[: len(prompts) > 1]}: "
+                f"{NAME}: start is {start}, but {file} has only {len(prompts)} "
+                f"prompt{'s'[: len(prompts) > 1]}: "
                 f"give one from 0 to {len(prompts) - 1}."
             )
         return io.NodeOutput(chosen)

@@ -35,15 +35,20 @@ class APTLoadTextEncoder(io.ComfyNode):
             node_id="APTLoadTextEncoder",
             display_name=NAME,
             category="APT",
-            description="Loads the text encoder that a model was trained with, for CLIP Text Encode: the small one of the miniature, which comes "
-            "with the pack, one that the trainer wrote, or Wan's UMT5-XXL.",
+            description=(
+                "Loads the text encoder that a model was trained with, for CLIP Text Encode: the small one "
+                "of the miniature, which comes with the pack, one that the trainer wrote, or Wan's UMT5-XXL."
+            ),
             search_aliases=["load clip", "clip loader", "umt5", "t5", "wan", "apt"],
             inputs=[
                 io.Combo.Input(
                     "text_encoder",
                     options=[BUILT_IN, *folders.names("text_encoders")],
                     default=BUILT_IN,
-                    tooltip=f"Default {BUILT_IN}, the miniature's, which comes with the pack. Files of models/text_encoders: UMT5-XXL for any Wan.",
+                    tooltip=(
+                        f"Default {BUILT_IN}, the miniature's, which comes with the pack. "
+                        "Files of models/text_encoders: UMT5-XXL for any Wan."
+                    ),
                 )
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder with its tokenizer, for CLIP Text Encode.")],
@@ -77,7 +82,8 @@ def _load(path: str) -> comfy.sd.CLIP:
         if has_wan_names(header.shapes):
             raise AptError(f"{path} has Wan's own names, which ComfyUI does not read: choose umt5_xxl_fp16.")
         raise AptError(
-            f"{path} is neither a UMT5-XXL with its tokenizer, as Wan has it, nor a text encoder that the trainer wrote: "
+            f"{path} is neither a UMT5-XXL with its tokenizer, as Wan has it, "
+            "nor a text encoder that the trainer wrote: "
             f"choose a umt5_xxl file for Wan, or {BUILT_IN} for the miniature."
         )
     return comfy.sd.load_clip([path], embeddings, comfy.sd.CLIPType.WAN)
@@ -119,7 +125,8 @@ def load_small(path: str, embeddings: list[str], disable_dynamic: bool = False) 
 def _refuse(path: str, wrong: list[str]) -> None:
     if wrong:
         raise AptError(
-            f"{path}: {wrong[0]} is missing, or ComfyUI's UMT5 cannot take it: write the file again with the trainer."
+            f"{path}: {wrong[0]} is missing, or ComfyUI's UMT5 cannot take it: "
+            "write the file again with the trainer."
         )
 
 

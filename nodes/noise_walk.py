@@ -16,8 +16,11 @@ class APTNoiseWalk(io.ComfyNode):
             node_id="APTNoiseWalk",
             display_name=NAME,
             category="APT",
-            description="Noise that goes from seed to seed in equal steps along the batch: a one-step model then morphs from picture to picture, "
-            "or from clip to clip. For APT One-Step Sampler, or stock Sampler Custom (Advanced).",
+            description=(
+                "Noise that goes from seed to seed in equal steps along the batch: "
+                "a one-step model then morphs from picture to picture, or from clip to clip. "
+                "For APT One-Step Sampler, or stock Sampler Custom (Advanced)."
+            ),
             search_aliases=[
                 "noise interpolation",
                 "slerp",
@@ -31,13 +34,19 @@ class APTNoiseWalk(io.ComfyNode):
                 io.String.Input(
                     "seeds",
                     default="1, 2",
-                    tooltip="The seeds to walk through, two or more whole numbers with commas in between. Default 1, 2. "
-                    "How many items lie on the way is the batch size of the latent; at a seed itself the noise is that of the seed alone.",
+                    tooltip=(
+                        "The seeds to walk through, two or more whole numbers with commas in between. "
+                        "Default 1, 2. How many items lie on the way is the batch size of the latent; "
+                        "at a seed itself the noise is that of the seed alone."
+                    ),
                 ),
                 io.Boolean.Input(
                     "closed",
                     default=False,
-                    tooltip="Default off: from the first seed to the last one. On: from the last one back to the first, for a loop without a seam.",
+                    tooltip=(
+                        "Default off: from the first seed to the last one. On: "
+                        "from the last one back to the first, for a loop without a seam."
+                    ),
                 ),
             ],
             outputs=[
@@ -67,14 +76,16 @@ def _read(text: str, closed: bool) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if len(words) < 2 or not all(word.isdecimal() and int(word) <= MAX_SEED for word in words):
         raise AptError(
-            f'{NAME}: seeds is "{text}", but it must be two or more whole numbers from 0 with commas in between, such as 1, 2, 3.'
+            f'{NAME}: seeds is "{text}", but it must be two or more whole numbers from 0 with commas in '
+            "between, such as 1, 2, 3."
         )
     seeds = [int(word) for word in words]
     pairs = list(zip(seeds, seeds[1:])) + ([(seeds[-1], seeds[0])] if closed else [])
     for a, b in pairs:
         if a == b:
             raise AptError(
-                f'{NAME}: seeds is "{text}", which goes from {a} to {b}, but a seed cannot lead to itself: leave one of them out'
+                f'{NAME}: seeds is "{text}", which goes from {a} to {b}, but a seed cannot lead to itself: '
+                "leave one of them out"
                 f"{', a closed walk returns to its first seed anyway' if closed else ''}."
             )
     return seeds

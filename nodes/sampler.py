@@ -39,20 +39,29 @@ class APTSampler(io.ComfyNode):
             node_id="APTSampler",
             display_name=NAME,
             category="APT",
-            description="Samples an APT model: one call of the network turns noise into the clip. No CFG, scheduler, shift or negative prompt: "
-            "they are not part of the method. The same as KSampler with 1 step, cfg 1, euler, simple, denoise 1.",
+            description=(
+                "Samples an APT model: one call of the network turns noise into the clip. "
+                "No CFG, scheduler, shift or negative prompt: they are not part of the method. "
+                "The same as KSampler with 1 step, cfg 1, euler, simple, denoise 1."
+            ),
             search_aliases=["ksampler", "sample", "one step", "1 step", "few step", "apt"],
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Wan model after APT, from Load APT Checkpoint or from a stock loader with an APT LoRA.",
+                    tooltip=(
+                        "A Wan model after APT, from Load APT Checkpoint or from a "
+                        "stock loader with an APT LoRA."
+                    ),
                 ),
                 io.Conditioning.Input(
                     "positive", tooltip="The prompt, from CLIP Text Encode with the model's own text encoder."
                 ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="The size and number of clips, from Empty APT Latent. What is in it is overwritten with noise.",
+                    tooltip=(
+                        "The size and number of clips, from Empty APT Latent. "
+                        "What is in it is overwritten with noise."
+                    ),
                 ),
                 io.Int.Input(
                     "seed",
@@ -60,27 +69,38 @@ class APTSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Default 0. Item i of a batch has the seed + i: any of them comes out again alone, with batch size 1 and its own seed. "
-                    "With seed_noise apt, it is sample i of this seed instead.",
+                    tooltip=(
+                        "Default 0. Item i of a batch has the seed + i: "
+                        "any of them comes out again alone, with batch size 1 and its own seed. "
+                        "With seed_noise apt, it is sample i of this seed instead."
+                    ),
                 ),
                 io.Int.Input(
                     "steps",
                     default=1,
                     min=1,
                     max=8,
-                    tooltip="Calls of the network. Default 1, what the model was trained for; 2 is often better, with fresh noise in between "
-                    "up to the second time that the model's file names, else 0.7; more bring artifacts.",
+                    tooltip=(
+                        "Calls of the network. Default 1, what the model was trained for; "
+                        "2 is often better, with fresh noise in between up to the second time that the "
+                        "model's file names, else 0.7; more bring artifacts."
+                    ),
                 ),
                 io.Noise.Input(
                     "noise",
                     optional=True,
-                    tooltip="Noise to start from in place of the seed's, from APT Noise Walk or a stock node. Default none.",
+                    tooltip=(
+                        "Noise to start from in place of the seed's, from APT Noise Walk or a "
+                        "stock node. Default none."
+                    ),
                 ),
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="The times of the calls in place of steps and times: the first is 1, they decrease, "
-                    "a last 0 is allowed. Default none.",
+                    tooltip=(
+                        "The times of the calls in place of steps and times: the first is 1, they decrease, "
+                        "a last 0 is allowed. Default none."
+                    ),
                 ),
                 # Last and optional, so that older graphs and prompts still work.
                 io.Combo.Input(
@@ -88,16 +108,22 @@ class APTSampler(io.ComfyNode):
                     options=[COMFYUI, APT],
                     default=COMFYUI,
                     optional=True,
-                    tooltip="What a seed becomes. Default comfyui: the noise of stock nodes, so that KSampler with the same seed makes the same clip. "
-                    "apt: that of apt_core's pipeline and of `generate`, so that they do.",
+                    tooltip=(
+                        "What a seed becomes. Default comfyui: the noise of stock nodes, "
+                        "so that KSampler with the same seed makes the same clip. apt: "
+                        "that of apt_core's pipeline and of `generate`, so that they do."
+                    ),
                 ),
                 io.Combo.Input(
                     "times",
                     options=[OF_FILE, *PRESETS],
                     default=OF_FILE,
                     optional=True,
-                    tooltip="The times of the steps. Default file: by the model's file. 4 steps, shift 5 or 8: "
-                    "in place of steps, for public few-step models such as LightX2V's, 1000, 750, 500 and 250 under that shift.",
+                    tooltip=(
+                        "The times of the steps. Default file: by the model's file. 4 steps, shift 5 or 8: "
+                        "in place of steps, for public few-step models such as LightX2V's, 1000, 750, "
+                        "500 and 250 under that shift."
+                    ),
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The samples, for APT VAE Decode or any other.")],
@@ -178,7 +204,8 @@ def _check_flow(model) -> None:
             f"flow at timestep {timestep:g}" if isinstance(sampling, CONST) else "something other than a flow"
         )
         raise AptError(
-            f"{NAME}: a node made the model's sampling {kind}, but APT is a flow at timestep 1000: take that Model Sampling node out."
+            f"{NAME}: a node made the model's sampling {kind}, but APT is a flow at timestep 1000: "
+            "take that Model Sampling node out."
         )
 
 
@@ -187,7 +214,8 @@ def _check_finite(samples: Tensor) -> None:
     if broken:
         raise AptError(
             f"{NAME}: {broken} of {samples.numel()} values of the sample are NaN or infinite: "
-            "load the model with weight_dtype default or bf16, and if that is no help, its file or a LoRA on it is broken."
+            "load the model with weight_dtype default or bf16, and if that is no help, "
+            "its file or a LoRA on it is broken."
         )
 
 
@@ -198,7 +226,8 @@ def _times(sigmas: Tensor) -> list[float]:
     if not times or times[0] != 1 or not times[-1] > 0 or any(not a > b for a, b in zip(times, times[1:])):
         shown = ", ".join(f"{t:g}" for t in sigmas.tolist()) or "empty"
         raise AptError(
-            f"{NAME}: the sigmas are {shown}, but they must start at 1 and decrease, staying above 0 until a last 0: for two steps 1, 0.7."
+            f"{NAME}: the sigmas are {shown}, but they must start at 1 and decrease, "
+            "staying above 0 until a last 0: for two steps 1, 0.7."
         )
     return times
 
@@ -215,14 +244,16 @@ def _read_latent(wan: WanModel, model, latent: dict) -> dict:
     if samples.is_nested or samples.ndim != 5 or samples.shape[1] != wan.channels:
         shape = "nested" if samples.is_nested else list(samples.shape)
         raise AptError(
-            f"{NAME}: the latent is {shape}, but this model takes [batch, {wan.channels}, frames, height, width]: "
+            f"{NAME}: the latent is {shape}, but this model takes [batch, "
+            f"{wan.channels}, frames, height, width]: "
             "make it with Empty APT Latent from this model."
         )
     height, width = samples.shape[-2:]
     if height % wan.patch or width % wan.patch:
         low, high = (_pixels(wan, width, height, up) for up in (0, 1))
         raise AptError(
-            f"{NAME}: the latent is for {width * wan.spatial}x{height * wan.spatial} pixels, but this model takes sides in steps of {wan.multiple}: "
+            f"{NAME}: the latent is for {width * wan.spatial}x{height * wan.spatial} pixels, "
+            f"but this model takes sides in steps of {wan.multiple}: "
             f"{low} or {high} is nearest, make it with Empty APT Latent."
         )
     return {**latent, "samples": samples}
@@ -237,7 +268,8 @@ def _check_text(wan: WanModel, positive: list) -> None:
     for text, _ in positive:
         if text.shape[-1] != wan.text_dim:
             raise AptError(
-                f"{NAME}: the prompt has embeddings of {text.shape[-1]} channels, but this model reads {wan.text_dim}: use its own text encoder, "
+                f"{NAME}: the prompt has embeddings of {text.shape[-1]} channels, "
+                f"but this model reads {wan.text_dim}: use its own text encoder, "
                 "UMT5-XXL for Wan, apt_mini_text_encoder for the miniature."
             )
 
@@ -247,7 +279,8 @@ def _too_long(wan: WanModel, positive: list) -> list[str]:
     if wan.text_length is None or rows <= wan.text_length:
         return []
     return [
-        f"The prompt is too long: {rows} tokens, {wan.text_length} at most in this model's training. The result can be noise, so shorten the "
+        f"The prompt is too long: {rows} tokens, {wan.text_length} at most in this model's training. "
+        "The result can be noise, so shorten the "
         "prompt (a word has one to three tokens)."
     ]
 
@@ -258,7 +291,8 @@ def _half_applied(model) -> list[str]:
         return []
     return [
         f"{len(tables)} tables (modulation) of a LoRA or merge are left out: ComfyUI cannot apply them. "
-        "`python -m trainer export LORA --base BASE --out FILE` puts a LoRA into its base whole; load that file instead."
+        "`python -m trainer export LORA --base BASE --out FILE` puts a LoRA into its base whole; "
+        "load that file instead."
     ]
 
 
@@ -277,6 +311,7 @@ def _ignored(network, wan: WanModel, positive: list, latent: dict) -> list[str]:
                 sentences.append(f"The {name} is ignored: this model has no input for one.")
     if "noise_mask" not in latent and latent["samples"].count_nonzero():
         sentences.append(
-            "The picture in the latent is ignored: this method starts from noise alone. Take Empty APT Latent."
+            "The picture in the latent is ignored: this method starts from noise alone. "
+            "Take Empty APT Latent."
         )
     return sentences

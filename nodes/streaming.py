@@ -32,7 +32,8 @@ def read_latent(node: str, vae: VAE, samples: dict) -> Tensor:
     if type(vae) is VAE and (vae.output_channels == 2 or vae.latent_dim == 1):
         kind = type(vae.first_stage_model).__name__
         raise AptError(
-            f"{node}: this VAE ({kind}) makes sound or solids, not images: load the VAE that belongs to the video model."
+            f"{node}: this VAE ({kind}) makes sound or solids, not images: "
+            "load the VAE that belongs to the video model."
         )
     images_only = type(vae) is VAE and vae.latent_dim == 2 and latent.ndim == 5
     if (images_only or _slicer(vae)) and (latent.ndim, latent.shape[1]) != (5, vae.latent_channels):

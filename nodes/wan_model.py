@@ -47,7 +47,8 @@ def read_model(node: str, model: ModelPatcher) -> WanModel:
     if not isinstance(model.model, WAN21):
         kind = type(model.model).__name__
         raise AptError(
-            f"{node}: the model is {kind}, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model."
+            f"{node}: the model is {kind}, but APT is for Wan: "
+            "connect Load APT Checkpoint, or a loader with a Wan model."
         )
     format, network, apt = model.model.latent_format, model.model.diffusion_model, apt_of(node, model)
     released = network.text_dim == ASSUMED["text_dim"]

@@ -143,7 +143,10 @@ def test_the_method_page_has_the_presets_numbers_of_stage_1():
     wan, mini = (load_preset(name) for name in ("wan2.1-1.3b-480p", "mini"))
     paper = wan.with_recipe("paper").distill.guidance
     assert f"| {wan.distill.steps} discrete steps (the miniature: {mini.distill.steps})," in page
-    said = f"| {wan.distill.guidance:g} for Wan, which `--recipe paper` makes {paper:g}; {mini.distill.guidance:g} for"
+    said = (
+        f"| {wan.distill.guidance:g} for Wan, which `--recipe paper` makes {paper:g}; "
+        f"{mini.distill.guidance:g} for"
+    )
     assert said in page
 
 

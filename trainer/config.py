@@ -96,7 +96,8 @@ class Preset(Settings):
             section, _, key = name.partition(".")
             if not isinstance(values.get(section), dict) or key not in values[section]:
                 raise AptError(
-                    f"preset {self.name}: {recipe} changes {name}, but no setting has that name{nearest(name, known_names(Preset, values))}: correct it."
+                    f"preset {self.name}: {recipe} changes {name}, but no setting has that "
+                    f"name{nearest(name, known_names(Preset, values))}: correct it."
                 )
             values[section][key] = value
         values = apply(values, overrides, known_names(Preset, values), sections)
@@ -117,7 +118,8 @@ def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Seque
     if not path.is_file():
         known = [p.stem for p in sorted(PRESETS.glob("*.toml"))]
         raise AptError(
-            f"there is no preset {str(name)!r}{nearest(str(name), known)}; use one of {', '.join(known)}, or the path of a .toml file."
+            f"there is no preset {str(name)!r}{nearest(str(name), known)}; "
+            f"use one of {', '.join(known)}, or the path of a .toml file."
         )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -148,7 +150,8 @@ def _sentence(file: str, first: dict, values: dict) -> AptError:
         return AptError(f"preset {file}: {where} is missing: add it.")
     if first["type"] == "extra_forbidden":
         return AptError(
-            f"preset {file}: there is no setting {where}{nearest(where, known_names(Preset, values))}: correct or remove it."
+            f"preset {file}: there is no setting {where}{nearest(where, known_names(Preset, values))}: "
+            "correct or remove it."
         )
     message = first["msg"].removeprefix("Value error, ").lower()  # how pydantic begins our own sentences
     return AptError(f"preset {file}: {where} is {first.get('input')!r}: {message}.")

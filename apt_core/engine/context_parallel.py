@@ -48,7 +48,8 @@ def enable(model: nn.Module, group: ProcessGroup) -> None:
     if heads % size:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise AptError(
-            f"{heads} attention heads cannot be split over {size} context-parallel processes: use one of {fitting}."
+            f"{heads} attention heads cannot be split over {size} context-parallel processes: "
+            f"use one of {fitting}."
         )
     split = Split(group)
     backbone.share_tokens(split)

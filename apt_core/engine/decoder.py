@@ -82,7 +82,8 @@ class Decoder:
         z = self.vae.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != z or not latents.numel():
             raise AptError(
-                f"latents of shape {list(latents.shape)} are not this VAE's: give [batch, {z}, frames, height, width]."
+                f"latents of shape {list(latents.shape)} are not this VAE's: "
+                f"give [batch, {z}, frames, height, width]."
             )
         latents = (
             denormalize(latents.to(self.vae.device).float(), self.vae)

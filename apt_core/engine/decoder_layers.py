@@ -301,7 +301,8 @@ class Repeat:
     def __init__(self, shortcut: "DupUp3D", lost: int):
         if shortcut.in_channels % shortcut.out_channels:
             raise AptError(
-                f"the VAE's decoder goes from {shortcut.in_channels} to {shortcut.out_channels} channels, which is not supported: "
+                f"the VAE's decoder goes from {shortcut.in_channels} to {shortcut.out_channels} channels, "
+                "which is not supported: "
                 "give a VAE whose number of channels stays the same or is divided."
             )
         self.frames, self.repeats, self.step, self.lost = (

@@ -43,7 +43,10 @@ class Plan:
 
     def __str__(self) -> str:
         bands = f" in {self.bands} bands of rows" if self.bands > 1 else ""
-        return f"{self.frames} latent frame{'s' * (self.frames > 1)} per call{bands}{', what it remembers on the CPU' * self.offload}"
+        return (
+            f"{self.frames} latent frame{'s' * (self.frames > 1)} per "
+            f"call{bands}{', what it remembers on the CPU' * self.offload}"
+        )
 
 
 def choose(

@@ -83,7 +83,8 @@ def check_compile(device: torch.device) -> None:
             get_cpp_compiler()
         except InvalidCxxCompiler:
             raise AptError(
-                "compiling for a CPU needs a C++ compiler, and there is none: install g++, or leave compile out."
+                "compiling for a CPU needs a C++ compiler, and there is none: "
+                "install g++, or leave compile out."
             ) from None
     elif find_spec("triton") is None:
         raise AptError(
@@ -104,7 +105,8 @@ def keep_compiled(folder: Path) -> None:
             pass
     except OSError as error:
         raise AptError(
-            f"{folder} cannot keep what is compiled ({error.strerror or error}): set APT_CACHE to a folder that can be written to."
+            f"{folder} cannot keep what is compiled ({error.strerror or error}): "
+            "set APT_CACHE to a folder that can be written to."
         ) from None
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 

@@ -41,7 +41,8 @@ class Rows:
         self.exchanges = 0
         if height < self.size:
             raise AptError(
-                f"{self.size} processes cannot share {height} rows of latents: decode with at most {height} processes."
+                f"{self.size} processes cannot share {height} rows of latents: "
+                f"decode with at most {height} processes."
             )
         self.counts = [height // self.size + (rank < height % self.size) for rank in range(self.size)]
         self.above, self.below = (

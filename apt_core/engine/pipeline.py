@@ -205,7 +205,8 @@ class OneStepPipeline:
         request = self.request(prompt, **wishes)
         if request.samples != 1:
             raise AptError(
-                f"{request.samples} samples were asked for where one can be made: call the pipeline itself for many."
+                f"{request.samples} samples were asked for where one can be made: "
+                "call the pipeline itself for many."
             )
         return request
 

@@ -91,7 +91,8 @@ class Request:
             value = getattr(self, name)
             if value != getattr(Request, name):
                 raise AptError(
-                    f"{name} {value!r} is for base models, but {model} is an APT or distilled one, which has no {name}: leave it out."
+                    f"{name} {value!r} is for base models, but {model} is an APT or distilled one, "
+                    f"which has no {name}: leave it out."
                 )
 
     def _check_values(self) -> None:

@@ -15,7 +15,10 @@ N = TypeVar("N")
 T = TypeVar("T")
 ALL, PARTS, BLOCKS = 0, 1, 2
 SENTENCES = {
-    PARTS: "Out of memory: from now on only the network in use is on {device}, the others wait in the CPU's memory.",
+    PARTS: (
+        "Out of memory: from now on only the network in use is on {device}, "
+        "the others wait in the CPU's memory."
+    ),
     BLOCKS: "Out of memory: from now on the networks' blocks come from the CPU's memory one after another.",
 }
 SPARE = 0.92  # the part of a device's free memory to use; fragments and workspaces need the rest
@@ -95,13 +98,15 @@ class Residence:
     def _step_down(self, name: str, alone: bool) -> None:
         if not alone:
             raise OutOfMemory(
-                f"{self.device} runs out of memory: add processes, or give all of them a smaller memory to keep within."
+                f"{self.device} runs out of memory: add processes, or give all of them a "
+                "smaller memory to keep within."
             )
         if self.level >= PARTS:
             self._leave(name)
         if self.level == BLOCKS:
             raise OutOfMemory(
-                f"{self.device} runs out of memory even with a single block of a network on it: ask for fewer frames or a smaller size."
+                f"{self.device} runs out of memory even with a single block of a network on it: "
+                "ask for fewer frames or a smaller size."
             )
         self.level += 1
         self.steps_taken.append(SENTENCES[self.level].format(device=self.device))

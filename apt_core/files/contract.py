@@ -124,11 +124,13 @@ def check_apt(what: object, apt: Mapping) -> None:
         raise _wrong(what, "format", apt.get("format"), "not a number from 1")
     if apt["format"] > FORMAT:
         raise AptError(
-            f"{what} has format {apt['format']} of the checkpoint contract, but this version only reads up to {FORMAT}: update ComfyUI-APT."
+            f"{what} has format {apt['format']} of the checkpoint contract, "
+            f"but this version only reads up to {FORMAT}: update ComfyUI-APT."
         )
     if apt.get("kind") not in KINDS:
         raise AptError(
-            f"{what}: its metadata entry `apt` has kind {apt.get('kind')!r}: it must be one of {', '.join(KINDS)}."
+            f"{what}: its metadata entry `apt` has kind {apt.get('kind')!r}: "
+            f"it must be one of {', '.join(KINDS)}."
         )
     second_time(what, apt)
 
@@ -159,7 +161,8 @@ def metadata_strings(path: str | Path, metadata: Mapping) -> dict[str, str]:
         text = json.dumps(apt, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise AptError(
-            f"{path}: the metadata cannot be written as JSON ({error}): use numbers, strings, lists and dictionaries."
+            f"{path}: the metadata cannot be written as JSON ({error}): "
+            "use numbers, strings, lists and dictionaries."
         ) from None
     check_apt(path, apt)
     return strings | {"apt": text}

@@ -92,7 +92,8 @@ def detect_layout(keys: Iterable[str]) -> tuple[str, str]:
         if prefix + "head.modulation" in keys or prefix + "blocks.0.self_attn.q.weight" in keys:
             if stray := [key for key in keys if not key.startswith(prefix)]:
                 raise AptError(
-                    f"{stray[0]} lacks the prefix {prefix} of the other keys: give a file with the transformer alone."
+                    f"{stray[0]} lacks the prefix {prefix} of the other keys: "
+                    "give a file with the transformer alone."
                 )
             return "official", prefix
     if "blocks.0.attn1.to_q.weight" in keys or "condition_embedder.time_proj.weight" in keys:
@@ -100,7 +101,8 @@ def detect_layout(keys: Iterable[str]) -> tuple[str, str]:
     if any(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in keys):
         raise AptError("it is a LoRA, not a whole Wan transformer: give the model that the LoRA belongs to.")
     raise AptError(
-        f"it is not a Wan transformer ({next(iter(keys), 'no key')} is its first key, and head.modulation is not there): give a Wan model's file."
+        f"it is not a Wan transformer ({next(iter(keys), 'no key')} is its first key, "
+        "and head.modulation is not there): give a Wan model's file."
     )
 
 
@@ -211,5 +213,6 @@ def detect_vae_layout(keys: Iterable[str]) -> tuple[str, str]:
     if "decoder.mid_block.resnets.0.norm1.gamma" in keys:
         return "diffusers", "2.2" if "encoder.down_blocks.0.resnets.0.conv1.weight" in keys else "2.1"
     raise AptError(
-        "it is not a Wan VAE (decoder.middle.0.residual.0.gamma is not there): give the file of a Wan 2.1 or 2.2 VAE."
+        "it is not a Wan VAE (decoder.middle.0.residual.0.gamma is not there): "
+        "give the file of a Wan 2.1 or 2.2 VAE."
     )

@@ -73,11 +73,13 @@ def video_writer(
         raise AptError(f"{path}: the frame rate is {fps:g}, but must be above 0.")
     if pixel_format not in ("yuv420p", "yuv444p") or "libx264" not in av.codecs_available:
         raise AptError(
-            f"{path}: this PyAV cannot write {pixel_format} with libx264: use yuv420p or yuv444p, and a PyAV from PyPI."
+            f"{path}: this PyAV cannot write {pixel_format} with libx264: "
+            "use yuv420p or yuv444p, and a PyAV from PyPI."
         )
     if pixel_format == "yuv420p" and (height % 2 or width % 2):
         raise AptError(
-            f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: crop them or use yuv444p."
+            f"{path}: yuv420p needs even sides, but the frames are {width}x{height}: "
+            "crop them or use yuv444p."
         )
     with (
         replacing(path, also=(FFmpegError,), keep_equal=keep_equal) as partial,
@@ -152,6 +154,7 @@ def _checked(path: Path, pixels, dims: int) -> np.ndarray:
     if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] != 3 or 0 in pixels.shape:
         want = "[F, H, W, 3]" if dims == 4 else "[H, W, 3]"
         raise AptError(
-            f"{path}: pixels of shape {list(pixels.shape)} and type {pixels.dtype} were given, but {want} in uint8 are needed."
+            f"{path}: pixels of shape {list(pixels.shape)} and type {pixels.dtype} were given, "
+            f"but {want} in uint8 are needed."
         )
     return pixels

@@ -69,7 +69,8 @@ def plain_header(path: str | Path, header: Header, unscaled: Iterable[str] = ())
         for key in bare:
             if key.endswith(".weight") and len(header.shapes[key]) == 2 and not key.endswith(tuple(unscaled)):
                 raise AptError(
-                    f"{path}: {key} is in fp8 and lacks the scale that others have: download or export the file again."
+                    f"{path}: {key} is in fp8 and lacks the scale that others have: "
+                    "download or export the file again."
                 )
     for key, scale in found.items():
         if scale is not None:
@@ -78,7 +79,8 @@ def plain_header(path: str | Path, header: Header, unscaled: Iterable[str] = ())
         weight = f"{key.rpartition('.')[0]}.weight"
         if _leaf(key) in SCALES and header.dtypes.get(weight) in FLOATS:
             raise AptError(
-                f"{path}: {weight} has a scale, but is stored as {header.dtypes[weight]}, not in fp8: download it again."
+                f"{path}: {weight} has a scale, but is stored as {header.dtypes[weight]}, not in fp8: "
+                "download it again."
             )
     shapes = {key: shape for key, shape in header.shapes.items() if _leaf(key) not in BESIDE}
     dtypes = {key: "F32" if key in found else header.dtypes[key] for key in shapes}
@@ -141,7 +143,8 @@ def _check_scale(path, header: Header, key: str, scale: str) -> None:
     if header.dtypes[scale] not in FLOATS or not (math.prod(shape) == 1 or shape in (rows, (*rows, 1))):
         what = f"{header.dtypes[scale]} of shape {list(shape)}"
         raise AptError(
-            f"{path}: {scale} is {what}, and only one number or one a row is read: give the file in bf16 or fp16."
+            f"{path}: {scale} is {what}, and only one number or one a row is read: "
+            "give the file in bf16 or fp16."
         )
 
 

@@ -68,11 +68,13 @@ def read_header(path: str | Path) -> Header:
         raise AptError(f"{path} is a folder: give the path of a .safetensors file.") from None
     except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
         raise AptError(
-            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): give the path of a readable .safetensors file."
+            f"{path} cannot be read ({getattr(error, 'strerror', None) or error}): "
+            "give the path of a readable .safetensors file."
         ) from None
     if len(text) < length:
         raise AptError(
-            f"{path} is truncated (its header wants {length} bytes, {len(text)} are there): copy or download it again."
+            f"{path} is truncated (its header wants {length} bytes, {len(text)} are there): "
+            "copy or download it again."
         )
     try:
         entries = json.loads(text, object_pairs_hook=_once)
@@ -153,7 +155,8 @@ def check_count(path: str | Path, name: str, value: object, shapes: Mapping) -> 
     """
     if type(value) is not int or not 1 <= value <= len(shapes):
         raise AptError(
-            f"{path}: its config has {name} {value!r}, but the file holds {len(shapes)} tensors: export or download it again."
+            f"{path}: its config has {name} {value!r}, but the file holds {len(shapes)} tensors: "
+            "export or download it again."
         )
 
 
@@ -167,7 +170,8 @@ def _refuse_foreign(path: Path, start: bytes, length: int) -> None:
         start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     ):
         raise AptError(
-            f"{path} is a pickle (.pt, .pth, .ckpt), which can run code when it is opened: convert it to safetensors."
+            f"{path} is a pickle (.pt, .pth, .ckpt), which can run code when it is opened: "
+            "convert it to safetensors."
         )
     if start.startswith(b"version https:/"):
         raise AptError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull`.")
@@ -204,7 +208,8 @@ def check_floats(path: str | Path, header: Header) -> None:
     for key, dtype in header.dtypes.items():
         if dtype not in FLOATS:
             raise AptError(
-                f"{path}: {key} is stored as {dtype}: only fp32, fp16 and bf16 weights can be read, not quantised ones."
+                f"{path}: {key} is stored as {dtype}: only fp32, fp16 and bf16 weights can be read, "
+                "not quantised ones."
             )
 
 
@@ -214,7 +219,8 @@ def check_finite(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
         wide = tensor.float() if tensor.element_size() == 1 else tensor  # torch has no isfinite for fp8
         if tensor.is_floating_point() and not torch.isfinite(wide).all():
             raise NotFinite(
-                f"{path}: {key} holds NaN or infinite values: the training that wrote it diverged, take an earlier checkpoint."
+                f"{path}: {key} holds NaN or infinite values: the training that wrote it diverged, "
+                "take an earlier checkpoint."
             )
 
 
@@ -228,16 +234,19 @@ def check_shapes(
     extra = [key for key in found if key not in expected]
     if missing:
         raise AptError(
-            f"{path}: {and_more(missing)} missing: the file is not a whole {what}, export or download it again."
+            f"{path}: {and_more(missing)} missing: the file is not a whole {what}, "
+            "export or download it again."
         )
     if extra:
         raise AptError(
-            f"{path}: {and_more(extra)} not known in a {what}: give a file of that kind, or remove the extra keys."
+            f"{path}: {and_more(extra)} not known in a {what}: "
+            "give a file of that kind, or remove the extra keys."
         )
     for key, shape in expected.items():
         if tuple(found[key]) != tuple(shape):
             raise AptError(
-                f"{path}: {key} has shape {tuple(found[key])}, but this {what} needs {tuple(shape)}: give a file that fits."
+                f"{path}: {key} has shape {tuple(found[key])}, but this {what} needs {tuple(shape)}: "
+                "give a file that fits."
             )
 
 

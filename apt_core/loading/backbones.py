@@ -82,7 +82,8 @@ def kind_of(model: object) -> Kind:
         if kind.is_model(model):
             return kind
     raise AptError(
-        f"{type(model).__name__} is not a registered backbone: add it with apt_core.loading.backbones.register."
+        f"{type(model).__name__} is not a registered backbone: "
+        "add it with apt_core.loading.backbones.register."
     )
 
 

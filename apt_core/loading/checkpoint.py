@@ -191,7 +191,8 @@ def _parts(path: Path) -> _Parts:
         check_floats(file, header)
         if found := sparse_attention(header.shapes):
             raise AptError(
-                f"{file} was trained with {found[1]}, and Wan's full attention has no place for its weights ({found[0]}): "
+                f"{file} was trained with {found[1]}, and Wan's full attention has no place for its weights "
+                f"({found[0]}): "
                 "give a model or a LoRA that was trained with full attention."
             )
         shapes |= convolution_shapes(header.shapes)
@@ -229,7 +230,8 @@ def _meta_transformer(path, cls: type | None, config: Mapping):
     except Exception as error:  # whatever a foreign config breaks
         reason = " ".join(str(error).split())
         raise AptError(
-            f"{path}: no Wan transformer can be built from its config ({reason}): export or download it again."
+            f"{path}: no Wan transformer can be built from its config ({reason}): "
+            "export or download it again."
         ) from None
 
 

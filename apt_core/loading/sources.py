@@ -140,7 +140,8 @@ def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> Transf
         how = "by Euler steps; a LoRA for few steps wants its own steps and guidance"
         notes.append(
             f"{path} has no metadata of this project: it is added to {below} at strength 1 "
-            f"(alpha {lora.alpha}) and sampled like that model, {'in one step' if is_few_step(about) else how}."
+            f"(alpha {lora.alpha}) and sampled like that model, "
+            f"{'in one step' if is_few_step(about) else how}."
         )
     return TransformerSource(
         str(path), dict(as_backbone(model).config), about, _count(model), load, " ".join(filter(None, notes))
@@ -174,13 +175,15 @@ def read_vae_source(path: Path) -> VaeSource:
     """
     if path.is_file() and path.suffix == ".safetensors" and is_tiny_decoder(read_header(path)):
         raise AptError(
-            f"vae {path} is a tiny decoder, whose pictures are only close to the VAE's: give the VAE, or give this file as tiny_decoder."
+            f"vae {path} is a tiny decoder, whose pictures are only close to the VAE's: "
+            "give the VAE, or give this file as tiny_decoder."
         )
     vae = read_vae(path)
     made = vae.config.out_channels // (vae.config.patch_size or 1) ** 2
     if made != 3:
         raise AptError(
-            f"vae {path} makes {made} channels a pixel and not red, green and blue: give the VAE of the video model."
+            f"vae {path} makes {made} channels a pixel and not red, green and blue: "
+            "give the VAE of the video model."
         )
     return VaeSource(
         str(path),
@@ -243,12 +246,14 @@ class Sources:
         check_text_to_video(self.transformer.name, config)
         if self.vae.channels != config["in_channels"]:
             raise AptError(
-                f"vae {self.vae.name} has {self.vae.channels} channels, but {self.transformer.name} makes latents of {config['in_channels']}: "
+                f"vae {self.vae.name} has {self.vae.channels} channels, but {self.transformer.name} makes "
+                f"latents of {config['in_channels']}: "
                 "give that model's VAE."
             )
         if self.text.facts.width != config["text_dim"]:
             raise AptError(
-                f"text_encoder {self.text.name} has width {self.text.facts.width}, but {self.transformer.name} wants {config['text_dim']}: "
+                f"text_encoder {self.text.name} has width {self.text.facts.width}, "
+                f"but {self.transformer.name} wants {config['text_dim']}: "
                 "give that model's text encoder."
             )
 
@@ -258,7 +263,8 @@ def check_text_to_video(name: object, config: Mapping) -> None:
     made = config.get("out_channels") or config["in_channels"]
     if made != config["in_channels"] or config.get("image_dim"):
         raise AptError(
-            f"{name} takes {config['in_channels']} channels and makes {made}: it wants an image or a control video beside the noise, which "
+            f"{name} takes {config['in_channels']} channels and makes {made}: "
+            "it wants an image or a control video beside the noise, which "
             "is not given here; give a text-to-video model."
         )
 

@@ -175,7 +175,8 @@ def _folder_config(folder: Path) -> tuple[dict, tuple[Path, ...]]:
     config = read_object(folder / "config.json", remedy)
     if absent := next((name for name in ("d_model", "num_layers") if name not in config), None):
         raise AptError(
-            f"text_encoder {folder} is not a folder of a UMT5 encoder, its config.json lacks {absent}: {remedy}."
+            f"text_encoder {folder} is not a folder of a UMT5 encoder, its config.json "
+            f"lacks {absent}: {remedy}."
         )
     fields = {name: config[name] for name in CONFIG_FIELDS if name in config}
     return fields, tuple(weight_files(folder, STEM))
@@ -202,7 +203,8 @@ def _umt5_fields(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     def shape(key: str) -> tuple[int, ...]:
         if len(shapes.get(key, ())) != 2:
             raise AptError(
-                f"text_encoder {path}: {key} missing: it is not a UMT5 encoder, give the file that ComfyUI uses for Wan."
+                f"text_encoder {path}: {key} missing: it is not a UMT5 encoder, "
+                "give the file that ComfyUI uses for Wan."
             )
         return shapes[key]
 
@@ -232,7 +234,8 @@ def _find_spiece(path: Path) -> Path:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise AptError(
-            f"tokenizer {path} does not exist or holds no spiece.model: give the folder of the tokenizer, or that file."
+            f"tokenizer {path} does not exist or holds no spiece.model: "
+            "give the folder of the tokenizer, or that file."
         )
     return found
 

@@ -65,11 +65,13 @@ def transformer_config_from(
         key = name_in_file(official)
         if key not in shapes:
             raise AptError(
-                f"{path}: {key} missing: the file is not a whole Wan transformer, export or download it again."
+                f"{path}: {key} missing: the file is not a whole Wan transformer, "
+                "export or download it again."
             )
         if len(shapes[key]) != rank or min(shapes[key]) < 1:
             raise AptError(
-                f"{path}: {key} has shape {tuple(shapes[key])}, not that of a Wan transformer: export or download it again."
+                f"{path}: {key} has shape {tuple(shapes[key])}, not that of a Wan transformer: "
+                "export or download it again."
             )
         return tuple(shapes[key])
 
@@ -82,7 +84,8 @@ def transformer_config_from(
     )
     if not isinstance(heads, int) or heads < 1 or dim % heads or dim // heads % 2:
         raise AptError(
-            f"{path}: the number of heads cannot be told from {dim} channels: name a fitting num_heads in its metadata entry `config`."
+            f"{path}: the number of heads cannot be told from {dim} channels: "
+            "name a fitting num_heads in its metadata entry `config`."
         )
     eps = given.get("eps", ASSUMED["eps"])
     if not isinstance(eps, float) or not 0 < eps < 1:
@@ -101,7 +104,8 @@ def transformer_config_from(
     )
     if len(blocks) * blocks["0"] > 2 * len(shapes):
         raise AptError(
-            f"{path} names {len(blocks)} blocks, but only the first ones have tensors: export or download it again."
+            f"{path} names {len(blocks)} blocks, but only the first ones have tensors: "
+            "export or download it again."
         )
     return {
         "patch_size": tuple(patch),

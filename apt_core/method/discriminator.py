@@ -75,7 +75,8 @@ class CrossAttentionHead(nn.Module):
         """
         if self.split is not None:
             raise AptError(
-                "a discriminator head under context parallelism sees only its own tokens: ask it for its weights on one process."
+                "a discriminator head under context parallelism sees only its own tokens: "
+                "ask it for its weights on one process."
             )
         _, q, k, _ = self._ask(tokens)
         return (q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5).softmax(3)[:, :, 0]

@@ -39,7 +39,8 @@ class Ema:
         for name, value in live.items():
             if value.dtype != torch.float32:
                 raise AptError(
-                    f"EMA averages fp32 weights, but {name} is {value.dtype}: keep the trained weights in fp32."
+                    f"EMA averages fp32 weights, but {name} is {value.dtype}: "
+                    "keep the trained weights in fp32."
                 )
         self.shadow = {name: value.clone() for name, value in live.items()}
 

@@ -186,7 +186,8 @@ def _passes(objective: Objective, real, fake, text, t, real_noise, fake_noise) -
     """
     if real.shape != fake.shape or t.shape != real.shape[:1] or text.shape[0] != real.shape[0]:
         raise AptError(
-            f"real {tuple(real.shape)}, fake {tuple(fake.shape)}, t {tuple(t.shape)} and text {tuple(text.shape)} do not form one batch."
+            f"real {tuple(real.shape)}, fake {tuple(fake.shape)}, t {tuple(t.shape)} and text "
+            f"{tuple(text.shape)} do not form one batch."
         )
     fake = fake.detach()
     passes = {"real": _Pass(real, t, text), "fake": _Pass(fake, t, text)}
@@ -199,7 +200,8 @@ def _passes(objective: Objective, real, fake, text, t, real_noise, fake_noise) -
             continue
         if noise is None or noise[:n].shape != x[:n].shape:
             raise AptError(
-                f"the penalty on {name} samples needs standard noise for the first {n} of them ({name}_noise)."
+                f"the penalty on {name} samples needs standard noise for the first {n} of them "
+                f"({name}_noise)."
             )
         passes[f"{name}_perturbed"] = _Pass(x[:n] + perturbation(noise[:n], *sigmas), t[:n], text[:n])
     return passes

@@ -87,7 +87,8 @@ def make_rmsprop(
         for p in group["params"]:
             if p.dtype not in (torch.float32, torch.float64):
                 raise AptError(
-                    f"weights of shape {tuple(p.shape)} are {p.dtype}: train fp32 weights, and compute in lower precision only."
+                    f"weights of shape {tuple(p.shape)} are {p.dtype}: "
+                    "train fp32 weights, and compute in lower precision only."
                 )
     step_in_turn(optimizer)
     return optimizer

@@ -84,13 +84,15 @@ def choose_backend(
     package = _package(wanted)
     if package and not _installed(wanted):
         raise AptError(
-            f"attention backend {wanted} needs {package[1]}, which is not installed or does not load: install it, or use {best}."
+            f"attention backend {wanted} needs {package[1]}, which is not installed or does not load: "
+            f"install it, or use {best}."
         )
     device = torch.device(device)
     if wanted.startswith(SIXTEEN_BITS_ON_A_CARD) and (device.type != "cuda" or dtype.itemsize != 2):
         computes = f"{str(dtype).removeprefix('torch.')} on {device}"
         raise AptError(
-            f"attention backend {wanted} needs 16-bit values on a CUDA card, but this is {computes}: use {best}."
+            f"attention backend {wanted} needs 16-bit values on a CUDA card, but this "
+            f"is {computes}: use {best}."
         )
     if training and _forward_only(wanted):
         return Backend(best, f"{wanted} has no backward pass")
@@ -106,7 +108,8 @@ def check_name(name: str) -> None:
         return
     if name.endswith("_hub") and name in {backend.value for backend in AttentionBackendName}:
         raise AptError(
-            f"attention backend {name} downloads its kernel, and this project downloads none: install a package, and use one of {', '.join(known)}."
+            f"attention backend {name} downloads its kernel, and this project downloads none: "
+            f"install a package, and use one of {', '.join(known)}."
         )
     near = get_close_matches(name, known, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""

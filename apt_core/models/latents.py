@@ -202,7 +202,8 @@ def check_size(
         below = (value - extra) // step * step + extra
         near = [str(size) for size in (below, below + step) if size >= max(extra, 1)] or [str(extra or step)]
         wrong.append(
-            f"{name} {value} must be {f'{step} n + {extra}' if extra else f'a multiple of {step}'} ({' or '.join(near)})"
+            f"{name} {value} must be {f'{step} n + {extra}' if extra else f'a multiple of {step}'} "
+            f"({' or '.join(near)})"
         )
     if wrong:
         raise AptError(f"{what} of {width}x{height} and {frames} frames does not fit: {', '.join(wrong)}.")
@@ -223,12 +224,14 @@ def fold_statistics(vae, mean: Tensor, std: Tensor) -> None:
     mean, std = mean.double().cpu(), std.double().cpu()
     if mean.shape != (z,) or std.shape != (z,):
         raise AptError(
-            f"mean {tuple(mean.shape)} and std {tuple(std.shape)} must have one value for each of the VAE's {z} channels."
+            f"mean {tuple(mean.shape)} and std {tuple(std.shape)} must have one value for each "
+            f"of the VAE's {z} channels."
         )
     dead = [i for i in range(z) if not (torch.isfinite(mean[i]) and torch.isfinite(std[i]) and std[i] > 1e-6)]
     if dead:
         raise AptError(
-            f"latent channel {dead[0]} has mean {mean[dead[0]]:g} and std {std[dead[0]]:g}: train the VAE until every channel is used."
+            f"latent channel {dead[0]} has mean {mean[dead[0]]:g} and std {std[dead[0]]:g}: "
+            "train the VAE until every channel is used."
         )
     a = torch.tensor(vae.config.latents_std, dtype=torch.float64) / std
     b = torch.tensor(vae.config.latents_mean, dtype=torch.float64) - a * mean

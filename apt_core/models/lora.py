@@ -89,7 +89,8 @@ class AdaptedLinear(nn.Linear):
         role = self.switch.role
         if role is None:
             raise RuntimeError(
-                "a layer with adapters ran outside of a role: call the model through apt_core.models.lora.role(model, name)."
+                "a layer with adapters ran outside of a role: call the model through "
+                "apt_core.models.lora.role(model, name)."
             )
         y = super().forward(x)
         return y + self.adapters[role](x) if role in self.adapters else y
@@ -138,7 +139,8 @@ def add_adapters(
     """
     if isinstance(model.blocks, _Blocks):
         raise AptError(
-            f"this model has adapters already, for {', '.join(model.blocks.switch.roles)}: name all roles at once."
+            f"this model has adapters already, for {', '.join(model.blocks.switch.roles)}: "
+            "name all roles at once."
         )
     if (
         not roles

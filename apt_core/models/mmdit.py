@@ -232,7 +232,8 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         super().__init__()
         if sum(axes_dims_rope) != attention_head_dim or any(channels % 2 for channels in axes_dims_rope):
             raise AptError(
-                f"axes_dims_rope must be three even numbers that add up to attention_head_dim {attention_head_dim}, got {axes_dims_rope}."
+                "axes_dims_rope must be three even numbers that add up to attention_head_dim "
+                f"{attention_head_dim}, got {axes_dims_rope}."
             )
         dim = num_attention_heads * attention_head_dim
         self.patch_embedding = nn.Conv3d(in_channels, dim, patch_size, patch_size)
@@ -265,7 +266,8 @@ class MMDiTBackbone(ModelMixin, ConfigMixin):
         """
         if taps is None and self.proj_out is None:
             raise AptError(
-                "this backbone has no output head any more (drop_output_head): it can only be called with taps."
+                "this backbone has no output head any more (drop_output_head): "
+                "it can only be called with taps."
             )
         last = len(self.blocks) if taps is None else check_taps(taps, len(self.blocks))
         dtype = self.patch_embedding.weight.dtype

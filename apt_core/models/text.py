@@ -66,7 +66,8 @@ def check_tokens(texts: Sequence[str], rows: Sequence[Sequence[int]], most: int)
             start = clean_prompt(text)
             start = start if len(start) <= 60 else start[:60] + "..."
             raise AptError(
-                f'the caption "{start}" has {len(row)} tokens, but at most {most} fit: shorten it, or truncate.'
+                f'the caption "{start}" has {len(row)} tokens, but at most {most} fit: '
+                "shorten it, or truncate."
             )
 
 
@@ -86,7 +87,8 @@ class TextEncoder:
         size = self.tokenizer.pieces.get_piece_size()
         if size > model.config.vocab_size:
             raise AptError(
-                f"the tokenizer has {size} pieces, but the text encoder has embeddings for {model.config.vocab_size}: "
+                f"the tokenizer has {size} pieces, but the text encoder has embeddings for "
+                f"{model.config.vocab_size}: "
                 "use the tokenizer that it was trained with."
             )
 
@@ -174,21 +176,25 @@ def check_text_encoder(path: str | Path, header: Header, tokenizer: bool = True)
     shapes = {key: shape for key, shape in header.shapes.items() if key not in (TOKENIZER_KEY, TIED_KEY)}
     if tokenizer and TOKENIZER_KEY not in header.shapes:
         raise AptError(
-            f"{path}: {TOKENIZER_KEY} missing: give a text encoder that carries its tokenizer (save_text_encoder writes one)."
+            f"{path}: {TOKENIZER_KEY} missing: give a text encoder that carries its tokenizer "
+            "(save_text_encoder writes one)."
         )
     fields = metadata_json(path, header.metadata, "config")
     text_length = header.metadata.get("text_length", "")
     if not (text_length.isdecimal() and len(text_length) < 10) or int(text_length) < 2:
         raise AptError(
-            f"{path}: its metadata entry `text_length` is {text_length or 'missing'}: it must be the number of tokens, 2 or more."
+            f"{path}: its metadata entry `text_length` is {text_length or 'missing'}: "
+            "it must be the number of tokens, 2 or more."
         )
     if absent := [name for name in CONFIG_FIELDS if name not in fields]:
         raise AptError(
-            f"{path}: its metadata entry `config` lacks {absent[0]}: write the file again with save_text_encoder."
+            f"{path}: its metadata entry `config` lacks {absent[0]}: "
+            "write the file again with save_text_encoder."
         )
     if wrong := next((key for key in shapes if header.dtypes[key] not in FLOATS | {"F64"}), None):
         raise AptError(
-            f"{path}: {wrong} is stored as {header.dtypes[wrong]}, and not as floats: write the file again with save_text_encoder."
+            f"{path}: {wrong} is stored as {header.dtypes[wrong]}, and not as floats: "
+            "write the file again with save_text_encoder."
         )
     if isinstance(fields["num_layers"], int):
         check_count(path, "num_layers", fields["num_layers"], header.shapes)
@@ -237,7 +243,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2].strip(" .")
         raise AptError(
-            f"no tokenizer of {vocab_size} pieces can be made from these texts ({reason}): give other texts or another size."
+            f"no tokenizer of {vocab_size} pieces can be made from these texts ({reason}): "
+            "give other texts or another size."
         ) from None
     return out.getvalue()
 
@@ -249,12 +256,14 @@ def _tokenizer(spiece: bytes):
         pieces = sentencepiece.SentencePieceProcessor(model_proto=spiece)
     except RuntimeError:
         raise AptError(
-            f"{TOKENIZER_KEY} is not a sentencepiece model: use the tokenizer that the text encoder was trained with."
+            f"{TOKENIZER_KEY} is not a sentencepiece model: use the tokenizer that the text "
+            "encoder was trained with."
         ) from None
     ids = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id())
     if ids != (PAD, EOS, UNK):
         raise AptError(
-            f"the tokenizer has pad, </s> and unk at {ids}, but T5 has them at {(PAD, EOS, UNK)}: train it with train_tokenizer."
+            f"the tokenizer has pad, </s> and unk at {ids}, but T5 has them at {(PAD, EOS, UNK)}: "
+            "train it with train_tokenizer."
         )
     return pieces
 

@@ -48,11 +48,13 @@ def read_tiny_decoder(path: str | Path) -> "TinyDecoder":
     header = read_header(path)
     if other := other_tiny_decoder(header):
         raise AptError(
-            f"{path} is {other}, and only the layers of taew2_1 and taew2_2 can be read: give one of these, or the VAE."
+            f"{path} is {other}, and only the layers of taew2_1 and taew2_2 can be read: "
+            "give one of these, or the VAE."
         )
     if not is_tiny_decoder(header):
         raise AptError(
-            f"{path} is not a tiny decoder for Wan: give taew2_1.safetensors (16 latent channels) or taew2_2.safetensors (48)."
+            f"{path} is not a tiny decoder for Wan: give taew2_1.safetensors (16 latent channels) or "
+            "taew2_2.safetensors (48)."
         )
     check_floats(path, header)
     z_dim = header.shapes["decoder.1.weight"][1]

@@ -75,7 +75,8 @@ def _checked_meta_vae(path: Path):
     check_count(path, "num_res_blocks", config.get("num_res_blocks", 1), shapes)
     if not isinstance(depth, list | tuple) or len(depth) > len(shapes):
         raise AptError(
-            f"{path}: its config has a dim_mult that its {len(shapes)} tensors cannot fill: download it again."
+            f"{path}: its config has a dim_mult that its {len(shapes)} tensors cannot fill: "
+            "download it again."
         )
     vae = _meta_vae(path, config)
 
@@ -99,7 +100,8 @@ def save_vae(path: str | Path, vae) -> None:
     fixed = LATENTS_MEAN[version], LATENTS_STD[version]
     if (tuple(vae.config.latents_mean), tuple(vae.config.latents_std)) != fixed:
         raise AptError(
-            f"a Wan {version} VAE file has fixed latents_mean and latents_std, others are in this config: use fold_statistics first."
+            f"a Wan {version} VAE file has fixed latents_mean and latents_std, others are in this config: "
+            "use fold_statistics first."
         )
     tensors = {keys.vae_to_official(key, version): value for key, value in vae.state_dict().items()}
     write_tensors(path, tensors, {})
@@ -133,7 +135,8 @@ def _config_from_shapes(shapes: dict, layout: str, version: str) -> dict:
     z, fixed = shape("conv2.bias")[0], len(LATENTS_MEAN[version])
     if z != fixed:
         raise AptError(
-            f"it has {z} latent channels, but Wan {version} has {fixed}: give a diffusers folder, whose config names its statistics."
+            f"it has {z} latent channels, but Wan {version} has {fixed}: "
+            "give a diffusers folder, whose config names its statistics."
         )
     config = {
         "base_dim": base,
@@ -178,5 +181,6 @@ def _meta_vae(path, config: dict) -> Any:
             return AutoencoderKLWan.from_config(config)
     except Exception as error:  # whatever a foreign config breaks
         raise AptError(
-            f"{path}: no Wan VAE can be built from its config ({' '.join(str(error).split())}): download it again."
+            f"{path}: no Wan VAE can be built from its config ({' '.join(str(error).split())}): "
+            "download it again."
         ) from None

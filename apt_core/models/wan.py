@@ -34,7 +34,8 @@ def tap_blocks(num_layers: int, fractions: Sequence[float] = PAPER_FRACTIONS) ->
     blocks = tuple(math.floor(f * num_layers + 0.5) for f in fractions)
     if blocks[0] < 1 or len(set(blocks)) < len(blocks):
         raise AptError(
-            f"a model of {num_layers} blocks is too shallow for taps at {tuple(fractions)}: they fall on blocks {blocks}."
+            f"a model of {num_layers} blocks is too shallow for taps at {tuple(fractions)}: "
+            f"they fall on blocks {blocks}."
         )
     return blocks
 
@@ -99,7 +100,8 @@ class WanBackbone(WanTransformer3DModel):
         hidden_states, encoder_hidden_states = hidden_states.to(dtype), encoder_hidden_states.to(dtype)
         if taps is None and self.proj_out is None:
             raise AptError(
-                "this backbone has no output head any more (drop_output_head): it can only be called with taps."
+                "this backbone has no output head any more (drop_output_head): "
+                "it can only be called with taps."
             )
         if taps is None and self.split is None:
             return super().forward(
@@ -112,7 +114,8 @@ class WanBackbone(WanTransformer3DModel):
             )
         if encoder_hidden_states_image is not None or attention_kwargs or timestep.ndim != 1:
             raise AptError(
-                "taps and context parallelism take text and one time per sample only, no image embeddings and no attention_kwargs."
+                "taps and context parallelism take text and one time per sample only, "
+                "no image embeddings and no attention_kwargs."
             )
         time, modulation, text, _ = self.condition_embedder(timestep, encoder_hidden_states)
         modulation = modulation.unflatten(1, (6, -1))  # [B, 6, d]

@@ -80,7 +80,8 @@ class Card(TorchFunctionMode):
         places = {on_card(value) for value in given if value.ndim}
         if len(places) > 1 and name not in ANYWHERE:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({name})"
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"cuda:0 and cpu! ({name})"
             )
         out = function(*args, **kwargs)
         known = {value.untyped_storage()._cdata for value in given}

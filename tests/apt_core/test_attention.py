@@ -111,19 +111,22 @@ def test_diffusers_flash_3_has_no_backward_pass():
             "flash_hub",
             "cuda",
             torch.bfloat16,
-            "attention backend flash_hub downloads its kernel, and this project downloads none: install a package, and use one of ",
+            "attention backend flash_hub downloads its kernel, and this project downloads none: "
+            "install a package, and use one of ",
         ),
         (
             "flash",
             "cuda",
             torch.bfloat16,
-            "attention backend flash needs flash-attn, which is not installed or does not load: install it, or use _native_cudnn.",
+            "attention backend flash needs flash-attn, which is not installed or does not load: "
+            "install it, or use _native_cudnn.",
         ),
         (
             "_flash_3",
             "cpu",
             torch.float32,
-            "attention backend _flash_3 needs FlashAttention 3, which is not installed or does not load: install it, or use native.",
+            "attention backend _flash_3 needs FlashAttention 3, which is not installed or does not load: "
+            "install it, or use native.",
         ),
         ("_sage_qk_int8_pv_fp16_cuda", "cuda", torch.bfloat16, "needs sageattention, which is not installed"),
         ("xformers", "cuda", torch.bfloat16, "needs xformers, which is not installed"),
@@ -131,7 +134,8 @@ def test_diffusers_flash_3_has_no_backward_pass():
             "_native_cudnn",
             "cpu",
             torch.bfloat16,
-            "attention backend _native_cudnn needs 16-bit values on a CUDA card, but this is bfloat16 on cpu: use native.",
+            "attention backend _native_cudnn needs 16-bit values on a CUDA card, "
+            "but this is bfloat16 on cpu: use native.",
         ),
         ("_native_cudnn", "cuda", torch.float32, "but this is float32 on cuda: use native."),
     ],

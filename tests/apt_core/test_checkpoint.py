@@ -508,8 +508,10 @@ def test_a_failing_folder_export_leaves_the_old_one(model, tmp_path, monkeypatch
 def test_importing_is_light():
     # ComfyUI's start imports these modules.
     code = (
-        "import sys, apt_core.loading.checkpoint, apt_core.models.vae, apt_core.models.text, apt_core.files.keys;"
-        "print([m for m in ('diffusers', 'transformers', 'sentencepiece', 'apt_core.models.wan') if m in sys.modules])"
+        "import sys, apt_core.loading.checkpoint, apt_core.models.vae, apt_core.models.text, "
+        "apt_core.files.keys;"
+        "print([m for m in ('diffusers', 'transformers', 'sentencepiece', "
+        "'apt_core.models.wan') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]

@@ -119,8 +119,10 @@ def test_out_of_memory_in_the_middle_loses_and_doubles_no_frame(double, vae):
         told
         == decoder.steps_taken
         == [
-            "The VAE decode was out of memory with 3 latent frames per call: it goes on with 1 latent frame per call.",
-            "The VAE decode was out of memory with 1 latent frame per call: it goes on with 1 latent frame per call in 2 bands of rows.",
+            "The VAE decode was out of memory with 3 latent frames per call: "
+            "it goes on with 1 latent frame per call.",
+            "The VAE decode was out of memory with 1 latent frame per call: "
+            "it goes on with 1 latent frame per call in 2 bands of rows.",
         ]
     )
     assert [s.shape[1] for s in slices] == [9, 4, 4, 4, 4]

@@ -98,7 +98,8 @@ from apt_core.engine.pipeline import OneStepPipeline
 pipe = OneStepPipeline.from_checkpoint("mini", compile=True, cache=sys.argv[1])
 request = pipe.request("a red circle", height=32, width=32, frames=1)
 latents = pipe.latents(request, 0, torch.ones(1, 32, 96))
-torch.save((latents, counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"]), sys.argv[2])
+graphs, hits = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"]
+torch.save((latents, graphs, hits), sys.argv[2])
 """
 
 
@@ -128,14 +129,19 @@ def test_nothing_to_compile_with_is_a_sentence(monkeypatch):
         none,
         pytest.raises(
             AptError,
-            match=r"^compiling for a CPU needs a C\+\+ compiler, and there is none: install g\+\+, or leave compile out\.$",
+            match=(
+                r"^compiling for a CPU needs a C\+\+ compiler, and there is none: install g\+\+, or leave"
+                r" compile out\.$"
+            ),
         ),
     ):
         check_compile(CPU)
     monkeypatch.setattr(fast, "find_spec", lambda name: None)
     with pytest.raises(
         AptError,
-        match=r"^compiling for cuda needs Triton, which is not installed: install it, or leave compile out\.$",
+        match=(
+            r"^compiling for cuda needs Triton, which is not installed: install it, or leave compile out\.$"
+        ),
     ):
         check_compile(torch.device("cuda"))
 

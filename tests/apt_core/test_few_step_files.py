@@ -136,7 +136,8 @@ def test_loras_say_what_start_they_are(tmp_path):
         and whole["loads"].startswith("needs its base")
     )
     assert whole["as a start"].startswith(
-        "with mode=lora and lora_rank=64 or more (680 other changes stay as they are), or mode=full; stage 2 calls"
+        "with mode=lora and lora_rank=64 or more (680 other changes stay as they are), "
+        "or mode=full; stage 2 calls"
     )
     factors = {key: shape for key, shape in lightx2v(32).items() if "lora_" in key}
     plain = inspect(sparse(tmp_path / "plain.safetensors", factors))

@@ -96,7 +96,10 @@ def test_one_shard_of_six_is_named(wan, tmp_path):
     folder = original(tmp_path / "a", wan(), 6)
     for number in (1, 4):
         shard = folder / f"diffusion_pytorch_model-0000{number}-of-00006.safetensors"
-        sentence = f"{shard} is shard {number} of 6 of a model: give the folder that holds all of them, with its config.json."
+        sentence = (
+            f"{shard} is shard {number} of 6 of a model: give the folder that holds all of them, "
+            "with its config.json."
+        )
         for read in (load_transformer, read_config, load_vae, read_text_encoder):
             refuse(read, shard, sentence)
         assert inspect(shard)["loads"] == f"no: {sentence}"

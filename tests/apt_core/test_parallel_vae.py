@@ -118,5 +118,6 @@ def test_out_of_memory_on_one_process_makes_all_step_down(tmp_path):
         for pixels, steps_taken in results.values():
             torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
             assert steps_taken == [
-                "The VAE decode was out of memory with 2 latent frames per call: it goes on with 1 latent frame per call."
+                "The VAE decode was out of memory with 2 latent frames per call: "
+                "it goes on with 1 latent frame per call."
             ]

@@ -146,8 +146,11 @@ def test_what_is_for_bases_alone_is_refused_for_an_apt_file():
     for wish, value in (("guidance", 7.5), ("shift", 3.0), ("negative", "blurry")):
         with pytest.raises(AptError) as error:
             pipe.request(PROMPT, **{wish: value})
-        assert str(error.value) == (
-            f"{wish} {value!r} is for base models, but {SHIPPED['checkpoint']} is an APT or distilled one, which has no {wish}: leave it out."
+        assert (
+            str(error.value)
+            == f"{wish} {value!r} is for base models, but {SHIPPED['checkpoint']} is an APT or distilled"
+            " one, "
+            f"which has no {wish}: leave it out."
         )
 
 
@@ -393,13 +396,19 @@ def test_out_of_memory_that_nothing_helps(monkeypatch, tmp_path):
     fail_times(monkeypatch, 3)
     with pytest.raises(
         OutOfMemory,
-        match="runs out of memory even with a single block of a network on it: ask for fewer frames or a smaller size",
+        match=(
+            "runs out of memory even with a single block of a network on it: "
+            "ask for fewer frames or a smaller size"
+        ),
     ):
         pipe(PROMPT, **SIZE)
 
 
 def test_importing_the_package_stays_light():
-    code = "import sys, apt_core; slow = {'torch', 'diffusers', 'transformers', 'av'} & set(sys.modules); assert not slow, slow; apt_core.OneStepPipeline; assert 'diffusers' in sys.modules"
+    code = (
+        "import sys, apt_core; slow = {'torch', 'diffusers', 'transformers', 'av'} & set(sys.modules); "
+        "assert not slow, slow; apt_core.OneStepPipeline; assert 'diffusers' in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert apt_core.OneStepPipeline is OneStepPipeline
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):

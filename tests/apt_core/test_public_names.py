@@ -32,7 +32,10 @@ def test_the_version_is_that_of_the_package():
 
 
 def test_importing_the_package_imports_nothing_slow():
-    code = "import sys, apt_core; dir(apt_core); print(sorted({'torch', 'numpy', 'diffusers'} & set(sys.modules)))"
+    code = (
+        "import sys, apt_core; dir(apt_core); print(sorted({'torch', 'numpy', "
+        "'diffusers'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
 

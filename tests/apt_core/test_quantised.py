@@ -163,8 +163,8 @@ def test_nothing_is_trained_from_fp8(place, what, file, exact, tmp_path):
     with pytest.raises(AptError) as error:
         check_base(packed, load_preset("mini").model, "mini", what)
     assert (
-        str(error.value)
-        == f"{what} {packed} is in scaled fp8, too coarse to train from: give the model in fp32, bf16 or fp16."
+        str(error.value) == f"{what} {packed} is in scaled fp8, too coarse to train from: "
+        "give the model in fp32, bf16 or fp16."
     )
 
 
@@ -224,7 +224,10 @@ REFUSED = {
     ),
     "blocks": (
         lambda t: t.update({f"{MODULE}.scale_weight": torch.ones(3, 3)}),
-        f"{MODULE}.scale_weight is F32 of shape [3, 3], and only one number or one a row is read: give the file in bf16 or fp16.",
+        (
+            f"{MODULE}.scale_weight is F32 of shape [3, 3], and only one number or one a row is read: "
+            "give the file in bf16 or fp16."
+        ),
     ),
     "lost": (
         lambda t: t.pop(f"{MODULE}.scale_weight"),
@@ -270,7 +273,10 @@ def test_gguf_is_called_by_its_name(tmp_path):
     for read in (load_transformer, read_transformer, inspect, load_vae):
         with pytest.raises(
             AptError,
-            match=r"wan.gguf is a GGUF file, whose quantised weights are not read: give the model in safetensors",
+            match=(
+                r"wan.gguf is a GGUF file, whose quantised weights are not read: give the model in"
+                r" safetensors"
+            ),
         ):
             read(tmp_path / "wan.gguf")
 

@@ -41,11 +41,14 @@ def test_the_second_time_of_a_file():
         with pytest.raises(AptError) as error:
             second_time("a.safetensors", {"second_time": value})
         assert (
-            str(error.value)
-            == f"a.safetensors: its metadata entry `apt` has second_time {value!r}, not a number between 0 and 1: export the file again."
+            str(error.value) == f"a.safetensors: its metadata entry `apt` has second_time {value!r}, "
+            "not a number between 0 and 1: export the file again."
         )
 
 
 def test_it_imports_nothing_slow():
-    code = "import sys, apt_core.method.steps; slow = {'torch', 'numpy', 'diffusers'} & set(sys.modules); assert not slow, slow"
+    code = (
+        "import sys, apt_core.method.steps; slow = {'torch', 'numpy', 'diffusers'} & set(sys.modules); "
+        "assert not slow, slow"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -83,7 +83,10 @@ def test_a_pipeline_with_it_says_that_it_is_approximate(tmp_path):
     assert video.frames.shape == (9, 48, 48, 3) and (expected[0].numpy() == video.frames).all()
     with pytest.raises(
         AptError,
-        match=r"is a tiny decoder, whose pictures are only close to the VAE's: give the VAE, or give this file as tiny_decoder\.$",
+        match=(
+            r"is a tiny decoder, whose pictures are only close to the VAE's: give the VAE, or give this file"
+            r" as tiny_decoder\.$"
+        ),
     ):
         OneStepPipeline.from_checkpoint("mini", vae=path)
     save_file(TinyDecoder(48).state_dict(), tmp_path / "wide.safetensors")

@@ -6,17 +6,24 @@ from pathlib import Path
 import pytest
 
 READY = "() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
-OPEN = "async workflow => { await window.app.loadGraphData(workflow); return window.app.graph.nodes.map(n => n.type) }"
+OPEN = (
+    "async workflow => { await window.app.loadGraphData(workflow); "
+    "return window.app.graph.nodes.map(n => n.type) }"
+)
 MISSING = """() => [
-    ...window.app.graph.nodes.filter(n => !window.LiteGraph.registered_node_types[n.type] || n.has_errors).map(n => n.type),
+    ...window.app.graph.nodes.filter(
+        n => !window.LiteGraph.registered_node_types[n.type] || n.has_errors
+    ).map(n => n.type),
 ]"""
 CONVERT = "async () => (await window.app.graphToPrompt()).output"
 # Fits the graph into the free part of the window; returns that part.
 FRAME = """() => {
     const {app} = window, margin = 40, left = 70, top = 90
     const nodes = app.graph.nodes, title = window.LiteGraph.NODE_TITLE_HEIGHT
-    const x0 = Math.min(...nodes.map(n => n.pos[0])) - margin, y0 = Math.min(...nodes.map(n => n.pos[1] - title)) - margin
-    const x1 = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + margin, y1 = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + margin
+    const x0 = Math.min(...nodes.map(n => n.pos[0])) - margin
+    const y0 = Math.min(...nodes.map(n => n.pos[1] - title)) - margin
+    const x1 = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + margin
+    const y1 = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + margin
     const scale = Math.min((window.innerWidth - left) / (x1 - x0), (window.innerHeight - top) / (y1 - y0))
     app.canvas.ds.scale = scale
     app.canvas.ds.offset = [left / scale - x0, top / scale - y0]

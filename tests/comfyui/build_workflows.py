@@ -24,7 +24,8 @@ from stand_ins import make_stand_ins
 
 FOLDER = ROOT / "example_workflows"
 BUILD = """async ({nodes, links}) => {
-    await window.app.loadGraphData({nodes: [], links: [], groups: [], version: 0.4, last_node_id: 0, last_link_id: 0})
+    const empty = {nodes: [], links: [], groups: [], version: 0.4, last_node_id: 0, last_link_id: 0}
+    await window.app.loadGraphData(empty)
     const graph = window.app.graph, made = {}
     for (const item of nodes) {
         const node = made[item.id] = window.LiteGraph.createNode(item.type)
@@ -34,7 +35,8 @@ BUILD = """async ({nodes, links}) => {
         if (item.mode) node.mode = item.mode
         for (const [name, value] of item.widgets) {
             const widget = node.widgets.find(w => w.name === name)
-            if (!widget) throw new Error(`${item.type} has no widget ${name}, but ${node.widgets.map(w => w.name)}`)
+            const names = node.widgets.map(w => w.name)
+            if (!widget) throw new Error(`${item.type} has no widget ${name}, but ${names}`)
             widget.value = value
             widget.callback?.(value)
         }
@@ -42,8 +44,10 @@ BUILD = """async ({nodes, links}) => {
     }
     for (const link of links) {
         const to = made[link.to], slot = to.inputs.findIndex(i => i.name === link.input)
-        if (slot < 0) throw new Error(`${to.type} has no input ${link.input}, but ${to.inputs.map(i => i.name)}`)
-        if (!made[link.from].connect(link.slot, to, slot)) throw new Error(`${to.type}.${link.input} refused the link`)
+        const names = to.inputs.map(i => i.name)
+        if (slot < 0) throw new Error(`${to.type} has no input ${link.input}, but ${names}`)
+        const linked = made[link.from].connect(link.slot, to, slot)
+        if (!linked) throw new Error(`${to.type}.${link.input} refused the link`)
     }
     for (const item of nodes) {
         const node = made[item.id], least = node.computeSize()
@@ -69,7 +73,8 @@ AS_SUBGRAPH = """([name, shown]) => {
     const graph = window.app.graph
     const {subgraph, node} = graph.convertToSubgraph(new Set(graph.nodes.filter(n => n.type !== "SaveVideo")))
     subgraph.name = node.title = name
-    node.properties.proxyWidgets = shown.map(([type, widget]) => [String(subgraph.nodes.find(n => n.type === type).id), widget])
+    const of = type => String(subgraph.nodes.find(n => n.type === type).id)
+    node.properties.proxyWidgets = shown.map(([type, widget]) => [of(type), widget])
     node.pos = [0, 0]
     node.setSize([320, node.computeSize()[1] + 60])
     return JSON.stringify(graph.serialize())

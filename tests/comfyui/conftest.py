@@ -24,7 +24,8 @@ def comfyui_dir() -> Path:
     folder = os.environ.get("COMFYUI_DIR")
     if not folder:
         pytest.skip(
-            "set COMFYUI_DIR to a ComfyUI checkout (and COMFYUI_PYTHON to its interpreter) to test against the real thing"
+            "set COMFYUI_DIR to a ComfyUI checkout (and COMFYUI_PYTHON to its interpreter) to test against "
+            "the real thing"
         )
     if not (Path(folder) / "comfy" / "sd.py").is_file():
         pytest.fail(f"COMFYUI_DIR is {folder}, which is not a ComfyUI checkout (it has no comfy/sd.py)")

@@ -28,8 +28,10 @@ PUBLIC = {
         "diffusion_models",
     ),
     "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors": (
-        "https://huggingface.co/Kijai/WanVideo_comfy/resolve/main/Lightx2v/"
-        "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors",
+        (
+            "https://huggingface.co/Kijai/WanVideo_comfy/resolve/main/Lightx2v/"
+            "lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors"
+        ),
         "loras",
     ),
     "wan2.1_t2v_1.3B_fp16.safetensors": (
@@ -59,16 +61,20 @@ def mini_text_to_video() -> Graph:
     video_out(g, vae, samples, latent[1], "video/apt_mini")
     g.note(
         "Press **Run**: nothing has to be downloaded, and a CPU will do",
-        "The miniature is a complete Wan in small: it makes clips of 9 frames of 48x48 pixels. Every seed gives another one.",
-        "*steps* 1: one call of the network, what it was trained for. *steps* 2: fresh noise on that and a second call, for more structure at twice the time.",
+        "The miniature is a complete Wan in small: it makes clips of 9 frames of 48x48 pixels. "
+        "Every seed gives another one.",
+        "*steps* 1: one call of the network, what it was trained for. *steps* 2: "
+        "fresh noise on that and a second call, for more structure at twice the time.",
         "It knows sentences like: *a **red** **circle** moving **left** on a **green** background*",
-        "Colours: red, green, blue, yellow, purple. Shapes: circle, square, triangle. Directions: left, right, up, down.",
+        "Colours: red, green, blue, yellow, purple. Shapes: circle, square, triangle. Directions: "
+        "left, right, up, down.",
     )
     return g
 
 
 STREET = (
-    "A street musician plays the guitar under a railway bridge at dusk. Commuters pass by in warm light, a small crowd listens, "
+    "A street musician plays the guitar under a railway bridge at dusk. "
+    "Commuters pass by in warm light, a small crowd listens, "
     "the camera slowly moves to the right."
 )
 
@@ -110,7 +116,8 @@ def wan22_text_to_video() -> Graph:
         "Text to video with an APT checkpoint of **Wan 2.2 5B**: 1280x704, 24 fps, 2 seconds, one step",
         "Needs " + trained("wan2.2_5B_apt.safetensors"),
         f"and {public(UMT5)}, {public('wan2.2_vae.safetensors')}",
-        "*APT VAE Decode to Video* writes the file while it decodes: the clip is never held in memory, and a cancel acts at once.",
+        "*APT VAE Decode to Video* writes the file while it decodes: "
+        "the clip is never held in memory, and a cancel acts at once.",
     )
     return g
 
@@ -118,7 +125,10 @@ def wan22_text_to_video() -> Graph:
 def text_to_image() -> Graph:
     g = Graph()
     model = g.add("APTLoadCheckpoint", 0, 0, checkpoint="wan2.1_1.3B_apt.safetensors")
-    prompt = "A portrait of an old fisherman in a yellow raincoat, grey beard, soft morning light, the harbour behind him out of focus."
+    prompt = (
+        "A portrait of an old fisherman in a yellow raincoat, grey beard, soft morning light, "
+        "the harbour behind him out of focus."
+    )
     text, latent, vae = wan_front(
         g, model, "wan_2.1_vae.safetensors", prompt, {"size": IMAGE_PRESET, "batch_size": 4}
     )
@@ -156,8 +166,10 @@ def few_step_lora() -> Graph:
         "Wan 2.1 14B in **four steps**, with public weights: LightX2V's step-distilled LoRA",
         f"Needs {public(base)}, {public(UMT5)}, {public('wan_2.1_vae.safetensors')}",
         f"and {public(lora)}",
-        "*times* of the sampler sets steps and shift; some graphs take shift 8 with this LoRA. There is no CFG and no negative prompt.",
-        "This is not APT, which needs one step. What other public models need: docs/comfyui.md, *Few-step models of others*.",
+        "*times* of the sampler sets steps and shift; some graphs take shift 8 with this LoRA. "
+        "There is no CFG and no negative prompt.",
+        "This is not APT, which needs one step. What other public models need: "
+        "docs/comfyui.md, *Few-step models of others*.",
     )
     return g
 
@@ -172,8 +184,10 @@ def lora_text_to_video() -> Graph:
     g.note(
         "The base model as released, and APT as a **LoRA** on top: the stock loaders do",
         "Needs " + trained("wan2.1_1.3B_apt_lora.safetensors", "loras"),
-        f"and {public('wan2.1_t2v_1.3B_fp16.safetensors')}, {public(UMT5)}, {public('wan_2.1_vae.safetensors')}",
-        "Keep its strength at 1: the scale is inside the file. LoRAs of a style go before it, for the last LoRA tells sizes and times.",
+        f"and {public('wan2.1_t2v_1.3B_fp16.safetensors')}, {public(UMT5)}, "
+        f"{public('wan_2.1_vae.safetensors')}",
+        "Keep its strength at 1: the scale is inside the file. "
+        "LoRAs of a style go before it, for the last LoRA tells sizes and times.",
         "*Save APT Checkpoint* is muted: select it and press **Ctrl+M** to keep model and LoRA as one file.",
     )
     return g
@@ -194,8 +208,10 @@ def noise_walk() -> Graph:
     g.add("SaveVideo", 5, 0, tall=420, video=video, filename_prefix="video/apt_noise_walk")
     g.note(
         "Press **Run**: the noise walks from seed to seed, and one picture becomes another",
-        "48 pictures of one prompt, one network call for each, played as a video. The batch size of the latent is the number of pictures.",
-        "A one-step generator maps noise to pictures, so a smooth way through the noise is a smooth way through the pictures.",
+        "48 pictures of one prompt, one network call for each, played as a video. "
+        "The batch size of the latent is the number of pictures.",
+        "A one-step generator maps noise to pictures, so a smooth way through the noise is a smooth way "
+        "through the pictures.",
         "With a checkpoint of Wan the same works for images and for clips.",
     )
     return g
@@ -239,10 +255,13 @@ def stock_nodes() -> Graph:
         filename_prefix="video/apt_stock",
     )
     g.note(
-        "Press **Run**: above the APT nodes, below **stock nodes only**, and the same clip from the same seed",
-        "*KSampler* needs steps **1**, cfg **1**, denoise **1**, **euler**, **simple**. Negative must be connected but is not used. "
+        "Press **Run**: above the APT nodes, below **stock nodes only**, "
+        "and the same clip from the same seed",
+        "*KSampler* needs steps **1**, cfg **1**, denoise **1**, **euler**, **simple**. "
+        "Negative must be connected but is not used. "
         "Wrong: `uni_pc`, `ddim_uniform`, `kl_optimal`.",
-        "The APT nodes take these choices away, check the sizes, decode in slices and stop at once when you cancel.",
+        "The APT nodes take these choices away, check the sizes, decode in slices and "
+        "stop at once when you cancel.",
     )
     return g
 

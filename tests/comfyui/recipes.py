@@ -70,9 +70,12 @@ def draft_and_refine() -> Graph:
     )
     g.note(
         "Press **Run**: a **draft** in one step, and the same clip **refined** by a second one",
-        "*Refine* puts fresh noise on the draft, back to time 0.7, and takes it away again. Nearer to 1 changes more, nearer to 0 less.",
-        "Try seeds of *Draft* until you like what you see (below), then seeds of *Refine* for other details (above).",
-        "Another model of the same VAE may refine too: connect it to *Refine*. A base model wants more times, such as 0.7, 0.5, 0.3, 0, and its own cfg.",
+        "*Refine* puts fresh noise on the draft, back to time 0.7, and takes it away again. "
+        "Nearer to 1 changes more, nearer to 0 less.",
+        "Try seeds of *Draft* until you like what you see (below), then seeds of *Refine* "
+        "for other details (above).",
+        "Another model of the same VAE may refine too: connect it to *Refine*. "
+        "A base model wants more times, such as 0.7, 0.5, 0.3, 0, and its own cfg.",
     )
     return g
 
@@ -93,8 +96,10 @@ def seed_contact_sheet() -> Graph:
     g.add("SaveVideo", 5, LOWER, tall=330, video=video, filename_prefix="video/apt_chosen")
     g.note(
         "Press **Run**: a **contact sheet** of 16 seeds, one call of the network each",
-        "It shows the first frame of each clip: only these are decoded, for after one step the decode is a large part of the time.",
-        "Pick one: its place, from 0, is *batch_index* of **Your choice**. Press Run again: only that clip is decoded, nothing is sampled anew.",
+        "It shows the first frame of each clip: only these are decoded, "
+        "for after one step the decode is a large part of the time.",
+        "Pick one: its place, from 0, is *batch_index* of **Your choice**. Press Run again: "
+        "only that clip is decoded, nothing is sampled anew.",
         "Place i has the seed + i. Another *seed* in the sampler gives the next sheet.",
     )
     return g
@@ -114,9 +119,12 @@ def scale_up() -> Graph:
     g.add("SaveVideo", 5, 0, tall=420, video=video, filename_prefix="video/apt_scaled_up")
     g.note(
         "Press **Run**: the clip of 48x48 pixels as a video of **384x384**, enlarged after the decode",
-        "*Upscale Image By* runs on every frame alone: *lanczos* is soft, *nearest-exact* shows the pixels as they are.",
-        "For real detail put *Load Upscale Model* and *Upscale Image (using Model)* in its place: any such model works, as it sees plain pictures.",
-        "Scaling the latent does not work with one step: the sampler starts from noise alone, whatever is in it.",
+        "*Upscale Image By* runs on every frame alone: *lanczos* is soft, "
+        "*nearest-exact* shows the pixels as they are.",
+        "For real detail put *Load Upscale Model* and *Upscale Image (using Model)* in its place: "
+        "any such model works, as it sees plain pictures.",
+        "Scaling the latent does not work with one step: the sampler starts from noise alone, "
+        "whatever is in it.",
     )
     return g
 
@@ -147,9 +155,12 @@ def long_clip() -> Graph:
     video_out(g, vae, samples, latent[1], "video/apt_long_clip")
     g.note(
         "Press **Run**: a clip of **33 frames** from a model that was trained on 9, by *Wan Context Windows*",
-        "The model sees windows of 9 frames, each overlapping the next by 4, and their samples are blended where they overlap.",
-        "The scenery lasts, movement begins anew with each window: good for a view or a motion that repeats, not for a story.",
-        "With Wan: *context_length* is the number of frames that your checkpoint was trained for, and *frames* in Empty APT Latent the length you want.",
+        "The model sees windows of 9 frames, each overlapping the next by 4, "
+        "and their samples are blended where they overlap.",
+        "The scenery lasts, movement begins anew with each window: "
+        "good for a view or a motion that repeats, not for a story.",
+        "With Wan: *context_length* is the number of frames that your checkpoint was trained for, "
+        "and *frames* in Empty APT Latent the length you want.",
     )
     return g
 
@@ -166,9 +177,12 @@ def prompts_from_file() -> Graph:
     video_out(g, vae, samples, latent[1], "video/apt_prompts")
     g.note(
         "Press **Run**: a clip of **each prompt in a file**, eight in this one",
-        "Your own: a text file with one prompt a line in ComfyUI's *input* folder. Press **R**, then choose it in *Load APT Prompts*.",
-        "The videos are numbered in the order of the lines. All have the same seed: what differs between them comes from the words.",
-        "A long file in parts: *count* says how many prompts to take, *start* how many to leave out before them.",
+        "Your own: a text file with one prompt a line in ComfyUI's *input* folder. "
+        "Press **R**, then choose it in *Load APT Prompts*.",
+        "The videos are numbered in the order of the lines. All have the same seed: "
+        "what differs between them comes from the words.",
+        "A long file in parts: *count* says how many prompts to take, "
+        "*start* how many to leave out before them.",
     )
     return g
 
@@ -248,8 +262,11 @@ def trained_run_compared() -> Graph:
     left, right = c[6] + 5, beside(c, 6, 10)
     g.detour(video, save, (right, 117), (left, 117))
     g.note(
-        "What training did: **base**, **distilled**, **APT in 1 and 2 steps**, from one run's folder and one seed",
-        'Needs a run: `python -m trainer demo` (ten minutes), then `ln -s "$PWD/runs/demo" ~/ComfyUI/models/apt/demo`, with the path of your ComfyUI, and **R** here.',
-        "The video shows them as the samplers stand: above base and distilled, below APT. With Wan: its own base, VAE and text encoder, and cfg 5 or so for the base.",
+        "What training did: **base**, **distilled**, **APT in 1 and 2 steps**, "
+        "from one run's folder and one seed",
+        'Needs a run: `python -m trainer demo` (ten minutes), then `ln -s "$PWD/runs/demo" '
+        "~/ComfyUI/models/apt/demo`, with the path of your ComfyUI, and **R** here.",
+        "The video shows them as the samplers stand: above base and distilled, below APT. With Wan: "
+        "its own base, VAE and text encoder, and cfg 5 or so for the base.",
     )
     return g

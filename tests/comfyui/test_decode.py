@@ -103,11 +103,23 @@ def test_in_trouble(comfyui, random_vae):
         "channels": f"AptError APT VAE Decode: the latent is [1, 48, 3, 2, 2], {this_vae}",
         "image latent": f"AptError APT VAE Decode: the latent is [1, 16, 4, 4], {this_vae}",
         "audio": f"AptError APT VAE Decode to Video: the latent is [1, 16, 128], {this_vae}",
-        "image vae": f"AptError APT VAE Decode: the latent is [1, 16, 3, 2, 2], but this VAE takes 4 channels: {fits}",
-        "sound vae": "AptError APT VAE Decode to Video: this VAE (Identity) makes sound or solids, not images: "
-        "load the VAE that belongs to the video model.",
-        "fps 0": "AptError APT VAE Decode to Video: fps is 0, but a video needs 1 to 120 frames per second: 24 is the rate of APT's video models.",
-        "fps nan": "AptError APT VAE Decode to Video: fps is nan, but a video needs 1 to 120 frames per second: 24 is the rate of APT's video models.",
-        "disk full": "AptError APT VAE Decode to Video: the video cannot be written to TEMP (File too large): "
-        "free room there, or start ComfyUI with another --temp-directory.",
+        "image vae": (
+            f"AptError APT VAE Decode: the latent is [1, 16, 3, 2, 2], but this VAE takes 4 channels: {fits}"
+        ),
+        "sound vae": (
+            "AptError APT VAE Decode to Video: this VAE (Identity) makes sound or solids, not images: "
+            "load the VAE that belongs to the video model."
+        ),
+        "fps 0": (
+            "AptError APT VAE Decode to Video: fps is 0, but a video needs 1 to 120 frames per second: "
+            "24 is the rate of APT's video models."
+        ),
+        "fps nan": (
+            "AptError APT VAE Decode to Video: fps is nan, but a video needs 1 to 120 frames per second: "
+            "24 is the rate of APT's video models."
+        ),
+        "disk full": (
+            "AptError APT VAE Decode to Video: the video cannot be written to TEMP (File too large): "
+            "free room there, or start ComfyUI with another --temp-directory."
+        ),
     }

@@ -85,13 +85,25 @@ def test_sizes_of_ones_own(result):
 def test_wrong_sizes_are_refused_with_the_nearest_right_ones(result):
     takes = "does not fit this model, which takes sides in steps of {} pixels and 4n + 1 frames:"
     assert result["sentences"] == {
-        "width": f"AptError {NAME} 1000x720 with 49 frames {takes.format(16)} 992x720 with 49 frames is nearest.",
-        "720 on the 5B": f"AptError {NAME} 1280x720 with 49 frames {takes.format(32)} 1280x704 with 49 frames is nearest.",
+        "width": (
+            f"AptError {NAME} 1000x720 with 49 frames {takes.format(16)} 992x720 with 49 frames is nearest."
+        ),
+        "720 on the 5B": (
+            f"AptError {NAME} 1280x720 with 49 frames {takes.format(32)} 1280x704 with 49 frames is nearest."
+        ),
         "frames": f"AptError {NAME} 48x48 with 18 frames {takes.format(16)} 48x48 with 17 frames is nearest.",
-        "more frames": f"AptError {NAME} 48x48 with 20 frames {takes.format(16)} 48x48 with 21 frames is nearest.",
+        "more frames": (
+            f"AptError {NAME} 48x48 with 20 frames {takes.format(16)} 48x48 with 21 frames is nearest."
+        ),
         "tiny": f"AptError {NAME} 8x32 with 2 frames {takes.format(32)} 32x32 with 1 frames is nearest.",
-        "LoRA": f"AptError {NAME} the LoRA: its metadata entry `apt` has native 5, not width, height, frames and fps: export the file again.",
-        "unknown": f"AptError {NAME} the size is not one of those in the list: choose native, image 1024, video 1280x720, 2 s or custom.",
+        "LoRA": (
+            f"AptError {NAME} the LoRA: its metadata entry `apt` has native 5, not width, height, "
+            "frames and fps: export the file again."
+        ),
+        "unknown": (
+            f"AptError {NAME} the size is not one of those in the list: "
+            "choose native, image 1024, video 1280x720, 2 s or custom."
+        ),
     }
 
 

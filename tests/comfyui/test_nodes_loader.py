@@ -243,35 +243,75 @@ def test_bad_files_get_a_sentence(run):
     size = (run[0] / "fp32.safetensors").stat().st_size
     again = "copy or download it again."
     assert result["sentences"] == {
-        "truncated.safetensors": f"{name} truncated.safetensors is truncated ({size - 100} bytes of {size}): {again}",
-        "longer.safetensors": f"{name} longer.safetensors has 100 bytes too many after its last tensor: {again}",
-        "pickle.pt": f"{name} pickle.pt is a pickle (.pt, .pth, .ckpt), which can run code when it is opened: convert it to safetensors.",
-        "pointer.safetensors": f"{name} pointer.safetensors is a git-lfs pointer, not the file itself: run `git lfs pull`.",
-        "vae.safetensors": f"{name} vae.safetensors: it is not a Wan transformer (conv1.bias is its first key, and head.modulation is not there): "
-        "give a Wan model's file.",
-        "lora.safetensors": f"{name} lora.safetensors is a LoRA, not a whole model: load the model that it belongs to, "
-        "and the LoRA with Load LoRA (Model Only).",
-        "apt lora.safetensors": f"{name} apt lora.safetensors is a LoRA, not a whole model: load the model that it belongs to, "
-        "and the LoRA with Load LoRA (Model Only).",
-        "discriminator.safetensors": f"{name} discriminator.safetensors: it is not a Wan transformer (backbone.blocks.0.attn1.norm_k.weight "
-        "is its first key, and head.modulation is not there): give a Wan model's file.",
-        "missing.safetensors": f"{name} missing.safetensors: blocks.1.cross_attn.k.weight missing: the file is not a whole Wan transformer, "
-        "export or download it again.",
-        "no heads.safetensors": f"{name} no heads.safetensors: the number of heads cannot be told from 48 channels: "
-        "name a fitting num_heads in its metadata entry `config`.",
-        "no config.safetensors": f"{name} no config.safetensors: its text_dim is 20, but its metadata entry `config` does not say so "
-        "and ComfyUI takes 4096: use the file that the trainer wrote, or save the model with Save APT Checkpoint, which keeps the metadata.",
-        "newer.safetensors": f"{name} newer.safetensors has format 2 of the checkpoint contract, but this version only reads up to 1: update ComfyUI-APT.",
-        "kind.safetensors": f"{name} kind.safetensors: its metadata entry `apt` has kind 'critic': it must be one of generator, base, lora.",
-        "native.safetensors": f"{name} native.safetensors: its metadata entry `apt` has native {{'width': 64}}, not width, height, frames and fps: "
-        "export the file again.",
-        "fps.safetensors": f"{name} fps.safetensors: its metadata entry `apt` has native {NATIVE | {'fps': 0}}, not width, height, frames and fps: "
-        "export the file again.",
-        "shape.safetensors": f"{name} shape.safetensors: ComfyUI cannot build its transformer (Error(s) in loading state_dict for WanModel: "
-        "size mismatch for blocks.1.self_attn.q.weight: copying a param with shape torch.Size([46, 48]) from checkpoint, "
-        "the shape in current model is torch.Size([48, 48]).): export or download it again.",
-        "foreign config.safetensors": f"{name} foreign config.safetensors: ComfyUI cannot build its transformer (WanModel.__init__() got an "
-        "unexpected keyword argument 'attention_head_dim'): export or download it again.",
+        "truncated.safetensors": (
+            f"{name} truncated.safetensors is truncated ({size - 100} bytes of {size}): {again}"
+        ),
+        "longer.safetensors": (
+            f"{name} longer.safetensors has 100 bytes too many after its last tensor: {again}"
+        ),
+        "pickle.pt": (
+            f"{name} pickle.pt is a pickle (.pt, .pth, .ckpt), which can run code when it is opened: "
+            "convert it to safetensors."
+        ),
+        "pointer.safetensors": (
+            f"{name} pointer.safetensors is a git-lfs pointer, not the file itself: run `git lfs pull`."
+        ),
+        "vae.safetensors": (
+            f"{name} vae.safetensors: it is not a Wan transformer (conv1.bias is its first key, "
+            "and head.modulation is not there): give a Wan model's file."
+        ),
+        "lora.safetensors": (
+            f"{name} lora.safetensors is a LoRA, not a whole model: load the model that it belongs to, "
+            "and the LoRA with Load LoRA (Model Only)."
+        ),
+        "apt lora.safetensors": (
+            f"{name} apt lora.safetensors is a LoRA, not a whole model: load the model that it belongs to, "
+            "and the LoRA with Load LoRA (Model Only)."
+        ),
+        "discriminator.safetensors": (
+            f"{name} discriminator.safetensors: it is not a Wan transformer "
+            "(backbone.blocks.0.attn1.norm_k.weight is its first key, and head.modulation is not there): "
+            "give a Wan model's file."
+        ),
+        "missing.safetensors": (
+            f"{name} missing.safetensors: blocks.1.cross_attn.k.weight missing: "
+            "the file is not a whole Wan transformer, export or download it again."
+        ),
+        "no heads.safetensors": (
+            f"{name} no heads.safetensors: the number of heads cannot be told from 48 channels: "
+            "name a fitting num_heads in its metadata entry `config`."
+        ),
+        "no config.safetensors": (
+            f"{name} no config.safetensors: its text_dim is 20, but its metadata entry `config` does not say "
+            "so and ComfyUI takes 4096: use the file that the trainer wrote, "
+            "or save the model with Save APT Checkpoint, which keeps the metadata."
+        ),
+        "newer.safetensors": (
+            f"{name} newer.safetensors has format 2 of the checkpoint contract, "
+            "but this version only reads up to 1: update ComfyUI-APT."
+        ),
+        "kind.safetensors": (
+            f"{name} kind.safetensors: its metadata entry `apt` has kind 'critic': "
+            "it must be one of generator, base, lora."
+        ),
+        "native.safetensors": (
+            f"{name} native.safetensors: its metadata entry `apt` has native {{'width': "
+            "64}, not width, height, frames and fps: export the file again."
+        ),
+        "fps.safetensors": (
+            f"{name} fps.safetensors: its metadata entry `apt` has native {NATIVE | {'fps': 0}}, not width, "
+            "height, frames and fps: export the file again."
+        ),
+        "shape.safetensors": (
+            f"{name} shape.safetensors: ComfyUI cannot build its transformer (Error(s) in loading state_dict "
+            "for WanModel: size mismatch for blocks.1.self_attn.q.weight: "
+            "copying a param with shape torch.Size([46, 48]) from checkpoint, "
+            "the shape in current model is torch.Size([48, 48]).): export or download it again."
+        ),
+        "foreign config.safetensors": (
+            f"{name} foreign config.safetensors: ComfyUI cannot build its transformer (WanModel.__init__() "
+            "got an unexpected keyword argument 'attention_head_dim'): export or download it again."
+        ),
     }
     places = "models/diffusion_models or models/apt"
     assert (

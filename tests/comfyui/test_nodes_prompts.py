@@ -50,10 +50,10 @@ def test_bad_files_get_a_sentence(run):
     assert empty == f"{NAME} {files / 'empty.txt'} holds no prompt: write one a line."
     assert latin == f"{NAME} {files / 'latin.txt'} {unread}"
     assert (
-        gone
-        == f"{NAME} gone.txt is not a text file in ComfyUI's input folder: put it there, or choose another one."
+        gone == f"{NAME} gone.txt is not a text file in ComfyUI's input folder: "
+        "put it there, or choose another one."
     )
     assert (
-        outside
-        == f"{NAME} ../outside.txt is not a text file in ComfyUI's input folder: put it there, or choose another one."
+        outside == f"{NAME} ../outside.txt is not a text file in ComfyUI's input folder: "
+        "put it there, or choose another one."
     )

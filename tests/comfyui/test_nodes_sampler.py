@@ -196,7 +196,8 @@ def test_what_does_not_reach_the_model_is_told(run):
     no_input = "The {} is ignored: this model has no input for one."
     tables = (
         "3 tables (modulation) of a LoRA or merge are left out: ComfyUI cannot apply them. "
-        "`python -m trainer export LORA --base BASE --out FILE` puts a LoRA into its base whole; load that file instead."
+        "`python -m trainer export LORA --base BASE --out FILE` puts a LoRA into its base whole; "
+        "load that file instead."
     )
     expected = {
         "a text that fits": [],
@@ -209,7 +210,8 @@ def test_what_does_not_reach_the_model_is_told(run):
         "a merge": [tables],
         "images": [no_input.format("start image") + "\n" + no_input.format("CLIP vision image")],
         "an encoded picture": [
-            "The picture in the latent is ignored: this method starts from noise alone. Take Empty APT Latent."
+            "The picture in the latent is ignored: this method starts from noise alone. "
+            "Take Empty APT Latent."
         ],
         "a picture to go on with": [],
     }
@@ -259,7 +261,10 @@ def test_a_stock_lora_is_the_merged_weights(run):
 
 def test_bad_input_gets_a_sentence(run):
     name = "AptError APT One-Step Sampler:"
-    takes = "but this model takes [batch, 16, frames, height, width]: make it with Empty APT Latent from this model."
+    takes = (
+        "but this model takes [batch, 16, frames, height, width]: "
+        "make it with Empty APT Latent from this model."
+    )
     sizes = "but this model takes sides in steps of 16:"
     order = "but they must start at 1 and decrease, staying above 0 until a last 0: for two steps 1, 0.7."
     second = (
@@ -269,21 +274,34 @@ def test_bad_input_gets_a_sentence(run):
     assert run[1]["sentences"] == {
         "channels": f"{name} the latent is [1, 48, 2, 6, 4], {takes}",
         "image": f"{name} the latent is [1, 16, 6, 4], {takes}",
-        "odd": f"{name} the latent is for 32x56 pixels, {sizes} 32x48 or 32x64 is nearest, make it with Empty APT Latent.",
-        "odd empty": f"{name} the latent is for 8x56 pixels, {sizes} 16x48 or 16x64 is nearest, make it with Empty APT Latent.",
-        "text": f"{name} the prompt has embeddings of 4096 channels, but this model reads 20: use its own text encoder, "
-        "UMT5-XXL for Wan, apt_mini_text_encoder for the miniature.",
+        "odd": (
+            f"{name} the latent is for 32x56 pixels, {sizes} 32x48 or 32x64 is nearest, "
+            "make it with Empty APT Latent."
+        ),
+        "odd empty": (
+            f"{name} the latent is for 8x56 pixels, {sizes} 16x48 or 16x64 is nearest, "
+            "make it with Empty APT Latent."
+        ),
+        "text": (
+            f"{name} the prompt has embeddings of 4096 channels, but this model reads 20: "
+            "use its own text encoder, UMT5-XXL for Wan, apt_mini_text_encoder for the miniature."
+        ),
         "start": f"{name} the sigmas are 0.9, 0.5, 0, {order}",
         "order": f"{name} the sigmas are 1, 0.5, 0.5, {order}",
         "empty": f"{name} the sigmas are empty, {order}",
         "timesteps": f"{name} the sigmas are 1000, 700, {order}",
-        "not finite": f"{name} 12 of 768 values of the sample are NaN or infinite: load the model with weight_dtype default or bf16, "
-        "and if that is no help, its file or a LoRA on it is broken.",
+        "not finite": (
+            f"{name} 12 of 768 values of the sample are NaN or infinite: load the model with weight_dtype "
+            "default or bf16, and if that is no help, its file or a LoRA on it is broken."
+        ),
         "times 1": f"{name} a node made the model's sampling flow at timestep 1, {out}",
         "no flow": f"{name} a node made the model's sampling something other than a flow, {out}",
         "second time": f"AptError Load APT Checkpoint: /wrong.safetensors: {second}",
         "LoRA's second time": f"{name} the LoRA: {second}",
-        "model": f"{name} the model is Identity, but APT is for Wan: connect Load APT Checkpoint, or a loader with a Wan model.",
+        "model": (
+            f"{name} the model is Identity, but APT is for Wan: "
+            "connect Load APT Checkpoint, or a loader with a Wan model."
+        ),
     }
 
 
@@ -297,6 +315,9 @@ def test_a_walk_needs_different_seeds(run):
         "1, 18446744073709551616": f"{start.format('1, 18446744073709551616')} {numbers}",
         "1,,2": f"{start.format('1,,2')} {numbers}",
         "3, 4, 4": f"{start.format('3, 4, 4')} which goes from 4 to 4, {no_way}.",
-        "1, 2, 1 closed": f"{start.format('1, 2, 1')} which goes from 1 to 1, {no_way}, a closed walk returns to its first seed anyway.",
+        "1, 2, 1 closed": (
+            f"{start.format('1, 2, 1')} which goes from 1 to 1, {no_way}, "
+            "a closed walk returns to its first seed anyway."
+        ),
     }
     assert run[1]["good walks"] == ["nothing was raised"] * 2

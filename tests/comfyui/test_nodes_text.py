@@ -98,12 +98,26 @@ def test_bad_files_get_a_sentence(run):
     size = (files / "half.safetensors").stat().st_size
     assert result["sentences"] == {
         "eps.safetensors": f"{name} eps.safetensors: layer_norm_epsilon {small}",
-        "foreign.safetensors": f"{name} foreign.safetensors is neither a UMT5-XXL with its tokenizer, as Wan has it, "
-        "nor a text encoder that the trainer wrote: choose a umt5_xxl file for Wan, or apt_mini_text_encoder for the miniature.",
-        "half.safetensors": f"{name} half.safetensors is truncated ({size} bytes of {(files / 'other.safetensors').stat().st_size}): {again}",
+        "foreign.safetensors": (
+            f"{name} foreign.safetensors is neither a UMT5-XXL with its tokenizer, as Wan has it, "
+            "nor a text encoder that the trainer wrote: choose a umt5_xxl file for Wan, "
+            "or apt_mini_text_encoder for the miniature."
+        ),
+        "half.safetensors": (
+            f"{name} half.safetensors is truncated ({size} bytes of "
+            f"{(files / 'other.safetensors').stat().st_size}): {again}"
+        ),
         "length.safetensors": f"{name} length.safetensors: text_length {small}",
-        "missing.safetensors": f"{name} missing.safetensors: encoder.block.2.layer.0.SelfAttention.q.weight {small}",
+        "missing.safetensors": (
+            f"{name} missing.safetensors: encoder.block.2.layer.0.SelfAttention.q.weight {small}"
+        ),
         "no tokenizer.safetensors": f"{name} no tokenizer.safetensors: spiece_model {small}",
-        "nowhere.safetensors": f"{name} nowhere.safetensors is not in models/text_encoders: put the file there, or choose another one.",
-        "pickle.pt": f"{name} pickle.pt is a pickle (.pt, .pth, .ckpt), which can run code when it is opened: convert it to safetensors.",
+        "nowhere.safetensors": (
+            f"{name} nowhere.safetensors is not in models/text_encoders: "
+            "put the file there, or choose another one."
+        ),
+        "pickle.pt": (
+            f"{name} pickle.pt is a pickle (.pt, .pth, .ckpt), which can run code when it is opened: "
+            "convert it to safetensors."
+        ),
     }

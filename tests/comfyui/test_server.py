@@ -201,11 +201,17 @@ BAD = {
     ),
     "text": (
         mini_latents(CAPTION, 0, custom(48, 48, 1), "wan2.1_1.3B_apt.safetensors"),
-        r"APTSampler: APT One-Step Sampler: the prompt has embeddings of 96 channels, but this model reads 4096: .*\.",
+        (
+            r"APTSampler: APT One-Step Sampler: the prompt has embeddings of 96 channels, but this model"
+            r" reads 4096: .*\."
+        ),
     ),
     "latent of another VAE": (
         decoding(samples=["extra", 0]) | IMAGE_LATENT,
-        r"APTVAEDecodeToVideo: APT VAE Decode to Video: the latent is \[1, 16, 8, 8\], but this VAE takes .*\.",
+        (
+            r"APTVAEDecodeToVideo: APT VAE Decode to Video: the latent is \[1, 16, 8, 8\], but this VAE takes"
+            r" .*\."
+        ),
     ),
     "fps": (decoding(fps=0.5), "APTVAEDecodeToVideo: Value 0.5 smaller than min of 1.0: fps"),
     "no such file": (

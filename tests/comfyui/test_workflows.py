@@ -42,12 +42,18 @@ def convert(frontend, name: str) -> dict:
 
 # Of every link: from and to which node, and the points of its way.
 WAYS = """() => [...window.app.graph.links.values()].map(link => {
-    const graph = window.app.graph, from = graph.getNodeById(link.origin_id), to = graph.getNodeById(link.target_id)
-    const between = []
-    for (let id = link.parentId; id !== undefined; id = graph.reroutes.get(id).parentId) between.unshift([...graph.reroutes.get(id).pos])
-    return [from.id, to.id, [[...from.getOutputPos(link.origin_slot)], ...between, [...to.getInputPos(link.target_slot)]]]
+    const graph = window.app.graph, between = []
+    const from = graph.getNodeById(link.origin_id), to = graph.getNodeById(link.target_id)
+    for (let id = link.parentId; id !== undefined; id = graph.reroutes.get(id).parentId) {
+        between.unshift([...graph.reroutes.get(id).pos])
+    }
+    const ends = [[...from.getOutputPos(link.origin_slot)], [...to.getInputPos(link.target_slot)]]
+    return [from.id, to.id, [ends[0], ...between, ends[1]]]
 })"""
-BOXES = "() => window.app.graph.nodes.map(n => [n.id, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]])"
+BOXES = (
+    "() => window.app.graph.nodes.map(n => [n.id, n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], "
+    "n.pos[1] + n.size[1]])"
+)
 
 
 def curve(points: list) -> np.ndarray:
@@ -108,7 +114,10 @@ def test_a_graph_opens_with_its_text_and_wires_in_sight(small_window, name):
     small_window.page.wait_for_timeout(1000)
     scale = small_window.page.evaluate("() => window.app.canvas.ds.scale")
     assert scale * 14 >= 8, "ComfyUI leaves out text below 8 pixels"
-    note = "() => [...document.querySelectorAll('.comfy-markdown h1, .comfy-markdown h2')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+    note = (
+        "() => [...document.querySelectorAll('.comfy-markdown h1, .comfy-markdown h2')].map(e => "
+        "parseFloat(getComputedStyle(e).fontSize))"
+    )
     sizes = small_window.page.evaluate(note)
     assert len(sizes) >= 3 and min(sizes) * scale >= 8
     boxes = small_window.page.evaluate(BOXES)
@@ -143,7 +152,8 @@ def apart(one: list, other: list) -> bool:
 # As ComfyUI draws them, which makes a node that is narrower than its widgets wider than its file says.
 GROUPS_AND_NODES = """() => {
     const group = g => [g.pos[0], g.pos[1], g.pos[0] + g.size[0], g.pos[1] + g.size[1]]
-    const node = n => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + Math.max(n.size[1], n.computeSize()[1])]
+    const height = n => Math.max(n.size[1], n.computeSize()[1])
+    const node = n => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + height(n)]
     const {groups, nodes} = window.app.graph
     return [groups.map(g => [g.title, group(g)]), nodes.map(n => [`${n.type} ${n.title}`, node(n)])]
 }"""
@@ -190,12 +200,13 @@ def custom_size(frontend, **at_once: int) -> list[int]:
     """
     return frontend.page.evaluate(
         """async values => {
-        const latent = window.app.graph.nodes.find(n => n.type === "APTEmptyLatent"), size = latent.widgets.find(w => w.name === "size")
+        const latent = window.app.graph.nodes.find(n => n.type === "APTEmptyLatent")
+        const widget = name => latent.widgets.find(w => w.name === name), size = widget("size")
         size.value = "custom"
         size.callback("custom", window.app.canvas, latent)
-        for (const [name, value] of Object.entries(values)) latent.widgets.find(w => w.name === `size.${name}`).value = value
+        for (const [name, value] of Object.entries(values)) widget(`size.${name}`).value = value
         await new Promise(done => setTimeout(done, 3000))
-        return ["width", "height", "frames"].map(name => latent.widgets.find(w => w.name === `size.${name}`).value)
+        return ["width", "height", "frames"].map(name => widget(`size.${name}`).value)
     }""",
         at_once,
     )
@@ -451,7 +462,7 @@ def test_a_graph_of_a_big_model_makes_clips_with_the_miniature_in_its_place(fron
         if node["class_type"] == "CLIPLoader":
             node |= {"class_type": "APTLoadTextEncoder", "inputs": {"text_encoder": MINI_TEXT}}
         node["inputs"] |= ON_THE_MINIATURE.get(node["class_type"], {})
-    ((files),) = server.run(prompt).values()
+    (files,) = server.run(prompt).values()
     frames = np.concatenate([read_video(file) for file in files])
     assert frames.shape == (18, 48, 48, 3)
     assert caption_seen(frames[:9]) == ON_THE_MINIATURE["CLIPTextEncode"]["text"]

@@ -322,7 +322,10 @@ def test_what_runs_no_code_may_do_harm_too(run):
     """
     forget_digests(run)
     index = state(run) / ".metadata"
-    poison = b"\x80\x04ctorch.distributed.checkpoint.metadata\nStorageMeta\nN}X\x08\x00\x00\x00__init__X\x01\x00\x00\x00xs\x86b."
+    poison = (
+        b"\x80\x04ctorch.distributed.checkpoint.metadata\nStorageMeta\n"
+        b"N}X\x08\x00\x00\x00__init__X\x01\x00\x00\x00xs\x86b."
+    )
     index.write_bytes(poison)
     with pytest.raises(AptError, match="it changes a class"):
         StateReader(state(run)).read_metadata()

@@ -75,7 +75,8 @@ def test_a_header_that_cannot_be(change, word, file):
 @pytest.mark.parametrize(
     "text",
     [
-        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {"dtype": "F32", "shape": '
+        '[2], "data_offsets": [0, 8]}}',
         "{" + '"a":{' * 100_000 + "}" * 100_001,
         '{"a": {"dtype": "F32", "shape": [' + "9" * 5000 + '], "data_offsets": [0, 8]}}',
         '{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 8]}}',

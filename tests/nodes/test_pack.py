@@ -43,7 +43,8 @@ def test_the_door_opens_without_comfyui():
 
 IN_AN_OLD_COMFYUI = """
 import asyncio, sys, types
-# What ComfyUI 0.3.64 has of what the door asks for: no folder `apt`, and an extension whose on_load nobody calls.
+# What ComfyUI 0.3.64 has of what the door asks for: no folder `apt`, and an extension whose on_load nobody
+# calls.
 folder_paths = sys.modules["folder_paths"] = types.ModuleType("folder_paths")
 folder_paths.folder_names_and_paths = {}
 if sys.argv[1:]:

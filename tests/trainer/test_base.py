@@ -137,7 +137,10 @@ def test_vae_and_base_from_a_diffusers_folder(tmp_path):
     WanTransformer3DModel(**shape, num_layers=5).half().save_pretrained(tmp_path / "other")
     with pytest.raises(
         AptError,
-        match=r"is not the model of preset mini \(blocks 5 instead of 6\): give that model, or the preset of this one.$",
+        match=(
+            r"is not the model of preset mini \(blocks 5 instead of 6\): give that model, or the preset of"
+            r" this one.$"
+        ),
     ):
         check_base(tmp_path / "other", mini, "mini")
 

@@ -120,7 +120,10 @@ def test_a_number_out_of_range_is_refused(arguments, tmp_path):
 def test_ctrl_c_says_what_is_kept(tmp_path):
     # Shells start background jobs, this test's run perhaps among them, with Ctrl-C ignored, which children
     # inherit.
-    program = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_module('trainer', run_name='__main__')"
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('trainer', run_name='__main__')"
+    )
     command = [sys.executable, "-c", program, "demo"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT

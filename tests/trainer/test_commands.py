@@ -153,7 +153,10 @@ def test_states_are_judged_and_the_best_is_told(run):
     ]
     shown = " ".join(done("adversarial", TINY, "--phase", "image", *STATES, "--out", run).split())
     first, last = (row["score"] for row in rows)
-    better = f"is the result; an earlier state was judged better ({first:.3g}): to have that one, export {run}/states/image/step-000001."
+    better = (
+        f"is the result; an earlier state was judged better ({first:.3g}): "
+        f"to have that one, export {run}/states/image/step-000001."
+    )
     assert (better if first < last else f"is the result, and the best that was judged ({last:.3g}).") in shown
     assert inspect(run / "states" / "image")["judged"].startswith(f"{rows[-1]['score']:.4g}")
 
@@ -551,7 +554,8 @@ def test_inspect_says_what_it_is_and_whether_it_loads(run, tmp_path):
     assert (
         facts["what"] == "Wan transformer, official keys"
         and facts["loads"]
-        == "yes, as checkpoint, in one step; needs a vae of 16 channels (Wan 2.1) and a text_encoder of width 96"
+        == "yes, as checkpoint, in one step; needs a vae of 16 channels (Wan 2.1) and "
+        "a text_encoder of width 96"
         and facts["phase"] == "video"
     )
     assert facts["shape"].startswith("6 blocks, 4 heads x 32 = width 128, ffn 512, 16 latent channels")
@@ -640,7 +644,10 @@ def test_prompts_are_encoded_with_the_shards(run):
         ),
         (
             ("distill", TINY, "attention=flash"),
-            "attention backend flash needs flash-attn, which is not installed or does not load: install it, or use native.",
+            (
+                "attention backend flash needs flash-attn, which is not installed or does not load: "
+                "install it, or use native."
+            ),
         ),
         (
             ("distill", TINY, "attention=flash", "--dry-run"),
@@ -705,8 +712,9 @@ def test_a_runs_folder_and_its_states_are_no_start_and_the_sentence_says_what_is
     state = run / "states" / "image" / "step-000002"
     for path, what in ((state, "a training state"), (state.parent, "a folder of training states")):
         sentence = refused(*given, path)
-        assert sentence == (
-            f"--start-from {path} is {what}, and a start is weights alone: write them to a file with "
+        assert (
+            sentence
+            == f"--start-from {path} is {what}, and a start is weights alone: write them to a file with "
             f"`export {state} --out FILE --dtype fp32`, and give that."
         )
     adapters = run / "lora" / "states" / "video"
@@ -815,8 +823,8 @@ def test_attention_is_told_and_no_part_of_a_runs_identity(run, tmp_path):
         kernel = "native" if attention == "auto" else attention
         assert (
             f"attention: {kernel} in all passes of generator and discriminator; "
-            "native in the discriminator's heads, which compute in fp32"
-        ) in shown.splitlines()
+            "native in the discriminator's heads, which compute in fp32" in shown.splitlines()
+        )
     assert sorted(path.name for path in (tmp_path / "states" / "image").glob("step-*")) == [
         "step-000001",
         "step-000002",

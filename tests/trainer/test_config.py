@@ -122,11 +122,17 @@ def test_overrides_change_single_numbers():
         ),
         (
             "distill.update=3",
-            "there is no setting 'distill.update' (did you mean distill.updates?): `settings` lists all of them.",
+            (
+                "there is no setting 'distill.update' (did you mean distill.updates?): "
+                "`settings` lists all of them."
+            ),
         ),
         (
             "stage2.wild.image.updates=3",
-            "there is no setting 'stage2.wild.image.updates' (did you mean stage2.dmd.image.updates?): `settings` lists all of them.",
+            (
+                "there is no setting 'stage2.wild.image.updates' (did you mean stage2.dmd.image.updates?): "
+                "`settings` lists all of them."
+            ),
         ),
         ("updates", "'updates' is not a setting: write key=value, for example updates=100."),
         (
@@ -149,7 +155,10 @@ def test_a_misspelled_setting_in_a_file_names_the_right_one(tmp_path):
     )
     with pytest.raises(
         AptError,
-        match=r"(sampling.guidance is missing|there is no setting sampling.giudance \(did you mean sampling.guidance\?\))",
+        match=(
+            r"(sampling.guidance is missing|there is no setting sampling.giudance \(did you mean"
+            r" sampling.guidance\?\))"
+        ),
     ):
         load_preset(bad)
 
@@ -183,7 +192,7 @@ def test_the_settings_of_dmd_reach_the_method():
     assert changed.matching(1.5) == DmdSettings(0.02, 0.7, 5.0, own.guidance / 2, "kl", 0.25)
     with pytest.raises(AptError) as error:
         load_preset("mini", ["distill.t_min=0.5", "distill.t_max=0.4"])
-    assert str(error.value) == ("preset mini.toml: distill.t_max is 0.4: it must not be below t_min, 0.5.")
+    assert str(error.value) == "preset mini.toml: distill.t_max is 0.4: it must not be below t_min, 0.5."
     with pytest.raises(AptError, match="distill.t_max is 0.98: it must not be below t_min, 0.99"):
         load_preset("mini", ["distill.t_min=0.99"])  # against the default, before anything is encoded
     with pytest.raises(AptError, match="distill.method is 'vsd': input should be 'consistency' or 'dmd'"):

@@ -170,7 +170,9 @@ def test_colours_that_nothing_converts_are_refused_before_anything_is_read(tmp_p
     ):
         with pytest.raises(
             AptError,
-            match=r"linear.mkv has colours that cannot be converted \(linear light\): export it in BT.709, PQ",
+            match=(
+                r"linear.mkv has colours that cannot be converted \(linear light\): export it in BT.709, PQ"
+            ),
         ):
             look()
 

@@ -64,8 +64,10 @@ def test_inspect_says_what_a_lora_is_and_whether_it_fits(base, kohya, tmp_path):
         "form": "kohya",
         "rank": "2, 4",
         "alpha": "in the file",
-        "changes": f"{4 * blocks} weights in {blocks} blocks, 1 outside: cross_attn.q, cross_attn.v, "
-        f"head.head.bias, self_attn.q, self_attn.v",
+        "changes": (
+            f"{4 * blocks} weights in {blocks} blocks, 1 outside: cross_attn.q, cross_attn.v, "
+            "head.head.bias, self_attn.q, self_attn.v"
+        ),
     }
     assert inspect(path, deep=True, base="mini")["loads"] == f"yes, over {SHIPPED['base']}"
     result = CliRunner().invoke(app, ["inspect", str(path), "--base", "mini"], catch_exceptions=False)
@@ -84,7 +86,7 @@ def test_inspect_says_what_a_lora_is_and_whether_it_fits(base, kohya, tmp_path):
     assert (facts["rank"], facts["alpha"]) == ("2", "none: taken as the rank")
     assert facts["loads"].startswith(
         f"no: {other} changes blocks.0.self_attn.q.weight by (5120, 5120), but in {SHIPPED['base']} it is "
-        f"(128, 128)"
+        "(128, 128)"
     )
     save_file({f"{layer}.lokr_w1": torch.ones(2, 2)}, other)
     facts = inspect(other)
@@ -214,7 +216,8 @@ def test_adapters_begin_with_a_lora_of_lower_rank(base, kohya, tmp_path):
             "other",
             Lora(8, None),
             r"other\.safetensors changes blocks\.0\.self_attn\.q\.weight by \(5120, 5120\), "
-            r"but in .* it is \(128, 128\): give as the base the model .*of width 5120 \(that of the 14B models\)",
+            r"but in .* it is \(128, 128\): give as the base the model .*of width 5120 \(that of the 14B"
+            r" models\)",
         ),
         ("other", None, r"other\.safetensors changes blocks\.0\.self_attn\.q\.weight by \(5120, 5120\)"),
     ],

@@ -300,7 +300,8 @@ def test_a_clip_too_short(tmp_path):
             read(tmp_path / "short.mp4")
         one_sentence(
             error,
-            "short.mp4 is 0.50 s long, but 1.13 s (9 frames at 8 fps) are needed: give a longer clip or lower frames",
+            "short.mp4 is 0.50 s long, but 1.13 s (9 frames at 8 fps) are needed: "
+            "give a longer clip or lower frames",
         )
     check_video(tmp_path / "short.mp4", 4, 8)
     assert numbers(read_video(tmp_path / "short.mp4", 4, 8, 32, 32)) == [0, 1, 2, 3]

@@ -15,7 +15,9 @@ from apt_core.files.atomic import replacing
 ROOT = Path(__file__).parents[2]
 HIDE = """
 import os, signal, sys, multiprocessing
-import av, filelock, psutil, matplotlib.figure, scipy.linalg, torch.utils.tensorboard, torch.distributed.run, torch.distributed.fsdp  # others, for this system
+# Other packages, imported for this system before it is hidden.
+import av, filelock, psutil, matplotlib.figure, scipy.linalg
+import torch.utils.tensorboard, torch.distributed.run, torch.distributed.fsdp
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 for name in ("resource", "fcntl", "pwd", "grp"):
@@ -41,7 +43,8 @@ def without_posix(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
 def test_every_module_can_be_imported(tmp_path):
     done = without_posix(
         "import importlib, pkgutil, apt_core, trainer\n"
-        "names = [m.name for p in (apt_core, trainer) for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.') if not m.name.endswith('__main__')]\n"
+        "names = [m.name for p in (apt_core, trainer) for m in pkgutil.walk_packages(p.__path__, "
+        "p.__name__ + '.') if not m.name.endswith('__main__')]\n"
         "[importlib.import_module(name) for name in names if name != 'apt_core.engine.kernels']\n"
         "print(len(names))",
         tmp_path,
@@ -54,13 +57,19 @@ def test_precompute_training_export_and_inspect_start(tmp_path):
     run = "from typer.testing import CliRunner\nfrom trainer.__main__ import app\nimport sys\n"
     small = "['data.images=4', 'data.clips=0', 'held_out=0', 'save_every=1', 'judge_samples=0']"
     steps = [
-        f"['adversarial', 'mini', '--phase', 'image', 'updates=1', 'batch=2', 'warmup=0', '--out', 'run', *{small}]",
+        (
+            "['adversarial', 'mini', '--phase', 'image', 'updates=1', 'batch=2', 'warmup=0', "
+            f"'--out', 'run', *{small}]"
+        ),
         "['export', 'run/states/image', '--out', 'out.safetensors']",
         "['inspect', 'out.safetensors']",
         "['generate', 'out.safetensors', 'a red circle', '--out', 'samples']",
     ]
     for step in steps:
-        run += f"r = CliRunner().invoke(app, {step}, catch_exceptions=False)\nprint(r.output)\nassert r.exit_code == 0\n"
+        run += (
+            f"r = CliRunner().invoke(app, {step}, catch_exceptions=False)\nprint(r.output)\nassert "
+            "r.exit_code == 0\n"
+        )
     done = without_posix(run, tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert list((tmp_path / "samples").iterdir())

@@ -105,9 +105,9 @@ def test_a_dry_run_shows_the_plan_of_the_run(few_step, tmp_path):
 
 
 def test_a_dry_run_knows_no_base_and_still_names_a_whole_model(tmp_path):
+    start = ["--start-from", str(SHIPPED["base"])]
     result = CliRunner().invoke(
-        app,
-        ["adversarial", TINY, "--phase", "video", "--dry-run", "mode=lora", "base=", "--start-from", str(SHIPPED["base"])],
-    )  # fmt: skip
+        app, ["adversarial", TINY, "--phase", "video", "--dry-run", "mode=lora", "base=", *start]
+    )
     assert result.exit_code == 2
     assert "is a whole model, which adapters over the base of preset tiny cannot hold" in result.stderr

@@ -194,7 +194,8 @@ def test_integers_of_32_bits_are_refused_and_16_are_right(tmp_path):
     Image.fromarray(np.int32([[0, 70000]])).save(tmp_path / "a.tif")
     refused(
         tmp_path / "a.tif",
-        "has signed or 32-bit integer pixels, and nothing says which value is white: save it in 8 or 16 bits.",
+        "has signed or 32-bit integer pixels, and nothing says which value is white: "
+        "save it in 8 or 16 bits.",
     )
     Image.fromarray(np.uint16([[0, 128 * 256, 65535]])).save(tmp_path / "b.tif")
     got, notes = read(tmp_path / "b.tif", 1, 3)

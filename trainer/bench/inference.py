@@ -193,29 +193,36 @@ def show(result: dict) -> None:
     console.print(table)
     rates = result["rates"]
     lines = [
-        "stock: diffusers' WanPipeline, one step, in the same run; paper: table 7, its 8B model at 1280x720 on one H100."
+        "stock: diffusers' WanPipeline, one step, in the same run; paper: "
+        "table 7, its 8B model at 1280x720 on one H100."
     ]
     lines += [
-        f"Measured here: {rates['matrix'] / 1e12:.3g} TFLOP/s in matrix products, {rates['copy'] / 1e9:.3g} GB/s in copies; floors follow from these."
+        f"Measured here: {rates['matrix'] / 1e12:.3g} TFLOP/s in matrix products, "
+        f"{rates['copy'] / 1e9:.3g} GB/s in copies; floors follow from these."
     ]
     if result["fp8"]:
         lines[-1] += f" In fp8 {rates['matrix_fp8'] / 1e12:.3g} TFLOP/s, which the transformer's floor takes."
     first, quality = result["first_seconds"], result["decode_psnr"]
     lines.append(
-        f"First calls, with making the weights{' and compiling' * result['compiled']}: transformer {first['dit']:.2f}, decode {first['vae']:.2f}."
+        f"First calls, with making the weights{' and compiling' * result['compiled']}: "
+        f"transformer {first['dit']:.2f}, decode {first['vae']:.2f}."
     )
     if result["uncompiled_decode_seconds"]:
         lines.append(
-            f"Decode without torch.compile, by this project's kernels: {_seconds(result['uncompiled_decode_seconds'])}."
+            "Decode without torch.compile, by this project's kernels: "
+            f"{_seconds(result['uncompiled_decode_seconds'])}."
         )
     lines.append(
-        f"Velocity in {'fp8' if result['fp8'] else result['dtype']}: {result['velocity_error']:.1e} from {_plain(result)}, relative (random weights)."
+        f"Velocity in {'fp8' if result['fp8'] else result['dtype']}: "
+        f"{result['velocity_error']:.1e} from {_plain(result)}, relative (random weights)."
     )
     lines.append(
-        f"Decode against diffusers' in float32: engine {quality['engine']:.1f} dB, diffusers in {result['dtype']} {quality['stock']:.1f} dB."
+        f"Decode against diffusers' in float32: engine {quality['engine']:.1f} dB, "
+        f"diffusers in {result['dtype']} {quality['stock']:.1f} dB."
     )
     lines.append(
-        f"Peak memory of the decode beside weights: engine {memory['engine'] / MIB:.0f} MiB, diffusers {memory['stock'] / MIB:.0f} MiB."
+        f"Peak memory of the decode beside weights: engine {memory['engine'] / MIB:.0f} MiB, "
+        f"diffusers {memory['stock'] / MIB:.0f} MiB."
     )
     lines += result["steps_taken"]
     for line in lines:

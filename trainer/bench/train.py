@@ -179,7 +179,10 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
 
 def show(result: dict) -> None:
     """Print the result as a table."""
-    title = f"{result['preset']}, {result['phase']}s, batch {result['batch']}, {result['processes']} x {result['device']}, {result['compute']}, {result['attention']}"
+    title = (
+        f"{result['preset']}, {result['phase']}s, batch {result['batch']}, "
+        f"{result['processes']} x {result['device']}, {result['compute']}, {result['attention']}"
+    )
     table = Table(title=title, title_justify="left", box=None)
     for column in (
         "",
@@ -203,5 +206,6 @@ def show(result: dict) -> None:
         )
     console.print(table)
     say(
-        f"Peak of matrix products, measured here: {result['peak_flops'] / 1e12:.3g} TFLOP/s in {result['compute']}.",
+        f"Peak of matrix products, measured here: {result['peak_flops'] / 1e12:.3g} TFLOP/s in "
+        f"{result['compute']}.",
     )

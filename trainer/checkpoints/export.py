@@ -44,7 +44,8 @@ def export(
     """
     if form not in FORMS or dtype not in (*DTYPES, "fp8"):
         raise AptError(
-            f"--form {form} --dtype {dtype} is not possible: forms are {', '.join(FORMS)}, dtypes {', '.join(DTYPES)} and fp8."
+            f"--form {form} --dtype {dtype} is not possible: forms are {', '.join(FORMS)}, "
+            f"dtypes {', '.join(DTYPES)} and fp8."
         )
     if dtype == "fp8" and form != "file":
         raise AptError(f"fp8 is for single files: use --form file, or --dtype bf16 with --form {form}.")
@@ -56,7 +57,8 @@ def export(
     kind = kind_of(generator.base or generator.model)
     if not kind.public:
         raise AptError(
-            f"{source} is {kind.words}, which neither ComfyUI nor diffusers know: use the file as it is, with this trainer."
+            f"{source} is {kind.words}, which neither ComfyUI nor diffusers know: "
+            "use the file as it is, with this trainer."
         )
     metadata = as_whole(generator.metadata)
     if form == "lora":

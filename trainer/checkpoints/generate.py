@@ -71,7 +71,8 @@ def generate(
         say_there(len(there), len(paths), "samples", out)
     if pipe.approximate and world.main:
         say(
-            f"{pipe.sources.vae.name} stands in for the VAE: these pictures are near the VAE's own, not equal to them.",
+            f"{pipe.sources.vae.name} stands in for the VAE: "
+            "these pictures are near the VAE's own, not equal to them.",
         )
     written = []
     with stage_bar("Sampling") as report:
@@ -135,7 +136,8 @@ def _name(common: list, request: Request, number: int) -> str:
     """The file name of a sample."""
     wishes = asdict(request) | {"prompts": request.prompt(number), "count": 1, "number": number}
     mark = hashlib.blake2b(json.dumps([*common, wishes]).encode(), digest_size=3).hexdigest()
-    return f"{number:04d}-{_words(request.prompt(number))}-seed{request.seed}-{mark}.{'png' if request.frames == 1 else 'mp4'}"
+    ending = "png" if request.frames == 1 else "mp4"
+    return f"{number:04d}-{_words(request.prompt(number))}-seed{request.seed}-{mark}.{ending}"
 
 
 def _words(prompt: str) -> str:

@@ -73,7 +73,9 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
     facts = {
         "what": _what(path, header),
         **({"of": f"{made_by}, by its names"} if made_by else {}),
-        "parameters": f"{sum(math.prod(shape) for shape in header.shapes.values()):,} in {len(header.shapes)} tensors",
+        "parameters": (
+            f"{sum(math.prod(shape) for shape in header.shapes.values()):,} in {len(header.shapes)} tensors"
+        ),
         "dtypes": ", ".join(sorted(set(header.dtypes.values()))),
         "size": _size(path.stat().st_size),
         **{name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in apt.items()},
@@ -214,7 +216,10 @@ def _numbers(config: dict) -> dict[str, str]:
     heads, dim = config["num_attention_heads"], config["attention_head_dim"]
     channels = f"{config['in_channels']} latent channels, text of width {config['text_dim']}"
     return {
-        "shape": f"{config['num_layers']} blocks, {heads} heads x {dim} = width {heads * dim}, ffn {config['ffn_dim']}, {channels}"
+        "shape": (
+            f"{config['num_layers']} blocks, {heads} heads x {dim} = width {heads * dim}, "
+            f"ffn {config['ffn_dim']}, {channels}"
+        )
     }
 
 

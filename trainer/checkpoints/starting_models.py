@@ -65,7 +65,8 @@ def check_base(path: Path, model: Model, name: str, what: str = "base") -> None:
     kind = kind_of_file(path)
     if kind.name != model.kind:
         raise AptError(
-            f"{what} {path} is {kind.words}, but preset {name} is for another kind of model: give one of that kind."
+            f"{what} {path} is {kind.words}, but preset {name} is for another kind of model: "
+            "give one of that kind."
         )
     if path.is_file():
         _refuse_coarse(path, [path], what)
@@ -93,7 +94,8 @@ def check_base(path: Path, model: Model, name: str, what: str = "base") -> None:
         f"{key} {found[key]} instead of {wanted[key]}" for key in wanted if found[key] != wanted[key]
     ]:
         raise AptError(
-            f"{what} {path} is not the model of preset {name} ({', '.join(wrong)}): give that model, or the preset of this one."
+            f"{what} {path} is not the model of preset {name} ({', '.join(wrong)}): "
+            "give that model, or the preset of this one."
         )
 
 
@@ -115,8 +117,10 @@ def times_note(start: Path) -> str | None:
     apt = read_folder_metadata(start) if start.is_dir() else read_metadata(start)
     if "timestep" not in apt:
         return (
-            f"{start} does not say which timesteps it was trained for. Stage 2 calls it once, at timestep 1000. "
-            "A list like 1000, 750, 500, 250 begins there under any shift; if its own list begins lower, it has "
+            f"{start} does not say which timesteps it was trained for. "
+            "Stage 2 calls it once, at timestep 1000. "
+            "A list like 1000, 750, 500, 250 begins there under any shift; "
+            "if its own list begins lower, it has "
             "not learned this call: run `distill` with it as the base first."
         )
     if apt["timestep"] != 1000:

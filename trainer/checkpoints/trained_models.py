@@ -60,7 +60,8 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
         return _from_state(path, ema, base)
     if ema is not None:
         raise AptError(
-            f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), or leave --ema out."
+            f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), "
+            "or leave --ema out."
         )
     if path.is_dir():
         metadata = read_folder_metadata(path)
@@ -110,7 +111,8 @@ def base_of(state: Path, about: Mapping, given: str | Path | None = None) -> Pat
     path = locate(Files(base=str(given)), "base") if given else Path(about["base"])
     if not path.exists():
         raise AptError(
-            f"{state} was trained from {path}, which is not there any more: add --base PATH of where it is now."
+            f"{state} was trained from {path}, which is not there any more: "
+            "add --base PATH of where it is now."
         )
     return path
 
@@ -121,7 +123,8 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise AptError(
-            f"{path} does not hold the weights of its network ({' '.join(str(error).split())[:200]}): {REMEDY}."
+            f"{path} does not hold the weights of its network "
+            f"({' '.join(str(error).split())[:200]}): {REMEDY}."
         ) from None
 
 
@@ -134,7 +137,8 @@ def open_discriminator(path: str | Path, base: str | Path | None = None) -> tupl
     state = State(resolve(Path(path)))
     if not state.names("discriminator.weights/"):
         raise AptError(
-            f"{state.path} has no discriminator: give a training state of stage 2 (states/image/step-... or states/video/step-...)."
+            f"{state.path} has no discriminator: give a training state of stage 2 (states/image/step-... "
+            "or states/video/step-...)."
         )
     backbone = load_backbone(base_of(state.path, state.about, base))
     if state.about["lora"]:
@@ -216,7 +220,8 @@ def _average(state: State, ema: float | None) -> str:
     wanted = f"{state.facts['identity']['ema_decay']:g}" if ema is None else f"{ema:g}"
     if ema != 0 and wanted not in decays:
         raise AptError(
-            f"{state.path} has no average of decay {wanted}: it has {', '.join(decays)}, and 0 for the raw weights."
+            f"{state.path} has no average of decay {wanted}: it has {', '.join(decays)}, "
+            "and 0 for the raw weights."
         )
     return wanted
 

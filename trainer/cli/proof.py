@@ -20,8 +20,11 @@ def demo(
     recipe: Annotated[
         str,
         typer.Option(
-            help="One of the preset's recipes. mini has demo, proof (longer), paper (no warm-up, equal rates), "
-            "stable (with what its authors changed since) and dmd (stage 1 by distribution matching)."
+            help=(
+                "One of the preset's recipes. mini has demo, proof (longer), paper (no warm-up, "
+                "equal rates), stable (with what its authors changed since) and dmd (stage 1 by "
+                "distribution matching)."
+            )
         ),
     ] = "demo",
     seed: Seed = 0,
@@ -76,7 +79,8 @@ def ablate(
         list[str] | None,
         typer.Option(
             help="Variants to run, or groups of them (sigma, updates, steps, batch, stage1); what they are "
-            "compared with runs too. Separate them by commas, or give the option several times. By default all."
+            "compared with runs too. Separate them by commas, or give the option several times. "
+            "By default all."
         ),
     ] = None,
     seeds: Annotated[
@@ -88,14 +92,19 @@ def ablate(
         typer.Option(
             "--run",
             "--with-run",
-            help="Folder of a finished demo, whose data and stage 1 are used for its seed; for other seeds they "
-            "are made. Can be given several times.",
+            help=(
+                "Folder of a finished demo, whose data and stage 1 are used for its seed; "
+                "for other seeds they are made. Can be given several times."
+            ),
         ),
     ] = None,
     table: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The ablations.json of an earlier ablation; its rows are not made again. Can be given several times."
+            help=(
+                "The ablations.json of an earlier ablation; its rows are not made again. "
+                "Can be given several times."
+            )
         ),
     ] = None,
     samples: Annotated[
@@ -148,7 +157,10 @@ def pretrain_mini(
     part: Annotated[
         str,
         typer.Argument(
-            help="What to train: all, or one part: vae, sharpen, text, features, teacher or base, made in this order."
+            help=(
+                "What to train: all, or one part: vae, sharpen, text, features, teacher or base, "
+                "made in this order."
+            )
         ),
     ] = "all",
     out: Out = Path("runs/pretrain-mini"),

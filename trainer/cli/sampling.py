@@ -138,7 +138,8 @@ def evaluate(
     protocol: Annotated[
         str | None,
         option(
-            "Evaluate as the paper does: apt-images or apt-video. Takes its size and metrics, and shows its figures too."
+            "Evaluate as the paper does: apt-images or apt-video. "
+            "Takes its size and metrics, and shows its figures too."
         ),
     ] = None,
     vbench: Annotated[
@@ -155,7 +156,8 @@ def evaluate(
     ema: Annotated[
         list[float] | None,
         option(
-            "For training states: which average to use, by its decay; 0 takes the raw weights. Can be given several times.",
+            "For training states: which average to use, by its decay; 0 takes the raw weights. "
+            "Can be given several times.",
             panel=FILES,
         ),
     ] = None,

@@ -37,7 +37,8 @@ def precompute_command(
     data: Annotated[
         Path | None,
         option(
-            "Folder of captioned videos and images, or a list of them (.jsonl, .csv). Without it, mini draws its own."
+            "Folder of captioned videos and images, or a list of them (.jsonl, .csv). "
+            "Without it, mini draws its own."
         ),
     ] = None,
     kinds: Annotated[str, option("What to encode: image, video, or both: image,video.")] = "image,video",

@@ -67,7 +67,8 @@ def find_items(
         files, dangling = _files(folder)
     else:
         raise AptError(
-            f"{folder} is not a folder or a list (.jsonl, .csv): give one with videos or images and their captions."
+            f"{folder} is not a folder or a list (.jsonl, .csv): "
+            "give one with videos or images and their captions."
         )
     captions, bad = _metadata(folder, given)
     bad += [
@@ -89,7 +90,8 @@ def find_items(
         hints = filter(None, (_hint(path, files) for path in sorted(media)))
         raise AptError(
             f"{folder} has no captions ({names} in it: {len(media)}{next(hints, '')}): "
-            "put a .txt file of the same name beside each, or a metadata.jsonl with file_name and caption at the root."
+            "put a .txt file of the same name beside each, or a metadata.jsonl with "
+            "file_name and caption at the root."
         )
     # If a file of an unknown type has a caption, the user meant it to be used: report it.
     strange = {
@@ -177,11 +179,13 @@ def _item(path: Path, caption: str | None, texts: Sequence[Path], files: set[Pat
     if caption is None:
         if len(texts) > 1:
             raise AptError(
-                f"{path} has {len(texts)} captions ({', '.join(sorted(text.name for text in texts))}): keep one of them."
+                f"{path} has {len(texts)} captions ({', '.join(sorted(text.name for text in texts))}): "
+                "keep one of them."
             )
         if not texts:
             raise AptError(
-                f"{path} has no caption{_hint(path, files) or f': write one into {path.stem}.txt beside it, or remove it'}."
+                f"{path} has no "
+                f"caption{_hint(path, files) or f': write one into {path.stem}.txt beside it, or remove it'}."
             )
         caption = _read_text(texts[0])
     caption = " ".join(caption.split())
@@ -270,7 +274,8 @@ def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, dict]]:
         columns = reader.fieldnames or []
         if "file_name" not in columns or not any(column in columns for column in COLUMNS):
             raise AptError(
-                f"{file} has the columns {', '.join(columns) or '(none)'}: it needs file_name and caption (or text)."
+                f"{file} has the columns {', '.join(columns) or '(none)'}: "
+                "it needs file_name and caption (or text)."
             )
         if twice := [column for column in ("file_name", *COLUMNS) if columns.count(column) > 1]:
             raise AptError(f"{file} has the column {twice[0]} twice: keep one of them.")

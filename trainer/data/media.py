@@ -353,5 +353,6 @@ def too_short(path, has: Fraction, frames: int, fps: float) -> AptError:
     """The error to raise for a video that lasts only `has` seconds."""
     has, need = math.floor(100 * max(has, 0)) / 100, math.ceil(100 * frames / rational(fps)) / 100
     return AptError(
-        f"{path} is {has:.2f} s long, but {need:.2f} s ({frames} frames at {fps:g} fps) are needed: give a longer clip or lower frames."
+        f"{path} is {has:.2f} s long, but {need:.2f} s ({frames} frames at {fps:g} fps) are needed: "
+        "give a longer clip or lower frames."
     )

@@ -202,7 +202,10 @@ def _check_captions(items: list[Item], text_encoder, truncate: bool) -> tuple[li
         if len(tokens) <= most:
             right.append(item)
         else:
-            reason = f"{item.path}: its caption has {len(tokens)} tokens, but at most {most} fit: shorten it, or give --truncate-captions."
+            reason = (
+                f"{item.path}: its caption has {len(tokens)} tokens, but at most {most} fit: "
+                "shorten it, or give --truncate-captions."
+            )
             bad.append(Bad(item.path, reason))
     return right, bad
 
@@ -271,7 +274,8 @@ def _encode(
     for sample, latent, text in zip(samples, latents, texts):
         if not (torch.isfinite(latent).all() and torch.isfinite(text).all()):
             raise NotFinite(
-                f"{sample.id} is encoded to values that are not finite: load the VAE and the text encoder in fp32."
+                f"{sample.id} is encoded to values that are not finite: "
+                "load the VAE and the text encoder in fp32."
             )
     for sample, latent, text in zip(samples, latents, texts):
         writer.add(sample, latent, text)

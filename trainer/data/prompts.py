@@ -52,6 +52,7 @@ class Prompts:
         """One embedding `[L_i, d]` per text, fp32. Raises AptError for a text that is not stored."""
         if missing := [text for text in texts if text not in self._embeddings]:
             raise AptError(
-                f'the prompt "{missing[0][:60]}" was not encoded with the shards: run precompute again, which adds it in seconds.'
+                f'the prompt "{missing[0][:60]}" was not encoded with the shards: '
+                "run precompute again, which adds it in seconds."
             )
         return [self._embeddings[text] for text in texts]

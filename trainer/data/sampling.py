@@ -102,7 +102,8 @@ def split(batch: int, ranks: int, rank: int, microbatch: int | None = None) -> l
     size = microbatch or batch // ranks
     if batch % (ranks * size):
         raise AptError(
-            f"a batch of {batch} does not divide into microbatches of {size} on {ranks} processes: make it a multiple of {ranks * size}."
+            f"a batch of {batch} does not divide into microbatches of {size} on {ranks} processes: "
+            f"make it a multiple of {ranks * size}."
         )
     return [range(first + rank, first + ranks * size, ranks) for first in range(0, batch, ranks * size)]
 

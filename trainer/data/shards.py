@@ -127,7 +127,8 @@ class ShardWriter:
             return  # damaged: its samples are encoded again, into a shard with the same name
         if version != VERSION:
             raise AptError(
-                f"{self.folder} holds shards of {FORMAT} version {version}, but this program writes version {VERSION}: "
+                f"{self.folder} holds shards of {FORMAT} version {version}, "
+                f"but this program writes version {VERSION}: "
                 "give another folder, or delete it to start over."
             )
         try:
@@ -147,7 +148,8 @@ class ShardWriter:
                 f"{k} {_short(settings.get(k))} instead of {_short(self.settings.get(k))}" for k in changed
             )
             raise AptError(
-                f"{self.folder} holds shards made with {names}: give another folder, or delete it to start over."
+                f"{self.folder} holds shards made with {names}: "
+                "give another folder, or delete it to start over."
             )
         self._taken.add(path.name)
         self.done.update((sample.key, sample) for sample in samples)
@@ -205,7 +207,8 @@ class ShardDataset:
             )
         if (version := index.get("version")) != VERSION:
             raise AptError(
-                f"{path} is of {FORMAT} version {version}, but this program reads version {VERSION}: {AGAIN} into another folder."
+                f"{path} is of {FORMAT} version {version}, but this program reads version {VERSION}: "
+                f"{AGAIN} into another folder."
             )
         try:
             self.vae, self.fps, self.settings = index["vae"], index["fps"], index["settings"]
@@ -258,7 +261,8 @@ class ShardDataset:
         shapes = {self.samples[i].bucket for i in indices}
         if len(shapes) > 1:
             raise AptError(
-                f"{self.folder}: samples of different shapes {sorted(shapes)} cannot be one batch: draw them from one bucket."
+                f"{self.folder}: samples of different shapes {sorted(shapes)} cannot be one batch: "
+                "draw them from one bucket."
             )
         latents = np.empty((len(indices), *self.samples[indices[0]].bucket), np.float32)
         text = np.zeros((len(indices), self.text_length, self.text_dim), np.float32)

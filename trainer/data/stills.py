@@ -113,7 +113,8 @@ def _eight_bits(
         low, high = float(pixels.min()), float(pixels.max())
         if not (0 <= low and high <= 1):  # written so that NaN is refused too
             raise AptError(
-                f"{path} has float pixels from {low:g} to {high:g}, but only 0 (black) to 1 (white) is known: "
+                f"{path} has float pixels from {low:g} to {high:g}, but only 0 "
+                "(black) to 1 (white) is known: "
                 "save it in 8 or 16 bits."
             )
         note("float pixels of 0 to 1 taken as black to white")

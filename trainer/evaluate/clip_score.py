@@ -53,7 +53,8 @@ def read_clip(path: Path) -> ClipFolder:
     if not files:
         pinned = f" with SHA-256 {folder.sha256}" if folder.sha256 else ""
         raise AptError(
-            f"{folder.path} does not hold {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]} for clip_score: save a CLIP "
+            f"{folder.path} does not hold {', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]} "
+            "for clip_score: save a CLIP "
             f"model of transformers{pinned} and its tokenizer there, or remove [clip] from {path}."
         )
     names = [file.name for file in files]

@@ -83,7 +83,8 @@ def evaluate(
         raise AptError(f"{against} compares with real clips: add --data FOLDER, or leave {against} out.")
     if reals is not None and data is None:
         raise AptError(
-            f"--reals {reals} is a number of real clips, but there are none: add --data FOLDER, or leave it out."
+            f"--reals {reals} is a number of real clips, but there are none: "
+            "add --data FOLDER, or leave it out."
         )
     if prompts is None and data is None:
         raise AptError("there is no prompt: give --prompts FILE, or --data with captions.")

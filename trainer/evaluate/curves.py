@@ -31,8 +31,9 @@ def curves(result: dict) -> str:
     return (
         f'<h2>Over updates</h2>\n<p class="key">{"".join(key)}</p>\n<div class="curves">'
         + "\n".join(filter(None, figures))
-        + '</div>\n<p class="hint">A ring marks the best: the lowest distance, the highest CLIP score, structure or alignment, else '
-        "what is nearest to the real clips (dashed). No ring: nothing says which is better.</p>"
+        + '</div>\n<p class="hint">A ring marks the best: the lowest distance, the highest CLIP score,'
+        " structure or alignment, else what is nearest to the real clips (dashed). No ring: "
+        "nothing says which is better.</p>"
     )
 
 

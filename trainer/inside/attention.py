@@ -43,7 +43,8 @@ def find_state(path: Path, phase: str | None = None) -> Path:
             return states[-1]
     which = f", phase {phase}" if phase else ""
     raise AptError(
-        f"{path} holds no training state of stage 2{which}: give states/PHASE/step-..., or the folder of a run that saved one."
+        f"{path} holds no training state of stage 2{which}: "
+        "give states/PHASE/step-..., or the folder of a run that saved one."
     )
 
 

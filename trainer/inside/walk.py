@@ -26,7 +26,8 @@ def read_seeds(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if len(words) < 2 or not all(word.isdecimal() and int(word) < 2**64 for word in words):
         raise AptError(
-            f"--seeds {text} cannot be walked through: give two or more whole numbers from 0 with commas in between, such as 1,2,3."
+            f"--seeds {text} cannot be walked through: give two or more whole numbers from 0 with commas in "
+            "between, such as 1,2,3."
         )
     return [int(word) for word in words]
 
@@ -56,7 +57,8 @@ def run_walk(
     way = [*seeds, seeds[0]] if closed else list(seeds)
     if len(seeds) < 2 or count < 2 or any(a == b for a, b in zip(way, way[1:])):
         raise AptError(
-            f"seeds {list(seeds)} in {count} samples each are no walk: give two or more seeds, neighbours different, and 2 samples or more."
+            f"seeds {list(seeds)} in {count} samples each are no walk: "
+            "give two or more seeds, neighbours different, and 2 samples or more."
         )
     moving = pipe.request("", **sizes).frames > 1
     if prompt is None:

@@ -16,11 +16,13 @@ def check_parts(preset: Preset, vae, text: TextEncoder) -> None:
     model = preset.model
     if vae.config.z_dim != model.channels:
         raise AptError(
-            f"vae {preset.files.vae} has {vae.config.z_dim} channels, but {preset.name} needs {model.channels} (Wan {model.vae}'s VAE)."
+            f"vae {preset.files.vae} has {vae.config.z_dim} channels, but {preset.name} needs "
+            f"{model.channels} (Wan {model.vae}'s VAE)."
         )
     if text.dim != model.text_dim:
         raise AptError(
-            f"text_encoder {preset.files.text_encoder} has width {text.dim}, but {preset.name} needs {model.text_dim}: give the one of this model."
+            f"text_encoder {preset.files.text_encoder} has width {text.dim}, "
+            f"but {preset.name} needs {model.text_dim}: give the one of this model."
         )
 
 
@@ -36,12 +38,14 @@ def check_shards(batches: Batches, preset: Preset, folder: Path, world: World) -
     for what, (found, wanted) in facts.items():
         if found != wanted:
             raise AptError(
-                f"{folder} has {what} {found}, but {preset.name} needs {wanted}: precompute the shards for this model."
+                f"{folder} has {what} {found}, but {preset.name} needs {wanted}: "
+                "precompute the shards for this model."
             )
     for kind, dataset in batches.datasets.items():
         if odd := [bucket for bucket in dataset.buckets if bucket[2] % 2 or bucket[3] % 2]:
             raise AptError(
-                f"{folder} has {kind}s with latents of {odd[0][3]}x{odd[0][2]}, which patches of 2x2 do not fill: precompute them again."
+                f"{folder} has {kind}s with latents of {odd[0][3]}x{odd[0][2]}, "
+                "which patches of 2x2 do not fill: precompute them again."
             )
     made = {
         "vae": lambda: open_vae(preset.files),
@@ -58,5 +62,6 @@ def check_shards(batches: Batches, preset: Preset, folder: Path, world: World) -
         other = next(wrong, "")
     if other := world.gather(other)[0]:
         raise AptError(
-            f"{folder} was made with another {other} than {getattr(preset.files, other)}: precompute again, or give the {other} that it was made with."
+            f"{folder} was made with another {other} than {getattr(preset.files, other)}: "
+            f"precompute again, or give the {other} that it was made with."
         )

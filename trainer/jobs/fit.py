@@ -34,7 +34,8 @@ def check_fit(
     )
     what = f"{preset.name}, {'stage 1' if stage == 'distill' else stage + ' phase'}"
     raise AptError(
-        f"{what}, needs {needed.bytes / GIB:.1f} GiB on each GPU, which {has} cannot hold: {' or '.join(ways) or 'take larger GPUs'}."
+        f"{what}, needs {needed.bytes / GIB:.1f} GiB on each GPU, which {has} cannot hold: "
+        f"{' or '.join(ways) or 'take larger GPUs'}."
     )
 
 

@@ -180,7 +180,8 @@ def find_start(plan: Plan) -> Path:
     out, preset = plan.out, plan.preset
     if preset.files.base != MINI:
         raise AptError(
-            f"{out} holds no {DISTILLED}: run `distill {preset.name} --out {out}` first, or add --start-from FILE."
+            f"{out} holds no {DISTILLED}: run `distill {preset.name} --out {out}` first, "
+            "or add --start-from FILE."
         )
     return plan.base
 

@@ -78,6 +78,7 @@ def _refuse_run(path: Path) -> None:
         raise AptError(f"--start-from {path} is the folder of a run: give the file in it, {found}.")
     if (path / "states").is_dir() or (path / "latents").is_dir():
         raise AptError(
-            f"--start-from {path} is the folder of a run that has finished no stage: give a file of weights, or let it "
+            f"--start-from {path} is the folder of a run that has finished no stage: "
+            "give a file of weights, or let it "
             "finish its first stage."
         )

@@ -44,7 +44,10 @@ def attention_line(plan: Plan) -> str:
         heads = f"{NATIVE} in the discriminator's heads, which compute in fp32"
         return f"attention: {plan.attention} in all passes of generator and discriminator; {heads}"
     dmd = plan.preset.distill.method == "dmd"
-    return f"attention: {plan.attention} in all passes of {'generator and both scores' if dmd else 'student and teacher'}"
+    return (
+        f"attention: {plan.attention} in all passes of "
+        f"{'generator and both scores' if dmd else 'student and teacher'}"
+    )
 
 
 def tell_result(plan: Plan) -> None:
@@ -71,7 +74,8 @@ def tell_precomputed(made: Report, folder: Path) -> None:
         say(f"{len(made.skipped)} left out, listed in {folder / SKIPPED}")
     if made.dropped:
         say(
-            f"{made.dropped} samples of the earlier index are not in this data, so they are no longer trained on: "
+            f"{made.dropped} samples of the earlier index are not in this data, "
+            "so they are no longer trained on: "
             "give another --out to keep both."
         )
     counts = ", ".join(f"{count} {kind}s" for kind, count in made.samples.items())

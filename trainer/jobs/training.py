@@ -88,7 +88,8 @@ def _precompute(
     if data is None:
         if preset.files.base != MINI or (size.height, size.width) != (SIZE, SIZE):
             raise AptError(
-                f"data is not given, and only the miniature ({SIZE}x{SIZE}) draws its own: add --data FOLDER of captioned clips and images."
+                f"data is not given, and only the miniature ({SIZE}x{SIZE}) draws its own: "
+                "add --data FOLDER of captioned clips and images."
             )
         folder = out / "data"
         if world.main:
@@ -165,7 +166,8 @@ def run_adversarial(
         begin = find_start(plan)
         if not plan.start and world.main:
             say(
-                f"{DISTILLED} does not exist, so the generator starts from the base itself, which is worse: run `distill` first."
+                f"{DISTILLED} does not exist, so the generator starts from the base itself, which is worse: "
+                "run `distill` first."
             )
         if plan.start and plan.start.note and world.main:
             say(plan.start.note)

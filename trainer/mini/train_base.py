@@ -213,9 +213,8 @@ def train_base(
                 torch.save(state, part)
         if update % judge_every == 0 or update == total:
             for judged in ("image", "video"):
-                report(
-                    f"base {update} {judged}: {json.dumps(judge_base(average, vae, captions, judged, count=judge_count, device=device))}"
-                )
+                figures = judge_base(average, vae, captions, judged, count=judge_count, device=device)
+                report(f"base {update} {judged}: {json.dumps(figures)}")
             report(f"base {update}: kernels of {kernel_sizes(average)}")
             started = time.time()
     metadata = {

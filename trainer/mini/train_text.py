@@ -22,26 +22,28 @@ WIDTH = 96
 
 # With this text, the tokenizer gets whole pieces for words that are likely in captions of real clips.
 COMMON_WORDS = """
-the of and to in is on with at from by for an as are it its this that two three four five one some many several small
-large big little tall short long wide narrow old young new bright dark light black white gray grey brown orange pink
-golden silver colorful clear blurry sunny cloudy rainy snowy foggy wet dry hot cold warm soft hard round flat open closed
-empty full fast slow quiet loud happy sad beautiful man woman person people child children boy girl baby dog cat bird
-horse cow sheep fish bear lion tiger elephant monkey rabbit mouse insect butterfly bee flower tree grass leaf forest
-garden park field farm hill mountain rock stone river lake sea ocean beach wave island desert sand snow ice rain cloud
-sky sun moon star night day morning evening sunset sunrise city town village street road bridge building house home room
-kitchen table chair bed door window wall floor roof stairs car bus truck train plane boat ship bicycle motorcycle road
-wheel engine computer phone screen keyboard camera book paper pen letter box bag bottle cup glass plate bowl knife fork
-spoon food bread cake fruit apple banana orange lemon grape berry vegetable tomato potato carrot salad soup rice meat
-egg cheese milk coffee tea water wine beer fire smoke steam dust wind storm hand head face eye nose mouth ear hair arm
-leg foot finger body shirt dress coat hat shoe glove scarf ball game toy music guitar piano drum dance song art painting
-drawing picture photo video film scene view close up shot angle slow motion time lapse background foreground left right
-center top bottom front back side above below under over near behind between around across through along into out off
-standing sitting walking running jumping swimming flying driving riding eating drinking sleeping looking watching
-holding playing talking smiling laughing crying reading writing cooking cutting washing working moving turning falling
-rising growing shining burning flowing floating spinning opening closing wearing carrying pulling pushing throwing
-catching climbing crossing waiting camera pans zooms tracks follows shows style cinematic realistic animated cartoon
-high low quality detailed sharp natural lighting shadow reflection texture color pattern shape line circle square
-triangle star heart fresh green leaves surface deep shallow traffic crowd market shop store office school hospital
+the of and to in is on with at from by for an as are it its this that two three four five one some many
+several small large big little tall short long wide narrow old young new bright dark light black white gray
+grey brown orange pink golden silver colorful clear blurry sunny cloudy rainy snowy foggy wet dry hot cold
+warm soft hard round flat open closed empty full fast slow quiet loud happy sad beautiful man woman person
+people child children boy girl baby dog cat bird horse cow sheep fish bear lion tiger elephant monkey rabbit
+mouse insect butterfly bee flower tree grass leaf forest garden park field farm hill mountain rock stone river
+lake sea ocean beach wave island desert sand snow ice rain cloud sky sun moon star night day morning evening
+sunset sunrise city town village street road bridge building house home room kitchen table chair bed door
+window wall floor roof stairs car bus truck train plane boat ship bicycle motorcycle road wheel engine
+computer phone screen keyboard camera book paper pen letter box bag bottle cup glass plate bowl knife fork
+spoon food bread cake fruit apple banana orange lemon grape berry vegetable tomato potato carrot salad soup
+rice meat egg cheese milk coffee tea water wine beer fire smoke steam dust wind storm hand head face eye nose
+mouth ear hair arm leg foot finger body shirt dress coat hat shoe glove scarf ball game toy music guitar piano
+drum dance song art painting drawing picture photo video film scene view close up shot angle slow motion time
+lapse background foreground left right center top bottom front back side above below under over near behind
+between around across through along into out off standing sitting walking running jumping swimming flying
+driving riding eating drinking sleeping looking watching holding playing talking smiling laughing crying
+reading writing cooking cutting washing working moving turning falling rising growing shining burning flowing
+floating spinning opening closing wearing carrying pulling pushing throwing catching climbing crossing waiting
+camera pans zooms tracks follows shows style cinematic realistic animated cartoon high low quality detailed
+sharp natural lighting shadow reflection texture color pattern shape line circle square triangle star heart
+fresh green leaves surface deep shallow traffic crowd market shop store office school hospital
 """.split()
 
 

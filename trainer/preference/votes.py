@@ -191,7 +191,8 @@ def _parted(paths: Sequence[Path]) -> tuple[list[Path], dict[Path, dict]]:
 def _check_format(path: Path, content: Mapping) -> None:
     if content.get("format") != FORMAT:
         raise AptError(
-            f"{path} has format {content.get('format')!r}, but only {FORMAT} can be read: use the version that "
+            f"{path} has format {content.get('format')!r}, but only {FORMAT} can be read: "
+            "use the version that "
             "made the page."
         )
 

@@ -163,11 +163,13 @@ class Ablation:
             )
             if other := sorted(key for key in mine if mine[key] != own[key]):
                 raise AptError(
-                    f"{run} was made with another {other[0]} than recipe {self.recipe} of {self.preset.name} has: give a run of that recipe."
+                    f"{run} was made with another {other[0]} than recipe {self.recipe} of {self.preset.name} "
+                    "has: give a run of that recipe."
                 )
             if self.phase == "video" and preset.stage2 != self.preset.stage2:
                 raise AptError(
-                    f"{run} was made with another stage2 than {self.preset.name} has, and videos start from its images: give a run of that preset."
+                    f"{run} was made with another stage2 than {self.preset.name} has, "
+                    "and videos start from its images: give a run of that preset."
                 )
             found[seed] = run
         if len(found) > seeds:
@@ -278,7 +280,8 @@ class Ablation:
             weights = folder / "raw.safetensors"
             if not weights.exists() and not _newest(folder):
                 raise AptError(
-                    f"{folder} has no training state any more, and raw weights are nowhere else: delete it to train it again."
+                    f"{folder} has no training state any more, and raw weights are nowhere else: "
+                    "delete it to train it again."
                 )
             if not weights.exists():
                 export(_newest(folder), weights, "file", "fp32", ema=0.0)

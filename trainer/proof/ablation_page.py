@@ -24,15 +24,20 @@ MARKS = {
 LOG_FROM = 20.0  # log scale when the largest figure is this many times the smallest
 STYLE = f"""
 :root {{ color-scheme: light; }}
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #1a1a1a; background: #fff; }}
-h1 {{ font-size: 1.5rem; margin: 0 0 .3rem; }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }} p {{ max-width: 60rem; }}
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem;
+  color: #1a1a1a; background: #fff; }}
+h1 {{ font-size: 1.5rem; margin: 0 0 .3rem; }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem; }}
+p {{ max-width: 60rem; }}
 .wide {{ overflow-x: auto; }} img {{ max-width: 100%; height: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: left; vertical-align: top; padding: .45rem .7rem; border-bottom: 1px solid #ddd; }}
-thead th {{ border-bottom: 2px solid #444; white-space: nowrap; }} td.n {{ text-align: right; white-space: nowrap; }}
-tbody th {{ position: sticky; left: 0; background: #fff; }} td.claim {{ min-width: 17rem; }} td.verdict {{ min-width: 12rem; }}
+thead th {{ border-bottom: 2px solid #444; white-space: nowrap; }}
+td.n {{ text-align: right; white-space: nowrap; }}
+tbody th {{ position: sticky; left: 0; background: #fff; }}
+td.claim {{ min-width: 17rem; }} td.verdict {{ min-width: 12rem; }}
 small {{ color: {GREY}; font-weight: normal; }} tr.reference th, tr.reference td {{ background: #f3f3f3; }}
-.holds {{ color: {BLUE}; font-weight: 600; }} .not {{ color: #a84a00; font-weight: 600; }} .open {{ color: {GREY}; }} code {{ font-size: .9em; overflow-wrap: anywhere; }}
+.holds {{ color: {BLUE}; font-weight: 600; }} .not {{ color: #a84a00; font-weight: 600; }}
+.open {{ color: {GREY}; }} code {{ font-size: .9em; overflow-wrap: anywhere; }}
 """
 CLASSES = {HOLDS: "holds", DOES_NOT: "not", CANNOT_TELL: "open", NO_CLAIM: "open"}
 
@@ -50,7 +55,10 @@ def title(result: Mapping) -> str:
     """What was compared, in one line."""
     settings, seeds = result["settings"], result["seeds"]
     many = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
-    return f"Ablations of the {settings['phase']} phase: recipe {settings['recipe']} of {settings['preset']['name']}, {many}, {settings['samples']} samples each"
+    return (
+        f"Ablations of the {settings['phase']} phase: recipe {settings['recipe']} of "
+        f"{settings['preset']['name']}, {many}, {settings['samples']} samples each"
+    )
 
 
 def chart(result: Mapping) -> bytes:
@@ -150,14 +158,18 @@ def page(result: Mapping, picture: bytes) -> str:
         for name, value in facts.items()
     )
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title(result))}</title><style>{STYLE}</style></head>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{escape(title(result))}</title><style>{STYLE}</style></head>
 <body><h1>{escape(title(result))}</h1>
-<p>Each row changes one thing of <b>{REFERENCE}</b>, the first row. Claims and sections are those of arXiv 2501.08316. Verdicts: {escape(counts)}.</p>
+<p>Each row changes one thing of <b>{REFERENCE}</b>, the first row. Claims and sections are those of
+arXiv 2501.08316. Verdicts: {escape(counts)}.</p>
 <p><small>{escape(result["rule"])}</small></p>
 <img alt="{escape(title(result))}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
 <h2>All figures</h2>
-<p><small>Mean \u00b1 half of the {result["confidence"]:.0%} interval over seeds; below it the difference to {REFERENCE}.</small></p>
-<div class="wide"><table><thead><tr><th scope="col">variant</th><th scope="col">the paper's claim</th><th scope="col">verdict</th>{head}</tr></thead>
+<p><small>Mean \u00b1 half of the {result["confidence"]:.0%} interval over seeds; below it the difference to
+{REFERENCE}.</small></p>
+<div class="wide"><table><thead><tr><th scope="col">variant</th><th scope="col">the paper's claim</th>
+<th scope="col">verdict</th>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>
 <ul>{legend}</ul><h2>How it was made</h2><table><tbody>{about}</tbody></table></body></html>
 """
@@ -171,7 +183,8 @@ def _row(name: str, row: Mapping, shown: list[str]) -> str:
         else "<small>none</small>"
     )
     tests = "".join(
-        f"<br><small>{escape(test['figure'])} {test['claimed']} than {escape(test['against'])}: {_cell(test['difference'], sign=True)}, {test['outcome']}</small>"
+        f"<br><small>{escape(test['figure'])} {test['claimed']} than {escape(test['against'])}: "
+        f"{_cell(test['difference'], sign=True)}, {test['outcome']}</small>"
         for test in row["tests"]
     )
     failed = "".join(
@@ -187,8 +200,10 @@ def _row(name: str, row: Mapping, shown: list[str]) -> str:
             + "</td>"
         )
     return (
-        f'<tr{" class=reference" if name == REFERENCE else ""}><th scope="row">{escape(name)}<br><small>{escape(row["what"])}</small></th>'
-        f'<td class="claim">{claim}</td><td class="verdict"><span class="{CLASSES[word]}">{MARKS[word][2]} {word}</span>{tests}{failed}</td>{cells}</tr>'
+        f"<tr{' class=reference' if name == REFERENCE else ''}><th "
+        f'scope="row">{escape(name)}<br><small>{escape(row["what"])}</small></th>'
+        f'<td class="claim">{claim}</td><td class="verdict"><span class="{CLASSES[word]}">{MARKS[word][2]} '
+        f"{word}</span>{tests}{failed}</td>{cells}</tr>"
     )
 
 

@@ -63,7 +63,8 @@ class Rows:
                 f" ({old.get(key)!r}, now {identity[key]!r})" if isinstance(identity[key], (str, int)) else ""
             )
             raise AptError(
-                f"{self.out} holds an ablation with another {key}{values}: give another --out, or the settings "
+                f"{self.out} holds an ablation with another {key}{values}: "
+                "give another --out, or the settings "
                 "of that one."
             )
 

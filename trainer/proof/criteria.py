@@ -81,7 +81,10 @@ def check(by_run: Sequence[Rows]) -> list[dict]:
     for criterion in CRITERIA:
         known = [ratio for rows in by_run if (ratio := criterion.ratio(rows)) is not None]
         if known:
-            asked = f"{criterion.figure} of {criterion.column} / {criterion.against} {criterion.side} {criterion.bound:.3g}"
+            asked = (
+                f"{criterion.figure} of {criterion.column} / {criterion.against} {criterion.side} "
+                f"{criterion.bound:.3g}"
+            )
             out.append(
                 {
                     "name": criterion.name,

@@ -79,7 +79,8 @@ class Demo:
         for height, width in (size.size("video"), size.size("image")):
             if self.data is None and (height, width) != (SIZE, SIZE):
                 raise AptError(
-                    f"preset {self.preset.name} asks for {width}x{height} pixels, but drawn clips have {SIZE}x{SIZE}; give --data."
+                    f"preset {self.preset.name} asks for {width}x{height} pixels, "
+                    f"but drawn clips have {SIZE}x{SIZE}; give --data."
                 )
         make_folder(self.out)
         state, latents = RunState(self.out / "state.json", self._identity()), self.out / LATENTS
@@ -158,7 +159,8 @@ class RunState:
             changed = sorted(key for key in identity if _compared(old, key) != _compared(identity, key))
             if changed:
                 raise AptError(
-                    f"{path.parent} holds a run with another {', '.join(changed)}; give another --out, or the settings of that run."
+                    f"{path.parent} holds a run with another {', '.join(changed)}; "
+                    "give another --out, or the settings of that run."
                 )
 
     def stage(self, name: str, work: Callable[[], list], made: Path) -> None:

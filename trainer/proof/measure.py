@@ -130,7 +130,8 @@ def read_run(run: Path) -> tuple[Preset, dict]:
         raise AptError(f"{run} holds no run of the demo; give the folders that `demo --out` made.") from None
     if data:
         raise AptError(
-            f"{run} was trained on the clips in {data}, but only drawn clips can be judged: give runs without --data."
+            f"{run} was trained on the clips in {data}, but only drawn clips can be judged: "
+            "give runs without --data."
         )
     for file in (run / DISTILLED, *results(run, preset).values()):
         if not file.is_file():

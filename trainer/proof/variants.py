@@ -278,7 +278,8 @@ def choose(variants: Mapping[str, Variant], only: Iterable[str]) -> dict[str, Va
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             raise AptError(
-                f"there is no variant {name!r}{f' (did you mean {_or(near)}?)' if near else ''}: use {_or(known)}."
+                f"there is no variant {name!r}{f' (did you mean {_or(near)}?)' if near else ''}: "
+                f"use {_or(known)}."
             )
     todo, found = (
         [member for name in wanted for member in ([name] if name in variants else groups[name])],

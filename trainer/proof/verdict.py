@@ -10,10 +10,14 @@ CONFIDENCE = 0.95
 HOLDS, DOES_NOT, CANNOT_TELL, NO_CLAIM = "holds here", "does not", "cannot be told", "no claim"
 RULE = (
     "A test compares one figure of two rows, seed by seed: d is this row's figure minus the other row's. "
-    f"It looks at the {CONFIDENCE:.0%} interval of d's mean over the seeds (Student's t). If the whole interval is "
-    "on the claimed side of 0, the test holds; if it is on the other side, it does not. If 0 is inside, or there "
-    "are fewer than two seeds, it cannot be told. Some figures are a share of the samples. Two seeds may agree on "
-    "one by luck, so its interval is never narrower than the number of samples allows (normal approximation). "
+    f"It looks at the {CONFIDENCE:.0%} interval of d's mean over the seeds (Student's t). "
+    "If the whole interval is "
+    "on the claimed side of 0, the test holds; if it is on the other side, it does not. "
+    "If 0 is inside, or there "
+    "are fewer than two seeds, it cannot be told. Some figures are a share of the samples. "
+    "Two seeds may agree on "
+    "one by luck, so its interval is never narrower than the number of samples allows (normal "
+    "approximation). "
     "A claim holds if all its tests hold. It does not if one of them does not. Otherwise it cannot be told."
 )
 

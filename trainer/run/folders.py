@@ -71,7 +71,8 @@ def resolve(path: Path) -> Path:
         if str(path) == MINI:
             return SHIPPED["checkpoint"]
         raise AptError(
-            f"{path} does not exist: give a checkpoint file, a diffusers folder, a training state or the folder of a run."
+            f"{path} does not exist: give a checkpoint file, a diffusers folder, "
+            "a training state or the folder of a run."
         )
     if not path.is_dir() or is_state(path):
         return path

@@ -39,7 +39,8 @@ class Lock:
             ) from None
         except OSError as error:
             raise AptError(
-                f"{self._path} cannot be written ({error.strerror or error}): give a folder that can be written to."
+                f"{self._path} cannot be written ({error.strerror or error}): "
+                "give a folder that can be written to."
             ) from None
         write_json(
             self._note,

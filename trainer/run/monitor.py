@@ -112,9 +112,11 @@ class Monitor(AbstractContextManager):
                 {}
                 if resource is None
                 else {
-                    "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                    * (1 if sys.platform == "darwin" else 1024)
-                    / GIB
+                    "memory_gib": (
+                        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                        * (1 if sys.platform == "darwin" else 1024)
+                        / GIB
+                    )
                 }
             )
         if before is None:  # the first update also loads, allocates and compiles
@@ -163,7 +165,8 @@ class CollapseWarning:
         self._warned = True
         gap = row["logit_real"] - row["logit_fake"]
         return (
-            f"update {done}: the discriminator's loss heads for zero ({self._smooth:.3f}, {self.equal:.2f} is a draw; logits {gap:.1f} apart): "
+            f"update {done}: the discriminator's loss heads for zero ({self._smooth:.3f}, "
+            f"{self.equal:.2f} is a draw; logits {gap:.1f} apart): "
             "the generator is about to lose its gradient. Raise r1_weight, or lower lr_discriminator."
         )
 
@@ -191,13 +194,16 @@ class ChanceWarning:
         since, self._since = self._since, done
         in_time = f" and in time {row['r1_gamma_time']:.3g}" if "r1_gamma_time" in row else ""
         strength = (
-            f"lambda sigma^2 is {row['r1_gamma']:.3g}{in_time}, the paper's is 0.01 for images and 1 for videos"
+            f"lambda sigma^2 is {row['r1_gamma']:.3g}{in_time}, the paper's is 0.01 "
+            "for images and 1 for videos"
             if "r1_gamma" in row
             else "it has no penalty"
         )
         return (
-            f"update {done}: the discriminator has been at chance since update {since + 1} (it is right on {self._smooth:.0%} of pairs, logits "
-            f"{row['logit_real'] - row['logit_fake']:.2g} apart; {strength}): the generator learns from noise. Lower r1_sigma or r1_weight, "
+            f"update {done}: the discriminator has been at chance since update {since + 1} (it is right on "
+            f"{self._smooth:.0%} of pairs, logits "
+            f"{row['logit_real'] - row['logit_fake']:.2g} apart; {strength}): "
+            "the generator learns from noise. Lower r1_sigma or r1_weight, "
             "change lr_discriminator, or give it a warmup."
         )
 
@@ -210,7 +216,8 @@ class FloorWarning:
         if not row.get("r1_floor", 0.0) > FLOOR * row.get("r1", math.inf):
             return None
         return (
-            f"update {done}: {row['r1_floor'] / row['r1']:.0%} of the penalty is rounding, not the discriminator's slope (r1 {row['r1']:.2g}, "
+            f"update {done}: {row['r1_floor'] / row['r1']:.0%} of the penalty is rounding, "
+            f"not the discriminator's slope (r1 {row['r1']:.2g}, "
             f"at a hundredth of sigma {row['r1_floor']:.2g}): raise r1_sigma, or give compute=fp32."
         )
 
@@ -239,11 +246,15 @@ class MotionWarning:
         found = f"update {done}: clips of one step have {share:.0%} of the motion of real ones"
         if of_start < STILL:
             return (
-                f"{found}, and {of_start:.0%} of what they had before this phase: keep the best state (motion counts in it), "
+                f"{found}, and {of_start:.0%} of what they had before this phase: "
+                "keep the best state (motion counts in it), "
                 "or train again with a lower lr_generator or more clips that move."
             )
         start = f", and had {share / of_start:.0%} before this phase" if "motion_of_start" in row else ""
-        return f"{found}{start}: start the video phase from weights that move more (--start-from), or train on more clips that move."
+        return (
+            f"{found}{start}: start the video phase from weights that move more (--start-from), "
+            "or train on more clips that move."
+        )
 
 
 def _read(path: Path) -> list[dict]:

@@ -123,7 +123,8 @@ class Checkpoints:
         if changed:
             key = changed[0]
             raise AptError(
-                f"{self.keep.folder} holds a run with another {and_more(changed)} ({old[key]!r}, now {self.identity[key]!r}): "
+                f"{self.keep.folder} holds a run with another {and_more(changed)} ({old[key]!r}, "
+                f"now {self.identity[key]!r}): "
                 "give another --out, or the settings of that run."
             )
         if new := sorted(self.identity.keys() ^ old.keys()):
@@ -155,7 +156,8 @@ class Checkpoints:
             )
         except (CheckpointException, RuntimeError, OSError, ValueError, KeyError) as error:
             raise AptError(
-                f"{path} cannot be loaded ({_reason(error)}): delete it, and the run goes on from the state before it."
+                f"{path} cannot be loaded ({_reason(error)}): delete it, "
+                "and the run goes on from the state before it."
             ) from error
 
     def save(self, name: str, tensors: dict[str, dict[str, Tensor]], facts: Mapping) -> None:
@@ -198,7 +200,8 @@ class Checkpoints:
             last = self.newest()
             stands = f"{last.name} is still there" if last else "there is no earlier one"
             raise AptError(
-                f"{part.stem} could not be written to {self.keep.folder} ({reasons[0]}): make space there; {stands}."
+                f"{part.stem} could not be written to {self.keep.folder} ({reasons[0]}): "
+                f"make space there; {stands}."
             ) from problem
 
     def _publish(self) -> None:
@@ -293,7 +296,8 @@ class Run:
             try:
                 if not resume:
                     raise AptError(
-                        f"{keep.folder} holds the states of a run ({newest.name} is the newest): resume it, or give another --out."
+                        f"{keep.folder} holds the states of a run ({newest.name} is the newest): "
+                        "resume it, or give another --out."
                     )
                 self._restore(newest)
             except BaseException:

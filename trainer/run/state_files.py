@@ -128,7 +128,8 @@ class StateReader(FileSystemReader):
             size = path.stat().st_size
             if size > MAX_INDEX:
                 raise DamagedState(
-                    f"{path} has {size >> 20} MiB, too much for an index: give a state that the trainer wrote."
+                    f"{path} has {size >> 20} MiB, too much for an index: "
+                    "give a state that the trainer wrote."
                 )
             raw = path.read_bytes()
             metadata = _Unpickler(io.BytesIO(raw)).load()
@@ -140,7 +141,8 @@ class StateReader(FileSystemReader):
             ) from None
         except Exception as error:  # an unpickler can raise anything
             raise DamagedState(
-                f"{path} is not the index of a training state ({_short(error)}): give one that the trainer wrote."
+                f"{path} is not the index of a training state ({_short(error)}): "
+                "give one that the trainer wrote."
             ) from None
         try:
             problem = _problem(metadata, Path(self.path))
@@ -221,7 +223,8 @@ def _check_listed(metadata: Metadata, digests: dict) -> None:
     named = {info.relative_path for info in metadata.storage_data.values()}
     if digests and not named | {STATE} <= digests.keys():
         raise DamagedState(
-            f"the index names {min(named - digests.keys(), default=STATE)}, but run.json has no digest for it: "
+            f"the index names {min(named - digests.keys(), default=STATE)}, "
+            "but run.json has no digest for it: "
             f"{REMEDY}."
         )
 

@@ -73,7 +73,8 @@ def test_one_process_in_the_place_of_two_is_refused(latents, tmp_path):
     assert done.returncode != 0 and not (tmp_path / "run" / "distilled.safetensors").exists()
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == (
-        "error: accelerate launch was told to start several processes but started one, as it does with --cpu: "
+        "error: accelerate launch was told to start several processes but started one, "
+        "as it does with --cpu: "
         "give --multi_gpu --num_processes N instead (processes without a GPU use the CPU)."
     )
 

@@ -152,7 +152,8 @@ def test_a_broken_sample_stops_the_run_and_is_written_down(files, tmp_path):
     broken = type(files)(files.base, files.start, tmp_path / "shards")
     layout = Layout(1, Parallel(microbatch=1), {"updates": 3})
     said = (
-        r"of the discriminator became nan on video-4.mp4 \(all of them are in .*not-finite-discriminator.json\); "
+        r"of the discriminator became nan on video-4.mp4 \(all of them are in"
+        r" .*not-finite-discriminator.json\); "
         "no weight has changed"
     )
     with pytest.raises(NotFinite, match=said) as error:
@@ -199,8 +200,10 @@ def test_penalised_samples_must_reach_every_process():
     check_batch(objective, 8, two, Parallel())  # 3 samples: two and one
     with pytest.raises(
         AptError,
-        match="reg_fraction=0.3 of a batch of 8 is 3 samples for the penalties, which leaves some of 2 processes "
-        "without one in a microbatch",
+        match=(
+            "reg_fraction=0.3 of a batch of 8 is 3 samples for the penalties, "
+            "which leaves some of 2 processes without one in a microbatch"
+        ),
     ):
         check_batch(objective, 8, two, Parallel(microbatch=1))
 

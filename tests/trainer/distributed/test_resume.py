@@ -201,7 +201,10 @@ def test_a_state_of_another_order_of_samples_is_refused_by_name(files, tmp_path)
     facts.write_text(json.dumps(said))
     with pytest.raises(
         AptError,
-        match=r"holds a run of another version of this program, which had no 'order': give another --out, or continue with that version",
+        match=(
+            r"holds a run of another version of this program, which had no 'order': give another --out, or"
+            r" continue with that version"
+        ),
     ):
         train_adversarial(files, Layout(settings={"updates": 2}), tmp_path)
     facts.write_text(json.dumps(said | {"identity": said["identity"] | {"order": "feistel-0"}}))
@@ -213,7 +216,10 @@ def test_another_run_in_the_same_folder_is_refused(files, tmp_path):
     train_adversarial(files, Layout(settings={"updates": 1}), tmp_path)
     with pytest.raises(
         AptError,
-        match=r"holds a run with another r1_weight \(100.0, now 5.0\): give another --out, or the settings of that run",
+        match=(
+            r"holds a run with another r1_weight \(100.0, now 5.0\): give another --out, or the settings of"
+            r" that run"
+        ),
     ):
         train_adversarial(files, Layout(settings={"updates": 2, "r1_weight": 5.0}), tmp_path)
     with pytest.raises(

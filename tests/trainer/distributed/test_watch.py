@@ -117,7 +117,8 @@ def test_clips_that_stop_moving_are_named_with_what_took_it():
     said = [warning.see(10 * n, {"motion_of_real": a, "motion_of_start": b}) for n, (a, b) in enumerate(rows)]
     assert [message is not None for message in said] == [False, False, True, False, False, True]
     assert said[2].startswith(
-        "update 20: clips of one step have 60% of the motion of real ones, and 65% of what they had before this "
+        "update 20: clips of one step have 60% of the motion of real ones, "
+        "and 65% of what they had before this "
         "phase: keep the best state"
     )
     assert MotionWarning().see(10, {"motion_of_real": 0.8, "motion_of_start": 0.6})

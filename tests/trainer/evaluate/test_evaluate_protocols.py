@@ -180,7 +180,8 @@ def test_it_measures_what_the_paper_measures(tmp_path):
     run = command(*given, "--features", features, "--data", tmp_path / "real")
     assert run.exit_code == 2 and run.stderr.count("\n") == 1
     assert (
-        f"{tmp_path / 'missing'}, the weights of fid, does not exist: put weights-inception-2015-12-05-6726825d"
+        f"{tmp_path / 'missing'}, the weights of fid, does not exist: "
+        "put weights-inception-2015-12-05-6726825d"
         f".pth with SHA-256 {INCEPTION} there" in run.stderr
     )
     assert chosen("motion", None, ("fid",)) == ["motion"]  # names that a user gives win

@@ -192,7 +192,10 @@ def test_names_groups_and_what_they_are_compared_with():
     ]
     with pytest.raises(
         AptError,
-        match=r"there is no variant 'no_r1' \(did you mean no_ar1(, \w+)?( or \w+)?\?\): use paper, base, .* or .*\.",
+        match=(
+            r"there is no variant 'no_r1' \(did you mean no_ar1(, \w+)?( or \w+)?\?\): use paper, base, .* or"
+            r" .*\."
+        ),
     ) as error:
         choose(variants, ["no_r1"])
     assert "\n" not in str(error.value)
