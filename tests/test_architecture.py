@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,14 +72,60 @@ def test_the_modules_that_the_rows_name_are_there(package):
     ]
 
 
-def test_the_modules_of_the_drawing_are_there():
+MIDDLE = 50  # the column of the drawing before which the modules end that import those to the right of it
+
+
+def drawn() -> Iterator[tuple[list[str], list[str]]]:
+    """Of each line of the drawing with modules on the right: who imports them (if the middle names nobody,
+    who stands there last), and the modules.
+    """
     drawing = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
-    found = re.findall(r"((?:apt_core|trainer)(?:/\w+)*)/(\w+(?:, \w+\b(?!/))*)", drawing)
-    # "trainer/data/captions, media" is short for two modules of one room
-    paths = [f"{room}/{name}" for room, names in found for name in names.split(", ")]
-    assert len(paths) > 20
-    lost = [path for path in paths if not (ROOT / path).is_dir() and not (ROOT / f"{path}.py").exists()]
-    assert lost == []
+    who: list[str] = []
+    for line in drawing.splitlines():
+        sides: tuple[list[str], list[str]] = [], []
+        # "trainer/data/captions, media" is short for two modules of one room
+        for found in re.finditer(r"((?:apt_core|trainer|nodes)(?:/\w+)*)/(\w+(?:, \w+\b(?!/))*)", line):
+            sides[found.start() > MIDDLE].extend(f"{found[1]}/{name}" for name in found[2].split(", "))
+        who = sides[0] or who
+        yield who, sides[1]
+
+
+def files_imported(module: str) -> set[str]:
+    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    folder = tuple(module.split("/")[:-1])
+    found = {name for node in ast.walk(tree) for name in imported(node, folder)}
+    found |= {
+        f"{start}.{name.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for start in imported(node, folder)
+        for name in node.names
+    }
+    return {name.replace(".", "/") for name in found}
+
+
+def not_imported(drawn: Iterable[tuple[list[str], list[str]]]) -> list[str]:
+    """The modules on the right that none of those in the middle imports."""
+    lost = []
+    for who, modules in drawn:
+        there = set().union(*(files_imported(module) for module in who)) if modules else set()
+        lost += [module for module in modules if module not in there]
+    return lost
+
+
+def test_the_modules_of_the_drawing_are_there():
+    paths = [path for who, modules in drawn() for path in (*who, *modules)]
+    assert len(set(paths)) > 40
+    assert [path for path in paths if not (ROOT / f"{path}.py").exists()] == []
+
+
+def test_what_the_drawing_has_on_the_right_is_imported_by_what_stands_in_the_middle():
+    lines = list(drawn())
+    assert sum(len(modules) for _, modules in lines) > 20
+    assert not_imported(lines) == []
+    assert not_imported([(["trainer/stages/distill"], ["apt_core/method/objectives"])]) == [
+        "apt_core/method/objectives"
+    ]
 
 
 @pytest.mark.parametrize("package", ["apt_core", "trainer"])
