@@ -173,9 +173,9 @@ def _refusal(path, what: str) -> AptError:
 def _layers(path, header: Header) -> dict[str, dict]:
     """What the file says of each quantised layer. Raises AptError unless these are JSON objects."""
     found = dict(metadata_json(path, header.metadata, LAYERS).get("layers", {}))
-    with open(path, "rb") as file:
-        for key in header.shapes:
-            if _leaf(key) == JSON:
+    if marked := [key for key in header.shapes if _leaf(key) == JSON]:
+        with open(path, "rb") as file:
+            for key in marked:
                 begin, end = header.places[key]
                 file.seek(begin)
                 try:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from ..errors import AptError
+from ..files.checkpoint_header import read_header
+from ..files.tensorfile import Header
 from ..models.lora import Role
 
 
@@ -16,18 +18,18 @@ from ..models.lora import Role
 class Kind:
     """One kind of backbone.
 
-    words: its name in messages, "a Wan transformer". is_model(object), is_file(path): whether the object or
-    the file (told from its header) is of this kind. config(path): the arguments of the model in a file,
-    without reading a weight. load(path, dtype, device); save(path, state or model, config, metadata, dtype).
-    build(layers, heads, head_dim, ffn, channels, text_dim): an untrained model. public: whether ComfyUI and
-    diffusers read its files.
+    words: its name in messages, "a Wan transformer". is_model(object), is_file(header): whether the object or
+    the file with this header is of this kind. config(path, header): the arguments of the model in a file or
+    folder, without reading a weight; header: the file's, None for a folder. load(path, dtype, device);
+    save(path, state or model, config, metadata, dtype). build(layers, heads, head_dim, ffn, channels,
+    text_dim): an untrained model. public: whether ComfyUI and diffusers read its files.
     """
 
     name: str
     words: str
     is_model: Callable[[object], bool]
-    is_file: Callable[[Path], bool]
-    config: Callable[[Path], Mapping]
+    is_file: Callable[[Header], bool]
+    config: Callable[[Path, Header | None], Mapping]
     load: Callable[..., nn.Module]
     save: Callable[..., None]
     build: Callable[[int, int, int, int, int, int], nn.Module]
@@ -66,11 +68,14 @@ def kind_named(name: str) -> Kind:
     return target
 
 
-def kind_of_file(path: str | Path) -> Kind:
-    """The kind of a file; Wan when no other kind recognises it. Raises AptError as `read_header` does."""
-    path = Path(path)
+def kind_of_file(path: str | Path, header: Header | None = None) -> Kind:
+    """The kind of a file; Wan when no other kind recognises it, and for a folder. header: the file's, if it
+    has been read. Raises AptError as `read_header` does.
+    """
+    if header is None and Path(path).is_file():
+        header = read_header(path)
     others = (kind_named(name) for name in _TARGETS if name != WAN)
-    return next((kind for kind in others if kind.is_file(path)), kind_named(WAN))
+    return next((kind for kind in others if header and kind.is_file(header)), kind_named(WAN))
 
 
 def kind_of(model: object) -> Kind:

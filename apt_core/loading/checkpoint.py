@@ -25,6 +25,7 @@ from ..files.jsonfile import read_object
 from ..files.origins import convolution_shapes, sparse_attention
 from ..files.quantised import plain_header, restore
 from ..files.tensorfile import (
+    Header,
     check_count,
     check_finite,
     check_floats,
@@ -77,11 +78,11 @@ def save_generator(
     write_tensors(path, cast_tensors(path, state, dict.fromkeys(state, dtype)), strings)
 
 
-def read_config(path: str | Path) -> dict:
-    """The arguments of the transformer in a file or a diffusers folder; reads no weight. Raises AptError as
-    `load_transformer` does.
+def read_config(path: str | Path, header: Header | None = None) -> dict:
+    """The arguments of the transformer in a file or a diffusers folder; reads no weight. header: the file's,
+    if it has been read. Raises AptError as `load_transformer` does.
     """
-    return _parts(Path(path)).config
+    return _parts(Path(path), header).config
 
 
 def load_transformer(
@@ -173,14 +174,16 @@ class _Parts(NamedTuple):
     config: dict
 
 
-def _parts(path: Path) -> _Parts:
-    """Read headers and configs alone. Raises AptError as `load_transformer` does for what they show."""
+def _parts(path: Path, known: Header | None = None) -> _Parts:
+    """Read headers and configs alone. known: the header of a single file, if it has been read. Raises
+    AptError as `load_transformer` does for what they show.
+    """
     files, config, strings = _folder(path) if path.is_dir() else ([path], None, None)
     if not path.is_dir():
         refuse_shard(path)
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        header = read_header(file)
+        header = known or read_header(file)
         if is_lora_file(read_apt(file, header.metadata), header.shapes):
             raise AptError(
                 f"{file} is a LoRA, not a whole Wan transformer: give a whole model here; "
@@ -285,7 +288,7 @@ WAN_KIND = Kind(
     name=WAN,
     words="a Wan transformer",
     is_model=_is_wan,
-    is_file=lambda path: True,
+    is_file=lambda header: True,
     config=read_config,
     load=load_transformer,
     save=save_generator,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import AptError
 from ..files.checkpoint_header import read_header
 from ..files.contract import metadata_json, metadata_strings
-from ..files.tensorfile import check_count, check_shapes, read_tensors, write_tensors
+from ..files.tensorfile import Header, check_count, check_shapes, read_tensors, write_tensors
 from ..models.mmdit import MMDiTBackbone
 from ..models.precision import cast, weight_dtype
 from .backbones import Kind
@@ -52,10 +52,8 @@ def own_kind(name: str, words: str, model: type[nn.Module], build: Callable[...,
         strings = metadata_strings(path, metadata) | {name: json.dumps(arguments)}
         write_tensors(path, {key: value.to(dtype) for key, value in state.items()}, strings)
 
-    def load(
-        path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-    ) -> nn.Module:
-        header = read_header(path)
+    def without_weights(path: str | Path, header: Header | None = None) -> nn.Module:
+        header = header or read_header(path)
         arguments = metadata_json(path, header.metadata, name)
         if not arguments:
             raise AptError(
@@ -65,6 +63,12 @@ def own_kind(name: str, words: str, model: type[nn.Module], build: Callable[...,
         check_count(path, "num_layers", arguments.get("num_layers"), header.shapes)
         network = on_meta(path, arguments)
         check_shapes(path, header.shapes, _shapes(network.state_dict()), f"{short} of its config")
+        return network
+
+    def load(
+        path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> nn.Module:
+        network = without_weights(path)
         if torch.device(device).type == "meta":
             return cast(network, dtype)
         tensors, _ = read_tensors(path)
@@ -79,9 +83,9 @@ def own_kind(name: str, words: str, model: type[nn.Module], build: Callable[...,
         name=name,
         words=words,
         is_model=lambda network: isinstance(network, model),
-        is_file=lambda path: path.is_file() and name in read_header(path).metadata,
+        is_file=lambda header: name in header.metadata,
         # diffusers sets config on the instance; its type is unknown to the checker
-        config=lambda path: load(path, device="meta").config,  # pyright: ignore[reportArgumentType]
+        config=lambda path, header: without_weights(path, header).config,  # pyright: ignore[reportArgumentType]
         load=load,
         save=save,
         build=build,

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..errors import AptError
 from ..files import contract
-from ..files.checkpoint_header import read_folder_metadata, read_header, read_metadata
-from ..files.contract import is_few_step, is_lora_file, metadata_json
+from ..files.checkpoint_header import Checkpoint, read_checkpoint, read_header
+from ..files.contract import is_few_step
 from ..files.folders import half_note
 from ..models.backbone import as_backbone
 from ..models.latents import stride
@@ -106,36 +106,33 @@ def read_transformer(path: Path, base: str | Path | None = None) -> TransformerS
     Raises AptError for any other file, for a LoRA without its base, and as `checkpoint_header.read_header`
     does.
     """
-    if path.is_dir():
-        metadata = read_folder_metadata(path)
-    else:
-        header = read_header(path)
-        metadata = metadata_json(path, header.metadata, "apt")
-        if is_lora_file(metadata, header.shapes):
-            return _read_lora(path, metadata, base)
+    file = read_checkpoint(path)
+    if file.is_lora:
+        return _read_lora(file, base)
     model = load_backbone(path, device="meta")
 
     def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
         return load_backbone(path, dtype, device)
 
     return TransformerSource(
-        str(path), dict(as_backbone(model).config), metadata, _count(model), load, half_note(path)
+        str(path), dict(as_backbone(model).config), file.apt, _count(model), load, half_note(path)
     )
 
 
-def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> TransformerSource:
+def _read_lora(file: Checkpoint, base: str | Path | None) -> TransformerSource:
+    path, metadata = file.path, file.apt
     if not base:
         if not metadata:
-            read_lora(path)  # which may say why no base would do
+            read_lora(path, header=file.header)  # which may say why no base would do
         raise AptError(f"{path} is a LoRA: add base=PATH of the transformer that it belongs to.")
     below = locate("base", base)
     model = load_backbone(below, device="meta")
-    lora = read_lora_for(path, model, below)
+    lora = read_lora_for(path, model, below, file.header)
 
     def load(dtype: torch.dtype, device: torch.device) -> nn.Module:
         return merge(load_backbone(below, dtype, device), lora.load())
 
-    about, notes = {**base_metadata(below), **metadata}, [half_note(below)]
+    about, notes = {**read_checkpoint(below).apt, **metadata}, [half_note(below)]
     if not metadata:
         how = "by Euler steps; a LoRA for few steps wants its own steps and guidance"
         notes.append(
@@ -146,13 +143,6 @@ def _read_lora(path: Path, metadata: Mapping, base: str | Path | None) -> Transf
     return TransformerSource(
         str(path), dict(as_backbone(model).config), about, _count(model), load, " ".join(filter(None, notes))
     )
-
-
-def base_metadata(path: Path) -> dict:
-    """The `apt` object of a transformer's file or folder, or {}; a LoRA's own entries replace these."""
-    if path.is_dir():
-        return read_folder_metadata(path)
-    return read_metadata(path)
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from ..errors import AptError
 from ..files.checkpoint_header import read_header
-from ..files.contract import as_lora, claims_lora, metadata_json, metadata_strings
-from ..files.lora_keys import is_lora, weight_of
+from ..files.contract import as_lora, is_lora_file, metadata_json, metadata_strings
+from ..files.lora_keys import weight_of
 from ..files.tensorfile import write_tensors
 from .backbone import as_backbone
 from .differences import add, clear_differences, differences, set_differences
-from .lora_files import Delta, LoraFile, read_lora_for
+from .lora_files import Delta, LoraFile, official_shapes, own_names, read_lora
 
 BASE = "base"
 LORA_PREFIX = "diffusion_model."
@@ -341,18 +341,18 @@ def save_lora(
 
 
 @torch.no_grad()
-def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
-    """Read a LoRA file in any form of `lora_files` into the role. It is exact, up to the rounding of the
-    scale.
+def load_lora(lora: str | Path | LoraFile, model: nn.Module, name: str) -> None:
+    """Read a LoRA in any form of `lora_files` into the role. It is exact, up to the rounding of the scale.
+    lora: the file's path, or what its header said (`lora_files.read_lora`).
 
     A file of lower rank than the role's fills the first directions of each adapter. The other directions, and
     layers that the file does not change, add zero: B is zero there and A stays as it is, so that they can
     learn. What the file changes beside the layers that the role adapts becomes the role's differences, which
-    are not trained. On "meta" only the shapes of these are set.
-    Raises AptError for a damaged file, for one that is not a LoRA, and for one that the role cannot hold (see
-    `check_lora`); it then changes nothing.
+    are not trained. On "meta" only the shapes of these are set, and no weight is read.
+    Raises AptError, which says what to do, for a damaged file, a whole model, the LoRA of another model, and
+    a higher rank than that of the role's adapters; it then changes nothing.
     """
-    lora, on_meta = check_lora(path, model, name), next(model.parameters()).is_meta
+    lora, on_meta = _open_lora(lora, model, name), next(model.parameters()).is_meta
     official_name, adapters = as_backbone(model).official_name, role(model, name).adapters()
     adapted = {official_name(layer) for layer in adapters}
     deltas = {} if on_meta else lora.load()
@@ -381,25 +381,21 @@ def load_lora(path: str | Path, model: nn.Module, name: str) -> None:
     set_differences(model, cast(_Blocks, model.blocks).switch, name, changes)
 
 
-def check_lora(path: str | Path, model: nn.Module, name: str, base: object = "the base") -> LoraFile:
-    """Check that the role can hold the LoRA file exactly, and return the file. Only headers are read, and the
-    model may be on "meta". base: what the messages call the model.
-
-    Raises AptError, which says what to do, for a whole model, for the LoRA of another model, and for a higher
-    rank than that of the role's adapters.
-    """
-    header = read_header(path)
-    apt = metadata_json(path, header.metadata, "apt")
-    if (apt and not claims_lora(apt)) or not is_lora(header.shapes):
-        raise AptError(f"{path} is a whole transformer, not a LoRA: load it as the base.")
-    lora = read_lora_for(path, model, base)
+def _open_lora(lora: str | Path | LoraFile, model: nn.Module, name: str) -> LoraFile:
+    """The LoRA, if the role can hold it exactly. Raises AptError as `load_lora` does."""
+    if not isinstance(lora, LoraFile):
+        header = read_header(lora)
+        if not is_lora_file(metadata_json(lora, header.metadata, "apt"), header.shapes):
+            raise AptError(f"{lora} is a whole transformer, not a LoRA: load it as the base.")
+        lora = read_lora(lora, own_names(model), header)
+    lora.check(official_shapes(model))  # one that is handed on may have been read for another model
     official_name = as_backbone(model).official_name
     adapters = role(model, name).adapters().items()
     ranks = {official_name(layer): len(adapter.lora_A.weight) for layer, adapter in adapters}
     if high := {layer: rank for layer, rank in lora.ranks.items() if rank > ranks.get(layer, rank)}:
         layer, rank = max(high.items(), key=lambda pair: pair[1])
         raise AptError(
-            f"{path} has rank {rank} at {layer}, but the adapters have {ranks[layer]}: take rank {rank} "
+            f"{lora.path} has rank {rank} at {layer}, but the adapters have {ranks[layer]}: take rank {rank} "
             f"(lora_rank={rank}) or more, or a LoRA of lower rank."
         )
     return lora

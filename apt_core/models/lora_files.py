@@ -81,6 +81,7 @@ class LoraFile:
     path: Path
     form: str
     metadata: Mapping
+    header: Header = field(repr=False)
     ranks: Mapping[str, int]
     changes: Sequence[tuple[str, tuple[int, ...]]]
     alpha: str
@@ -114,9 +115,11 @@ class LoraFile:
 
     def load(self) -> dict[str, Delta]:
         """What is added to each weight and bias, by official name. Raises AptError for NaN and infinite
-        weights.
+        weights, and for a file that was replaced by another one since its header was read.
         """
-        tensors, _ = read_tensors(self.path, floats_only=False)
+        tensors, header = read_tensors(self.path, floats_only=False)
+        if header != self.header:
+            raise AptError(f"{self.path} was replaced by another file while it was in use: start again.")
         deltas = {}
         for layer, parts in self.parts.items():
             found = {part: tensors[key] for part, key in parts.items()}
@@ -147,16 +150,17 @@ class LoraFile:
         return f", of width {width}" + (f" ({WIDTHS[width]})" if width in WIDTHS else "")
 
 
-def read_lora(path: str | Path, own: Sequence[str] = ()) -> LoraFile:
+def read_lora(path: str | Path, own: Sequence[str] = (), header: Header | None = None) -> LoraFile:
     """What a LoRA file changes, from its header alone.
 
-    own: names of the base's weights when the base is not a Wan. PEFT's adapter_config.json is read when it
-    lies beside the file. Raises AptError with the first offending name for anything that is more than a sum
-    (DoRA, LoKr, LoHa, OFT, ...), for the LoRA of another model, for unknown names, for a layer with half of
-    its factors or with two changes, for quantised weights, and as `checkpoint_header.read_header` does.
+    own: names of the base's weights when the base is not a Wan. header: the file's, if it has been read.
+    PEFT's adapter_config.json is read when it lies beside the file. Raises AptError with the first offending
+    name for anything that is more than a sum (DoRA, LoKr, LoHa, OFT, ...), for the LoRA of another model, for
+    unknown names, for a layer with half of its factors or with two changes, for quantised weights, and as
+    `checkpoint_header.read_header` does.
     """
     path = Path(path)
-    header = read_header(path)
+    header = header or read_header(path)
     apt = metadata_json(path, header.metadata, "apt")
     if kind := unreadable_kind(header.shapes):
         raise AptError(
@@ -191,7 +195,7 @@ def read_lora(path: str | Path, own: Sequence[str] = ()) -> LoraFile:
     ranks, changes = _read_shapes(path, header, parts, own)
     scales, alpha = _read_scales(path, header, parts, ranks, names)
     forms = dict.fromkeys(place.form for place in places.values())
-    return LoraFile(path, " and ".join(forms), apt, ranks, changes, alpha, parts, scales, tuple(own))
+    return LoraFile(path, " and ".join(forms), apt, header, ranks, changes, alpha, parts, scales, tuple(own))
 
 
 def official_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -211,12 +215,13 @@ def own_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_parameters() if ".adapters." not in name)
 
 
-def read_lora_for(path: str | Path, model: nn.Module, base: object) -> LoraFile:
+def read_lora_for(path: str | Path, model: nn.Module, base: object, header: Header | None = None) -> LoraFile:
     """Read a LoRA and check that it fits the backbone, which may be on "meta".
 
-    base: what the messages call the backbone. Raises AptError as `read_lora` and `LoraFile.check`.
+    base: what the messages call the backbone; header: the file's, if it has been read. Raises AptError as
+    `read_lora` and `LoraFile.check`.
     """
-    lora = read_lora(path, own_names(model))
+    lora = read_lora(path, own_names(model), header)
     lora.check(official_shapes(model), base)
     return lora
 

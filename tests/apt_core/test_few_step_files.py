@@ -14,12 +14,15 @@ from safetensors.torch import save_file
 from test_public_files import sparse
 
 from apt_core.errors import AptError
+from apt_core.files.checkpoint_header import read_checkpoint
 from apt_core.files.keys import transformer_to_official
 from apt_core.files.origins import convolution_shapes, origin
 from apt_core.files.tensorfile import read_tensors
 from apt_core.loading.checkpoint import load_transformer
 from trainer.checkpoints.inspect import inspect
 from trainer.checkpoints.starting_models import times_note
+from trainer.config import load_preset
+from trainer.jobs.starts import open_start
 
 SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096, "in_channels": 16}
 
@@ -153,12 +156,12 @@ def test_times_are_told_and_those_of_another_call_are_refused(wan, tmp_path):
 
     model = wan()
     save_generator(tmp_path / "ours.safetensors", model, model.config, {})
-    assert times_note(tmp_path / "ours.safetensors") is None
+    assert times_note(read_checkpoint(tmp_path / "ours.safetensors")) is None
     save_generator(tmp_path / "late.safetensors", model, model.config, {"timestep": 750})
     with pytest.raises(
         AptError, match=r"late\.safetensors is for timestep 750, but one step from noise is a call at 1000: "
     ):
-        times_note(tmp_path / "late.safetensors")
+        times_note(read_checkpoint(tmp_path / "late.safetensors"))
     assert inspect(tmp_path / "ours.safetensors")["as a start"].endswith("to train a LoRA over it")
     assert inspect(tmp_path / "late.safetensors")["as a start"].startswith("no: ")
     tensors, header = read_tensors(tmp_path / "ours.safetensors")
@@ -166,7 +169,7 @@ def test_times_are_told_and_those_of_another_call_are_refused(wan, tmp_path):
     save_file(coarse, tmp_path / "coarse.safetensors", header.metadata)
     assert inspect(tmp_path / "coarse.safetensors")["as a start"].endswith("is too coarse to train from")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    note = times_note(tmp_path / "other.safetensors")
+    note = times_note(read_checkpoint(tmp_path / "other.safetensors"))
     assert note and "at timestep 1000. A list like 1000, 750, 500, 250 begins there under any shift" in note
     with pytest.raises(AptError, match=r"--start-from .*gone\.safetensors does not exist"):
-        times_note(tmp_path / "gone.safetensors")
+        open_start(tmp_path / "gone.safetensors", load_preset("mini"), None)

@@ -410,3 +410,31 @@ def test_whole_models_are_no_loras():
             num_layers=1,
         )
     assert not is_lora([*image.state_dict(), *own.state_dict(), *official_shapes(own)])
+
+
+def test_a_file_that_is_replaced_after_its_header_was_read(tmp_path):
+    """What was read of it is not true of the other."""
+    path, names = tmp_path / "lora.safetensors", [f"blocks.0.ffn.0.lora_{side}.weight" for side in "AB"]
+    save_file({names[0]: torch.ones(2, 24), names[1]: torch.ones(48, 2)}, path)
+    lora = read_lora(path)
+    assert lora.load()["blocks.0.ffn.0.weight"].up.shape == (48, 2)
+    save_file({names[0]: torch.ones(3, 24), names[1]: torch.ones(48, 3)}, path)
+    with pytest.raises(AptError, match=r"was replaced by another file while it was in use: start again\.$"):
+        lora.load()
+
+
+def test_a_lora_goes_into_a_role_from_what_its_header_said(wan, tmp_path):
+    path, names = tmp_path / "lora.safetensors", [f"blocks.0.self_attn.q.lora_{side}.weight" for side in "AB"]
+    g = torch.Generator().manual_seed(1)
+    down, up = torch.randn(2, 24, generator=g), torch.randn(24, 2, generator=g)
+    save_file(dict(zip(names, (down, up), strict=True)), path)
+    ours, theirs = (add_adapters(wan(), ["generator"], rank=2) for _ in range(2))
+    load_lora(read_lora(path), ours, "generator")
+    load_lora(path, theirs, "generator")
+    found, expected = merged_state(ours, "generator"), merged_state(theirs, "generator")
+    key = "blocks.0.attn1.to_q.weight"
+    torch.testing.assert_close(found[key], wan().state_dict()[key] + up @ down, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[key], expected[key])
+    save_file(dict(zip(names, (torch.ones(2, 48), torch.ones(48, 2)), strict=True)), path)
+    with pytest.raises(AptError, match=r"by \(48, 48\), but in the base it is \(24, 24\): give as the base"):
+        load_lora(read_lora(path), ours, "generator")

@@ -73,6 +73,7 @@ def starts(tmp_path_factory) -> Path:
         ),
         ("wide", [], ["give as the base the model that this LoRA was trained on"]),
         ("claims", [], ["someone.own.name cannot be placed in a Wan transformer"]),
+        ("claims", LORA, ["someone.own.name cannot be placed in a Wan transformer"]),
         (
             "high",
             LORA,

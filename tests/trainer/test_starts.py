@@ -1,5 +1,11 @@
-"""What a start leaves in memory beside adapters, in the account of the run and of `--dry-run`."""
+"""A start is looked at once, before the run; what it leaves in memory beside adapters is in the account of
+the run and of `--dry-run`.
+"""
 
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,17 +13,21 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from apt_core.errors import AptError
+from apt_core.files.checkpoint_header import read_checkpoint
+from apt_core.files.tensorfile import read_tensors
 from apt_core.loading.backbones import load_backbone
+from apt_core.loading.checkpoint import save_generator
 from apt_core.loading.sources import SHIPPED
 from apt_core.models.differences import differences
 from trainer.__main__ import app
 from trainer.config import load_preset
-from trainer.jobs.plan import make_plan
+from trainer.jobs.plan import find_start, make_plan
 from trainer.jobs.starts import open_start
 from trainer.machines.account import account
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel
-from trainer.stages.networks import Lora, adversarial_networks
+from trainer.stages.networks import Lora, Start, adversarial_networks, read_start
 
 TINY = str(Path(__file__).parent / "tiny.toml")
 KEPT = 4 * (128 * 512 + 128 + 128)  # bytes of what `few_step` changes beside adapters
@@ -39,6 +49,28 @@ def few_step(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A whole model that is not the base."""
+    path, base = tmp_path_factory.mktemp("whole") / "whole.safetensors", load_backbone(SHIPPED["base"])
+    save_generator(path, base, base.config, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[list[str]]:
+    """The path of each file that Python opens, whoever opens it, as it goes on."""
+    paths, watching = [], True
+
+    def hook(event: str, given: tuple) -> None:
+        if watching and event == "open" and isinstance(given[0], str | os.PathLike):
+            paths.append(os.fspath(given[0]))
+
+    sys.addaudithook(hook)
+    yield paths
+    watching = False  # Python has no way to remove a hook
+
+
 def preset(*settings):
     return load_preset(TINY, ("mode=lora", "lora_rank=2", *settings), ("train", "stage2.paper.video"))
 
@@ -50,6 +82,34 @@ def test_what_it_counts_is_what_the_networks_hold(few_step):
     assert open_start(few_step, preset(), base).frozen == held == KEPT
     assert open_start(few_step, preset(), None).frozen == KEPT  # by the preset's shape
     assert open_start(few_step, preset("mode=full"), base).frozen == 0
+
+
+@pytest.mark.parametrize("settings, networks", [((), 1), (("discriminator_start=start",), 2)])
+@pytest.mark.parametrize("start, mode", [("few_step", "lora"), ("few_step", "full"), ("whole", "full")])
+def test_a_start_is_looked_at_once(start, mode, settings, networks, opened, tmp_path, request):
+    """The plan opens it once. After that it is only opened to read its weights, for each network."""
+    path = request.getfixturevalue(start)
+
+    def opens(work: Callable[[], object]) -> tuple[int, object]:
+        before, result = len(opened), work()
+        return opened[before:].count(str(path)), result
+
+    times, plan = opens(partial(make_plan, preset(f"mode={mode}", *settings), "video", tmp_path, start=path))
+    assert times == 1
+    reading, _ = opens(partial(read_tensors if start == "few_step" else load_backbone, path))
+    make = partial(adversarial_networks, find_start(plan), plan.base, load_backbone, World(), Parallel())
+    first = plan.settings.discriminator_start
+    assert opens(partial(make, plan.lora, discriminator_start=first))[0] == networks * reading > 0
+
+
+def test_a_start_for_other_networks_is_refused(few_step, whole):
+    """A caller may hand on one that was looked at for whole networks."""
+    base = Path(SHIPPED["base"])
+    with pytest.raises(AptError, match=r"is a whole model, which adapters over .* cannot hold"):
+        adversarial_networks(Start(whole), base, load_backbone, World(), Parallel(), Lora(2))
+    start = read_start(read_checkpoint(few_step), base, partial(load_backbone, base, device="meta"), None)
+    with pytest.raises(AptError, match=r"has rank 2 at .*, but the adapters have 1: take rank 2"):
+        adversarial_networks(start, base, load_backbone, World(), Parallel(), Lora(1))
 
 
 @pytest.mark.parametrize("settings, times", [((), 1), (("discriminator_start=start",), 2)])

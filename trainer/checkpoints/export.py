@@ -8,9 +8,9 @@ from torch import Tensor
 
 from apt_core.errors import AptError
 from apt_core.files import keys
+from apt_core.files.checkpoint_header import read_checkpoint
 from apt_core.files.contract import as_whole, metadata_strings
-from apt_core.files.lora_keys import is_lora
-from apt_core.files.tensorfile import read_header, write_tensors
+from apt_core.files.tensorfile import write_tensors
 from apt_core.loading.backbones import kind_of
 from apt_core.loading.checkpoint import save_diffusers_folder, save_generator
 from apt_core.loading.wan_config import comfy_config
@@ -63,7 +63,7 @@ def export(
     metadata = as_whole(generator.metadata)
     if form == "lora":
         if generator.base is None:
-            if resolve(source).is_file() and is_lora(read_header(resolve(source)).shapes):
+            if read_checkpoint(resolve(source)).is_lora:
                 raise AptError(
                     f"{source} is a LoRA already, of another form than this trainer's: "
                     "use it as it is, or --form file."

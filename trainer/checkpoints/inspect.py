@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from apt_core.errors import AptError
+from apt_core.files.checkpoint_header import read_checkpoint
 from apt_core.files.contract import metadata_json
 from apt_core.files.folders import half_note, refuse_shard, transformer_folder
 from apt_core.files.jsonfile import read_object
@@ -181,7 +182,7 @@ def _lora_facts(lora: LoraFile) -> dict[str, str]:
 
 
 def _as_start(lora: LoraFile) -> str:
-    """Whether stage 2's `--start-from` takes this LoRA; see apt_core.models.lora.check_lora."""
+    """Whether stage 2's `--start-from` takes this LoRA; see apt_core.models.lora.load_lora."""
     ranks = [rank for layer, rank in lora.ranks.items() if ADAPTED.fullmatch(layer)]
     others = {name for name in lora.targets if not ADAPTED.fullmatch(name.removesuffix(".weight"))}
     others |= {layer for layer, parts in lora.parts.items() if "diff" in parts and ADAPTED.fullmatch(layer)}
@@ -195,7 +196,7 @@ def _whole_start(path: Path, form: str) -> str:
     if form:
         return f"no: {form} is too coarse to train from"
     try:
-        times = f"; {TIMES}" if times_note(path) else ""
+        times = f"; {TIMES}" if times_note(read_checkpoint(path)) else ""
     except AptError as error:
         return f"no: {error}"
     return f"with mode=full; with mode=lora give it as base too, to train a LoRA over it{times}"

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from apt_core.errors import AptError
-from apt_core.files.checkpoint_header import read_folder_metadata, read_metadata
+from apt_core.files.checkpoint_header import Checkpoint, read_checkpoint
 from apt_core.files.contract import metadata_json
 from apt_core.files.folders import transformer_folder, weight_files
 from apt_core.files.jsonfile import read_object, write_json
 from apt_core.files.quantised import form_of
-from apt_core.files.tensorfile import read_header
+from apt_core.files.tensorfile import Header, read_header
 from apt_core.loading.backbones import kind_named, kind_of_file
 from apt_core.loading.sources import MINI, WHAT
 from apt_core.loading.sources import locate as find_part
@@ -57,22 +57,25 @@ def find_base(preset: Preset) -> Path:
     return path
 
 
-def check_base(path: Path, model: Model, name: str, what: str = "base") -> None:
+def check_base(path: Path, model: Model, name: str, what: str = "base", header: Header | None = None) -> None:
     """Raise AptError when the transformer at `path` does not have the shape of `model`.
 
-    name: the preset that the shape comes from; what: the option or setting that gave the path.
+    name: the preset that the shape comes from; what: the option or setting that gave the path; header: the
+    file's, if it has been read.
     """
-    kind = kind_of_file(path)
+    if path.is_file():
+        header = header or read_checkpoint(path).header
+    kind = kind_of_file(path, header)
     if kind.name != model.kind:
         raise AptError(
             f"{what} {path} is {kind.words}, but preset {name} is for another kind of model: "
             "give one of that kind."
         )
-    if path.is_file():
-        _refuse_coarse(path, [path], what)
-    config = kind.config(path)
+    if header:
+        _refuse_coarse(path, [header], what)
+    config = kind.config(path, header)
     if path.is_dir():
-        _refuse_coarse(path, weight_files(transformer_folder(path)), what)
+        _refuse_coarse(path, map(read_header, weight_files(transformer_folder(path))), what)
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     found = {
         "blocks": config["num_layers"],
@@ -99,33 +102,30 @@ def check_base(path: Path, model: Model, name: str, what: str = "base") -> None:
         )
 
 
-def _refuse_coarse(path: Path, files: Iterable[Path], what: str) -> None:
-    if form := next(filter(None, (form_of(read_header(file)) for file in files)), ""):
+def _refuse_coarse(path: Path, headers: Iterable[Header], what: str) -> None:
+    if form := next(filter(None, map(form_of, headers)), ""):
         raise AptError(
             f"{what} {path} is in {form}, too coarse to train from: give the model in fp32, bf16 or fp16."
         )
 
 
-def times_note(start: Path) -> str | None:
+def times_note(start: Checkpoint) -> str | None:
     """For few-step weights from elsewhere, a sentence on the times they were made for.
 
     None for files that say that they were made for timestep 1000, as this trainer's own do. Raises AptError
     for a file that names another timestep.
     """
-    if not start.exists():
-        raise AptError(f"--start-from {start} does not exist: give a model or a LoRA over the base.")
-    apt = read_folder_metadata(start) if start.is_dir() else read_metadata(start)
-    if "timestep" not in apt:
+    if "timestep" not in start.apt:
         return (
-            f"{start} does not say which timesteps it was trained for. "
+            f"{start.path} does not say which timesteps it was trained for. "
             "Stage 2 calls it once, at timestep 1000. "
             "A list like 1000, 750, 500, 250 begins there under any shift; "
             "if its own list begins lower, it has "
             "not learned this call: run `distill` with it as the base first."
         )
-    if apt["timestep"] != 1000:
+    if (timestep := start.apt["timestep"]) != 1000:
         raise AptError(
-            f"{start} is for timestep {apt['timestep']}, but one step from noise is a call at 1000: "
+            f"{start.path} is for timestep {timestep}, but one step from noise is a call at 1000: "
             "give weights that were trained there, or run `distill` with these as the base first."
         )
     return None
@@ -170,13 +170,13 @@ def read_about(folder: Path) -> dict:
     if (
         not isinstance(about.get("base"), str)
         or not isinstance(about.get("metadata"), dict)
-        or not (lora is None or _is_lora(lora))
+        or not (lora is None or _is_rank_and_alpha(lora))
     ):
         raise AptError(f"{folder / ABOUT} is damaged: {remedy}.")
     return about
 
 
-def _is_lora(value: object) -> bool:
+def _is_rank_and_alpha(value: object) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 2

@@ -14,11 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from apt_core.errors import AptError
-from apt_core.files.checkpoint_header import read_folder_metadata, read_header
-from apt_core.files.contract import is_lora_file, metadata_json
+from apt_core.files.checkpoint_header import read_checkpoint
 from apt_core.loading.backbones import load_backbone
-from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.sources import base_metadata
 from apt_core.method.discriminator import Discriminator
 from apt_core.models.lora import add_adapters, load_lora, role
 from apt_core.models.lora_files import LoraFile, merge, read_lora, read_lora_for
@@ -52,7 +49,7 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
     A run's folder gives the result of its last finished stage, a folder of states its newest state.
     base: the transformer that a LoRA file belongs to; for a training state, its base if that has moved.
     ema: for a training state, the decay of the EMA to take; by default the stage's own, 0 for raw weights.
-    Raises AptError for a file that cannot be used (see `load_transformer`), a LoRA without its base, and an
+    Raises AptError for a file that cannot be used (see `load_backbone`), a LoRA without its base, and an
     EMA that was not kept.
     """
     path = resolve(Path(path))
@@ -63,24 +60,20 @@ def open_generator(path: str | Path, base: str | Path | None = None, ema: float 
             f"{path} holds one set of weights, no averages: give a training state (states/STAGE/step-...), "
             "or leave --ema out."
         )
-    if path.is_dir():
-        metadata = read_folder_metadata(path)
-        return Generator(load_transformer(path), None, metadata)
-    header = read_header(path)
-    metadata = metadata_json(path, header.metadata, "apt")
-    if not is_lora_file(metadata, header.shapes):
-        return Generator(load_backbone(path), None, metadata)
+    file = read_checkpoint(path)
+    if not file.is_lora:
+        return Generator(load_backbone(path), None, file.apt)
     if not base:
-        if not metadata:
-            read_lora(path)  # raises if no base would help
+        if not file.apt:
+            read_lora(path, header=file.header)  # raises if no base would help
         raise AptError(f"{path} is a LoRA: add --base PATH of the transformer that it belongs to.")
     below = locate(Files(base=str(base)), "base")
-    lora = read_lora_for(path, load_backbone(below, device="meta"), below)
-    metadata = base_metadata(below) | metadata
+    lora = read_lora_for(path, load_backbone(below, device="meta"), below, file.header)
+    metadata = read_checkpoint(below).apt | file.apt
     if not _like_ours(lora, below):
         return Generator(merge(load_backbone(below), lora.load()), None, metadata)
     model = add_adapters(load_backbone(below), (ROLE,), next(iter(lora.ranks.values())))
-    load_lora(path, model, ROLE)
+    load_lora(lora, model, ROLE)
     return Generator(role(model, ROLE), model, metadata)
 
 

@@ -12,13 +12,13 @@ from apt_core.models.attention import check_name
 from trainer.checkpoints.starting_models import RANDOM, find_base
 from trainer.config import Adversarial, Preset
 from trainer.jobs.fit import check_fit
-from trainer.jobs.starts import Start, open_start
+from trainer.jobs.starts import open_start
 from trainer.machines.account import Account, account
 from trainer.machines.machine import Machine, pick_device, this_machine
 from trainer.machines.parallel import Parallel, parallel_of
 from trainer.run.folders import DISTILLED, IMAGE
 from trainer.run.monitor import Work
-from trainer.stages.networks import Lora, lora_of
+from trainer.stages.networks import Lora, Start, lora_of
 
 LATENTS = "latents"
 STAGES = ("distill", "image", "video")
@@ -171,19 +171,19 @@ def result_before(out: Path, preset: Preset, stage: str) -> Path | None:
     return next((path for path in found if path.exists()), None)
 
 
-def find_start(plan: Plan) -> Path:
-    """The file with the generator's first weights: the plan's start or, without one, the miniature's base.
-    For other presets this raises AptError.
+def find_start(plan: Plan) -> Start:
+    """The generator's first weights: the plan's start or, without one, the miniature's base. For other
+    presets this raises AptError.
     """
     if plan.start:
-        return plan.start.path
+        return plan.start
     out, preset = plan.out, plan.preset
     if preset.files.base != MINI:
         raise AptError(
             f"{out} holds no {DISTILLED}: run `distill {preset.name} --out {out}` first, "
             "or add --start-from FILE."
         )
-    return plan.base
+    return Start(plan.base)
 
 
 def metadata(preset: Preset, stage: str, kind: str, recipe: str, seed: int) -> dict:

@@ -23,7 +23,7 @@ from trainer.machines.parallel import Parallel
 from trainer.run.folders import DIFFERENCES
 from trainer.run.state import Keep, Run
 from trainer.stages.averages import Averages
-from trainer.stages.networks import Load, Lora, adversarial_networks
+from trainer.stages.networks import Load, Lora, Start, adversarial_networks
 from trainer.stages.samples import Samples
 from trainer.stages.update import Learner, Report
 from trainer.stages.watch import Measure, Watch
@@ -31,7 +31,7 @@ from trainer.stages.watch import Measure, Watch
 
 def adversarial(
     phase: str,
-    start: Path,
+    start: Start | Path,
     base: Path,
     batches: Batches,
     settings: Adversarial,
@@ -56,7 +56,7 @@ def adversarial(
 
     The discriminator and the generator draw different real batches, and each draws its own t.
 
-    start: file of the generator's first weights (the distilled model, or the image phase's EMA).
+    start: the generator's first weights (the distilled model, or the image phase's EMA), or their path.
     base: file of the original model. The discriminator starts from it in both phases, unless
         `settings.discriminator_start` says otherwise.
     world, parallel: the processes of the run and how they share the work. Every process makes the same call.

@@ -3,19 +3,22 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from apt_core.errors import AptError
-from apt_core.files.contract import as_lora, is_lora_file, metadata_strings, read_apt
-from apt_core.files.tensorfile import read_header, write_tensors
+from apt_core.files.checkpoint_header import Checkpoint, read_checkpoint
+from apt_core.files.contract import as_lora, metadata_strings
+from apt_core.files.tensorfile import write_tensors
 from apt_core.loading.backbones import kind_of
 from apt_core.method.discriminator import Discriminator
 from apt_core.method.ema import Ema
-from apt_core.models.lora import Role, add_adapters, check_lora, difference_state, load_lora, lora_state, role
-from apt_core.models.lora_files import merge, read_lora_for
+from apt_core.models.differences import differences
+from apt_core.models.lora import Role, add_adapters, difference_state, load_lora, lora_state, role
+from apt_core.models.lora_files import LoraFile, merge, read_lora_for
 from apt_core.models.wan import PAPER_FRACTIONS
 from trainer.config import Train
 from trainer.machines.distributed import World
@@ -35,6 +38,56 @@ class Lora:
 def lora_of(train: Train) -> Lora | None:
     """The adapters that a run with these settings trains; None if it trains whole networks."""
     return Lora(train.lora_rank, train.lora_alpha) if train.mode == "lora" else None
+
+
+@dataclass(frozen=True)
+class Start:
+    """A generator's first weights, as their header shows them.
+
+    path: of a whole model or of a LoRA over the base; the base's own path to start as the base is. lora: what
+    the LoRA changes; None for a whole model. note: what the user should know of the times that it was made
+    for. frozen: bytes of what it changes beside the layers that adapters adapt, for each network that starts
+    from it; 0 where whole networks train. They are not sharded.
+    """
+
+    path: Path
+    lora: LoraFile | None = None
+    note: str | None = None
+    frozen: int = 0
+
+    def under_adapters(self, base: object) -> LoraFile | None:
+        """The LoRA that adapters over `base` continue from; None, for fresh ones, if this is the base itself.
+        Raises AptError for any other whole model.
+        """
+        if self.lora is None and self.path != base:
+            raise AptError(
+                f"{self.path} is a whole model, which adapters over {base} cannot hold: "
+                f"train with mode=full, or give base={self.path} too, to train a LoRA over that model."
+            )
+        return self.lora
+
+
+def read_start(file: Checkpoint, base: object, empty: Callable[[], nn.Module], lora: Lora | None) -> Start:
+    """The start that a checkpoint is, when it fits; reads no weight.
+
+    base: what the messages call the base; empty: makes it on "meta"; lora: the adapters that will train, None
+    for whole networks.
+    Raises AptError, with what would do, for the LoRA of another base, and with `lora` for what its adapters
+    cannot hold: a whole model, or a LoRA of a higher rank.
+    """
+    if not file.is_lora:
+        start = Start(file.path)
+        if lora is not None:
+            start.under_adapters(base)
+        return start
+    model = empty()
+    found = read_lora_for(file.path, model, base, file.header)
+    if lora is None:
+        return Start(file.path, found)
+    load_lora(found, add_adapters(model, ("generator",), lora.rank, lora.alpha), "generator")
+    return Start(
+        file.path, found, frozen=sum(value.nbytes for value in differences(model, "generator").values())
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +163,7 @@ class Networks:
 
 
 def adversarial_networks(
-    start: Path,
+    start: Start | Path,
     base: Path,
     load: Load,
     world: World,
@@ -122,12 +175,12 @@ def adversarial_networks(
     discriminator_start: str = "base",
     train_backbone: bool = True,
 ) -> Networks:
-    """The generator with the weights in `start`, and the discriminator over the weights in `base`. The
+    """The generator with the weights of `start`, and the discriminator over the weights in `base`. The
     discriminator's heads draw their first weights from torch's random state.
 
-    start: a whole model, or a LoRA file over `base`, which is merged into it. With `lora`: `base` itself, or
-        a LoRA over it of at most that rank. The adapters continue from it, and what else it changes stays as
-        it is (apt_core.models.lora.load_lora).
+    start: a whole model, or a LoRA over `base`, which is merged into it. With `lora`: `base` itself, or a
+        LoRA over it of at most that rank. The adapters continue from it, and what else it changes stays as it
+        is (apt_core.models.lora.load_lora). A path is looked at here, before a weight is read.
     head_width: width of the heads' attention, a multiple of the base's attention head; by default the base's
         own width.
     taps, discriminator_start, train_backbone: see trainer.config.Adversarial. With `lora` the last two are
@@ -135,7 +188,10 @@ def adversarial_networks(
 
     Raises AptError for files that do not fit each other, and when the base has too few blocks for the taps.
     """
-    first = start if discriminator_start == "start" else base
+    if isinstance(start, Path):  # from a caller without a plan
+        empty = partial(load, base, device=torch.device("meta"))
+        start = Start(base) if start == base else read_start(read_checkpoint(start), base, empty, lora)
+    first = start if discriminator_start == "start" else Start(base)
 
     def load_discriminator(device: torch.device) -> Discriminator:
         backbone = _load_start(first, base, load, device)
@@ -149,7 +205,7 @@ def adversarial_networks(
         )
         discriminator = place(load_discriminator, world, parallel, parallel.discriminator_zero)
         return Networks(generator, discriminator)
-    starts = {"generator": start, "discriminator": first}
+    starts = {"generator": start.under_adapters(base), "discriminator": first.under_adapters(base)}
     shared = _shared_base(
         base, starts, load, world, parallel, lora, () if train_backbone else ("discriminator",)
     )
@@ -176,7 +232,7 @@ def distillation_networks(
         return Networks(
             place(lambda device: load(base, device=device), world, parallel, parallel.generator_zero), *frozen
         )
-    starts = dict.fromkeys(("generator", "target") if target else ("generator",), base)
+    starts = dict.fromkeys(("generator", "target") if target else ("generator",))
     shared = _shared_base(base, starts, load, world, parallel, lora, ("target",) if target else ())
     still = role(shared, "target") if target else None
     return Networks(role(shared, "generator"), role(shared, None), still, shared)
@@ -190,7 +246,7 @@ def matching_networks(
     generator is whole. All from `base`.
     """
     roles = ("fake",) if lora is None else ("generator", "fake")
-    shared = _shared_base(base, dict.fromkeys(roles, base), load, world, parallel, lora or fake, ())
+    shared = _shared_base(base, dict.fromkeys(roles), load, world, parallel, lora or fake, ())
     if lora is None:
         generator = place(lambda device: load(base, device=device), world, parallel, parallel.generator_zero)
     else:
@@ -198,46 +254,17 @@ def matching_networks(
     return Networks(generator, role(shared, None), base=shared, fake=role(shared, "fake"))
 
 
-def is_lora_at(path: Path) -> bool:
-    """Whether this is a file of a LoRA, of any program, by its header."""
-    if not path.is_file():
-        return False
-    header = read_header(path)
-    return is_lora_file(read_apt(path, header.metadata), header.shapes)
-
-
-def _load_start(start: Path, base: Path, load: Load, device: torch.device) -> nn.Module:
-    """A whole model to train on from: the one at `start`, or what the LoRA there makes of the base, summed in
-    fp32. Raises AptError for one that was not trained on it.
-    """
-    if start == base or not is_lora_at(start):
-        return load(start, device=device)
-    lora = read_lora_for(start, load(base, device=torch.device("meta")), base)
+def _load_start(start: Start, base: Path, load: Load, device: torch.device) -> nn.Module:
+    """A whole model to train on from: the start, or what its LoRA makes of the base, summed in fp32."""
+    if start.lora is None:
+        return load(start.path, device=device)
     model = load(base, device=device)
-    return model if device.type == "meta" else merge(model, lora.load())
-
-
-def check_start(start: Path, base: Path, load: Load, lora: Lora | None) -> None:
-    """Whether a phase can begin with `start`, from headers: in full mode a LoRA must fit the base, with
-    `lora` adapters must be able to hold it. Raises AptError with what would do.
-    """
-    if start == base or (lora is None and not is_lora_at(start)):
-        return
-    empty = load(base, device=torch.device("meta"))
-    if lora is None:
-        read_lora_for(start, empty, base)
-        return
-    if not is_lora_at(start):
-        raise AptError(
-            f"{start} is a whole model, which adapters over {base} cannot hold: train with mode=full, "
-            f"or give base={start} too, to train a LoRA over that model."
-        )
-    check_lora(start, add_adapters(empty, ("generator",), lora.rank, lora.alpha), "generator", base)
+    return model if device.type == "meta" else merge(model, start.lora.load())
 
 
 def _shared_base(
     base: Path,
-    starts: Mapping[str, Path],
+    starts: Mapping[str, LoraFile | None],
     load: Load,
     world: World,
     parallel: Parallel,
@@ -247,18 +274,15 @@ def _shared_base(
     """The frozen base in the dtype it computes in, with one set of adapters per role. The adapters, and the
     weights that `precision.stays_fp32` names, are fp32.
 
-    starts: for each role a LoRA file to start from, or the base for fresh adapters. still: roles that are
-    not trained.
+    starts: for each role the LoRA to start from, None for fresh adapters. still: roles that are not trained.
     """
     dtype = torch.bfloat16 if parallel.compute == "bf16" else torch.float32
-    for start in set(starts.values()) - {base}:  # checked by its header, before a large base is read
-        check_start(start, base, load, lora)
 
     def make(device: torch.device) -> nn.Module:
         model = load(base, device=device, dtype=dtype)
         add_adapters(model, tuple(starts), lora.rank, lora.alpha)
         for name, start in starts.items():
-            if start != base:
+            if start is not None:
                 load_lora(start, model, name)
         for name in still:  # before sharding: gathered copies keep the requires_grad they were made with
             role(model, name).requires_grad_(False)
