@@ -57,12 +57,12 @@ class Preset(Settings):
     stage2: dict[str, Phases] = Field(min_length=1)
 
     @property
-    def recipe(self) -> str:
+    def default_recipe(self) -> str:
         return next(iter(self.stage2))
 
     def phases(self, recipe: str | None = None) -> Phases:
         """The two phases of a recipe. Raises AptError for a name that the preset does not have."""
-        recipe = recipe or self.recipe
+        recipe = recipe or self.default_recipe
         if recipe not in self.stage2:
             raise AptError(
                 f"preset {self.name} has no recipe {recipe!r}: use one of {', '.join(self.stage2)}."

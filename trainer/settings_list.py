@@ -47,4 +47,4 @@ def _sections(preset: Preset | None) -> Iterator[tuple[str, type[Settings], dict
         return
     for phase in ("image", "video"):
         values = preset.phase(phase).model_dump()
-        yield f"stage2.{preset.recipe}.{phase}", Adversarial, values
+        yield f"stage2.{preset.default_recipe}.{phase}", Adversarial, values

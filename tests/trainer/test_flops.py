@@ -139,7 +139,7 @@ def check_stage_2(preset, phase, recipe):
 @pytest.mark.parametrize("phase, mode", [("image", "full"), ("video", "lora")])
 @pytest.mark.parametrize("name", ALL)
 def test_an_update_of_stage_2(name, phase, mode):
-    recipe = read(name).recipe
+    recipe = read(name).default_recipe
     check_stage_2(read(name, f"mode={mode}", f"stage2.{recipe}.{phase}.taps=[1.0]"), phase, recipe)
 
 

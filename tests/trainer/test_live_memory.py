@@ -126,7 +126,7 @@ def live_update(preset, module, networks, train, monkeypatch) -> int:
 
 def measured(preset, phase, monkeypatch, start=Path("base")) -> int:
     """The most bytes during one update of stage 2."""
-    settings = getattr(preset.phases(preset.recipe), phase)
+    settings = getattr(preset.phases(preset.default_recipe), phase)
     train = partial(
         stage_2.adversarial,
         phase,

@@ -120,7 +120,7 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
 def _changed(preset: Preset, phase: str, mode: str, batch: int) -> Preset:
     phases = preset.phases()
     settings = getattr(phases, phase).model_copy(update={"batch": batch, "warmup": 0})
-    stage2 = preset.stage2 | {preset.recipe: phases.model_copy(update={phase: settings})}
+    stage2 = preset.stage2 | {preset.default_recipe: phases.model_copy(update={phase: settings})}
     return preset.model_copy(
         update={"stage2": stage2, "train": preset.train.model_copy(update={"mode": mode})}
     )

@@ -59,7 +59,7 @@ def bench_train(
     from trainer.bench.train import run
     from trainer.config import load_preset
 
-    recipe = load_preset(preset).recipe
+    recipe = load_preset(preset).default_recipe
     loaded = load_preset(preset, overrides or (), (f"stage2.{recipe}.{phase}", "train", "data", "model"))
     run(
         loaded,

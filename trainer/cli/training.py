@@ -148,7 +148,7 @@ def _load(name: str, recipe: str | None, overrides: list[str] | None, *sections:
     from trainer.config import load_preset
 
     loaded = load_preset(name)
-    recipe = recipe or loaded.recipe
+    recipe = recipe or loaded.default_recipe
     first = (f"stage2.{recipe}.{phase}",) if phase else ()
     return loaded.with_recipe(recipe, overrides or (), (*first, *sections))
 

@@ -123,7 +123,7 @@ def make_plan(
     another shape, as `open_start`, for settings that contradict each other, and when the stage does not fit
     the GPUs' memory.
     """
-    recipe, device, parallel, attention = recipe or preset.recipe, None, None, None
+    recipe, device, parallel, attention = recipe or preset.default_recipe, None, None, None
     if here := machine is None:
         device = pick_device(preset.train.device)
         parallel, backend = parallel_of(preset, device)

@@ -108,14 +108,14 @@ def account(preset: Preset, stage: str, recipe: str | None = None, gpus: int = 1
     check_split(preset, stage, recipe, gpus)
     if stage == "distill":
         return _distill(preset, gpus)
-    return _adversarial(preset, stage, recipe or preset.recipe, gpus, frozen)
+    return _adversarial(preset, stage, recipe or preset.default_recipe, gpus, frozen)
 
 
 def summary(preset: Preset, speed: float = 400e12) -> list[str]:
     """The table at the top of a preset's file: GiB per GPU by mode and number of GPUs, and GPU-hours at this
     speed (FLOP/s of one GPU).
     """
-    lines = [f"GiB on each GPU ({preset.recipe}):  stage 1  images  videos"]
+    lines = [f"GiB on each GPU ({preset.default_recipe}):  stage 1  images  videos"]
     for mode in ("full", "lora"):
         for gpus in (1, 8):
             train = preset.train.model_copy(

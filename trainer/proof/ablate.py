@@ -356,7 +356,7 @@ def ablation(
         recipe = recipe or settings["recipe"]
     else:
         loaded = load_preset(preset or "mini")
-        recipe = recipe or loaded.recipe
+        recipe = recipe or loaded.default_recipe
     return Ablation(
         out, loaded.with_recipe(recipe), recipe, phase, samples, tuple(runs), device, tuple(tables)
     )
