@@ -1,5 +1,6 @@
 """`inspect`, `export` and `generate` with LoRA files of other programs."""
 
+import json
 import math
 
 import pytest
@@ -101,6 +102,15 @@ def test_inspect_says_what_a_lora_is_and_whether_it_fits(base, kohya, tmp_path):
     )
     with pytest.raises(AptError, match=r"is not a LoRA file: leave --base out\.$"):
         inspect(SHIPPED["base"], base="mini")
+
+
+def test_inspect_believes_a_file_that_says_it_is_a_lora(tmp_path):
+    """As training and export do, which then say what is wrong with it."""
+    path, apt = tmp_path / "claims.safetensors", {"format": 1, "kind": "lora", "rank": 2}
+    save_file({"someone.own.name": torch.ones(2, 128)}, path, {"apt": json.dumps(apt)})
+    facts = inspect(path, base="mini")
+    assert facts["what"] == "LoRA"
+    assert facts["loads"].startswith(f"no: {path}: someone.own.name cannot be placed in a Wan transformer")
 
 
 def test_a_foreign_lora_is_opened_exported_and_sampled(base, kohya, tmp_path):

@@ -14,11 +14,10 @@ import torch
 
 from apt_core.errors import AptError
 from apt_core.files.checkpoint_header import read_checkpoint
-from apt_core.files.contract import metadata_json
+from apt_core.files.contract import is_lora_file, metadata_json
 from apt_core.files.folders import half_note, refuse_shard, transformer_folder
 from apt_core.files.jsonfile import read_object
 from apt_core.files.keys import detect_layout, detect_vae_layout
-from apt_core.files.lora_keys import is_lora
 from apt_core.files.origins import origin
 from apt_core.files.quantised import BESIDE, form_of, plain_header
 from apt_core.files.tensorfile import Header, check_finite, read_header, read_tensors
@@ -95,7 +94,7 @@ def _size(count: int) -> str:
 
 def _what(path: Path, header: Header) -> str:
     keys = header.shapes
-    if is_lora(keys):
+    if is_lora_file(metadata_json(path, header.metadata, "apt"), keys):
         return "LoRA"
     if (kind := kind_of_file(path)).name != WAN:
         return f"{kind.words.partition(' ')[2]} of this trainer"
