@@ -15,6 +15,7 @@ from trainer.cli.app import (
     Frames,
     Height,
     Noise,
+    Pictures,
     Prompts,
     Tokenizer,
     Width,
@@ -51,13 +52,10 @@ def probe(
     Writes a picture and the errors.
     """
     from apt_core.files.prompts import read_prompts
-    from trainer.checkpoints.starting_models import with_defaults
     from trainer.inside.opening import open_pipeline
     from trainer.inside.probe import run_probe
 
-    pipe = open_pipeline(
-        checkpoint, with_defaults(checkpoint, base, vae, text_encoder, tokenizer), ema, device
-    )
+    pipe = open_pipeline(checkpoint, base, vae, text_encoder, tokenizer, ema, device)
     texts = read_prompts(prompts) if prompts else ()
     run_probe(
         pipe,
@@ -112,13 +110,10 @@ def walk(
 
     Writes a video, a sheet of samples, and the change from sample to sample.
     """
-    from trainer.checkpoints.starting_models import with_defaults
     from trainer.inside.opening import open_pipeline
     from trainer.inside.walk import read_seeds, run_walk
 
-    pipe = open_pipeline(
-        checkpoint, with_defaults(checkpoint, base, vae, text_encoder, tokenizer), ema, device
-    )
+    pipe = open_pipeline(checkpoint, base, vae, text_encoder, tokenizer, ema, device)
     for path in run_walk(
         pipe,
         prompt,
@@ -140,7 +135,7 @@ def attention(
     state: Annotated[
         Path, typer.Argument(help="A training state of stage 2 (states/video/step-...), or a run's folder.")
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default the run's.")] = None,
+    out: Pictures = None,
     phase: Annotated[
         str | None,
         typer.Option(help="For a run's folder: image or video; by default video if it has one."),
@@ -163,11 +158,10 @@ def attention(
     seed: Noise = 0,
 ) -> None:
     """Show where the discriminator looks: its heads' attention over real and generated samples, by depth."""
-    from trainer.checkpoints.starting_models import with_defaults
     from trainer.inside.attention import find_state, run_attention
     from trainer.inside.opening import open_pipeline
 
     path = find_state(state, phase)
-    pipe = open_pipeline(path, with_defaults(path, base, vae, text_encoder, tokenizer), ema, device)
+    pipe = open_pipeline(path, base, vae, text_encoder, tokenizer, ema, device)
     for picture in run_attention(path, pipe, out, samples=samples, shards=data, seed=seed, base=base):
         print(picture)

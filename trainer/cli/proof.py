@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli.app import PROOF, Device, Json, Out, Phase, Seed, SkipBad, TruncateCaptions, app
+from trainer.cli.app import PROOF, Device, Json, Out, Phase, Pictures, Seed, SkipBad, TruncateCaptions, app
 
 
 @app.command(rich_help_panel=PROOF)
@@ -139,7 +139,7 @@ def ablate(
 @app.command(rich_help_panel=PROOF)
 def plot(
     run: Annotated[Path, typer.Argument(help="A run's folder, of the demo or of the trainer.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default the run's.")] = None,
+    out: Pictures = None,
 ) -> None:
     """Plot training curves as PNGs.
 

@@ -11,7 +11,7 @@ from apt_core.engine.request import Request
 from apt_core.errors import AptError
 from apt_core.loading.sources import MINI
 from trainer.checkpoints.generate import find_source
-from trainer.config import Files
+from trainer.checkpoints.starting_models import with_defaults
 from trainer.data.shards import ShardDataset
 from trainer.mini.clips import scene
 
@@ -19,9 +19,19 @@ PROMPT_SEED = 60_000  # for drawn captions; no other command uses it
 
 
 def open_pipeline(
-    checkpoint: Path, files: Files, ema: float | None = None, device="auto", cache: Path | None = None
+    checkpoint: Path,
+    base: str = "",
+    vae: str = "",
+    text_encoder: str = "",
+    tokenizer: str = "",
+    ema: float | None = None,
+    device="auto",
+    cache: Path | None = None,
 ) -> OneStepPipeline:
-    """Open a pipeline from anything that `generate` takes. Raises AptError as `generate` does."""
+    """Open a pipeline from anything that `generate` takes, and from the same files. Raises AptError as
+    `generate` does.
+    """
+    files = with_defaults(checkpoint, base, vae, text_encoder, tokenizer)
     source = find_source(checkpoint, files.base, ema)
     return OneStepPipeline.from_checkpoint(
         source, files.vae, files.text_encoder, files.tokenizer, files.base, device=device, cache=cache

@@ -16,7 +16,6 @@ from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.files.media_write import write_video
 from apt_core.files.tensorfile import read_tensors
 from apt_core.loading.checkpoint import load_transformer
-from trainer.checkpoints.starting_models import with_defaults
 from trainer.checkpoints.trained_models import open_discriminator, open_generator
 from trainer.config import load_preset
 from trainer.data.shards import ShardDataset
@@ -141,7 +140,7 @@ def test_its_states_hold_the_generator_and_the_discriminator(run):
 def test_attention_over_its_samples(run, tmp_path):
     out, _ = run
     state = find_state(out)
-    pipe = open_pipeline(state, with_defaults(state, "", "", "", ""), device="cpu", cache=tmp_path / "cache")
+    pipe = open_pipeline(state, device="cpu", cache=tmp_path / "cache")
     paths = run_attention(state, pipe, tmp_path, samples=1)
     facts = json.loads(paths[2].read_text())
     real, fake = facts["samples"]
