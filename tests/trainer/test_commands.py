@@ -704,6 +704,34 @@ def test_another_run_in_the_same_folder_is_refused(run):
     )
 
 
+def test_with_the_folder_deleted_that_the_sentence_names_the_phase_begins_anew(run, tmp_path):
+    """As in a folder where it never ran, with the earlier result in its place until then."""
+    given = ("adversarial", TINY, "--phase", "image", "r1_weight=5", *STATES, "--out")
+    for out in (tmp_path / "again", tmp_path / "fresh"):
+        shutil.copytree(run / "latents", out / "latents")
+        shutil.copyfile(run / "distilled.safetensors", out / "distilled.safetensors")
+    for name in ("states/image", "log/image", "samples/image"):
+        shutil.copytree(run / name, tmp_path / "again" / name)
+    result = tmp_path / "again" / "apt-image.safetensors"
+    shutil.copyfile(run / result.name, result)
+    states = tmp_path / "again" / "states" / "image"
+    assert refused(*given, tmp_path / "again") == (
+        f"{states} holds a run with another r1_weight (100.0, now 5.0): give another --out, or the settings "
+        "of that run, or delete that folder, and those of later stages, to begin anew."
+    )
+    before = read_tensors(result)[0]
+    shutil.rmtree(states)
+    for out in (tmp_path / "again", tmp_path / "fresh"):
+        done(*given, out)
+    after, fresh = (read_tensors(path)[0] for path in (result, tmp_path / "fresh" / result.name))
+    assert all(torch.equal(after[name], fresh[name]) for name in fresh)
+    assert not all(torch.equal(after[name], before[name]) for name in fresh)
+    updates = [line.split(",")[0] for line in (states.parents[1] / "log/image/history.csv").open()]
+    assert updates == ["update", "1", "2"]
+    facts = json.loads((states / "step-000002" / "run.json").read_text())
+    assert facts["identity"]["r1_weight"] == 5.0
+
+
 def test_a_runs_folder_and_its_states_are_no_start_and_the_sentence_says_what_is(run, tmp_path):
     given = ("adversarial", TINY, "--phase", "video", "--out", tmp_path / "out", "--start-from")
     assert refused(*given, run).endswith(

@@ -36,6 +36,8 @@ from trainer.run.vote import Vote
 
 # Windows has no SIGUSR1
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+# a later stage would go on from its own states, and not begin with what the new ones lead to
+ANEW = "delete that folder, and those of later stages, to begin anew"
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,13 @@ class Checkpoints:
             raise AptError(
                 f"{self.keep.folder} holds a run with another {and_more(changed)} ({old[key]!r}, "
                 f"now {self.identity[key]!r}): "
-                "give another --out, or the settings of that run."
+                f"give another --out, or the settings of that run, or {ANEW}."
             )
         if new := sorted(self.identity.keys() ^ old.keys()):
             raise AptError(
                 f"{self.keep.folder} holds a run of another version of this program, which "
                 f"{'had no' if new[0] in self.identity else 'had a'} {new[0]!r}: give another --out, or "
-                "continue with that version."
+                f"continue with that version, or {ANEW}."
             )
         return facts
 
@@ -297,7 +299,7 @@ class Run:
                 if not resume:
                     raise AptError(
                         f"{keep.folder} holds the states of a run ({newest.name} is the newest): "
-                        "resume it, or give another --out."
+                        f"resume it, or give another --out, or {ANEW}."
                     )
                 self._restore(newest)
             except BaseException:

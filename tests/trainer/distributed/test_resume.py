@@ -203,7 +203,7 @@ def test_a_state_of_another_order_of_samples_is_refused_by_name(files, tmp_path)
         AptError,
         match=(
             r"holds a run of another version of this program, which had no 'order': give another --out, or"
-            r" continue with that version"
+            r" continue with that version, or delete that folder, and those of later stages, to begin anew\."
         ),
     ):
         train_adversarial(files, Layout(settings={"updates": 2}), tmp_path)
@@ -218,13 +218,16 @@ def test_another_run_in_the_same_folder_is_refused(files, tmp_path):
         AptError,
         match=(
             r"holds a run with another r1_weight \(100.0, now 5.0\): give another --out, or the settings of"
-            r" that run"
+            r" that run, or delete that folder, and those of later stages, to begin anew\."
         ),
     ):
         train_adversarial(files, Layout(settings={"updates": 2, "r1_weight": 5.0}), tmp_path)
     with pytest.raises(
         AptError,
-        match="holds the states of a run .step-000001 is the newest.: resume it, or give another --out",
+        match=(
+            "holds the states of a run .step-000001 is the newest.: resume it, or give another --out, or "
+            "delete that folder, and those of later stages, to begin anew"
+        ),
     ):
         train_adversarial(files, Layout(settings={"updates": 2}), tmp_path, {"resume": False})
 
