@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import AptError
+from ..files.contract import metadata_json
 from ..files.folders import pickle_hint, refuse_shard, weight_files
 from ..files.jsonfile import read_object
 from ..files.quantised import plain_header, restore
@@ -20,8 +21,6 @@ from ..models.text import (
     TIED_KEY,
     TOKENIZER_KEY,
     TextEncoder,
-    check_text_encoder,
-    meta_encoder,
 )
 
 STEM = "model"  # begins the names of the weight files in a folder of transformers
@@ -65,16 +64,20 @@ def find_text_encoder(path: str | Path) -> TextFacts:
     return _checked(Path(path)).facts
 
 
-def load_text_encoder_files(path: str | Path, tokenizer: str | Path | None, text_length: int) -> TextEncoder:
+def load_text_encoder_files(
+    path: str | Path, tokenizer: str | Path | None = None, text_length: int = 512
+) -> TextEncoder:
     """Load a text encoder with its tokenizer, on the CPU.
 
     path: a file of apt_core.models.text.save_text_encoder; ComfyUI's file (umt5_xxl_fp16, or
     fp8_e4m3fn_scaled, which is unpacked); a file in Wan's own names; or a folder of transformers or diffusers
     (with subfolders text_encoder and tokenizer).
-    tokenizer: the folder of its spiece.model, or that file, when the encoder's file holds none. Weights
-    stored in 16 or 8 bits become bf16, others fp32. Those of a file of save_text_encoder become fp32, and its
-    own text_length replaces the argument.
-    Raises AptError for weights that are not a whole UMT5 encoder, and when there is no tokenizer.
+    tokenizer: the folder of its spiece.model, or that file, when the encoder's file holds none.
+    text_length: the number of rows that the transformer was trained on, 512 for Wan.
+    Weights stored in 16 or 8 bits become bf16, others fp32. Those of a file of save_text_encoder become fp32,
+    and its own text_length replaces the argument.
+    Raises AptError for weights that are not a whole UMT5 encoder, for metadata of a file of save_text_encoder
+    that does not describe one, and for a tokenizer that is missing, damaged or of another encoder.
     """
     facts = read_text_encoder(path, tokenizer)
     found, tensors = _checked(Path(path)), {}
@@ -89,7 +92,11 @@ def load_text_encoder_files(path: str | Path, tokenizer: str | Path | None, text
     found.model.load_state_dict({**weights, TIED_KEY: weights["shared.weight"]}, assign=True)
     if facts.tokenizer is None:
         raise _no_tokenizer(Path(path))
-    return TextEncoder(found.model, read_spiece(facts.tokenizer), facts.length or text_length)
+    spiece = read_spiece(facts.tokenizer)
+    try:
+        return TextEncoder(found.model, spiece, facts.length or text_length)
+    except AptError as error:
+        raise AptError(f"{facts.tokenizer}: {error}") from None
 
 
 def read_spiece(path: Path) -> bytes:
@@ -144,11 +151,11 @@ def _checked(path: Path) -> _Checked:
         for key in [key for key in shapes if key.startswith(("decoder.", "lm_head."))]:  # a whole UMT5
             del shapes[key], names[key]
         check_count(folder, "num_layers", fields["num_layers"], shapes)
-        model = meta_encoder(f"text_encoder {folder}", fields, "its config.json")
+        model = _meta_encoder(f"text_encoder {folder}", fields, "its config.json")
     elif "text_length" in read_header(path).metadata:
-        model, length = check_text_encoder(path, read_header(path), tokenizer=False)
+        model, length = _own_encoder(path, read_header(path))
     else:
-        model = meta_encoder(f"text_encoder {path}", _umt5_fields(path, shapes))
+        model = _meta_encoder(f"text_encoder {path}", _umt5_fields(path, shapes))
     expected = {key: value.shape for key, value in model.state_dict().items() if key != TIED_KEY}
     check_shapes(f"text_encoder {path}", shapes, expected, "UMT5 encoder")
     count = sum(math.prod(shape) for shape in expected.values())
@@ -182,6 +189,28 @@ def _folder_config(folder: Path) -> tuple[dict, tuple[Path, ...]]:
     return fields, tuple(weight_files(folder, STEM))
 
 
+def _own_encoder(path: Path, header: Header):
+    """The UMT5EncoderModel of a file of `save_text_encoder`, on device "meta", and its text_length. Raises
+    AptError for metadata that does not describe an encoder.
+    """
+    fields = metadata_json(path, header.metadata, "config")
+    text_length = header.metadata["text_length"]
+    if not (text_length.isdecimal() and len(text_length) < 10) or int(text_length) < 2:
+        raise AptError(
+            f"{path}: its metadata entry `text_length` is {text_length or 'empty'}: "
+            "it must be the number of tokens, 2 or more."
+        )
+    if absent := [name for name in CONFIG_FIELDS if name not in fields]:
+        raise AptError(
+            f"{path}: its metadata entry `config` lacks {absent[0]}: "
+            "write the file again with save_text_encoder."
+        )
+    if isinstance(fields["num_layers"], int):
+        check_count(path, "num_layers", fields["num_layers"], header.shapes)
+    model = _meta_encoder(path, {name: fields[name] for name in CONFIG_FIELDS}, "its metadata entry `config`")
+    return model, int(text_length)
+
+
 def _plain(path: Path) -> Header:
     """The header of an encoder's file, without the entries that only describe fp8.
 
@@ -189,7 +218,7 @@ def _plain(path: Path) -> Header:
     """
     header = plain_header(path, read_header(path), EMBEDDINGS)
     for key, dtype in header.dtypes.items():
-        if dtype not in FLOATS and key != TOKENIZER_KEY:
+        if dtype not in FLOATS | {"F64"} and key != TOKENIZER_KEY:
             instead = "give a file in fp16, bf16 or scaled fp8"
             raise AptError(
                 f"text_encoder {path}: {key} is stored as {dtype}, which cannot be read: {instead}."
@@ -229,6 +258,23 @@ def _umt5_fields(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict:
     }
 
 
+def _meta_encoder(path: str | Path, fields: dict, where: str = "its config"):
+    """Build a UMT5EncoderModel from these fields of UMT5Config on device "meta". For fields that do not
+    describe an encoder it raises AptError, which says `where` they stand.
+    """
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    try:
+        config = UMT5Config(**fields, dropout_rate=0.0)
+        with torch.device("meta"):
+            return UMT5EncoderModel(config)
+    except Exception as error:  # transformers checks the fields with exception types of several libraries
+        reason = " ".join(str(error).split())
+        raise AptError(
+            f"{path}: {where} does not describe a UMT5 encoder ({reason}): write the file again."
+        ) from None
+
+
 def _find_spiece(path: Path) -> Path:
     places = (path / "spiece.model", path / "tokenizer" / "spiece.model") if path.is_dir() else (path,)
     found = next((place for place in places if place.is_file()), None)
@@ -247,4 +293,4 @@ def _no_tokenizer(path: Path) -> AptError:
 
 
 def _compute_dtype(stored: torch.dtype) -> torch.dtype:
-    return torch.float32 if stored == torch.float32 else torch.bfloat16
+    return torch.float32 if stored in (torch.float32, torch.float64) else torch.bfloat16

@@ -16,16 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AptError
-from ..files.contract import metadata_json
-from ..files.tensorfile import (
-    FLOATS,
-    Header,
-    check_count,
-    check_shapes,
-    read_header,
-    read_tensors,
-    write_tensors,
-)
+from ..files.tensorfile import write_tensors
 
 PAD, EOS, UNK = 0, 1, 2
 TOKENIZER_KEY = "spiece_model"
@@ -148,64 +139,9 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-def load_text_encoder(path: str | Path) -> TextEncoder:
-    """Read a file of `save_text_encoder`; weights become fp32 on the CPU.
-
-    Raises AptError for any other file: see `tensorfile.read_tensors`; missing, extra or wrongly shaped keys;
-    no tokenizer; metadata that does not describe a UMT5 encoder.
-    """
-    model, text_length = check_text_encoder(path, read_header(path))
-    tensors, _ = read_tensors(path, floats_only=False)
-    spiece = bytes(tensors.pop(TOKENIZER_KEY).to(torch.uint8).flatten().tolist())
-    tensors.pop(TIED_KEY, None)
-    weights = {
-        key: torch.nn.Parameter(tensor.float(), requires_grad=False) for key, tensor in tensors.items()
-    }
-    model.load_state_dict({**weights, TIED_KEY: weights["shared.weight"]}, assign=True)
-    try:
-        return TextEncoder(model, spiece, text_length)
-    except AptError as error:
-        raise AptError(f"{path}: {error}") from None
-
-
-def check_text_encoder(path: str | Path, header: Header, tokenizer: bool = True):
-    """Check the header of a file of `save_text_encoder`; return the UMT5EncoderModel on device "meta" and its
-    text_length. tokenizer: whether the file must hold one. Raises AptError like `load_text_encoder`, as far
-    as the header shows what is wrong.
-    """
-    shapes = {key: shape for key, shape in header.shapes.items() if key not in (TOKENIZER_KEY, TIED_KEY)}
-    if tokenizer and TOKENIZER_KEY not in header.shapes:
-        raise AptError(
-            f"{path}: {TOKENIZER_KEY} missing: give a text encoder that carries its tokenizer "
-            "(save_text_encoder writes one)."
-        )
-    fields = metadata_json(path, header.metadata, "config")
-    text_length = header.metadata.get("text_length", "")
-    if not (text_length.isdecimal() and len(text_length) < 10) or int(text_length) < 2:
-        raise AptError(
-            f"{path}: its metadata entry `text_length` is {text_length or 'missing'}: "
-            "it must be the number of tokens, 2 or more."
-        )
-    if absent := [name for name in CONFIG_FIELDS if name not in fields]:
-        raise AptError(
-            f"{path}: its metadata entry `config` lacks {absent[0]}: "
-            "write the file again with save_text_encoder."
-        )
-    if wrong := next((key for key in shapes if header.dtypes[key] not in FLOATS | {"F64"}), None):
-        raise AptError(
-            f"{path}: {wrong} is stored as {header.dtypes[wrong]}, and not as floats: "
-            "write the file again with save_text_encoder."
-        )
-    if isinstance(fields["num_layers"], int):
-        check_count(path, "num_layers", fields["num_layers"], header.shapes)
-    model = meta_encoder(path, {name: fields[name] for name in CONFIG_FIELDS}, "its metadata entry `config`")
-    expected = {key: value.shape for key, value in model.state_dict().items() if key != TIED_KEY}
-    check_shapes(path, shapes, expected, "UMT5 text encoder of its `config`")
-    return model, int(text_length)
-
-
 def save_text_encoder(path: str | Path, model, spiece: bytes, text_length: int) -> None:
     """Write a UMT5EncoderModel and its sentencepiece model into one file, in the model's dtype.
+    `apt_core.loading.text_files` reads it.
 
     Raises AptError for weights that are not finite and when the file cannot be written; a file that was at
     `path` then stays.
@@ -266,20 +202,3 @@ def _tokenizer(spiece: bytes):
             "train it with train_tokenizer."
         )
     return pieces
-
-
-def meta_encoder(path: str | Path, fields: dict, where: str = "its config"):
-    """Build a UMT5EncoderModel from these fields of UMT5Config on device "meta". For fields that do not
-    describe an encoder it raises AptError, which says `where` they stand.
-    """
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    try:
-        config = UMT5Config(**fields, dropout_rate=0.0)
-        with torch.device("meta"):
-            return UMT5EncoderModel(config)
-    except Exception as error:  # transformers checks the fields with exception types of several libraries
-        reason = " ".join(str(error).split())
-        raise AptError(
-            f"{path}: {where} does not describe a UMT5 encoder ({reason}): write the file again."
-        ) from None

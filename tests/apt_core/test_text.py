@@ -11,13 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from apt_core.errors import AptError
 from apt_core.files.tensorfile import read_header
-from apt_core.models.text import (
-    TextEncoder,
-    clean_prompt,
-    load_text_encoder,
-    save_text_encoder,
-    train_tokenizer,
-)
+from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.models.text import TextEncoder, clean_prompt, save_text_encoder, train_tokenizer
 
 CAPTIONS = [
     f"a {c} {s} moving {d}"
@@ -51,7 +46,7 @@ def file(model, pieces, tmp_path):
 
 @pytest.fixture
 def text(file):
-    return load_text_encoder(file)
+    return load_text_encoder_files(file)
 
 
 def test_tokenizer_is_deterministic_and_silent(pieces, capfd):
@@ -147,10 +142,14 @@ def test_file_holds_everything(file, model, pieces, text):
     assert not text.model.training and text.text_length == LENGTH
 
 
-def test_bf16_file_is_read_as_fp32(model, pieces, tmp_path):
-    save_text_encoder(tmp_path / "half.safetensors", copy.deepcopy(model).bfloat16(), pieces, LENGTH)
-    assert read_header(tmp_path / "half.safetensors").dtypes["shared.weight"] == "BF16"
-    assert load_text_encoder(tmp_path / "half.safetensors").encode(["a"])[0].dtype == torch.float32
+@pytest.mark.parametrize("dtype, stored", [(torch.bfloat16, "BF16"), (torch.float64, "F64")])
+def test_a_file_of_any_floats_is_read_as_fp32(dtype, stored, model, pieces, tmp_path):
+    file = tmp_path / "text.safetensors"
+    save_text_encoder(file, copy.deepcopy(model).to(dtype), pieces, LENGTH)
+    assert read_header(file).dtypes["shared.weight"] == stored
+    read = load_text_encoder_files(file)
+    assert torch.equal(read.model.shared.weight, model.shared.weight.to(dtype).float())
+    assert read.model.shared.weight.dtype == read.encode(["a"])[0].dtype == torch.float32
 
 
 def test_vocabulary_that_does_not_suit():
@@ -163,7 +162,7 @@ def test_vocabulary_that_does_not_suit():
 @pytest.mark.parametrize(
     "change, metadata, words",
     [
-        (lambda t: t.pop("spiece_model"), {}, ["spiece_model"]),
+        (lambda t: t.pop("spiece_model"), {}, ["carries no tokenizer"]),
         (lambda t: t.update(spiece_model=torch.arange(9, dtype=torch.uint8)), {}, ["sentencepiece"]),
         (
             lambda t: t.pop("encoder.final_layer_norm.weight"),
@@ -188,7 +187,7 @@ def test_files_that_cannot_be_used(file, change, metadata, words):
         metadata = {"config": json.dumps(json.loads(strings["config"]) | metadata["config"])}
     save_file(tensors, file, metadata=strings | metadata)
     with pytest.raises(AptError) as caught:
-        load_text_encoder(file)
+        load_text_encoder_files(file)
     message = str(caught.value)
     assert all(word in message for word in (str(file), *words)) and "\n" not in message, message
 
@@ -199,4 +198,4 @@ def test_tokenizer_larger_than_the_encoder(model, file):
     strings["config"] = json.dumps(json.loads(strings["config"]) | {"vocab_size": 280})
     save_file(tensors, file, metadata=strings)
     with pytest.raises(AptError, match="284 pieces"):
-        load_text_encoder(file)
+        load_text_encoder_files(file)

@@ -12,7 +12,7 @@ from transformers import UMT5EncoderModel
 
 from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.loading.sources import SHIPPED, read_sources
-from apt_core.models.text import load_text_encoder
+from apt_core.loading.text_files import load_text_encoder_files
 from apt_core.models.tiny_decoder import TinyDecoder
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.inspect import inspect
@@ -26,7 +26,7 @@ def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     WanTransformer3DModel.save_pretrained(load_transformer(SHIPPED["base"]), folder / "transformer")
     AutoencoderKLWan.save_pretrained(load_vae(SHIPPED["vae"]), folder / "vae")
-    encoder = load_text_encoder(SHIPPED["text_encoder"])
+    encoder = load_text_encoder_files(SHIPPED["text_encoder"])
     UMT5EncoderModel.save_pretrained(encoder.model, folder / "text_encoder")
     (folder / "tokenizer").mkdir()
     spiece = bytes(load_file(SHIPPED["text_encoder"])["spiece_model"].tolist())
