@@ -356,6 +356,33 @@ def test_generate_writes_what_the_checkpoint_is_for(run, tmp_path):
     assert len(list((tmp_path / "l").iterdir())) == 1
 
 
+def test_of_a_run_without_a_video_phase_it_is_said_that_images_are_made(run, tmp_path):
+    half = tmp_path / "half"
+    half.mkdir()
+    for name in ("distilled.safetensors", "apt-image.safetensors"):
+        shutil.copyfile(run / name, half / name)
+    note = f"{half} has finished no video phase, which makes clips: apt-image.safetensors is taken"
+    ask = ("generate", half, "x", "--out", tmp_path / "samples")
+    assert done(*ask).startswith(note) and note not in done(*ask, "--frames", 1)
+    assert {path.suffix for path in (tmp_path / "samples").iterdir()} == {".png"}
+    assert note in done("export", half, "--out", tmp_path / "x")
+    assert note not in done("export", half / "apt-image.safetensors", "--out", tmp_path / "y")
+    assert "has finished" not in done("export", run, "--out", tmp_path / "z")
+    assert note in done("evaluate", half, "--prompts", _prompts(tmp_path), "--out", tmp_path / "e")
+    walk = ("walk", half, "x", "--frames", 2, "--out", tmp_path / "w")
+    assert done(*walk).startswith(note) and note not in done(*walk, "--length", 1)
+    found = inspect(half)
+    assert found["found"] == str(half / "apt-image.safetensors") and found["phase"] == "image"
+    assert inspect(run)["found"] == str(run / "apt-tiny.safetensors")
+    assert inspect(run / "states" / "image")["found"] == str(run / "states" / "image" / "step-000002")
+    assert "found" not in inspect(run / "apt-image.safetensors")
+
+
+def _prompts(folder: Path) -> Path:
+    (folder / "prompts.txt").write_text("a red circle\n")
+    return folder / "prompts.txt"
+
+
 def test_generate_replaces_nothing_and_goes_on(run, tmp_path, monkeypatch):
     """Another seed, size or number of steps is another file; what is there is not made again, so that a
     stopped command goes on.

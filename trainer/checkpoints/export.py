@@ -17,7 +17,8 @@ from apt_core.loading.wan_config import comfy_config
 from apt_core.models.lora import merged_state, save_lora
 from apt_core.models.wan import WanBackbone
 from trainer.checkpoints.trained_models import ROLE, Generator, cast, open_generator
-from trainer.run.folders import resolve
+from trainer.run.folders import earlier_note, resolve
+from trainer.run.progress import say
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMS = ("file", "lora", "diffusers")
@@ -53,6 +54,8 @@ def export(
         out = out.with_name(out.name + ".safetensors")  # ComfyUI lists only these
     if out.exists() and out.resolve() in (resolve(source).resolve(), base and Path(base).resolve()):
         raise AptError(f"{out} is the model to export, or one that it was trained from: give another --out.")
+    if note := earlier_note(source):
+        say(note)
     generator = open_generator(source, base, ema)
     kind = kind_of(generator.base or generator.model)
     if not kind.public:

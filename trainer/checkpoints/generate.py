@@ -21,7 +21,7 @@ from trainer.checkpoints.starting_models import read_about
 from trainer.checkpoints.trained_models import ROLE, average_of, base_of, open_generator
 from trainer.config import Files
 from trainer.machines.distributed import World
-from trainer.run.folders import FACTS, is_state, resolve
+from trainer.run.folders import FACTS, earlier_note, is_state, resolve
 from trainer.run.progress import say, say_there, stage_bar
 
 
@@ -44,6 +44,8 @@ def generate(
     such group makes every dp-th sample.
     Raises AptError for files that do not fit the checkpoint, and for sizes that the model cannot make.
     """
+    if (note := earlier_note(checkpoint, request.frames == 1)) and world.main:
+        say(note)
     source = find_source(checkpoint, files.base, ema)
     pipe = OneStepPipeline.from_checkpoint(
         source,

@@ -62,7 +62,9 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
         raise AptError(f"{path} is not a LoRA file: leave --base out.")
     if path.is_dir() and (path / INDEX).is_file():
         return _shards(path)
-    path = resolve(path)
+    given, path = path, resolve(path)
+    if path != given and given.is_dir():
+        return {"found": str(path)} | inspect(path, deep)
     if is_state(path):
         return _state(path, deep)
     if path.is_dir():

@@ -55,7 +55,7 @@ def probe(
     from trainer.inside.opening import open_pipeline
     from trainer.inside.probe import run_probe
 
-    pipe = open_pipeline(checkpoint, base, vae, text_encoder, tokenizer, ema, device)
+    pipe = open_pipeline(checkpoint, base, vae, text_encoder, tokenizer, ema, device, images=frames == 1)
     texts = read_prompts(prompts) if prompts else ()
     run_probe(
         pipe,
@@ -113,7 +113,7 @@ def walk(
     from trainer.inside.opening import open_pipeline
     from trainer.inside.walk import read_seeds, run_walk
 
-    pipe = open_pipeline(checkpoint, base, vae, text_encoder, tokenizer, ema, device)
+    pipe = open_pipeline(checkpoint, base, vae, text_encoder, tokenizer, ema, device, images=length == 1)
     for path in run_walk(
         pipe,
         prompt,

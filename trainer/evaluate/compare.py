@@ -20,7 +20,8 @@ from apt_core.files.media_write import write_image, write_video
 from apt_core.files.prompts import read_prompts
 from trainer.config import Files
 from trainer.machines.distributed import World
-from trainer.run.progress import say_there, stage_bar
+from trainer.run.folders import earlier_note
+from trainer.run.progress import say, say_there, stage_bar
 
 from .choice import AGAINST_REAL, chosen, opened, with_judge
 from .clip_score import ClipScore, read_clip
@@ -91,6 +92,9 @@ def evaluate(
     if protocol is not None:
         wishes = with_sizes(wishes, find_protocol(protocol, prompts))
     texts = read_prompts(prompts) if prompts else []
+    for note in filter(None, (earlier_note(checkpoint, wishes.frames == 1) for checkpoint in checkpoints)):
+        if world.main:
+            say(note)
     models = open_models(checkpoints, emas, files, wishes)
     request, sources = models[0].request, models[0].sources
     if vbench is not None:

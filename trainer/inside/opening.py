@@ -14,6 +14,8 @@ from trainer.checkpoints.generate import find_source
 from trainer.checkpoints.starting_models import with_defaults
 from trainer.data.shards import ShardDataset
 from trainer.mini.clips import scene
+from trainer.run.folders import earlier_note
+from trainer.run.progress import say
 
 PROMPT_SEED = 60_000  # for drawn captions; no other command uses it
 
@@ -27,10 +29,15 @@ def open_pipeline(
     ema: float | None = None,
     device="auto",
     cache: Path | None = None,
+    images: bool = False,
 ) -> OneStepPipeline:
     """Open a pipeline from anything that `generate` takes, and from the same files. Raises AptError as
     `generate` does.
+
+    images: whether images are asked for; else it is said where a run's folder has nothing but them yet.
     """
+    if note := earlier_note(checkpoint, images):
+        say(note)
     files = with_defaults(checkpoint, base, vae, text_encoder, tokenizer)
     source = find_source(checkpoint, files.base, ema)
     return OneStepPipeline.from_checkpoint(

@@ -81,3 +81,18 @@ def resolve(path: Path) -> Path:
     last = [file for file in path.glob("apt-*.safetensors") if "-ema" not in file.stem and file.name != IMAGE]
     earlier = [file for file in (path / IMAGE, path / DISTILLED) if file.is_file()]
     return max(last, key=lambda file: file.stat().st_mtime) if last else next(iter(earlier), path)
+
+
+def earlier_note(path: Path, images: bool = False) -> str:
+    """A line on which file stands for a run's folder whose video phase has not finished; "" for all else.
+
+    images: whether images are asked for, which the image phase makes.
+    """
+    if not path.is_dir() or is_state(path) or newest_state(path):
+        return ""
+    name = resolve(path).name
+    if name == IMAGE and not images:
+        return f"{path} has finished no video phase, which makes clips: {name} is taken, and makes images."
+    if name == DISTILLED:
+        return f"{path} has finished stage 1 only: {name} is taken, and stage 2 is what makes it sharp."
+    return ""
