@@ -5,8 +5,10 @@ import torch
 from apt_core.files import keys
 
 
-def factors(model, layers=None, outside=False):
-    """By official layer: down, up, alpha. Ranks 2 and 4, scales 1/2 and 2; fp8 can hold every number."""
+def factors(model, layers=None, outside=False, ranks=(2, 4)):
+    """By official layer: down, up, alpha. ranks: of attention and of the feed-forward layers, whose scales
+    are 2 and 1/2. fp8 can hold every number.
+    """
     g = torch.Generator().manual_seed(5)
     found = {}
     for name, module in model.named_modules():
@@ -16,12 +18,12 @@ def factors(model, layers=None, outside=False):
             and (official.startswith("blocks.") or outside)
             and (layers is None or official.endswith(layers))
         ):
-            rank = 4 if "ffn" in official else 2
+            rank = ranks["ffn" in official]
             down, up = (
                 torch.randint(-4, 5, s, generator=g) / 8
                 for s in ((rank, module.in_features), (module.out_features, rank))
             )
-            found[official] = down, up, {4: 2.0, 2: 4.0}[rank]
+            found[official] = down, up, rank / 2 if "ffn" in official else rank * 2.0
     return found
 
 

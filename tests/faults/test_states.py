@@ -357,7 +357,7 @@ def test_a_run_does_not_go_on_from_a_file_without_a_digest(run):
     del facts["files"]["__0_0.distcp"]
     held = Checkpoints(Keep(run / "states"), World(), facts["identity"])
     tensors = {name: torch.zeros(1) for name in ()}
-    with pytest.raises(AptError, match="names __0_0.distcp, but run.json has no digest for it"):
+    with pytest.raises(AptError, match="^the index names __0_0.distcp, but run.json has no digest for it"):
         held.load(state(run), {"generator": tensors}, facts)
     held.release()
 

@@ -2,12 +2,10 @@
 are any), and write the results as JSON, CSV and a page.
 """
 
-import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +18,7 @@ from apt_core.files.media_write import write_image, write_video
 from apt_core.files.prompts import read_prompts
 from trainer.config import Files
 from trainer.machines.distributed import World
+from trainer.machines.machine import versions
 from trainer.run.folders import earlier_note
 from trainer.run.progress import say, say_there, stage_bar
 
@@ -35,7 +34,6 @@ from .real import Real, find_real
 from .tables import tell, write_tables
 from .vbench import check_folder, lay_out
 
-PACKAGES = ("comfyui-apt", "torch", "diffusers", "transformers", "numpy", "scipy", "av")
 REALS = 16
 """How many real clips are used when their captions are the prompts."""
 RESULT, PAGE = "evaluation.json", "evaluation.html"
@@ -304,7 +302,7 @@ def _result(
         "features": used,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": world.size,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "models": rows,
         "real": None,
     }
@@ -319,10 +317,3 @@ def _result(
 
 def _slug(label: str) -> str:
     return re.sub(r"[^\w.=-]+", "-", label).strip("-.") or "model"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

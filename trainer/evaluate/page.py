@@ -144,7 +144,7 @@ def _facts(result: dict) -> str:
         lines.append(
             f"<p>{escape(network['name'])}: {escape(network['file'])} <code>{network['sha256']}</code></p>"
         )
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items() if value)
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     return "\n".join([*lines, f"<p>{escape(versions)}; {escape(result['device'])}</p>"])
 
 

@@ -15,7 +15,7 @@ from apt_core.errors import AptError
 
 GIB = 2**30
 SPARE = 0.94  # usable share of a device's memory: the rest goes to the CUDA context and fragmentation
-LIBRARIES = ("comfyui-apt", "torch", "diffusers", "transformers", "safetensors", "av", "numpy")
+LIBRARIES = ("comfyui-apt", "torch", "diffusers", "transformers", "safetensors", "av", "numpy", "scipy")
 MODEL_SHARE = 0.5  # the share of the peak speed of matrix products that a training run is expected to reach
 
 
@@ -147,4 +147,4 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "missing"
-    return found
+    return found | {"torch": torch.__version__}  # which names its build, as the package's version may not

@@ -142,9 +142,10 @@ class Checkpoints:
         if it does not fit or is damaged.
         """
         digests = facts.get("files", {})
-        problem = None
+        reader, problem = StateReader(path, digests), None
         try:
             check_digests(path, digests, sorted(digests)[self.world.rank :: self.world.size])
+            reader.read_metadata()
         except AptError as error:
             problem = str(error)
         if found := [problem for problem in self.world.gather(problem) if problem]:
@@ -152,7 +153,7 @@ class Checkpoints:
         try:
             dcp.load(
                 tensors,
-                storage_reader=StateReader(path, digests),
+                storage_reader=reader,
                 process_group=self._group,
                 no_dist=self._group is None,
             )

@@ -25,6 +25,7 @@ from trainer.run.folders import FACTS, STATE
 
 # a single process is fine, for a reader of states too
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch 2.9's own writer of states uses it
 DIGESTS = "__{}.sha256"  # one per process, until they are collected in run.json
 DATA = re.compile(r"__\d+_\d+\.distcp")
 MAX_INDEX = 1 << 30  # bytes; the index for 14B parameters on 1,024 GPUs has a fifth of that
@@ -121,8 +122,17 @@ class StateReader(FileSystemReader):
     def __init__(self, path: Path, digests: dict | None = None) -> None:
         super().__init__(path)
         self._digests = digests or {}
+        self._metadata: Metadata | None = None
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
+        """The index, read once. Called before `torch.distributed.checkpoint.load`, which hides what is raised
+        here behind an error of its own, it says what is wrong with a state.
+        """
+        self._metadata = self._metadata or self._read()
+        self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._metadata
+
+    def _read(self) -> Metadata:
         path = Path(self.path) / STATE
         try:
             size = path.stat().st_size
@@ -153,7 +163,6 @@ class StateReader(FileSystemReader):
                 f"{self.path} is not a whole training state ({problem}): give one that the trainer wrote."
             )
         _check_listed(metadata, self._digests)
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
 

@@ -147,7 +147,7 @@ def test_no_pass_needs_more_than_a_first_derivative(train, settings, files, tmp_
     assert all(count > before[grad] for grad, count in FirstDerivative.calls.items())
 
 
-def flash_2(q, k, v, dropout_p, softmax_scale, causal, window_size, return_attn_probs):
+def flash_2(q, k, v, dropout_p, softmax_scale, causal, return_attn_probs, window_size=(-1, -1)):
     """What FlashAttention 2 takes and gives, and what it refuses."""
     assert {x.dtype for x in (q, k, v)} == {torch.bfloat16} and all(x.stride(-1) == 1 for x in (q, k, v))
     assert (dropout_p, causal, window_size, return_attn_probs) == (0.0, False, (-1, -1), False)
