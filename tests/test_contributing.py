@@ -24,7 +24,7 @@ from trainer.__main__ import app
 from trainer.checkpoints.inspect import inspect
 from trainer.config import load_preset
 from trainer.machines import counts
-from trainer.machines.account import parameters
+from trainer.machines.counts import sizes_of
 from trainer.mini import ASSETS
 from trainer.mini.clips import draw
 from trainer.mini.features import load_features
@@ -86,7 +86,9 @@ def test_the_backbone_is_counted_trained_saved_and_loaded(registry, preset_of, t
     assert kind_of(first) is kind and kind_of(plain) is MMDIT_KIND
     fewer = sum(p.numel() for p in plain.parameters()) - sum(p.numel() for p in first.parameters())
     assert (
-        parameters(model.model_copy(update={"kind": "mmdit"})) - parameters(model) == fewer == model.text_dim
+        sizes_of(model.model_copy(update={"kind": "mmdit"})).body - sizes_of(model).body
+        == fewer
+        == model.text_dim
     )
 
     base, out = tmp_path / "base.safetensors", tmp_path / "run"
@@ -167,7 +169,7 @@ def test_an_unknown_kind_is_one_sentence(registry, preset_of, tmp_path):
     with pytest.raises(
         AptError, match="^there are no parameter and FLOP counts for a uncounted: add them to"
     ):
-        parameters(load_preset(str(preset_of("uncounted"))).model)
+        sizes_of(load_preset(str(preset_of("uncounted"))).model)
 
 
 class Stub:

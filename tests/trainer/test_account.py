@@ -9,14 +9,8 @@ import pytest
 from apt_core.errors import AptError
 from trainer.config import PRESETS, load_preset
 from trainer.jobs.plan import make_plan
-from trainer.machines.account import (
-    account,
-    head_parameters,
-    parameters,
-    summary,
-)
-from trainer.machines.counts import counts_of
-from trainer.machines.flops import cost, forward_flops, tokens
+from trainer.machines.account import account, summary
+from trainer.machines.counts import cost, counts_of, head_parameters, sizes_of, tokens
 from trainer.machines.machine import GIB, imagined
 
 DOCS = PRESETS.parents[1] / "docs"
@@ -45,7 +39,7 @@ def fitting(one, stage, recipe, machine):
 )
 def test_parameters_are_those_of_the_released_models(name, count, block):
     model = preset(name).model
-    assert parameters(model) == count
+    assert sizes_of(model).body == count
     assert counts_of(model).block(model) == pytest.approx(block, rel=1e-3)
 
 
@@ -66,7 +60,7 @@ def test_parameters_are_those_of_what_we_build():
         )
         count = sum(p.numel() for p in wan.parameters())
         discriminator = Discriminator(wan)
-    assert parameters(model) == count
+    assert sizes_of(model).body == count
     assert account(preset("mini"), "image").parameters["discriminator's heads"] == head_parameters(
         model, model.width
     )
@@ -128,7 +122,7 @@ def test_less_depth_and_a_still_backbone_cost_less():
         "paper",
     )
     one, n = preset("wan2.1-1.3b-480p"), tokens(preset("wan2.1-1.3b-480p"), "video")
-    linear, attention = forward_flops(one.model, n)
+    linear, attention = counts_of(one.model).forward(one.model, n)
     outer = counts_of(one.model).outer_forward(one.model, n)
     head = 4 * n * one.model.width * (one.model.width + 1)  # back to its input
     # Three passes of the discriminator are not run again and not back.
@@ -157,7 +151,7 @@ def test_less_depth_and_a_still_backbone_cost_less():
 def test_one_forward_pass(name, n, teraflop):
     one = preset(name)
     assert tokens(one, "video") == n
-    assert sum(forward_flops(one.model, n)) / 1e12 == pytest.approx(teraflop, rel=0.003)
+    assert sum(counts_of(one.model).forward(one.model, n)) / 1e12 == pytest.approx(teraflop, rel=0.003)
 
 
 @pytest.mark.parametrize(
@@ -171,21 +165,21 @@ def test_one_sample_of_stage_2(name, teraflop):
     one = preset(name, "context_parallel=1", "stage2.paper.video.discriminator_step=batched")
     n = tokens(one, "video")
     heads = 3 * 4 * n * (one.train.head_width or one.model.width) * one.model.width
-    more = 5 * 0.5 * forward_flops(one.model, n)[1] + (3 * 3 + 2) * heads
+    more = 5 * 0.5 * counts_of(one.model).forward(one.model, n)[1] + (3 * 3 + 2) * heads
     assert account(one, "video", "paper").flops / 2048 == pytest.approx(teraflop * 1e12 + more, rel=0.01)
     two_pass = (
         account(preset(name, "context_parallel=1"), "video", "paper").flops
         - account(one, "video", "paper").flops
     )
     outer = counts_of(one.model).outer_forward(one.model, n)
-    once_more = sum(forward_flops(one.model, n)) + outer + heads
+    once_more = sum(counts_of(one.model).forward(one.model, n)) + outer + heads
     assert two_pass == pytest.approx(2048 * 3 * once_more, rel=1e-4)
 
 
 def test_stage_1_is_seven_forward_passes():
     """And the student's attention scores once more in its backward pass."""
     one = preset("wan2.1-1.3b-480p", "video_share=1.0")
-    again = 0.5 * forward_flops(one.model, tokens(one, "video"))[1]
+    again = 0.5 * counts_of(one.model).forward(one.model, tokens(one, "video"))[1]
     assert account(one, "distill").flops == pytest.approx(32 * (7 * 128.6e12 + again), rel=0.003)
 
 
@@ -195,7 +189,7 @@ def test_dmd_has_one_frozen_base_and_a_small_fake_score(mode):
     4 of the larger gradient; no second whole network beside a whole generator.
     """
     one = preset("wan2.1-1.3b-480p", "distill.method=dmd", f"train.mode={mode}")
-    found, base = account(one, "distill"), parameters(one.model)
+    found, base = account(one, "distill"), sizes_of(one.model).body
     adapter = found.parameters["fake score's LoRA"]
     trained = found.parameters["generator's LoRA" if mode == "lora" else "generator"]
     assert found.parameters["base"] == base and trained == (adapter if mode == "lora" else base)
@@ -214,7 +208,7 @@ def test_an_update_of_dmd_is_31_forward_passes():
     on top.
     """
     one = preset("wan2.1-1.3b-480p", "distill.method=dmd", "train.mode=lora", "video_share=1.0")
-    forward = sum(forward_flops(one.model, tokens(one, "video")))
+    forward = sum(counts_of(one.model).forward(one.model, tokens(one, "video")))
     passes = account(one, "distill").flops / one.distill.batch_video / forward
     alone = 5 * (1 + 3) + 3 + 3
     assert alone < passes < 1.25 * alone

@@ -14,7 +14,8 @@ from trainer.bench.many import model_of_many
 from trainer.bench.rates import Rates, peak_memory
 from trainer.bench.shapes import find_shapes
 from trainer.config import load_preset
-from trainer.machines.account import account, parameters
+from trainer.machines.account import account
+from trainer.machines.counts import sizes_of
 
 PARTS = ("text", "dit", "vae", "total")
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def test_work_is_what_the_shapes_say():
     linear = model.layers * (n * (12 * d * d + 4 * d * model.ffn) + 32 * 4 * d * d)
     assert work["dit"].flops == linear + model.layers * 4 * d * (n * n + n * 32)
     # weights, noise in, velocity out
-    assert work["dit"].moved == 4 * (parameters(model) + 2 * 16 * 3 * 6 * 6)
+    assert work["dit"].moved == 4 * (sizes_of(model).body + 2 * 16 * 3 * 6 * 6)
     assert work["vae"].flops > 20 * work["dit"].flops  # the decode is where the work is
 
 

@@ -17,10 +17,11 @@ from apt_core.method.dmd import dmd_backward, fake_backward
 from apt_core.method.generator import euler_cfg, one_step
 from apt_core.method.objectives import discriminator_backward, generator_backward
 from apt_core.models.lora import add_adapters, role
+from apt_core.models.wan import tap_blocks
 from trainer.bench.shapes import build_backbone
 from trainer.config import PRESETS, load_preset
 from trainer.machines.account import account
-from trainer.machines.flops import adversarial_flops, cost, tokens
+from trainer.machines.counts import adversarial_flops, cost, tokens
 from trainer.stages.networks import make_discriminator
 
 BATCH = 4  # of which reg_fraction 0.25 penalises one
@@ -184,13 +185,16 @@ def test_no_block_runs_behind_the_last_tap():
 
     two, four = step(2), step(4)
     fake = cost(preset, tokens(preset, "image"), False).forward
-    of_discriminator = adversarial_flops(preset, "image", "budget")[0] - fake
-    assert two + (four - two) / 2 * (preset.model.layers - 2) == pytest.approx(of_discriminator, rel=0.03)
-    whole = (
-        adversarial_flops(read("wan2.1-1.3b-480p", "stage2.budget.image.taps=[1.0]"), "image", "budget")[0]
-        - fake
-    )
-    assert of_discriminator == pytest.approx(whole / 2, rel=0.03)
+
+    def of_discriminator(preset):
+        settings = preset.phase("image", "budget")
+        taps = tap_blocks(preset.model.layers, settings.taps)
+        return adversarial_flops(preset, settings, tokens(preset, "image"), taps)[0] - fake
+
+    half = of_discriminator(preset)
+    assert two + (four - two) / 2 * (preset.model.layers - 2) == pytest.approx(half, rel=0.03)
+    whole = of_discriminator(read("wan2.1-1.3b-480p", "stage2.budget.image.taps=[1.0]"))
+    assert half == pytest.approx(whole / 2, rel=0.03)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.bench.shapes import Shapes
-from trainer.machines.flops import forward_flops, tokens
+from trainer.machines.counts import counts_of, tokens
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def count_work(shapes: Shapes, width: int, text_tokens: int) -> dict[str, Work]:
     return {
         "text": Work(text_flops, layers),
         "dit": Work(
-            sum(forward_flops(model, tokens(shapes.preset, "video"))),
+            sum(counts_of(model).forward(model, tokens(shapes.preset, "video"))),
             _bytes(transformer, width) + 2 * latents.numel() * width,
         ),
         "vae": Work(vae_flops, _bytes(vae.decoder, width) + latents.numel() * width + video),

@@ -1,7 +1,7 @@
 """Estimate, without measuring, how long the parts would take on several GPUs that share one clip."""
 
 from trainer.bench.shapes import Shapes
-from trainer.machines.account import tokens
+from trainer.machines.counts import tokens
 
 NVLINK = 450e9  # bytes/s in each direction, over all links of a Hopper card
 EXCHANGE = 30e-6  # seconds before the first byte of a collective or halo exchange arrives

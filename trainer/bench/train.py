@@ -19,7 +19,7 @@ from trainer.bench.shapes import build_backbone
 from trainer.config import Preset
 from trainer.data.batches import Micro
 from trainer.data.sampling import split
-from trainer.machines.account import account, batch_of
+from trainer.machines.account import account
 from trainer.machines.distributed import World, connect
 from trainer.machines.machine import pick_device, this_machine, versions
 from trainer.machines.parallel import attention_of, parallel_of
@@ -85,7 +85,7 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
         context_parallel=preset.train.context_parallel,
         sharded=preset.train.compute != "fp32",
     ) as world:
-        whole = batch_of(preset, phase, phase, None)
+        whole = preset.phase(phase).batch
         batch = whole if batch_given else world.dp * (preset.train.microbatch or 1)
         # the MMDiT cannot be trained as a LoRA
         modes = [mode for mode in MODES if preset.model.kind == "wan" or mode == "full"]

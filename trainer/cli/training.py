@@ -165,8 +165,8 @@ def _show(
     """Print the plan of a stage on this machine or, with `gpus`, on one that is described. options: as for
     `make_plan`.
     """
-    from trainer.jobs.dry_run import show_plan
     from trainer.jobs.plan import make_plan
+    from trainer.jobs.tell import show_plan
     from trainer.machines.machine import imagined
 
     machine = None if gpus is None else imagined(gpus, memory, tflops)

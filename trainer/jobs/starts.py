@@ -58,6 +58,5 @@ def _refuse_run(path: Path) -> None:
     if (path / "states").is_dir() or (path / "latents").is_dir():
         raise AptError(
             f"--start-from {path} is the folder of a run that has finished no stage: "
-            "give a file of weights, or let it "
-            "finish its first stage."
+            "give a file of weights, or let it finish its first stage."
         )

@@ -1,7 +1,5 @@
-"""What a run needs, computed from the preset alone, without touching a weight: parameters, FLOPs per update,
-and bytes per GPU by kind.
-
-Notation: N tokens of one sample, d width, L blocks. The FLOPs come from trainer.machines.flops.
+"""What a stage needs, computed from the preset alone, without touching a weight: parameters, FLOPs per
+update, and bytes per GPU by kind. What its networks count is in trainer.machines.counts.
 """
 
 import math
@@ -9,13 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apt_core.errors import AptError
-from apt_core.models.wan import PAPER_FRACTIONS, tap_blocks
-from trainer.config import Model, Preset
-from trainer.machines.counts import counts_of
-from trainer.machines.flops import adversarial_flops, distill_flops, tokens
+from apt_core.models.wan import tap_blocks
+from trainer.config import Model, Preset, Train
+from trainer.machines.counts import (
+    Sizes,
+    adversarial_flops,
+    distill_flops,
+    head_parameters,
+    sizes_of,
+    tokens,
+)
 
 STAGES = ("distill", "image", "video")
-TAPS = len(PAPER_FRACTIONS)
 BLOCK_BYTES = (68.0, 4.15)
 """What one block needs in bf16 while it runs forward and backward again from its checkpoint, bytes per token:
 so many times the width, and so many times ffn. The two numbers are fitted to measurements of the three Wan
@@ -34,6 +37,7 @@ PASS_BYTES = (8.0, 6.0)
 class Account:
     """What one stage needs.
 
+    samples: (visual tokens of one sample, samples in an update), by kind of sample.
     parameters: the number of parameters, by network.
     flops: FLOPs of one update over the whole batch.
     memory: bytes on each GPU, by kind.
@@ -41,6 +45,7 @@ class Account:
     warmup: FLOPs of all warm-up updates together; they come first and train only the discriminator.
     """
 
+    samples: dict[str, tuple[int, int]]
     parameters: dict[str, int]
     flops: float
     memory: dict[str, float]
@@ -56,52 +61,20 @@ class Account:
         return (self.flops * self.updates + self.warmup) / flops_per_second / 3600
 
 
-def time_parameters(model: Model) -> int:
-    """Parameters of the time embedder. It is fp32, whatever the dtype of the rest."""
-    d = model.width
-    return 256 * d + d + d * d + d
-
-
-def outer_parameters(model: Model) -> int:
-    """Parameters outside the blocks: the embedders and the output head."""
-    return time_parameters(model) + counts_of(model).outer(model)
-
-
-def parameters(model: Model) -> int:
-    """Parameters of the transformer."""
-    counts = counts_of(model)
-    return model.layers * counts.block(model) - counts.idle(model) + outer_parameters(model)
-
-
-def head_parameters(model: Model, inner: int, taps: int = TAPS) -> int:
-    """Parameters of the discriminator's heads, the last norm and the logit. inner: width of their attention;
-    taps: how many heads there are.
-    """
-    d = model.width
-    head = 4 * d + 4 * d * inner + 3 * inner + d + 2 * model.head_dim + 8 * d * inner + 4 * inner + d
-    return taps * head + 3 * taps * d + 1
-
-
-def adapter_parameters(model: Model, rank: int) -> int:
-    """Parameters of one LoRA of this rank on all linear layers of the blocks."""
-    return model.layers * rank * counts_of(model).adapter_widths(model)
-
-
-def base_bytes(model: Model, compute: str, gpus: int) -> float:
+def base_bytes(sizes: Sizes, compute: str, gpus: int) -> float:
     """Bytes on each GPU of the frozen base in LoRA mode. It is stored in the compute dtype, except for the
     weights that stay fp32.
     """
     if compute == "fp32":
-        return 4 * parameters(model) / gpus
-    time, exact = time_parameters(model), counts_of(model).exact(model)
-    return (2 * (parameters(model) - time - exact) + 4 * time) / gpus + 4 * exact
+        return 4 * sizes.body / gpus
+    return (2 * (sizes.body - sizes.time - sizes.exact) + 4 * sizes.time) / gpus + 4 * sizes.exact
 
 
 def account(preset: Preset, stage: str, recipe: str | None = None, gpus: int = 1, frozen: int = 0) -> Account:
     """The account of a stage on this many GPUs. stage: "distill", or "image" or "video" of stage 2.
 
     frozen: bytes of what stage 2's start changes beside the layers that adapters adapt
-    (trainer.jobs.starts.Start); counted in LoRA mode alone.
+    (trainer.stages.networks.Start); counted in LoRA mode alone.
 
     Raises AptError as `check_split` does.
     """
@@ -174,53 +147,46 @@ def batch_of(preset: Preset, stage: str, kind: str, recipe: str | None) -> int:
 
 def _adversarial(preset: Preset, stage: str, recipe: str, gpus: int, frozen: int) -> Account:
     settings, train, model = preset.phase(stage, recipe), preset.train, preset.model
-    n, lora = tokens(preset, stage), preset.train.mode == "lora"
+    sizes, n, lora = sizes_of(model, train.lora_rank), tokens(preset, stage), train.mode == "lora"
     inner = train.head_width or model.width
     taps = tap_blocks(model.layers, settings.taps)
-    body, heads = parameters(model), head_parameters(model, inner, len(taps))
-    micro = _microbatch(preset, settings.batch, gpus)
+    heads = head_parameters(model, inner, len(taps))
+    of_discriminator, of_generator = adversarial_flops(preset, settings, n, taps)
+
+    micro = _microbatch(train, settings.batch, gpus)
     penalties = [weight > 0 for weight in (settings.r1_weight, settings.r2_weight)]
     most_passes = 2 + sum(penalties) * math.ceil(settings.reg_fraction * micro) / micro
-
-    of_discriminator, of_generator = adversarial_flops(preset, stage, recipe)
-
     averages = len({settings.ema_decay, *train.ema_decays})
     shard = 1 / gpus
     if lora:
-        adapter = adapter_parameters(model, train.lora_rank)
-        body_of_d = adapter // model.layers * taps[-1]
+        body_of_d = sizes.adapter // model.layers * taps[-1]
         counted = {
-            "base": body,
-            "generator's LoRA": adapter,
+            "base": sizes.body,
+            "generator's LoRA": sizes.adapter,
             "discriminator's LoRA": body_of_d,
             "discriminator's heads": heads,
         }
-        trained = adapter
-        memory = {"frozen base": base_bytes(model, train.compute, gpus)}
+        trained = sizes.adapter
+        memory = {"frozen base": base_bytes(sizes, train.compute, gpus)}
         if frozen:
             starting = 2 if settings.discriminator_start == "start" else 1
             memory["what the start changes beside adapters"] = frozen * starting
     else:
-        body_of_d = (
-            body - counts_of(model).head(model) - (model.layers - taps[-1]) * counts_of(model).block(model)
-        )
-        counted = {"generator": body, "discriminator": body_of_d, "discriminator's heads": heads}
-        trained, memory = body, {}
+        body_of_d = sizes.body - sizes.output - (model.layers - taps[-1]) * sizes.block
+        counted = {"generator": sizes.body, "discriminator": body_of_d, "discriminator's heads": heads}
+        trained, memory = sizes.body, {}
     still = 0 if settings.train_backbone else body_of_d
     states = (trained, body_of_d - still + heads)
     accumulates = settings.batch // (gpus // train.context_parallel) > micro
     whole_gradients = gpus > 1 and accumulates and not train.sync_every_microbatch
+    largest_layer = max(sizes.block, heads // len(taps) * 4 // _width(train.compute))
+    zeros = [train.generator_zero] if lora else [train.generator_zero, train.discriminator_zero]
     memory |= {
         "weights (fp32)": 4 * (sum(states) + still) * shard,
         "optimizer": 4 * sum(states) * shard,
         "averages": 4 * averages * trained * shard,
         "gradients": 4 * max(states) * (1 if whole_gradients else shard),
-        "gathered weights": _gathered(
-            preset,
-            gpus,
-            max(counts_of(model).block(model), heads // len(taps) * 4 // _width(train.compute)),
-            [train.generator_zero] if lora else [train.generator_zero, train.discriminator_zero],
-        ),
+        "gathered weights": _gathered(sizes, train.compute, gpus, largest_layer, zeros),
     }
     kept, judged, block = _activations(preset, n, micro)
     # The heads compute in fp32, see trainer.machines.parallel.shard. They run behind all blocks, so their
@@ -235,58 +201,59 @@ def _adversarial(preset: Preset, stage: str, recipe: str, gpus: int, frozen: int
     memory["activations"] = max(at_once[settings.discriminator_step], kept + judged + largest)
     flops = settings.batch * (of_discriminator + of_generator)
     warmup = settings.warmup * settings.batch * of_discriminator
-    return Account(counted, flops, memory, settings.updates, warmup)
+    return Account({stage: (n, settings.batch)}, counted, flops, memory, settings.updates, warmup)
 
 
 def _distill(preset: Preset, gpus: int) -> Account:
     settings, train, model = preset.distill, preset.train, preset.model
-    lora, body = train.mode == "lora", parameters(model)
+    sizes, lora = sizes_of(model, train.lora_rank), train.mode == "lora"
+    samples = {
+        "image": (tokens(preset, "image"), settings.batch_image),
+        "video": (tokens(preset, "video"), settings.batch_video),
+    }
     shares = {"image": 1 - settings.video_share, "video": settings.video_share}
-    flops = sum(
-        share * getattr(settings, f"batch_{kind}") * distill_flops(preset, kind)
-        for kind, share in shares.items()
-    )
+    flops = sum(shares[kind] * batch * distill_flops(preset, n) for kind, (n, batch) in samples.items())
 
     averages, shard = len({settings.ema_decay, *train.ema_decays}), 1 / gpus
-    adapter = adapter_parameters(model, train.lora_rank)
-    trained = adapter if lora else body
+    trained = sizes.adapter if lora else sizes.body
     if settings.method == "dmd":
-        target, fake, zeros = 0, adapter, [train.generator_zero] * (1 if lora else 2)
-        counted = {"base": body, "generator's LoRA" if lora else "generator": trained}
+        target, fake, zeros = 0, sizes.adapter, [train.generator_zero] * (1 if lora else 2)
+        counted = {"base": sizes.body, "generator's LoRA" if lora else "generator": trained}
         counted |= {"fake score's LoRA": fake}
     else:
         target, fake = (trained if settings.target_decay else 0), 0
         zeros = [train.generator_zero] if lora else [train.generator_zero, train.discriminator_zero]
-        counted = {"base": body, "student's LoRA": trained} if lora else {"student": body, "teacher": body}
-    shared = lora or settings.method == "dmd"
-    memory = (
-        {"frozen base": base_bytes(model, train.compute, gpus)} if shared else {"teacher": 4 * body * shard}
+        counted = {
+            "base" if lora else "teacher": sizes.body,
+            "student's LoRA" if lora else "student": trained,
+        }
+    if lora or settings.method == "dmd":
+        memory = {"frozen base": base_bytes(sizes, train.compute, gpus)}
+    else:
+        memory = {"teacher": 4 * sizes.body * shard}
+    n, micro, batch = max(
+        ((n, _microbatch(train, batch, gpus), batch) for kind, (n, batch) in samples.items() if shares[kind]),
+        key=lambda one: one[0] * one[1],
     )
-    worst = max(
-        (kind for kind, share in shares.items() if share),
-        key=lambda kind: tokens(preset, kind) * _microbatch(preset, getattr(settings, f"batch_{kind}"), gpus),
-    )
-    batch = getattr(settings, f"batch_{worst}")
-    micro = _microbatch(preset, batch, gpus)
     whole_gradients = (
         gpus > 1 and not train.sync_every_microbatch and batch // (gpus // train.context_parallel) > micro
     )
-    kept, _, block = _activations(preset, tokens(preset, worst), micro)
+    kept, _, block = _activations(preset, n, micro)
     if settings.method == "dmd":  # both scores look at the sample while the pass that made it is kept
-        block = max(block, _share(preset, tokens(preset, worst), micro) * _of_block(model, *PASS_BYTES))
+        block = max(block, _share(train, n, micro) * _of_block(model, *PASS_BYTES))
     memory |= {
         "weights (fp32)": 4 * (trained + target + fake) * shard,
         "optimizer": 8 * (trained + fake) * shard,
         "averages": 4 * (averages * trained + target) * shard,
         "gradients": 4 * max(trained, fake) * (1 if whole_gradients else shard),
-        "gathered weights": _gathered(preset, gpus, counts_of(model).block(model), zeros),
+        "gathered weights": _gathered(sizes, train.compute, gpus, sizes.block, zeros),
         "activations": kept + block,
     }
-    return Account(counted, flops, memory, settings.updates)
+    return Account(samples, counted, flops, memory, settings.updates)
 
 
-def _microbatch(preset: Preset, batch: int, gpus: int) -> int:
-    return preset.train.microbatch or max(1, batch // (gpus // preset.train.context_parallel))
+def _microbatch(train: Train, batch: int, gpus: int) -> int:
+    return train.microbatch or max(1, batch // (gpus // train.context_parallel))
 
 
 def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float, float]:
@@ -294,7 +261,7 @@ def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float, floa
     through a frozen network does, what one block needs in addition while it is recomputed).
     """
     model, train = preset.model, preset.train
-    share = _share(preset, n, micro)
+    share = _share(train, n, micro)
     if train.checkpointing == "none":
         trained, frozen = (
             model.layers * share * _of_block(model, *KEPT_BYTES[how]) for how in (train.mode, "frozen")
@@ -304,9 +271,9 @@ def _activations(preset: Preset, n: int, micro: int) -> tuple[float, float, floa
     return kept, kept, share * _of_block(model, *BLOCK_BYTES)
 
 
-def _share(preset: Preset, n: int, micro: int) -> float:
+def _share(train: Train, n: int, micro: int) -> float:
     """Tokens of a microbatch on one GPU, in numbers of 2 bytes."""
-    return n / preset.train.context_parallel * micro * _width(preset.train.compute) / 2
+    return n / train.context_parallel * micro * _width(train.compute) / 2
 
 
 def _of_block(model: Model, of_width: float, of_ffn: float) -> float:
@@ -314,19 +281,18 @@ def _of_block(model: Model, of_width: float, of_ffn: float) -> float:
     return of_width * model.width + of_ffn * model.ffn
 
 
-def _gathered(preset: Preset, gpus: int, largest: int, zeros: Sequence[int]) -> float:
+def _gathered(sizes: Sizes, compute: str, gpus: int, largest: int, zeros: Sequence[int]) -> float:
     """Bytes of gathered (unsharded) weights in the compute dtype: with ZeRO-3 two blocks at a time and the
     weights outside the blocks, with ZeRO-2 the whole network.
 
     largest: parameters of the largest block or head. zeros: the ZeRO stage of each network that is not made
     of adapters.
     """
-    train, model = preset.train, preset.model
-    if gpus == 1 and train.compute == "fp32":
+    if gpus == 1 and compute == "fp32":
         return 0.0
-    sizes = [parameters(model) if zero == 2 else outer_parameters(model) for zero in zeros]
-    exact = (4 - _width(train.compute)) * time_parameters(model) * len(zeros)
-    return _width(train.compute) * (sum(sizes) + 2 * largest) + exact
+    gathered = sum(sizes.body if zero == 2 else sizes.outer for zero in zeros)
+    exact = (4 - _width(compute)) * sizes.time * len(zeros)
+    return _width(compute) * (gathered + 2 * largest) + exact
 
 
 def _width(compute: str) -> int:

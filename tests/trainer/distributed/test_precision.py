@@ -28,6 +28,7 @@ from apt_core.models.precision import stays_fp32
 from trainer.config import Model
 from trainer.data.batches import Micro
 from trainer.machines.account import base_bytes
+from trainer.machines.counts import sizes_of
 from trainer.machines.distributed import World, connect
 from trainer.machines.parallel import Parallel, place
 from trainer.stages.adversarial import check_batch
@@ -114,7 +115,7 @@ def test_a_lora_tells_timesteps_apart_as_well_as_the_whole_network(kind, process
         kind=kind, layers=4, heads=2, head_dim=12, ffn=48 if kind == "wan" else 96, channels=4, text_dim=10
     )
     sines = 4 * 24 * (256 - 16) if kind == "wan" else 0
-    assert found["bytes"] == processes * base_bytes(model, "bf16", processes) - sines
+    assert found["bytes"] == processes * base_bytes(sizes_of(model), "bf16", processes) - sines
 
 
 @pytest.mark.parametrize("processes", [1, 2])
