@@ -37,6 +37,7 @@ __all__ = [
     "Settings",
     "Train",
     "load_preset",
+    "load_recipe",
 ]
 
 PRESETS = Path(__file__).parent / "presets"
@@ -132,6 +133,24 @@ def load_preset(name: str | Path, overrides: Sequence[str] = (), sections: Seque
         raise AptError(f"preset {path.name} is not valid TOML ({error}): correct it.") from None
     except ValidationError as error:
         raise _sentence(path.name, error.errors()[0], values) from None
+
+
+def load_recipe(
+    name: str | Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    sections: Sequence[str] = (),
+    phase: str | None = None,
+) -> tuple[Preset, str]:
+    """A preset as a run has it: as one of its recipes changes it, by default its first, and then `overrides`.
+
+    phase: "image" or "video", in whose settings of the recipe a key is looked up before the other `sections`.
+    Returns the recipe's name too. Raises AptError as `load_preset` and `Preset.with_recipe` do.
+    """
+    preset = load_preset(name)
+    recipe = recipe or preset.default_recipe
+    first = (f"stage2.{recipe}.{phase}",) if phase else ()
+    return preset.with_recipe(recipe, overrides, (*first, *sections)), recipe
 
 
 def comparable(preset: Mapping, recipe: str) -> dict:

@@ -18,15 +18,16 @@ PHASE = "stage2.RECIPE.PHASE"
 """Takes the place of recipe and phase in the names of stage 2's settings when no preset is given."""
 
 
-def settings_list(preset: Preset | None = None, width: int = 100) -> list[str]:
+def settings_list(preset: Preset | None = None, recipe: str | None = None, width: int = 100) -> list[str]:
     """Lines of at most `width` characters that list all settings.
 
     Each section has its name and meaning, then each setting has its full name, value and meaning.
 
-    preset: list this preset's values (with its first recipe's phases) instead of the defaults.
+    preset: list this preset's values instead of the defaults, with the phases of `recipe`, by default its
+    first. What a recipe changes elsewhere is shown if the preset has it applied (`load_recipe`).
     """
     lines = []
-    for name, section, values in _sections(preset):
+    for name, section, values in _sections(preset, recipe):
         about = " ".join((section.__doc__ or "").split())
         lines += ["", *textwrap.wrap(f"[{name}] {about}", width)]
         for key, field in section.model_fields.items():
@@ -39,12 +40,12 @@ def settings_list(preset: Preset | None = None, width: int = 100) -> list[str]:
     return lines[1:]
 
 
-def _sections(preset: Preset | None) -> Iterator[tuple[str, type[Settings], dict | None]]:
+def _sections(preset: Preset | None, recipe: str | None) -> Iterator[tuple[str, type[Settings], dict | None]]:
     for name, section in SECTIONS.items():
         yield name, section, None if preset is None else getattr(preset, name).model_dump()
     if preset is None:
         yield PHASE, Adversarial, None
         return
     for phase in ("image", "video"):
-        values = preset.phase(phase).model_dump()
-        yield f"stage2.{preset.default_recipe}.{phase}", Adversarial, values
+        values = preset.phase(phase, recipe).model_dump()
+        yield f"stage2.{recipe or preset.default_recipe}.{phase}", Adversarial, values

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +90,41 @@ def test_training_in_miniature(tmp_path):
             and row["seconds"] > 0 < row["account_bytes"]
         )
     assert "s / update" in shown and not (tmp_path / "random").exists()
+
+
+@pytest.mark.parametrize(
+    "given, frames, head_width, batch, whole",
+    [
+        ((), 17, 32, 1, 6),
+        (("--recipe", "other"), 9, None, 1, 4),
+        (("frames=5", "microbatch=2"), 5, 32, 2, 6),
+        (("batch=3",), 17, 32, 3, 3),
+        (("--recipe", "other", "batch=3"), 9, None, 3, 3),
+    ],
+)
+def test_training_is_timed_with_what_a_recipe_changes_elsewhere_and_then_the_command_line(
+    given, frames, head_width, batch, whole, tmp_path, monkeypatch
+):
+    tiny = (Path(__file__).parent / "tiny.toml").read_text(encoding="utf-8")
+    also = '[stage2.paper.also]\n"data.frames" = 17\n"train.head_width" = 32\n'
+    first, phase, video = tiny.partition("[stage2.paper.video]")
+    own = tiny.partition("[stage2.stable.image]")[2].replace("stable", "other")
+    preset = f"{first}{phase}{video.replace('batch = 4', 'batch = 6', 1)}{also}[stage2.other.image]{own}"
+    (tmp_path / "also.toml").write_text(preset, encoding="utf-8")
+    seen = []
+
+    def measure(preset, recipe, phase, *rest):
+        seen.append((preset.data.frames, preset.train.head_width, preset.phase(phase, recipe).batch))
+        zeros = ("seconds", "flops_per_second", "share_of_peak", "peak_bytes", "account_bytes")
+        return dict.fromkeys(zeros, 0.0)
+
+    monkeypatch.setattr("trainer.bench.train._measure", measure)
+    shown = bench("train", tmp_path / "also.toml", *given, "--json", tmp_path / "a.json")
+    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert seen == [(frames, head_width, batch)] * 2
+    recipe = "other" if "other" in given else "paper"
+    assert (found["batch"], found["whole_batch"], found["recipe"]) == (batch, whole, recipe)
+    assert shown.startswith(f"tiny/{recipe}, videos, batch {batch}")
 
 
 def test_work_is_what_the_shapes_say():

@@ -45,6 +45,21 @@ def test_values_are_the_defaults_or_the_presets():
     assert "stage2.RECIPE.PHASE.r1_weight" in default
 
 
+def test_a_recipes_values_are_those_that_it_gives_elsewhere_too():
+    def shown(*arguments: str) -> dict[str, str]:
+        lines = CliRunner().invoke(app, ["settings", *arguments]).stdout.splitlines()
+        return {name: line.split()[1] for name, line in listed(lines).items()}
+
+    first, weekend = shown("wan2.2-5b"), shown("wan2.2-5b", "--recipe", "weekend")
+    assert (first["train.mode"], weekend["train.mode"], weekend["data.frames"]) == ("full", "lora", "33")
+    assert weekend["stage2.weekend.video.batch"] == "32" and "stage2.weekend.video.batch" not in first
+    refused = CliRunner().invoke(app, ["settings", "--recipe", "weekend"])
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        "error: --recipe weekend is one of a preset's: name the preset, or leave it out.\n"
+    )
+
+
 @pytest.mark.parametrize("width", [72, 100])
 def test_no_line_is_wider_than_asked(width):
     assert max(map(len, settings_list(width=width))) <= width

@@ -16,7 +16,7 @@ from apt_core.models.precision import cast
 from apt_core.models.text import TextEncoder
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.starting_models import build
-from trainer.config import Model, Preset, load_preset
+from trainer.config import Model, Preset, load_recipe
 
 PRESETS = {
     "mini": "mini",
@@ -124,7 +124,7 @@ def find_shapes(name: str) -> Shapes:
     """Find a model of the benchmark by name. Raises AptError for a name that is not in PRESETS."""
     if name not in PRESETS:
         raise AptError(f"there is no model {name!r} in the benchmark: use one of {', '.join(PRESETS)}.")
-    return Shapes(name, load_preset(PRESETS[name]))
+    return Shapes(name, load_recipe(PRESETS[name])[0])
 
 
 def build_backbone(model: Model, device: torch.device | str, dtype: torch.dtype) -> nn.Module:

@@ -12,7 +12,6 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from apt_core.errors import AptError
 from apt_core.files.jsonfile import write_json
 from trainer.bench.rates import peak_memory, synchronise
 from trainer.bench.shapes import build_backbone
@@ -70,14 +69,14 @@ class RandomBatches:
         return out
 
 
-def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_given: bool) -> dict:
+def run(
+    preset: Preset, recipe: str, phase: str, updates: int, out: Path | None, *, batch_given: bool
+) -> dict:
     """Time `updates` updates in each mode; print the result, write it as JSON to `out`, and return it.
 
-    Unless the user gave a batch, one microbatch is timed and the preset's batch is extrapolated from it.
-    Raises AptError for an unknown phase.
+    preset: with its recipe applied (`load_recipe`). Unless the user gave a batch, one microbatch is timed,
+    and the recipe's batch is extrapolated from it.
     """
-    if phase not in ("image", "video"):
-        raise AptError(f"--phase {phase} is not known: use image or video.")
     attention = attention_of(preset, pick_device(preset.train.device))
     machine = this_machine(pick_device(preset.train.device), preset.train.compute)
     with connect(
@@ -85,12 +84,13 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
         context_parallel=preset.train.context_parallel,
         sharded=preset.train.compute != "fp32",
     ) as world:
-        whole = preset.phase(phase).batch
+        whole = preset.phase(phase, recipe).batch
         batch = whole if batch_given else world.dp * (preset.train.microbatch or 1)
         # the MMDiT cannot be trained as a LoRA
         modes = [mode for mode in MODES if preset.model.kind == "wan" or mode == "full"]
         result = {
             "preset": preset.name,
+            "recipe": recipe,
             "phase": phase,
             "date": date.today().isoformat(),
             "device": machine.name,
@@ -103,7 +103,7 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
             "versions": versions(),
             "modes": {
                 mode: _measure(
-                    _changed(preset, phase, mode, batch), phase, mode, updates, world, machine.peak
+                    _changed(preset, recipe, phase, mode, batch), recipe, phase, updates, world, machine.peak
                 )
                 for mode in modes
             },
@@ -117,16 +117,16 @@ def run(preset: Preset, phase: str, updates: int, out: Path | None, *, batch_giv
         return result
 
 
-def _changed(preset: Preset, phase: str, mode: str, batch: int) -> Preset:
-    phases = preset.phases()
+def _changed(preset: Preset, recipe: str, phase: str, mode: str, batch: int) -> Preset:
+    phases = preset.phases(recipe)
     settings = getattr(phases, phase).model_copy(update={"batch": batch, "warmup": 0})
-    stage2 = preset.stage2 | {preset.default_recipe: phases.model_copy(update={phase: settings})}
+    stage2 = preset.stage2 | {recipe: phases.model_copy(update={phase: settings})}
     return preset.model_copy(
         update={"stage2": stage2, "train": preset.train.model_copy(update={"mode": mode})}
     )
 
 
-def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, peak_flops: float) -> dict:
+def _measure(preset: Preset, recipe: str, phase: str, updates: int, world: World, peak_flops: float) -> dict:
     """Seconds per update, without the first, and a process's peak memory beside what its account says."""
     train, times = preset.train, []
     parallel, _ = parallel_of(preset, pick_device(train.device))
@@ -140,12 +140,12 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
         if done == updates:
             raise _Enough  # before the stage writes anything
 
-    needed = account(preset, phase, None, world.size)
+    needed = account(preset, phase, recipe, world.size)
     gc.collect()  # what the previous mode leaves behind has reference cycles
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     with peak_memory(world.device, interval=0.05) as peak:  # not too often, because this run is also timed
-        settings = preset.phase(phase).model_copy(update={"updates": updates})
+        settings = preset.phase(phase, recipe).model_copy(update={"updates": updates})
         try:
             adversarial(
                 phase,
@@ -180,7 +180,7 @@ def _measure(preset: Preset, phase: str, mode: str, updates: int, world: World, 
 def show(result: dict) -> None:
     """Print the result as a table."""
     title = (
-        f"{result['preset']}, {result['phase']}s, batch {result['batch']}, "
+        f"{result['preset']}/{result['recipe']}, {result['phase']}s, batch {result['batch']}, "
         f"{result['processes']} x {result['device']}, {result['compute']}, {result['attention']}"
     )
     table = Table(title=title, title_justify="left", box=None)

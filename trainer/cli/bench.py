@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli.app import USE, Device, Json, Overrides, Phase, Preset, app
+from apt_core.errors import AptError
+from trainer.cli.app import USE, Device, Json, Overrides, Phase, Preset, Recipe, app
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +47,7 @@ def bench_inference(
 def bench_train(
     preset: Preset = "mini",
     overrides: Overrides = None,
+    recipe: Recipe = None,
     json: Json = None,
     phase: Phase = "video",
     updates: Annotated[
@@ -57,14 +59,10 @@ def bench_train(
     Shows which share of the peak speed it reaches, and its memory beside what --dry-run counts.
     """
     from trainer.bench.train import run
-    from trainer.config import load_preset
+    from trainer.config import load_recipe
 
-    recipe = load_preset(preset).default_recipe
-    loaded = load_preset(preset, overrides or (), (f"stage2.{recipe}.{phase}", "train", "data", "model"))
-    run(
-        loaded,
-        phase,
-        updates,
-        json,
-        batch_given=any(o.partition("=")[0].endswith("batch") for o in overrides or ()),
-    )
+    if phase not in ("image", "video"):
+        raise AptError(f"--phase {phase} is not known: use image or video.")
+    loaded, recipe = load_recipe(preset, recipe, overrides or (), ("train", "data", "model"), phase)
+    given = {override.partition("=")[0].rpartition(".")[2] for override in overrides or ()}
+    run(loaded, recipe, phase, updates, json, batch_given="batch" in given)

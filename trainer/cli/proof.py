@@ -36,11 +36,11 @@ def demo(
 
     Takes about ten minutes on two cores.
     """
-    from trainer.config import load_preset
+    from trainer.config import load_recipe
     from trainer.proof.demo import Demo
 
     preset, recipe = _spelled_anew(preset, recipe)
-    loaded = load_preset(preset).with_recipe(recipe)
+    loaded, _ = load_recipe(preset, recipe)
     Demo(out, loaded, recipe, data, seed, samples, skip_bad, truncate_captions).run()
 
 

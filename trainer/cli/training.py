@@ -49,12 +49,14 @@ def precompute_command(
     """Encode captioned videos and images into shards of latents and text embeddings. Can be resumed; under
     torchrun the work is divided over the processes.
     """
+    from trainer.config import load_recipe
     from trainer.jobs.training import run_precompute
 
     chosen = tuple(dict.fromkeys(kinds.split(",")))
     if not set(chosen) <= {"image", "video"}:
         raise AptError(f"--kinds {kinds} is not known: use image, video, or image,video.")
-    loaded = _load(preset, recipe, overrides, "data", "files", "train", "sampling", "model")
+    sections = ("data", "files", "train", "sampling", "model")
+    loaded, _ = load_recipe(preset, recipe, overrides or (), sections)
     run_precompute(
         loaded,
         data,
@@ -71,13 +73,17 @@ def settings_command(
     preset: Annotated[
         str | None, typer.Argument(help="Print this preset's values instead of the defaults.")
     ] = None,
+    recipe: Recipe = None,
 ) -> None:
     """List every setting that KEY=VALUE can change, with its meaning and its default."""
-    from trainer.config import load_preset
+    from trainer.config import load_recipe
     from trainer.settings_list import settings_list
 
+    if recipe and not preset:
+        raise AptError(f"--recipe {recipe} is one of a preset's: name the preset, or leave it out.")
+    chosen = load_recipe(preset, recipe) if preset else (None, None)
     width = max(72, shutil.get_terminal_size((100, 24)).columns)
-    print("\n".join(settings_list(load_preset(preset) if preset else None, width)))
+    print("\n".join(settings_list(*chosen, width=width)))
 
 
 @app.command("distill", rich_help_panel=TRAIN)
@@ -94,7 +100,10 @@ def distill_command(
     gpu_tflops: Tflops = 800,
 ) -> None:
     """Stage 1: distil the base model into one step, by consistency or distribution matching (method=dmd)."""
-    loaded = _load(preset, recipe, overrides, "distill", "train", "files", "data", "sampling", "model")
+    from trainer.config import load_recipe
+
+    sections = ("distill", "train", "files", "data", "sampling", "model")
+    loaded, _ = load_recipe(preset, recipe, overrides or (), sections)
     out = out or RUNS / loaded.name
     if dry_run:
         _show(loaded, "distill", out, gpus, gpu_memory, gpu_tflops)
@@ -128,9 +137,12 @@ def adversarial_command(
     gpu_tflops: Tflops = 800,
 ) -> None:
     """Stage 2: one phase of adversarial post-training. The same command continues a run that was stopped."""
+    from trainer.config import load_recipe
+
     if phase not in ("image", "video"):
         raise AptError(f"--phase {phase} is not known: use image or video.")
-    loaded = _load(preset, recipe, overrides, "train", "files", "data", "sampling", "model", phase=phase)
+    sections = ("train", "files", "data", "sampling", "model")
+    loaded, recipe = load_recipe(preset, recipe, overrides or (), sections, phase)
     out = out or RUNS / loaded.name
     if dry_run:
         _show(loaded, phase, out, gpus, gpu_memory, gpu_tflops, recipe=recipe, start=start)
@@ -138,19 +150,6 @@ def adversarial_command(
     from trainer.jobs.training import run_adversarial
 
     run_adversarial(loaded, phase, out, recipe=recipe, start=start, seed=seed, shards=shards)
-
-
-def _load(name: str, recipe: str | None, overrides: list[str] | None, *sections: str, phase: str = ""):
-    """The preset as a recipe changes it, by default its first, and then the command line.
-
-    sections: where keys without dots are looked up, after the recipe's `phase` if one is given.
-    """
-    from trainer.config import load_preset
-
-    loaded = load_preset(name)
-    recipe = recipe or loaded.default_recipe
-    first = (f"stage2.{recipe}.{phase}",) if phase else ()
-    return loaded.with_recipe(recipe, overrides or (), (*first, *sections))
 
 
 def _show(
