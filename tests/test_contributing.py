@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,3 +212,29 @@ def test_the_figure_has_its_value():
     reference = names["WithContrast"](load_features(ASSETS / "features.safetensors"), clips)
     row = reference.measure(clips, scenes)
     assert row["structure"] == 1 and row["contrast"] == names["contrast"](clips) > 0
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_two_branches_that_each_add_a_line_to_the_change_log_merge(tmp_path):
+    for name in (".gitattributes", "CHANGELOG.md"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        said = subprocess.run(["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert said.returncode == 0, said.stdout + said.stderr
+
+    log, before = tmp_path / "CHANGELOG.md", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    git("init", "--quiet", "--initial-branch=one"), git("add", "."), git("commit", "--quiet", "-m", "both")
+    git("branch", "two")
+    for branch in ("one", "two"):
+        git("checkout", "--quiet", branch)
+        log.write_text(
+            f"{before}- What {branch} did,\n  in two lines.\n- And {branch} more.\n", encoding="utf-8"
+        )
+        git("commit", "--quiet", "--all", "-m", branch)
+    git("rebase", "--quiet", "one")
+    both = "".join(
+        f"- What {branch} did,\n  in two lines.\n- And {branch} more.\n" for branch in ("one", "two")
+    )
+    assert log.read_text(encoding="utf-8") == before + both
