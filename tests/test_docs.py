@@ -70,6 +70,23 @@ def test_lines_of_pages_are_not_too_long(page):
     assert long_lines(text_of(page)) == []
 
 
+def test_comments_beside_the_code_are_not_too_long():
+    """In presets, settings, workflows and scripts of the browser; ruff looks at Python's."""
+    folders = (
+        "trainer/presets/*.toml",
+        "*.toml",
+        "requirements.txt",
+        ".github/workflows/*",
+        "nodes/web/*.js",
+    )
+    files = [path for pattern in folders for path in sorted(ROOT.glob(pattern))]
+    assert len(files) > 10
+    comment = re.compile(r"^(?:.*?[ \t])?(?:#|//) .*$", re.M)
+    assert [
+        (path.name, line) for path in files for line in comment.findall(text_of(path)) if len(line) > WIDEST
+    ] == []
+
+
 @pytest.mark.parametrize("page", PROSE, ids=[page.relative_to(ROOT).as_posix() for page in PROSE])
 def test_no_merge_was_left_unfinished(page):
     assert re.findall(r"^(?:<{7}|>{7})|={7}$", text_of(page), re.M) == []

@@ -1,9 +1,13 @@
-// The custom size of Empty APT Latent starts at the size that the connected model was trained for, as the metadata of its file has it.
+// The custom size of Empty APT Latent starts at the size that the connected model was trained for, as the
+// metadata of its file has it.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 // Node: widget with the file's name, folders in which it can be.
-const MODELS = { APTLoadCheckpoint: ["checkpoint", "diffusion_models", "apt"], UNETLoader: ["unet_name", "diffusion_models"] };
+const MODELS = {
+  APTLoadCheckpoint: ["checkpoint", "diffusion_models", "apt"],
+  UNETLoader: ["unet_name", "diffusion_models"],
+};
 const LORAS = { LoraLoaderModelOnly: ["lora_name", "loras"], LoraLoader: ["lora_name", "loras"] };
 const START = { width: 832, height: 480, frames: 49 };
 
@@ -21,7 +25,8 @@ function modelAbove(node) {
   return slot < 0 ? null : node.getInputNode(slot);
 }
 
-// As read_model of nodes/wan_model.py: the model's own file, but of a base the last LoRA on it tells what became of it.
+// As read_model of nodes/wan_model.py: the model's own file, but of a base the last LoRA on it tells what
+// became of it.
 async function nativeSize(latent) {
   let lora;
   for (let node = modelAbove(latent); node; node = modelAbove(node)) {

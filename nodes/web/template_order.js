@@ -1,5 +1,5 @@
-// ComfyUI lists a pack's templates as the file system does, in any order. Here the one to begin with comes first, the
-// others by name, which puts those first that need no download.
+// ComfyUI lists a pack's templates as the file system does, in any order. Here the one to begin with comes
+// first, the others by name, which puts those first that need no download.
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
