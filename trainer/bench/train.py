@@ -25,6 +25,7 @@ from trainer.machines.parallel import attention_of, parallel_of
 from trainer.run.progress import console, say
 from trainer.stages.adversarial import adversarial
 from trainer.stages.networks import lora_of
+from trainer.stages.setup import Setup
 
 MODES = ("full", "lora")
 GIB = 2**30
@@ -151,17 +152,19 @@ def _measure(preset: Preset, recipe: str, phase: str, updates: int, world: World
                 phase,
                 NOWHERE,
                 NOWHERE,
-                RandomBatches(preset, phase),
                 settings,
-                NOWHERE,
-                seed=0,
-                metadata={},
-                world=world,
-                parallel=parallel,
-                lora=lora_of(train),
+                Setup(
+                    batches=RandomBatches(preset, phase),
+                    out=NOWHERE,
+                    seed=0,
+                    metadata={},
+                    report=report,
+                    world=world,
+                    parallel=parallel,
+                    lora=lora_of(train),
+                    load=load,
+                ),
                 head_width=train.head_width,
-                load=load,
-                report=report,
             )
         except _Enough:
             pass

@@ -8,6 +8,7 @@ and TensorBoard's files). The demo's folder is one of these too.
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ from trainer.stages.adversarial import adversarial
 from trainer.stages.distill import distill
 from trainer.stages.dmd import match_distributions
 from trainer.stages.samples import Samples
+from trainer.stages.setup import Setup
 from trainer.stages.watch import Measure
 
 
@@ -136,11 +138,9 @@ def run_distill(preset: Preset, out: Path, *, seed: int = 0, shards: Path | None
     """
     plan = make_plan(preset, "distill", out, seed=seed, shards=shards)
     train = {"consistency": distill, "dmd": match_distributions}[preset.distill.method]
-    with _ready(plan) as (world, batches, options):
-        with progress("Stage 1: distill", world) as bar, monitor(plan, world, bar) as report:
-            return train(
-                plan.base, batches, preset, plan.result, seed=seed, world=world, report=report, **options
-            )
+    with _ready(plan) as setup:
+        with progress("Stage 1: distill", setup.world) as bar, monitor(plan, setup.world, bar) as report:
+            return train(plan.base, preset, replace(setup, report=report))
 
 
 def run_adversarial(
@@ -160,7 +160,8 @@ def run_adversarial(
     Raises AptError as `make_plan`, `find_start` and `adversarial` do.
     """
     plan = make_plan(preset, phase, out, recipe=recipe, seed=seed, shards=shards, start=start)
-    with _ready(plan) as (world, batches, options):
+    with _ready(plan) as setup:
+        world, batches = setup.world, setup.batches
         if phase not in batches.datasets:
             raise AptError(f"the shards hold no {phase}s: run precompute on some, or train the other phase.")
         begin = find_start(plan)
@@ -171,29 +172,22 @@ def run_adversarial(
             )
         if plan.start and plan.start.note and world.main:
             say(plan.start.note)
-        options |= {
-            "watch_every": preset.train.watch_every,
-            "head_width": preset.train.head_width,
-            "measures": _measures(plan, batches, world),
-        }
         with progress(f"Stage 2: {phase}s", world) as bar, monitor(plan, world, bar) as report:
             return adversarial(
                 phase,
                 begin,
                 plan.base,
-                batches,
                 plan.settings,
-                plan.result,
-                seed=seed,
-                world=world,
-                report=report,
-                **options,
+                replace(setup, report=report),
+                head_width=preset.train.head_width,
+                watch_every=preset.train.watch_every,
+                measures=_measures(plan, batches, world),
             )
 
 
 @contextmanager
-def _ready(plan: Plan) -> Iterator[tuple[World, Batches, dict]]:
-    """Connect the processes, open the data, and yield both with the options that every stage takes.
+def _ready(plan: Plan) -> Iterator[Setup]:
+    """Connect the processes, open the data, and yield what every stage is given.
 
     Afterwards it prints how the stage ended.
     """
@@ -219,7 +213,7 @@ def _ready(plan: Plan) -> Iterator[tuple[World, Batches, dict]]:
             if note := half_note(plan.base):
                 say(note)
         try:
-            yield world, batches, _options(plan, batches, world)
+            yield _setup(plan, batches, world)
         except Preempted as stop:
             if world.main:
                 print(stop.message, file=sys.stderr)
@@ -228,27 +222,34 @@ def _ready(plan: Plan) -> Iterator[tuple[World, Batches, dict]]:
             tell_result(plan)
 
 
-def _options(plan: Plan, batches: Batches, world: World) -> dict:
-    """The arguments that stages 1 and 2 have in common, besides data and settings."""
+def _setup(plan: Plan, batches: Batches, world: World) -> Setup:
+    """What the plan's stage is given beside its settings; it reports to nobody yet."""
     train, kind = plan.preset.train, batches.available(plan.kind)
     metadata = plan.metadata(kind)
     lora = (train.lora_rank, train.lora_alpha) if plan.lora else None
     # Called later: only Keep can tell whether the folder belongs to this run.
     describe = partial(describe_state, plan.states, plan.base, metadata, lora)
-    judge = None
+    judge, keep, samples = None, None, None
     if train.save_every and train.keep_best and train.judge_samples:
         judge = LatentJudge(batches, kind, train.judge_samples, plan.seed, world)
-    return {
-        "metadata": metadata,
-        "parallel": plan.parallel,
-        "lora": plan.lora,
-        "ema_decays": plan.ema_decays,
-        "keep": Keep(plan.states, train.save_every, train.keep_last, train.keep_best, judge, describe)
-        if train.save_every
-        else None,
-        "samples": _samples(plan, kind, batches, world) if train.sample_every else None,
-        "load": load_backbone,
-    }
+    if train.save_every:
+        keep = Keep(plan.states, train.save_every, train.keep_last, train.keep_best, judge, describe)
+    if train.sample_every:
+        samples = _samples(plan, kind, batches, world)
+    return Setup(
+        batches=batches,
+        out=plan.result,
+        seed=plan.seed,
+        metadata=metadata,
+        report=lambda *_: None,
+        world=world,
+        parallel=plan.parallel,
+        lora=plan.lora,
+        ema_decays=plan.ema_decays,
+        keep=keep,
+        samples=samples,
+        load=load_backbone,
+    )
 
 
 def _embedder(preset: Preset, folder: Path):

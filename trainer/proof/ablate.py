@@ -41,6 +41,7 @@ from trainer.run.monitor import Monitor
 from trainer.run.progress import say, stage_bar
 from trainer.run.state import Keep, Preempted
 from trainer.stages.adversarial import adversarial
+from trainer.stages.setup import Setup
 
 from .ablation_page import write_page
 from .ablation_rows import Rows, plain, read, settings_of
@@ -313,15 +314,17 @@ class Ablation:
                     self.phase,
                     BASE if variant.from_base else source.start,
                     BASE,
-                    source.batches,
                     settings,
-                    file,
-                    seed=source.seed,
-                    metadata=metadata,
-                    world=World(torch.device(self.device)),
-                    keep=Keep(states, train.save_every or 50, last=1, best=0),
+                    Setup(
+                        batches=source.batches,
+                        out=file,
+                        seed=source.seed,
+                        metadata=metadata,
+                        report=report,
+                        world=World(torch.device(self.device)),
+                        keep=Keep(states, train.save_every or 50, last=1, best=0),
+                    ),
                     watch_every=train.watch_every,
-                    report=report,
                 )
         except Preempted as stop:
             print(stop.message, file=sys.stderr)

@@ -1,6 +1,6 @@
 """Stage 2 (sections 3.3 to 3.5): adversarial post-training of the one-step generator, one phase per call."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,22 +10,20 @@ from torch import Tensor, nn
 
 from apt_core.errors import AptError
 from apt_core.files.tensorfile import write_tensors
-from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import one_step
 from apt_core.method.objectives import Objective, discriminator_backward, generator_backward, penalty_floor
 from apt_core.method.optim import make_rmsprop
 from trainer.config import Adversarial
-from trainer.data.batches import Batches, Micro
+from trainer.data.batches import Micro
 from trainer.data.sampling import discriminator_times, split
 from trainer.machines.distributed import World
 from trainer.machines.parallel import Parallel
 from trainer.run.folders import DIFFERENCES
 from trainer.run.state import Keep, Run
 from trainer.stages.averages import Averages
-from trainer.stages.networks import Load, Lora, Start, adversarial_networks
-from trainer.stages.samples import Samples
-from trainer.stages.update import Learner, Report
+from trainer.stages.networks import Start, adversarial_networks
+from trainer.stages.setup import Setup
 from trainer.stages.watch import Measure, Watch
 
 
@@ -33,86 +31,57 @@ def adversarial(
     phase: str,
     start: Start | Path,
     base: Path,
-    batches: Batches,
     settings: Adversarial,
-    out: Path,
+    setup: Setup,
     *,
-    seed: int,
-    metadata: dict,
-    world: World = World(),
-    parallel: Parallel = Parallel(),
-    lora: Lora | None = None,
     head_width: int | None = None,
-    ema_decays: Sequence[float] = (),
-    keep: Keep | None = None,
-    resume: bool = True,
-    samples: Samples | None = None,
     watch_every: int = 0,
     measures: Mapping[str, Measure] | None = None,
-    load: Load = load_transformer,
-    report: Report,
 ) -> list[dict]:
-    """Train one phase ("image" or "video") and write the generator's EMA to `out`.
+    """Train one phase ("image" or "video") and write the generator's EMA.
 
     The discriminator and the generator draw different real batches, and each draws its own t.
 
     start: the generator's first weights (the distilled model, or the image phase's EMA), or their path.
     base: file of the original model. The discriminator starts from it in both phases, unless
         `settings.discriminator_start` says otherwise.
-    world, parallel: the processes of the run and how they share the work. Every process makes the same call.
-    lora: train adapters and the discriminator's heads over one frozen base, instead of whole networks.
     head_width: see `adversarial_networks`.
-    ema_decays: decays of additional averages; each is written to its own file beside `out`.
-    keep: where training states are saved. With `resume`, training continues from the newest one.
-    samples: writes pictures during training.
-    watch_every: updates between two measurements of the discriminator on the samples that `batches` holds
+    watch_every: updates between two measurements of the discriminator on the samples that the batches hold
         out (see trainer.stages.watch); 0 turns them off. measures: what to measure on the fakes then.
-    load(path, device=...): reads a network; with device "meta" it builds the network without weights.
 
     Returns the history, one row per update. Raises AptError when a checkpoint is damaged, when a batch does
     not divide over processes and microbatches, or when a loss or gradient is not finite. Raises Preempted
     after SIGTERM, once the state is saved.
     """
     objective = settings.objective()
+    batches, world, parallel, seed = setup.batches, setup.world, setup.parallel, setup.seed
     check_batch(objective, settings.batch, world, parallel)
     torch.manual_seed(seed)  # the discriminator's heads draw their first weights from it
     networks = adversarial_networks(
         start,
         base,
-        load,
+        setup.load,
         world,
         parallel,
-        lora,
+        setup.lora,
         head_width,
         taps=settings.taps,
         discriminator_start=settings.discriminator_start,
         train_backbone=settings.train_backbone,
     )
     generator, discriminator = networks.generator, networks.discriminator
-    notes = keep and keep.folder
     g_optimizer = make_rmsprop(generator.parameters(), settings.lr_generator)
     d_optimizer = make_rmsprop(discriminator_groups(discriminator, settings), settings.lr_discriminator)
-    g = Learner(
-        "generator", generator, g_optimizer, networks, world, parallel, parallel.generator_zero, notes
-    )
-    d = Learner(
-        "discriminator",
-        discriminator,
-        d_optimizer,
-        networks,
-        world,
-        parallel,
-        parallel.discriminator_zero,
-        notes,
-    )
-    averages = Averages(networks, (settings.ema_decay, *ema_decays), settings.ema_warmup)
+    g = setup.learner("generator", generator, g_optimizer, networks, parallel.generator_zero)
+    d = setup.learner("discriminator", discriminator, d_optimizer, networks, parallel.discriminator_zero)
+    averages = Averages(networks, (settings.ema_decay, *setup.ema_decays), settings.ema_warmup)
     identity = {
         "phase": phase,
         "seed": seed,
         "data": batches.fingerprint,
-        "lora": str(lora),
+        "lora": str(setup.lora),
         "head_width": head_width,
-        "ema_decays": list(ema_decays),
+        "ema_decays": list(setup.ema_decays),
         "differences": networks.differences_digest(),
     }
     # These two may change when a run goes on: what it has computed so far does not depend on them.
@@ -132,9 +101,10 @@ def adversarial(
             measures,
         )
         watch.begin(generator)  # before a state is loaded
-    if keep:
+    if keep := setup.keep:
         keep = replace(keep, describe=partial(_describe, keep, networks.differences()))
-    run = Run(keep, world, identity, {"generator": g, "discriminator": d, "averages": averages}, resume)
+    parts = {"generator": g, "discriminator": d, "averages": averages}
+    run = Run(keep, world, identity, parts, setup.resume)
 
     def take(role: str, update: int):
         return batches.take(phase, f"{phase}/{role}", update, settings.batch, world, parallel.microbatch)
@@ -215,12 +185,12 @@ def adversarial(
             if watch and watch.due(update + 1):
                 run.rows[-1] |= watch(update + 1, generator, discriminator)
             run.finish_update()
-            if samples:
-                samples.show(update + 1, generator, averages, world)
-            report(update + 1, total, run.rows[-1])
+            if setup.samples:
+                setup.samples.show(update + 1, generator, averages, world)
+            setup.report(update + 1, total, run.rows[-1])
 
     facts = {"kind": "generator", "phase": phase, "updates": settings.updates}
-    averages.save(out, metadata | facts, world)
+    averages.save(setup.out, setup.metadata | facts, world)
     return run.rows
 
 

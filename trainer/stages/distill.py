@@ -2,77 +2,49 @@
 is the generator that stage 2 starts from.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.consistency import consistency_backward
 from apt_core.method.flow import sample_noise, sample_uniform
 from apt_core.method.optim import step_in_turn
 from trainer.config import Distill, Preset
 from trainer.data.batches import Batches
 from trainer.data.sampling import split
-from trainer.machines.distributed import World
-from trainer.machines.parallel import Parallel
-from trainer.run.state import Keep, Run
+from trainer.run.state import Run
 from trainer.stages.averages import Averages
 from trainer.stages.muon import Muon
-from trainer.stages.networks import Load, Lora, distillation_networks
-from trainer.stages.samples import Samples
-from trainer.stages.update import Learner, Report
+from trainer.stages.networks import distillation_networks
+from trainer.stages.setup import Setup
 
 
-def distill(
-    base: Path,
-    batches: Batches,
-    preset: Preset,
-    out: Path,
-    *,
-    seed: int,
-    metadata: dict,
-    world: World = World(),
-    parallel: Parallel = Parallel(),
-    lora: Lora | None = None,
-    ema_decays: Sequence[float] = (),
-    keep: Keep | None = None,
-    resume: bool = True,
-    samples: Samples | None = None,
-    load: Load = load_transformer,
-    report: Report,
-) -> list[dict]:
-    """Distil `base` (a checkpoint file) on `batches` and write the student's EMA to `out`.
+def distill(base: Path, preset: Preset, setup: Setup) -> list[dict]:
+    """Distil `base` (a checkpoint file) and write the student's EMA.
 
-    Each update trains on images or on clips, chosen at random with the preset's `video_share`. The other
-    arguments, the result and the errors are those of `trainer.stages.adversarial.adversarial`.
+    Each update trains on images or on clips, chosen at random with the preset's `video_share`. The result and
+    the errors are those of `trainer.stages.adversarial.adversarial`.
     """
     settings = preset.distill
+    batches, world, parallel, seed = setup.batches, setup.world, setup.parallel, setup.seed
     for size in (settings.batch_image, settings.batch_video):
         split(size, world.dp, world.dp_rank, parallel.microbatch)
     torch.manual_seed(seed)  # the adapters' first weights
-    networks = distillation_networks(base, load, world, parallel, lora, target=settings.target_decay > 0)
+    networks = distillation_networks(
+        base, setup.load, world, parallel, setup.lora, target=settings.target_decay > 0
+    )
     student, teacher, target = networks.generator, networks.teacher, networks.target
     negative = batches.embed([preset.sampling.negative_prompt]).to(world.device)
     optimizer = make_optimizer(settings, student.parameters())
-    learner = Learner(
-        "student",
-        student,
-        optimizer,
-        networks,
-        world,
-        parallel,
-        parallel.generator_zero,
-        keep and keep.folder,
-    )
-    averages = Averages(networks, (settings.ema_decay, *ema_decays), settings.ema_warmup)
+    learner = setup.learner("student", student, optimizer, networks, parallel.generator_zero)
+    averages = Averages(networks, (settings.ema_decay, *setup.ema_decays), settings.ema_warmup)
     following = Averages(
         networks, (settings.target_decay,) if target is not None else (), settings.target_warmup
     )
-    identity = identity_of(preset, batches, seed, lora, ema_decays)
     parts = {"student": learner, "averages": averages, "target": following}
-    run = Run(keep, world, identity, parts, resume, idle=settings.idle)
+    run = Run(setup.keep, world, identity_of(preset, setup), parts, setup.resume, idle=settings.idle)
     if target is not None:
         following.copy_to(target)
 
@@ -117,13 +89,12 @@ def distill(
                 following.update()
                 following.copy_to(target)
             run.finish_update()
-            if samples:
-                samples.show(update + 1, student, averages, world)
-            report(update + 1, settings.updates, run.rows[-1])
+            if setup.samples:
+                setup.samples.show(update + 1, student, averages, world)
+            setup.report(update + 1, settings.updates, run.rows[-1])
 
-    averages.save(
-        out, metadata | {"kind": "generator", "phase": "distilled", "updates": settings.updates}, world
-    )
+    facts = {"kind": "generator", "phase": "distilled", "updates": settings.updates}
+    averages.save(setup.out, setup.metadata | facts, world)
     return run.rows
 
 
@@ -136,17 +107,15 @@ def make_optimizer(settings: Distill, parameters: Iterable[nn.Parameter]) -> tor
     return optimizer
 
 
-def identity_of(
-    preset: Preset, batches: Batches, seed: int, lora: Lora | None, ema_decays: Sequence[float]
-) -> dict:
+def identity_of(preset: Preset, setup: Setup) -> dict:
     """What makes two runs of stage 1 the same run. The settings of the other method are not among it."""
     settings = preset.distill
     return {
         "phase": "distilled",
-        "seed": seed,
-        "data": batches.fingerprint,
-        "lora": str(lora),
-        "ema_decays": list(ema_decays),
+        "seed": setup.seed,
+        "data": setup.batches.fingerprint,
+        "lora": str(setup.lora),
+        "ema_decays": list(setup.ema_decays),
         "sampling": preset.sampling.model_dump(exclude={"prompts"}),
         **settings.model_dump(exclude=settings.idle | ({"updates"} if settings.lr_end is None else set())),
     }

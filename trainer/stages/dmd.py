@@ -2,46 +2,24 @@
 sample is looked at, only captions. See apt_core.method.dmd. Its EMA starts the generator of stage 2.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from apt_core.loading.checkpoint import load_transformer
 from apt_core.method.dmd import DmdSettings, dmd_backward, fake_backward, noise_times
 from apt_core.method.flow import sample_noise, sample_uniform
 from apt_core.method.generator import euler_cfg
 from trainer.config import Preset
-from trainer.data.batches import Batches, Micro
+from trainer.data.batches import Micro
 from trainer.data.sampling import split
-from trainer.machines.distributed import World
-from trainer.machines.parallel import Parallel
-from trainer.run.state import Keep, Run
+from trainer.run.state import Run
 from trainer.stages.averages import Averages
 from trainer.stages.distill import identity_of, kinds_and_sizes, make_optimizer
-from trainer.stages.networks import Load, Lora, matching_networks
-from trainer.stages.samples import Samples
-from trainer.stages.update import Learner, Report
+from trainer.stages.networks import Lora, matching_networks
+from trainer.stages.setup import Setup
 
 
-def match_distributions(
-    base: Path,
-    batches: Batches,
-    preset: Preset,
-    out: Path,
-    *,
-    seed: int,
-    metadata: dict,
-    world: World = World(),
-    parallel: Parallel = Parallel(),
-    lora: Lora | None = None,
-    ema_decays: Sequence[float] = (),
-    keep: Keep | None = None,
-    resume: bool = True,
-    samples: Samples | None = None,
-    load: Load = load_transformer,
-    report: Report,
-) -> list[dict]:
+def match_distributions(base: Path, preset: Preset, setup: Setup) -> list[dict]:
     """As `trainer.stages.distill.distill`, by the settings of dmd.
 
     An update is `fake_updates` of the fake score, each on fresh samples of the generator, and then one of the
@@ -49,31 +27,30 @@ def match_distributions(
     score; with adapters the fake score; with `lora`, under other adapters, the generator too.
     """
     settings, count = preset.distill, preset.distill.fake_updates
+    batches, world, parallel, seed = setup.batches, setup.world, setup.parallel, setup.seed
     for size in (settings.batch_image, settings.batch_video):
         split(size, world.dp, world.dp_rank, parallel.microbatch)
     torch.manual_seed(seed)  # the adapters' first weights
     own = Lora(preset.train.lora_rank, preset.train.lora_alpha)
-    networks = matching_networks(base, load, world, parallel, lora, own)
+    networks = matching_networks(base, setup.load, world, parallel, setup.lora, own)
     generator, real, fake = networks.generator, networks.teacher, networks.fake
     negative = batches.embed([preset.sampling.negative_prompt]).to(world.device)
     # The generator goes by stage 1's name for it, by which its states are found.
     g, f = (
-        Learner(
+        setup.learner(
             name,
             network,
             make_optimizer(settings, network.parameters()),
             networks,
-            world,
-            parallel,
             parallel.generator_zero,
-            keep and keep.folder,
         )
         for name, network in (("student", generator), ("fake", fake))
     )
-    averages = Averages(networks, (settings.ema_decay, *ema_decays), settings.ema_warmup)
-    identity = identity_of(preset, batches, seed, lora, ema_decays) | {"fake": str(lora or own)}
+    averages = Averages(networks, (settings.ema_decay, *setup.ema_decays), settings.ema_warmup)
+    identity = identity_of(preset, setup) | {"fake": str(setup.lora or own)}
     parts = {"student": g, "fake": f, "averages": averages}
-    run = Run(keep, world, identity, parts, resume, pace={"fake": count}, idle=settings.idle)
+    pace = {"fake": count}
+    run = Run(setup.keep, world, identity, parts, setup.resume, pace=pace, idle=settings.idle)
     kind_and_size = kinds_and_sizes(settings, batches, seed)
 
     def take(role: str, number: int, updates_each: int):
@@ -139,10 +116,10 @@ def match_distributions(
             note(g.step())
             averages.update()
             run.finish_update()
-            if samples:
-                samples.show(update + 1, generator, averages, world)
-            report(update + 1, settings.updates, run.rows[-1])
+            if setup.samples:
+                setup.samples.show(update + 1, generator, averages, world)
+            setup.report(update + 1, settings.updates, run.rows[-1])
 
     facts = {"kind": "generator", "phase": "distilled", "updates": settings.updates}
-    averages.save(out, metadata | facts, world)
+    averages.save(setup.out, setup.metadata | facts, world)
     return run.rows

@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,13 +24,14 @@ from apt_core.models.wan import WanBackbone
 from trainer.config import Adversarial, Distill, Sampling, Train
 from trainer.data.batches import Batches
 from trainer.data.shards import Sample, ShardWriter
-from trainer.machines.distributed import connect
+from trainer.machines.distributed import World, connect
 from trainer.machines.parallel import Parallel
 from trainer.run.judge import LatentJudge
 from trainer.run.state import Keep
 from trainer.stages.adversarial import adversarial
 from trainer.stages.distill import distill
 from trainer.stages.dmd import match_distributions
+from trainer.stages.setup import Setup
 
 SHAPE, TEXT_LENGTH, TEXT_DIM = (4, 2, 4, 6), 5, 10
 SAMPLES = 11
@@ -203,6 +204,21 @@ def _worker(rank: int, processes: int, port: int, function, args) -> None:
     function(*args)
 
 
+def setup(layout: Layout, out: Path, batches: Batches, world: World, options: dict) -> Setup:
+    """A stage's setup with a layout; takes its own fields out of the options."""
+    given = {field.name: options.pop(field.name) for field in fields(Setup) if field.name in options}
+    return Setup(
+        batches=batches,
+        out=out / "generator.safetensors",
+        seed=0,
+        metadata={},
+        report=lambda *args: None,
+        world=world,
+        parallel=layout.parallel,
+        **given,
+    )
+
+
 def train_adversarial(files: Files, layout: Layout, out: Path, options: dict | None = None) -> None:
     """One phase with a layout. Its last state is kept in `out`/states, its history in `out`/rows.pt."""
     settings = Adversarial(**{**SETTINGS, **layout.settings})
@@ -216,21 +232,16 @@ def train_adversarial(files: Files, layout: Layout, out: Path, options: dict | N
             **(options or {}),
         }
         start, base = options.pop("start", files.start), options.pop("base", files.base)
+        given = setup(layout, out, batches, world, options)
         rows = adversarial(
             "video",
             start,
             base,
-            batches,
             settings,
-            out / "generator.safetensors",
-            seed=0,
-            metadata={},
-            world=world,
-            parallel=layout.parallel,
-            report=lambda *args: None,
+            given,
             **options,
         )
-        base_after = watched_base() if options.get("load") is load_and_watch else {}
+        base_after = watched_base() if given.load is load_and_watch else {}
         if world.main:
             torch.save(rows, out / "rows.pt")
             torch.save(base_after, out / "base.pt")
@@ -265,19 +276,10 @@ def train_distill(files: Files, layout: Layout, out: Path, options: dict | None 
         batches = Batches(files.shards, Text(), seed=0)
         judge = LatentJudge(batches, "video", 3, 0, world)
         options = {"keep": Keep(out / "states", every=settings["updates"], judge=judge), **(options or {})}
-        rows = (match_distributions if preset.distill.method == "dmd" else distill)(
-            options.pop("base", files.base),
-            batches,
-            preset,
-            out / "generator.safetensors",
-            seed=0,
-            metadata={},
-            world=world,
-            parallel=layout.parallel,
-            report=lambda *args: None,
-            **options,
-        )
-        base_after = watched_base() if options.get("load") is load_and_watch else {}
+        base, given = options.pop("base", files.base), setup(layout, out, batches, world, options)
+        assert not options, f"stage 1 knows no {', '.join(options)}"
+        rows = (match_distributions if preset.distill.method == "dmd" else distill)(base, preset, given)
+        base_after = watched_base() if given.load is load_and_watch else {}
         if world.main:
             torch.save(rows, out / "rows.pt")
             torch.save(base_after, out / "base.pt")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import Files, Layout, Text, assert_close, run_layouts, write_shards
+from layouts import Files, Layout, Text, assert_close, run_layouts, setup, write_shards
 from safetensors.torch import load_file, save_file
 
 from apt_core.errors import AptError
@@ -48,27 +48,20 @@ def largest(x):
 def train_watched(files: Files, layout: Layout, out: Path, options: dict | None = None) -> None:
     with connect("cpu", sharded=layout.parallel.sharded) as world:
         batches = Batches(files.shards, Text(), seed=0, held_out=3)
+        keep = Keep(
+            out / "states",
+            every=2,
+            judge=LatentJudge(batches, "video", 3, 0, world),
+            describe=partial(describe_state, out / "states", files.base, {"base": "tiny"}, (4, 8.0)),
+        )
         rows = adversarial(
             "video",
             files.start,
             files.base,
-            batches,
             Adversarial(**SETTINGS),
-            out / "generator.safetensors",
-            seed=0,
-            metadata={},
-            world=world,
-            parallel=layout.parallel,
-            lora=Lora(4, 8.0),
-            keep=Keep(
-                out / "states",
-                every=2,
-                judge=LatentJudge(batches, "video", 3, 0, world),
-                describe=partial(describe_state, out / "states", files.base, {"base": "tiny"}, (4, 8.0)),
-            ),
+            setup(layout, out, batches, world, {"lora": Lora(4, 8.0), "keep": keep}),
             watch_every=1,
             measures={"motion": Measure(motion), "largest": Measure(largest, samples=1)},
-            report=lambda *args: None,
         )
         if world.main:
             torch.save(rows, out / "rows.pt")
