@@ -37,6 +37,7 @@ from trainer.mini import ASSETS, VAE
 from trainer.mini.features import load_features
 from trainer.proof.demo import Demo
 from trainer.run.folders import DISTILLED, newest_state
+from trainer.run.identity import differing
 from trainer.run.monitor import Monitor
 from trainer.run.progress import say, stage_bar
 from trainer.run.state import Keep, Preempted
@@ -162,7 +163,7 @@ class Ablation:
                 self.preset.model_dump(exclude={"stage2", "train"}),
                 preset.model_dump(exclude={"stage2", "train"}),
             )
-            if other := sorted(key for key in mine if mine[key] != own[key]):
+            if other := differing(own, mine):
                 raise AptError(
                     f"{run} was made with another {other[0]} than recipe {self.recipe} of {self.preset.name} "
                     "has: give a run of that recipe."

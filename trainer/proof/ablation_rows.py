@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from apt_core.errors import AptError
 from apt_core.files.jsonfile import read_object, write_json
 from trainer.config import Adversarial, comparable
+from trainer.run.identity import differing, refuse_another
 
 from .variants import Variant
 
@@ -58,15 +59,7 @@ class Rows:
             if isinstance(error, AptError):
                 raise
             raise AptError(f"{path} is damaged: delete {self.out}, or give another --out.") from None
-        if key := _first_difference(old, identity):
-            values = (
-                f" ({old.get(key)!r}, now {identity[key]!r})" if isinstance(identity[key], (str, int)) else ""
-            )
-            raise AptError(
-                f"{self.out} holds an ablation with another {key}{values}: "
-                "give another --out, or the settings "
-                "of that one."
-            )
+        refuse_another(self.out, "ablation", old, identity)
 
     def adopt(self, path: Path, identity: dict, variants: Mapping[str, Variant]) -> None:
         """Take over the rows of an earlier table that have not been made here yet.
@@ -76,10 +69,10 @@ class Rows:
         """
         try:
             found = read(path)
-            if key := _first_difference(self._comparable(found["settings"]), self._comparable(identity)):
+            if changed := differing(self._comparable(found["settings"]), self._comparable(identity)):
                 raise AptError(
-                    f"{path} is a table with another {key} than this ablation has: leave it out, or give its "
-                    "settings."
+                    f"{path} is a table with another {changed[0]} than this ablation has: leave it out, "
+                    "or give its settings."
                 )
             for seed, source in found.get("sources", {}).items():
                 self.agree_on_source(int(seed), str(source))
@@ -121,10 +114,6 @@ def settings_of(variant: Variant) -> dict:
 def read(path: Path) -> dict:
     """A file of the ablation. Raises AptError as `read_object` does."""
     return read_object(path, "delete it, and it is made again")
-
-
-def _first_difference(old: Mapping, new: Mapping) -> str | None:
-    return min((key for key in new if old.get(key) != new[key]), default=None)
 
 
 def _same(row: dict, variant: Variant) -> bool:

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder, replacing
-from apt_core.files.jsonfile import write_json
+from apt_core.files.jsonfile import read_object, write_json
 from apt_core.loading.checkpoint import load_transformer
 from apt_core.loading.text_files import load_text_encoder_files
 from trainer.config import Preset, comparable
@@ -23,8 +23,11 @@ from trainer.machines.machine import versions
 from trainer.mini import ASSETS
 from trainer.mini.clips import SIZE
 from trainer.proof.report import write_report
+from trainer.run.identity import refuse_another
 from trainer.run.plot import plot_run
 from trainer.run.progress import console, stage_bar
+
+STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Demo:
                     f"but drawn clips have {SIZE}x{SIZE}; give --data."
                 )
         make_folder(self.out)
-        state, latents = RunState(self.out / "state.json", self._identity()), self.out / LATENTS
+        state, latents = RunState(self.out / STATE_FILE, self._identity()), self.out / LATENTS
         # The last state of each stage is enough to resume, and to look into the discriminator.
         machine = {"device": self.device, "keep_last": 1, "keep_best": 0}
         preset = self.preset.model_copy(update={"train": self.preset.train.model_copy(update=machine)})
@@ -129,12 +132,24 @@ def _keep_base(out: Path) -> None:
             shutil.copyfile(ASSETS / "transformer.safetensors", path)
 
 
-def stored_settings(state: dict) -> dict:
-    """The settings in a run's state.json. Earlier versions called the recipe `variant`."""
-    settings = dict(state["settings"])
+def read_state(path: Path) -> dict:
+    """What a run's state.json holds: its `settings`, among them the seed, and its `stages`, each with seconds
+    and losses. Earlier versions called the recipe `variant`. Raises AptError for a file that is missing or
+    damaged.
+    """
+    remedy = "delete it to start over, or give another --out"
+    state = read_object(path, remedy)
+    settings, stages = state.get("settings"), state.get("stages")
+    if (
+        not isinstance(settings, dict)
+        or "seed" not in settings
+        or not isinstance(stages, dict)
+        or not all(isinstance(one, dict) and {"seconds", "losses"} <= one.keys() for one in stages.values())
+    ):
+        raise AptError(f"{path} is damaged: {remedy}.")
     if "variant" in settings:
         settings["recipe"] = settings.pop("variant")
-    return settings
+    return state
 
 
 class RunState:
@@ -148,20 +163,8 @@ class RunState:
         identity = json.loads(json.dumps(identity))
         self.state = {"settings": identity, "stages": {}}
         if path.exists():
-            try:
-                self.state = json.loads(path.read_text(encoding="utf-8"))
-                old = self.state["settings"] = stored_settings(self.state)
-                self.record()
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                raise AptError(
-                    f"{path} is damaged; delete it to start over, or give another --out."
-                ) from None
-            changed = sorted(key for key in identity if _compared(old, key) != _compared(identity, key))
-            if changed:
-                raise AptError(
-                    f"{path.parent} holds a run with another {', '.join(changed)}; "
-                    "give another --out, or the settings of that run."
-                )
+            self.state = read_state(path)
+            refuse_another(path.parent, "run", _shared(self.state["settings"]), _shared(identity))
 
     def stage(self, name: str, work: Callable[[], list], made: Path) -> None:
         """Call `work()`, unless the stage is finished and its file `made` still exists.
@@ -188,9 +191,9 @@ class RunState:
         }
 
 
-def _compared(settings: dict, key: str):
-    """One setting of a run, in a form that this version shares with earlier ones."""
+def _shared(settings: dict) -> dict:
+    """The settings of a run in a form that this version shares with earlier ones."""
     try:
-        return comparable(settings["preset"], settings["recipe"]) if key == "preset" else settings.get(key)
+        return settings | {"preset": comparable(settings["preset"], settings["recipe"])}
     except (ValueError, KeyError):  # written by a version with settings that we do not know
-        return settings.get(key)
+        return settings

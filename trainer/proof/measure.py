@@ -1,12 +1,11 @@
 """Judge finished demo runs on many new samples; this makes the README's table."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from apt_core.errors import AptError
-from apt_core.files.jsonfile import write_json
+from apt_core.files.jsonfile import read_object, write_json
 from apt_core.loading.text_files import load_text_encoder_files
 from apt_core.models.vae import load_vae
 from trainer.config import Preset
@@ -19,7 +18,7 @@ from trainer.run.folders import DISTILLED
 from trainer.run.progress import columns_table, console, criteria_table, stage_bar
 
 from .criteria import check
-from .demo import stored_settings
+from .demo import STATE_FILE, read_state
 from .evaluate import ALL_COLUMNS, Models, Sampler
 from .report import drawn_prompts, evaluate
 from .verdict import half_width
@@ -106,9 +105,9 @@ def _measure(run: Path, preset: Preset, seed: int, samples: int, fp8: bool) -> d
 def _kept(path: Path, identity: dict) -> dict[str, dict]:
     """Earlier measurements of the same files with the same settings."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_object(path, "measure again")
         return dict(kept["figures"]) if kept["identity"] == identity else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return {}
 
 
@@ -124,10 +123,10 @@ def read_run(run: Path) -> tuple[Preset, dict]:
     that is not finished.
     """
     try:
-        settings = stored_settings(json.loads((run / "state.json").read_text(encoding="utf-8")))
+        settings = read_state(run / STATE_FILE)["settings"]
         data, preset = settings["data"], Preset.model_validate(settings["preset"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise AptError(f"{run} holds no run of the demo; give the folders that `demo --out` made.") from None
+    except (ValueError, KeyError):
+        raise AptError(f"{run} holds no run of the demo: give the folders that `demo --out` made.") from None
     if data:
         raise AptError(
             f"{run} was trained on the clips in {data}, but only drawn clips can be judged: "

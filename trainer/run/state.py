@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
-from apt_core.errors import AptError, and_more
+from apt_core.errors import AptError
 from apt_core.files.jsonfile import read_object, write_json
 from trainer.data.sampling import ORDER
 from trainer.machines.distributed import World
@@ -30,6 +30,7 @@ from trainer.run.folders import (
     unfinished_states,
     whole_states,
 )
+from trainer.run.identity import refuse_another
 from trainer.run.lock import Lock
 from trainer.run.state_files import StateReader, StateWriter, check_digests, gather_digests, read_facts
 from trainer.run.vote import Vote
@@ -121,14 +122,8 @@ class Checkpoints:
         remedy = f"delete the folder {path.name}, and the run goes on from the state before it"
         facts = read_facts(path, remedy)
         old = {name: value for name, value in facts["identity"].items() if name not in self.idle}
-        changed = sorted(key for key in self.identity.keys() & old.keys() if self.identity[key] != old[key])
-        if changed:
-            key = changed[0]
-            raise AptError(
-                f"{self.keep.folder} holds a run with another {and_more(changed)} ({old[key]!r}, "
-                f"now {self.identity[key]!r}): "
-                f"give another --out, or the settings of that run, or {ANEW}."
-            )
+        shared = {name: value for name, value in self.identity.items() if name in old}
+        refuse_another(self.keep.folder, "run", old, shared, ANEW)
         if new := sorted(self.identity.keys() ^ old.keys()):
             raise AptError(
                 f"{self.keep.folder} holds a run of another version of this program, which "

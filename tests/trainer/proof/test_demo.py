@@ -174,7 +174,7 @@ def test_a_finished_run_trains_nothing_again_and_an_interrupted_one_goes_on(run,
 
 
 def test_another_seed_in_the_same_folder_is_refused(run):
-    with pytest.raises(AptError, match="holds a run with another seed; give another --out"):
+    with pytest.raises(AptError, match=r"holds a run with another seed \(0, now 1\): give another --out"):
         Demo(run[0], TINY, seed=1, samples=SAMPLES).run()
 
 
@@ -279,7 +279,7 @@ def test_an_out_that_is_a_file_is_refused_and_stays(tmp_path, out):
 )
 def test_a_damaged_state_is_named(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(AptError, match="state.json is damaged; delete it to start over"):
+    with pytest.raises(AptError, match="state.json is damaged: delete it to start over"):
         RunState(tmp_path / "state.json", {"seed": 0})
 
 
@@ -294,11 +294,11 @@ def test_a_run_of_a_version_with_fewer_settings_and_recipes_goes_on(tmp_path):
     assert RunState(path, identity).state["settings"] == wanted
     earlier["preset"]["stage2"]["paper"]["image"]["updates"] += 1
     path.write_text(json.dumps({"settings": earlier, "stages": {}}))
-    with pytest.raises(AptError, match="holds a run with another preset; give another --out"):
+    with pytest.raises(AptError, match="holds a run with another preset: give another --out"):
         RunState(path, identity)
     del earlier["preset"]["distill"]["lr"]
     path.write_text(json.dumps({"settings": earlier, "stages": {}}))
-    with pytest.raises(AptError, match="holds a run with another preset; give another --out"):
+    with pytest.raises(AptError, match="holds a run with another preset: give another --out"):
         RunState(path, identity)
 
 
