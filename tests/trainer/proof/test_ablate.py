@@ -231,7 +231,8 @@ def test_the_other_stage_1_is_that_of_its_recipe_and_costs_as_much():
 def test_every_variant_asks_the_same_function_for_what_it_names(tmp_path, monkeypatch):
     asked = []
 
-    def adversarial(phase, start, base, batches, settings, out, *, keep, report, **options):
+    def adversarial(phase, start, base, settings, setup, **options):
+        out, keep = setup.out, setup.keep
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text("weights")
         state = keep.folder / f"step-{settings.warmup + settings.updates:06d}"
