@@ -3,7 +3,7 @@ complete new one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -37,7 +37,6 @@ class TokenSplit(Protocol):
     def cut(self, x: Tensor) -> Tensor: ...
 
 
-@runtime_checkable
 class Backbone(Protocol):
     """A torch module that predicts a velocity over video latents, and can also return the tokens of inner
     blocks.
