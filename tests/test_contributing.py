@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import command
 
 from apt_core.errors import AptError
 from apt_core.files.checkpoint_header import read_header
@@ -21,7 +21,6 @@ from apt_core.loading.mmdit_files import MMDIT_KIND, build_mmdit, own_kind
 from apt_core.models.backbone import Backbone
 from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import WanBackbone
-from trainer.__main__ import app
 from trainer.checkpoints.inspect import inspect
 from trainer.config import load_preset
 from trainer.machines import counts
@@ -55,10 +54,6 @@ def lacking(model) -> list[str]:
     """What `Backbone` asks for and a model has not."""
     asked = [*Backbone.__annotations__, *(name for name in vars(Backbone) if name[0] != "_")]
     return [name for name in asked if not hasattr(model, name)]
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 @pytest.fixture
@@ -100,9 +95,9 @@ def test_the_backbone_is_counted_trained_saved_and_loaded(registry, preset_of, t
 
     base, out = tmp_path / "base.safetensors", tmp_path / "run"
     kind.save(base, first, first.config, {"kind": "base"})
-    drawn = invoke("precompute", TINY, *SHORT[2:5], "--out", out)  # drawn clips, of the same size
+    drawn = command("precompute", TINY, *SHORT[2:5], "--out", out)  # drawn clips, of the same size
     assert drawn.exit_code == 0, drawn.output
-    done = invoke(
+    done = command(
         "adversarial",
         preset_of(kind.name),
         "--phase",
@@ -127,7 +122,7 @@ def test_the_backbone_is_counted_trained_saved_and_loaded(registry, preset_of, t
     kind.save(again, trained, trained.config, {"kind": "generator"})
     assert kind_of_file(again) is kind
     assert all(torch.equal(value, after[key]) for key, value in load_backbone(again).state_dict().items())
-    refused = invoke(
+    refused = command(
         "adversarial", TINY_MMDIT, "--phase", "image", f"base={base}", "--start", base, "--out", out
     )
     assert (
@@ -165,7 +160,7 @@ def test_a_name_is_given_once(registry):
 
 
 def test_an_unknown_kind_is_one_sentence(registry, preset_of, tmp_path):
-    refused = invoke("adversarial", preset_of("unet"), "--phase", "image", "--out", tmp_path / "run")
+    refused = command("adversarial", preset_of("unet"), "--phase", "image", "--out", tmp_path / "run")
     assert refused.exit_code == 2 and refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1
     assert "model.kind" in refused.stderr and "'unet'" in refused.stderr
     assert "it must be one of wan, mmdit" in refused.stderr

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from tiny_models import tiny_wan
 
 from apt_core.method.discriminator import Discriminator
-from apt_core.models.wan import WanBackbone
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,33 +52,16 @@ def same(monkeypatch):
     return check
 
 
-def _wan(cls=WanBackbone, layers=3, seed=0, channels=4):
-    torch.manual_seed(seed)
-    model = cls(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=channels,
-        out_channels=channels,
-        text_dim=10,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=layers,
-        rope_max_seq_len=32,
-    )
-    return model.requires_grad_(True)
-
-
 @pytest.fixture
 def wan():
-    """Factory: wan(cls=WanBackbone, layers=3, seed=0, channels=4)."""
-    return _wan
+    """Factory: wan(cls=WanBackbone, layers=3, seed=0, **configuration)."""
+    return tiny_wan
 
 
 @pytest.fixture
 def stock():
     """Factory of the stock class with the same weights as wan() of that seed."""
-    return lambda **kw: _wan(WanTransformer3DModel, **kw)
+    return lambda **kw: tiny_wan(WanTransformer3DModel, **kw)
 
 
 @pytest.fixture
@@ -86,7 +69,7 @@ def disc():
     """Factory: disc(layers=3, seed=0, **Discriminator arguments)."""
 
     def make(layers=3, seed=0, **kw):
-        backbone = _wan(layers=layers, seed=seed)
+        backbone = tiny_wan(layers=layers, seed=seed)
         torch.manual_seed(seed + 100)
         return Discriminator(backbone, **kw)
 

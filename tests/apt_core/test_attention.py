@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from tiny_models import tiny_mmdit
 
 from apt_core.errors import AptError
 from apt_core.models import attention
 from apt_core.models.attention import attend, best_backend, choose_backend
-from apt_core.models.mmdit import MMDiTBackbone
 
 
 @pytest.fixture
@@ -170,15 +170,7 @@ def test_a_models_backend_is_its_own(wan, batch, monkeypatch):
 
         monkeypatch.setitem(_AttentionBackendRegistry._backends, name, counted)
     x, _, text, t, *_ = batch()
-    mmdit = MMDiTBackbone(
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=10,
-        axes_dims_rope=(4, 4, 4),
-    )
+    mmdit = tiny_mmdit(2)
     for model, calls in ((wan(layers=2), 4), (mmdit, 2)):
         before = model(x, 1000 * t, text, return_dict=False)[0]
         assert called == ["native"] * calls

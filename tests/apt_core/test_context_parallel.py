@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import double, start
+from tiny_models import tiny_mmdit, tiny_wan
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -24,33 +25,12 @@ SHAPES = {"even": (4, 2, 4, 12), "odd": (4, 1, 4, 10), "few": (4, 1, 2, 6)}
 PRELOAD = ("apt_core.engine.context_parallel", "torch.distributed.fsdp")
 
 
-def wan(seed: int = 0) -> WanBackbone:
-    torch.manual_seed(seed)
-    model = WanBackbone(
-        num_attention_heads=4,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=10,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=4,
-        rope_max_seq_len=32,
-    )
-    return model.requires_grad_(True)
+def wan(seed: int = 0, heads: int = 4) -> WanBackbone:
+    return tiny_wan(layers=4, seed=seed, num_attention_heads=heads)
 
 
 def mmdit(seed: int = 0) -> MMDiTBackbone:
-    torch.manual_seed(seed)
-    return MMDiTBackbone(
-        num_layers=4,
-        num_attention_heads=4,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=10,
-        axes_dims_rope=(4, 4, 4),
-    ).requires_grad_(True)
+    return tiny_mmdit(seed=seed, num_attention_heads=4)
 
 
 def judge(make, seed: int = 1) -> Discriminator:
@@ -256,18 +236,10 @@ def refuse(group):
     ):
         enable(wan(), group)
     model = wan()
-    model_of_three = WanBackbone(
-        num_attention_heads=3,
-        attention_head_dim=12,
-        text_dim=10,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
+    model_of_three = wan(heads=3)
     enable(model_of_three, group)
     with pytest.raises(AptError, match="one time per sample"):
-        model_of_three(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1, 4), torch.zeros(1, 5, 10))
+        model_of_three(torch.zeros(1, 4, 1, 4, 4), torch.zeros(1, 4), torch.zeros(1, 5, 10))
     assert model.split is None and model_of_three.split.size == 3
 
 

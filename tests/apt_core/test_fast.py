@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from tiny_models import tiny_mmdit, tiny_wan
 from torch import nn
 
 from apt_core.engine import fast
@@ -16,38 +17,17 @@ from apt_core.engine.fast import Speed, check_compile, make_fast
 from apt_core.engine.fp8 import FP8, Fp8Linear, check_fp8, quantise, to_fp8
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
-from apt_core.models.mmdit import MMDiTBackbone
-from apt_core.models.wan import WanBackbone, predict_velocity
+from apt_core.models.wan import predict_velocity
 
 CPU = torch.device("cpu")
 
 
 def wan() -> nn.Module:
-    torch.manual_seed(0)
-    return WanBackbone(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=10,
-        freq_dim=16,
-        ffn_dim=96,
-        num_layers=3,
-        rope_max_seq_len=32,
-    ).eval()
+    return tiny_wan(num_attention_heads=4, attention_head_dim=16, ffn_dim=96).eval()
 
 
 def mmdit() -> nn.Module:
-    torch.manual_seed(0)
-    return MMDiTBackbone(
-        num_layers=3,
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=10,
-        axes_dims_rope=(4, 6, 6),
-    ).eval()
+    return tiny_mmdit(3, num_attention_heads=4, attention_head_dim=16, axes_dims_rope=(4, 6, 6)).eval()
 
 
 def velocity(model, dtype: torch.dtype = torch.float32) -> torch.Tensor:

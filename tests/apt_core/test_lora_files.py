@@ -10,6 +10,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from lora_writers import FORMS, KOHYA, close, factors, reference, state_of, underscored
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_mmdit, tiny_wan
 
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError, NotFinite
@@ -29,19 +30,9 @@ from apt_core.models.lora import (
     save_lora,
 )
 from apt_core.models.lora_files import merge, official_shapes, read_lora, read_lora_for
-from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import WanBackbone
 
 NAMES = json.loads((Path(__file__).parent / "lora_names.json").read_text())
-TINY = dict(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=10,
-    freq_dim=16,
-    ffn_dim=32,
-)
 
 
 def refusal(path, **kw):
@@ -85,7 +76,7 @@ def test_names_that_others_write(form):
 def test_every_weight_of_wan_has_its_place_in_every_form():
     """Also of image-to-video; and no two names are one."""
     with torch.device("meta"):
-        model = WanBackbone(**TINY, num_layers=11, image_dim=8, added_kv_proj_dim=24, pos_embed_seq_len=6)
+        model = tiny_wan(layers=11, image_dim=8, added_kv_proj_dim=24, pos_embed_seq_len=6)
     for name in official_shapes(model):
         layer = name.removesuffix(".weight").removesuffix(".bias")
         other = keys.transformer_to_diffusers(layer)
@@ -332,19 +323,7 @@ def test_the_trainers_adapters_are_filled_from_any_form(wan, tmp_path):
 
 
 def test_an_mmdits_lora_has_its_own_names(tmp_path):
-    torch.manual_seed(0)
-    config = dict(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=10,
-        axes_dims_rope=(4, 4, 4),
-        num_layers=2,
-    )
-    plain, path = MMDiTBackbone(**config), tmp_path / "lora.safetensors"
-    model = MMDiTBackbone(**config)
-    model.load_state_dict(plain.state_dict())
+    plain, model, path = tiny_mmdit(2), tiny_mmdit(2), tmp_path / "lora.safetensors"
     add_adapters(model, ["generator"], rank=2)
     for p in role(model, "generator").parameters():
         torch.nn.init.normal_(p)
@@ -397,18 +376,8 @@ def test_whole_models_are_no_loras():
     files = [*ASSETS.rglob("*.safetensors")]
     assert len(files) >= 4 and not any(is_lora(sources.read_header(path).shapes) for path in files)
     with torch.device("meta"):
-        image = WanTransformer3DModel(
-            **TINY, num_layers=1, image_dim=8, added_kv_proj_dim=24, pos_embed_seq_len=6
-        )
-        own = MMDiTBackbone(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=10,
-            axes_dims_rope=(4, 4, 4),
-            num_layers=1,
-        )
+        image = tiny_wan(WanTransformer3DModel, 1, image_dim=8, added_kv_proj_dim=24, pos_embed_seq_len=6)
+        own = tiny_mmdit(1)
     assert not is_lora([*image.state_dict(), *own.state_dict(), *official_shapes(own)])
 
 

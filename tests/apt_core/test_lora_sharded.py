@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ranks import double
+from tiny_models import tiny_mmdit, tiny_wan
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -16,19 +17,10 @@ from apt_core.method.generator import one_step
 from apt_core.method.objectives import Objective, discriminator_backward, generator_backward
 from apt_core.method.optim import make_rmsprop
 from apt_core.models.lora import add_adapters, lora_state, merged_state, role
-from apt_core.models.mmdit import MMDiTBackbone
-from apt_core.models.wan import WanBackbone
 
 
 def build(kind):
-    torch.manual_seed(0)
-    size = dict(
-        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=10, num_layers=4
-    )
-    if kind == "wan":
-        base = WanBackbone(freq_dim=16, ffn_dim=32, rope_max_seq_len=32, **size)
-    else:
-        base = MMDiTBackbone(axes_dims_rope=(4, 4, 4), **size)
+    base = {"wan": tiny_wan, "mmdit": tiny_mmdit}[kind](layers=4)
     add_adapters(base, ["generator", "discriminator"], rank=2)
     with torch.no_grad():
         for name in ("generator", "discriminator"):

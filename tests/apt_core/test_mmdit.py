@@ -4,6 +4,7 @@ import inspect
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from tiny_models import MMDIT, tiny_mmdit
 
 from apt_core.errors import AptError
 from apt_core.loading.mmdit_files import load_mmdit, save_mmdit
@@ -14,19 +15,9 @@ from apt_core.models.lora import add_adapters, load_lora, merged_state, role, sa
 from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.wan import predict_velocity
 
-TINY = dict(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=4,
-    out_channels=4,
-    text_dim=10,
-    axes_dims_rope=(4, 4, 4),
-)
-
 
 def mmdit(layers=4, seed=0):
-    torch.manual_seed(seed)
-    model = MMDiTBackbone(num_layers=layers, **TINY)
+    model = tiny_mmdit(layers, seed)
     with torch.no_grad():
         for p in model.parameters():  # norms at 1 would hide mistakes
             p.add_(0.05 * torch.randn_like(p))
@@ -75,10 +66,10 @@ STREAMS = {
 
 def stock_of(model):
     """diffusers' dual-stream transformer with the weights of ours."""
-    size = dict(
-        num_attention_heads=2, attention_head_dim=12, axes_dims_rope=(4, 4, 4), joint_attention_dim=10
+    size = {name: MMDIT[name] for name in ("num_attention_heads", "attention_head_dim", "axes_dims_rope")}
+    stock = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=len(model.blocks), joint_attention_dim=10, **size
     )
-    stock = QwenImageTransformer2DModel(in_channels=16, out_channels=4, num_layers=len(model.blocks), **size)
     state = stock.state_dict()
     for key, value in model.state_dict().items():
         module, leaf = key.rsplit(".", 1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from card import CARD, CPU, Card, on_card
+from tiny_models import tiny_mmdit, tiny_wan
 from torch import nn
 
 from apt_core.engine.fast import Speed, make_fast
@@ -13,14 +14,10 @@ from apt_core.engine.fp8 import Fp8Linear
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.engine.residence import ALL, BLOCKS, PARTS, BlockStream, Residence, blocks_of
 from apt_core.errors import OutOfMemory
-from apt_core.models.mmdit import MMDiTBackbone
-from apt_core.models.wan import WanBackbone, predict_velocity
+from apt_core.models.wan import predict_velocity
 
 PROMPTS = ["a red circle moving left on a green background", "a blue square"]
 SIZE = {"height": 48, "width": 48, "frames": 5, "fps": 8}
-SMALL = dict(
-    num_attention_heads=4, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=10, num_layers=3
-)
 MEMORY = {ALL: None, PARTS: 0.015, BLOCKS: 1e-4}
 
 
@@ -31,13 +28,11 @@ def card(monkeypatch):
 
 
 def wan() -> nn.Module:
-    torch.manual_seed(0)
-    return WanBackbone(**SMALL, freq_dim=16, ffn_dim=96, rope_max_seq_len=32).eval()
+    return tiny_wan(num_attention_heads=4, attention_head_dim=16, ffn_dim=96).eval()
 
 
 def mmdit() -> nn.Module:
-    torch.manual_seed(0)
-    return MMDiTBackbone(**SMALL, axes_dims_rope=(4, 6, 6)).eval()
+    return tiny_mmdit(3, num_attention_heads=4, attention_head_dim=16, axes_dims_rope=(4, 6, 6)).eval()
 
 
 def velocity(model, device=CPU) -> torch.Tensor:

@@ -6,20 +6,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD
 from apt_core.models.vae import save_vae
+from trainer.bench.shapes import VAE_CONFIGS
 
 PACK = Path(__file__).parents[2]
-WAN_22 = dict(
-    z_dim=48,
-    is_residual=True,
-    in_channels=12,
-    out_channels=12,
-    patch_size=2,
-    scale_factor_spatial=16,
-    latents_mean=list(LATENTS_MEAN["2.2"]),
-    latents_std=list(LATENTS_STD["2.2"]),
-)
 
 
 @pytest.fixture
@@ -35,7 +25,9 @@ def random_vae(tmp_path):
 def test_images_are_stock_vae_decodes(comfyui, random_vae):
     vaes = {
         "vae_21": random_vae("21.safetensors", base_dim=8),
-        "vae_22": random_vae("22.safetensors", base_dim=8, decoder_base_dim=12, **WAN_22),
+        "vae_22": random_vae(
+            "22.safetensors", **VAE_CONFIGS["2.2"] | {"base_dim": 8, "decoder_base_dim": 12}
+        ),
     }
     result = comfyui("decode_images", pack=PACK, **vaes)
 

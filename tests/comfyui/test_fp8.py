@@ -5,18 +5,15 @@ weights compute.
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_wan_16
 
 from apt_core.method.generator import one_step
 from apt_core.models.latents import normalize
-from apt_core.models.wan import WanBackbone
 from trainer.checkpoints.export import FP8, save_fp8
 
 
 def test_one_step_of_a_tiny_fp8_generator(comfyui, tmp_path):
-    torch.manual_seed(0)
-    model = WanBackbone(
-        num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3
-    )
+    model = tiny_wan_16()
     save_fp8(tmp_path / "g.safetensors", model, {"base": "test"})
     z, text = torch.randn(2, 16, 3, 6, 8), torch.randn(1, 7, 20)
     save_file({"noise": z, "text": text}, tmp_path / "in.safetensors")

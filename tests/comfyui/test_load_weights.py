@@ -4,26 +4,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_wan_16
 
 from apt_core.files import keys
 from apt_core.loading.checkpoint import save_generator
 from apt_core.method.generator import one_step
 from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD, normalize
 from apt_core.models.vae import decode, encode, save_vae
-from apt_core.models.wan import WanBackbone
+from trainer.bench.shapes import VAE_CONFIGS
 
 
 @pytest.mark.parametrize("heads, head_dim", [(2, 24), (1, 128), (1, 192)])
 def test_one_step_of_a_tiny_generator(comfyui, tmp_path, heads, head_dim):
-    torch.manual_seed(0)
-    model = WanBackbone(
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=80,
-        num_layers=3,
-    )
+    model = tiny_wan_16(num_attention_heads=heads, attention_head_dim=head_dim)
     save_generator(tmp_path / "g.safetensors", model, model.config, {"base": "test"})
     z, text = torch.randn(2, 16, 3, 6, 8), torch.randn(1, 7, 20)
     save_file({"noise": z, "text": text}, tmp_path / "in.safetensors")
@@ -75,18 +68,7 @@ def test_our_official_names_are_comfyuis(comfyui):
                 **small, in_channels=36, image_dim=1280, added_kv_proj_dim=256, pos_embed_seq_len=514
             ),
             "vae 2.1": AutoencoderKLWan(),
-            "vae 2.2": AutoencoderKLWan(
-                base_dim=160,
-                decoder_base_dim=256,
-                z_dim=48,
-                is_residual=True,
-                in_channels=12,
-                out_channels=12,
-                patch_size=2,
-                scale_factor_spatial=16,
-                latents_mean=list(LATENTS_MEAN["2.2"]),
-                latents_std=list(LATENTS_STD["2.2"]),
-            ),
+            "vae 2.2": AutoencoderKLWan(**VAE_CONFIGS["2.2"]),
         }
     theirs = comfyui("official_names")
     for name, model in ours.items():

@@ -4,13 +4,13 @@ we merge others' files as it does."""
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_wan_16
 
 from apt_core.loading.checkpoint import save_generator
 from apt_core.method.generator import one_step
 from apt_core.models.latents import normalize
 from apt_core.models.lora import add_adapters, merged_state, role, save_lora
 from apt_core.models.lora_files import merge, read_lora_for
-from apt_core.models.wan import WanBackbone
 
 EVERY_LAYER = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "proj_out", "time_proj"]
 EVERY_LAYER += [
@@ -22,10 +22,7 @@ EVERY_LAYER += [
 
 
 def test_one_step_with_a_lora(comfyui, tmp_path):
-    torch.manual_seed(0)
-    model = WanBackbone(
-        num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3
-    )
+    model = tiny_wan_16()
     add_adapters(model, ["generator", "discriminator"], rank=4, alpha=2.0, targets=EVERY_LAYER)
     with torch.no_grad():
         for p in role(model, "generator").parameters():
@@ -51,11 +48,7 @@ def test_a_foreign_lora_is_merged_as_comfyui_does(comfyui, tmp_path):
     Not of modulation tables: ComfyUI 0.33 takes their `diff` for loaded, but leaves out the own weights of a
     module that has layers inside (ModelPatcher._load_list).
     """
-    torch.manual_seed(0)
-    config = dict(
-        num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=3
-    )
-    model = WanBackbone(**config)
+    model = tiny_wan_16()
     z, text = torch.randn(2, 16, 3, 6, 8), torch.randn(1, 7, 20)
     files = {name: tmp_path / f"{name}.safetensors" for name in ("model", "lora", "inputs", "out")}
     save_generator(files["model"], model, model.config, {"kind": "base"})

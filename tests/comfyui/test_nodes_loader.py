@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_wan_16
 from torch.testing import assert_close
 
 from apt_core.files.keys import transformer_to_official
@@ -26,12 +27,7 @@ TEXT = torch.randn(1, 7, 20, generator=torch.Generator().manual_seed(1))
 
 
 def tiny(seed: int, **config) -> WanBackbone:
-    torch.manual_seed(seed)
-    config = (
-        dict(num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=2)
-        | config
-    )
-    return WanBackbone(**config).requires_grad_(False)
+    return tiny_wan_16(2, seed, **config).requires_grad_(False)
 
 
 def another() -> WanBackbone:

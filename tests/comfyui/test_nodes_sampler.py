@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stand_ins import save_plain
+from tiny_models import tiny_wan_16
 from torch.testing import assert_close
 
 from apt_core.engine.pipeline import OneStepPipeline
@@ -19,7 +20,6 @@ from apt_core.loading.text_files import TextFacts
 from apt_core.method.generator import few_step, one_step
 from apt_core.method.noise import draw
 from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD
-from apt_core.models.wan import WanBackbone
 
 PACK = Path(__file__).parents[2]
 SEED = 40
@@ -34,10 +34,7 @@ def noise(seed: int, steps: int = 1) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def generator():
-    torch.manual_seed(0)
-    return WanBackbone(
-        num_attention_heads=2, attention_head_dim=24, text_dim=20, freq_dim=32, ffn_dim=80, num_layers=2
-    ).requires_grad_(False)
+    return tiny_wan_16(2).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,11 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from shown_nodes import NODES, ROOT
 
-ROOT = Path(__file__).parents[2]
 LOCALES = ("de", "fr", "ja", "ko", "zh", "zh-TW")
-NODES = {
-    name: info
-    for name, info in json.loads(
-        (ROOT / "tests/workflows/object_info.json").read_text(encoding="utf-8")
-    ).items()
-    if name.startswith("APT")
-}
 ENGLISH = json.loads((ROOT / "tests/workflows/words.json").read_text(encoding="utf-8"))
 """By `write_words` of tests/comfyui/interface.py: what a real ComfyUI says, in the form of a locale."""
 KEPT = {"checkpoint", "dtype", "latent", "sigmas", "vae"}

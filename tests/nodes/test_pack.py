@@ -2,23 +2,13 @@
 
 import ast
 import importlib
-import json
 import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-NODES = {
-    name: info
-    for name, info in json.loads(
-        (ROOT / "tests/workflows/object_info.json").read_text(encoding="utf-8")
-    ).items()
-    if name.startswith("APT")
-}
+from shown_nodes import NODES, ROOT
 
 AS_COMFYUI_DOES = """
 import importlib.util, inspect, sys

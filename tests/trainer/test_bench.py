@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import done
 
 from apt_core.errors import AptError
-from trainer.__main__ import app
 from trainer.bench.floors import count_work
 from trainer.bench.many import model_of_many
 from trainer.bench.rates import Rates, peak_memory
@@ -24,9 +23,7 @@ CPU = torch.device("cpu")
 
 def bench(*arguments) -> str:
     torch.set_num_threads(1)
-    result = CliRunner().invoke(app, ["bench", *map(str, arguments)], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
+    return done("bench", *arguments)
 
 
 def test_inference_in_miniature(tmp_path):

@@ -9,10 +9,10 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from commands import command, done, refused
 from diffusers import WanPipeline, WanTransformer3DModel
 from PIL import Image
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
@@ -25,7 +25,6 @@ from apt_core.method.generator import one_step
 from apt_core.models.lora import merged_state
 from apt_core.models.mmdit import MMDiTBackbone
 from apt_core.models.tiny_decoder import TinyDecoder
-from trainer.__main__ import app
 from trainer.checkpoints.export import FP8
 from trainer.checkpoints.generate import find_source
 from trainer.checkpoints.inspect import inspect
@@ -38,24 +37,6 @@ from trainer.run.folders import resolve
 TINY = str(Path(__file__).parent / "tiny.toml")
 TINY_MMDIT = str(Path(__file__).parent / "tiny_mmdit.toml")
 STATES = ["save_every=1", "sample_every=2", "ema_decays=[0.5]"]
-
-
-def command(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def done(*arguments) -> str:
-    result = command(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(*arguments) -> str:
-    result = command(*arguments)
-    assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, (
-        result.output
-    )
-    return result.stderr.removeprefix("error: ").strip()
 
 
 @pytest.fixture(scope="module")

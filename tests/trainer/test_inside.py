@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_wan
 from torch import nn
 
 from apt_core.engine.pipeline import OneStepPipeline
@@ -42,23 +43,7 @@ def pipe(tmp_path_factory):
 
 
 def tiny(layers: int = 3) -> WanBackbone:
-    torch.manual_seed(0)
-    return (
-        WanBackbone(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=10,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=layers,
-            rope_max_seq_len=32,
-        )
-        .eval()
-        .requires_grad_(False)
-    )
+    return tiny_wan(layers=layers).eval().requires_grad_(False)
 
 
 def sample(number: int) -> tuple[torch.Tensor, torch.Tensor]:

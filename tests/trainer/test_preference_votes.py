@@ -3,15 +3,15 @@ one sentence.
 """
 
 import json
+from functools import partial
 
+import commands
 import numpy as np
 import pytest
 from scipy.stats import binom
 from two_models import ballot, folders, one_sentence, picture, same
-from typer.testing import CliRunner
 
 from apt_core.errors import AptError
-from trainer.__main__ import app
 from trainer.preference.page import arrange, make_page
 from trainer.preference.statistics import alpha, bootstrap, score
 from trainer.preference.votes import count_votes, show_votes
@@ -215,8 +215,7 @@ def test_figures_do_not_take_the_place_of_votes(study, tmp_path):
 # The command line.
 
 
-def command(*arguments: str):
-    return CliRunner().invoke(app, ["preference", *map(str, arguments)], catch_exceptions=False)
+command = partial(commands.command, "preference")
 
 
 def test_the_command_makes_a_page_and_counts(tmp_path):

@@ -34,3 +34,27 @@ def start() -> tuple[dict, Complaints]:
     logging.getLogger().setLevel(logging.DEBUG)
     logging.getLogger().addHandler(complaints)
     return json.loads(job), complaints
+
+
+def one_step(patcher, paths: dict) -> None:
+    """KSampler's own function for one step of a loaded model, from `inputs` (noise, text) into `out`."""
+    import comfy.sample
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    inputs = load_file(paths["inputs"])
+    cond = [[inputs["text"], {}]]
+    sample = comfy.sample.sample(
+        patcher,
+        inputs["noise"],
+        1,
+        1.0,
+        "euler",
+        "simple",
+        cond,
+        cond,
+        torch.zeros_like(inputs["noise"]),
+        denoise=1.0,
+        seed=0,
+    )
+    save_file({"latents": sample.float().contiguous()}, paths["out"])

@@ -5,15 +5,13 @@ text) into `out`.
 import json
 import logging
 
-from comfyui import start
+from comfyui import one_step, start
 
 paths, complaints = start()
 
-import comfy.sample
 import comfy.sd
 import comfy.utils
 import torch
-from safetensors.torch import load_file, save_file
 
 
 class NotLoaded(logging.Handler):
@@ -27,20 +25,5 @@ with torch.inference_mode():
     patcher = comfy.sd.load_diffusion_model(paths["model"])
     lora = comfy.utils.load_torch_file(paths["lora"], safe_load=True)
     patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)
-    inputs = load_file(paths["inputs"])
-    cond = [[inputs["text"], {}]]
-    sample = comfy.sample.sample(
-        patcher,
-        inputs["noise"],
-        1,
-        1.0,
-        "euler",
-        "simple",
-        cond,
-        cond,
-        torch.zeros_like(inputs["noise"]),
-        denoise=1.0,
-        seed=0,
-    )
-    save_file({"latents": sample.float().contiguous()}, paths["out"])
+    one_step(patcher, paths)
 print(json.dumps({"complaints": complaints.lines, "patched": len(patcher.patches)}))

@@ -4,14 +4,13 @@
 
 import json
 
-from comfyui import start
+from comfyui import one_step, start
 
 paths, complaints = start()
 
-import comfy.sample
 import comfy.sd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 with torch.inference_mode():
     patcher = comfy.sd.load_diffusion_model(paths["model"])
@@ -22,22 +21,7 @@ with torch.inference_mode():
         for key in file.keys() | loaded.keys()
         if not (key in file and key in loaded and torch.equal(file[key], loaded[key].cpu()))
     ]
-    inputs = load_file(paths["inputs"])
-    cond = [[inputs["text"], {}]]
-    sample = comfy.sample.sample(
-        patcher,
-        inputs["noise"],
-        1,
-        1.0,
-        "euler",
-        "simple",
-        cond,
-        cond,
-        torch.zeros_like(inputs["noise"]),
-        denoise=1.0,
-        seed=0,
-    )
-    save_file({"latents": sample.float().contiguous()}, paths["out"])
+    one_step(patcher, paths)
     result = {
         "complaints": complaints.lines,
         "differing": differing,

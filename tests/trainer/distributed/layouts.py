@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import tiny_models
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -91,32 +92,11 @@ class Files:
 
 
 def tiny_wan(seed: int) -> WanBackbone:
-    torch.manual_seed(seed)
-    return WanBackbone(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=TEXT_DIM,
-        freq_dim=16,
-        ffn_dim=48,
-        num_layers=4,
-        rope_max_seq_len=32,
-    )
+    return tiny_models.tiny_wan(layers=4, seed=seed, text_dim=TEXT_DIM, ffn_dim=48)
 
 
 def tiny_mmdit(seed: int) -> MMDiTBackbone:
-    torch.manual_seed(seed)
-    return MMDiTBackbone(
-        num_layers=4,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=TEXT_DIM,
-        axes_dims_rope=(4, 4, 4),
-    )
+    return tiny_models.tiny_mmdit(layers=4, seed=seed, text_dim=TEXT_DIM)
 
 
 def write_shards(folder: Path, shapes=(SHAPE,), samples: int = SAMPLES, broken: int | None = None) -> None:

@@ -5,17 +5,17 @@ mistakes in one sentence.
 import csv
 import json
 import re
+from functools import partial
 
+import commands
 import numpy as np
 import pytest
 import torch
 from own_networks import network, table
-from typer.testing import CliRunner
 
 from apt_core.engine.pipeline import OneStepPipeline
 from apt_core.errors import AptError
 from apt_core.files.media_write import write_image, write_video
-from trainer.__main__ import app
 from trainer.digest import file_digest
 from trainer.evaluate import choice
 from trainer.evaluate.features import distance
@@ -28,18 +28,7 @@ from trainer.mini.clips import draw
 PROMPTS = ["a red circle", "a blue square moving left </script>"]
 
 
-def command(*arguments):
-    return CliRunner().invoke(
-        app, ["evaluate", *(str(argument) for argument in arguments)], catch_exceptions=False
-    )
-
-
-def refused(*arguments) -> str:
-    result = command(*arguments)
-    assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, (
-        result.output
-    )
-    return result.stderr.removeprefix("error: ").strip()
+command, refused = partial(commands.command, "evaluate"), partial(commands.refused, "evaluate")
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,15 @@
 
 import csv
 import json
+from functools import partial
 
+import commands
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from apt_core.engine.request import Request
 from apt_core.errors import AptError
 from apt_core.files.media_write import write_image
-from trainer.__main__ import app
 from trainer.evaluate.choice import chosen
 from trainer.evaluate.models import Wishes
 from trainer.evaluate.protocols import (
@@ -40,8 +40,7 @@ def images(many: int, **other) -> Request:
     return Request(["x"] * many, **({"height": 1024, "width": 1024, "frames": 1} | other))
 
 
-def command(*arguments):
-    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+command = partial(commands.command, "evaluate")
 
 
 def test_a_run_says_that_it_is_not_the_protocol_in_every_place(tmp_path):

@@ -11,25 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import command, done
 
 from apt_core.engine.pipeline import OneStepPipeline
-from trainer.__main__ import app
 from trainer.checkpoints.generate import find_source
 from trainer.data.shards import ShardDataset
 from trainer.evaluate.metrics import CLIP
 from trainer.mini import GENERATOR
 
 TINY = str(Path(__file__).parents[1] / "tiny.toml")
-
-
-def command(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def done(*arguments) -> None:
-    result = command(*arguments)
-    assert result.exit_code == 0, result.output
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,19 @@
 
 import csv
 import json
+from functools import partial
 
+import commands
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from apt_core.engine.pipeline import OneStepPipeline
-from trainer.__main__ import app
 from trainer.evaluate.metrics import judged
 from trainer.mini import GENERATOR
 from trainer.mini.clips import draw, words_of
 from trainer.mini.judge import read_clip
 
-
-def command(*arguments):
-    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+command = partial(commands.command, "evaluate")
 
 
 def test_drawn_clips_are_whole_and_show_their_caption_and_no_other():

@@ -7,13 +7,13 @@ import os
 import re
 import shlex
 import subprocess
+from functools import partial
 from pathlib import Path
 
+import commands
 import pytest
-from typer.testing import CliRunner
 
 from apt_core.errors import AptError
-from trainer.__main__ import app
 from trainer.evaluate import vbench as layout
 from trainer.evaluate.vbench import DIMENSIONS, check_folder, video_names
 
@@ -29,8 +29,7 @@ def told(name: str) -> str:
     return re.sub(r"-\d+$", "", Path(name).stem)
 
 
-def command(*arguments):
-    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+command = partial(commands.command, "evaluate")
 
 
 def test_samples_are_laid_out_for_vbench_and_its_command_is_printed(tmp_path):
