@@ -28,6 +28,7 @@ from trainer.stages import adversarial as stage_2
 from trainer.stages import distill as consistency
 from trainer.stages import dmd
 from trainer.stages.networks import Lora
+from trainer.stages.setup import Setup
 
 SMALL = (
     "model.layers=4",
@@ -85,9 +86,9 @@ class Batches(RandomBatches):
         return self.text.expand(len(prompts), *self.text.shape)
 
 
-def live_update(preset, module, networks, train, monkeypatch) -> int:
+def live_update(preset, module, networks, batches, train, monkeypatch) -> int:
     """The most bytes during one update, once the networks are built by this function of the module.
-    train: runs the stage with these arguments by name.
+    train: runs the stage on these batches, given its setup.
     """
     live, build = LiveBytes(), getattr(module, networks)
 
@@ -111,15 +112,18 @@ def live_update(preset, module, networks, train, monkeypatch) -> int:
     monkeypatch.setattr(optim, "FOREACH_BYTES", 0)  # as a model of true size is stepped
     with connect("cpu", sharded=True) as world, live, pytest.raises(Done):
         train(
-            out=Path("out"),
-            seed=0,
-            metadata={},
-            world=world,
-            parallel=parallel_of(preset, "cpu")[0],
-            lora=Lora(preset.train.lora_rank) if preset.train.mode == "lora" else None,
-            ema_decays=preset.train.ema_decays,
-            load=load,
-            report=report,
+            Setup(
+                batches=batches,
+                out=Path("out"),
+                seed=0,
+                metadata={},
+                report=report,
+                world=world,
+                parallel=parallel_of(preset, "cpu")[0],
+                lora=Lora(preset.train.lora_rank) if preset.train.mode == "lora" else None,
+                ema_decays=preset.train.ema_decays,
+                load=load,
+            )
         )
     return live.peak
 
@@ -127,15 +131,9 @@ def live_update(preset, module, networks, train, monkeypatch) -> int:
 def measured(preset, phase, monkeypatch, start=Path("base")) -> int:
     """The most bytes during one update of stage 2."""
     settings = getattr(preset.phases(preset.default_recipe), phase)
-    train = partial(
-        stage_2.adversarial,
-        phase,
-        start,
-        Path("base"),
-        RandomBatches(preset, phase),
-        settings,
-    )
-    return live_update(preset, stage_2, "adversarial_networks", train, monkeypatch)
+    batches = RandomBatches(preset, phase)
+    train = partial(stage_2.adversarial, phase, start, Path("base"), settings)
+    return live_update(preset, stage_2, "adversarial_networks", batches, train, monkeypatch)
 
 
 def measured_1(preset, kind, monkeypatch) -> int:
@@ -144,8 +142,8 @@ def measured_1(preset, kind, monkeypatch) -> int:
         "consistency": (consistency, "distillation_networks", consistency.distill),
         "dmd": (dmd, "matching_networks", dmd.match_distributions),
     }[preset.distill.method]
-    train = partial(train, Path("base"), Batches(preset, kind), preset)
-    return live_update(preset, module, networks, train, monkeypatch)
+    train = partial(train, Path("base"), preset)
+    return live_update(preset, module, networks, Batches(preset, kind), train, monkeypatch)
 
 
 def check(mode, phase, step, checkpointing, monkeypatch, *more):
