@@ -21,7 +21,7 @@ from ..models.text import TextEncoder, Tokenizer
 from ..models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, read_tiny_decoder
 from ..models.vae import load_vae, read_vae
 from .backbones import load_backbone
-from .text_files import TextFacts, load_text_encoder_files, read_spiece, read_text_encoder
+from .text_files import TextFacts, load_text_encoder, read_spiece, read_text_encoder
 
 MINI = "mini"
 ASSETS = Path(__file__).parents[1] / "assets" / "mini"
@@ -219,7 +219,7 @@ def read_text_source(path: Path, tokenizer: str | Path | None) -> TextSource:
     """The source for a text encoder. Raises AptError as `read_text_encoder` does."""
     facts = read_text_encoder(path, tokenizer)
     return TextSource(
-        str(path), facts, lambda length, device: load_text_encoder_files(path, tokenizer, length).to(device)
+        str(path), facts, lambda length, device: load_text_encoder(path, tokenizer, length).to(device)
     )
 
 

@@ -49,7 +49,7 @@ class TextFacts:
 
 def read_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> TextFacts:
     """The facts about a text encoder, from headers and configs alone. Raises AptError as
-    `load_text_encoder_files` does, except for values of weights and the contents of the tokenizer.
+    `load_text_encoder` does, except for values of weights and the contents of the tokenizer.
     """
     facts = find_text_encoder(path)
     if tokenizer:
@@ -64,7 +64,7 @@ def find_text_encoder(path: str | Path) -> TextFacts:
     return _checked(Path(path)).facts
 
 
-def load_text_encoder_files(
+def load_text_encoder(
     path: str | Path, tokenizer: str | Path | None = None, text_length: int = 512
 ) -> TextEncoder:
     """Load a text encoder with its tokenizer, on the CPU.

@@ -139,7 +139,7 @@ def test_a_vae_of_a_variant_and_in_shards(size, tmp_path):
 def test_a_text_encoder_of_a_variant(tmp_path):
     from transformers import UMT5Config, UMT5EncoderModel
 
-    from apt_core.loading.text_files import load_text_encoder_files
+    from apt_core.loading.text_files import load_text_encoder
     from apt_core.models.text import train_tokenizer
 
     spiece = train_tokenizer(["a red circle moving left", "a blue square on a green background"] * 20, 280)
@@ -152,7 +152,7 @@ def test_a_text_encoder_of_a_variant(tmp_path):
     (tmp_path / "tokenizer" / "spiece.model").write_bytes(spiece)
     (weights,) = read_text_encoder(tmp_path).weights
     assert weights.name == "model.fp32.safetensors"
-    found = load_text_encoder_files(tmp_path, None, 64).model.shared.weight
+    found = load_text_encoder(tmp_path, None, 64).model.shared.weight
     assert torch.equal(found, model.shared.weight)
 
 

@@ -25,7 +25,7 @@ from apt_core.loading import sources
 from apt_core.loading.backbones import load_backbone
 from apt_core.loading.checkpoint import save_generator
 from apt_core.loading.sources import SHIPPED, TransformerSource
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.method.flow import sample_noise
 from apt_core.method.generator import euler_cfg, few_step, one_step
 from apt_core.method.noise import draw
@@ -47,7 +47,7 @@ def pipeline(**options) -> OneStepPipeline:
 def by_hand(
     number: int = 0, seed: int = 0, prompt: str = PROMPT, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    text = load_text_encoder_files(SHIPPED["text_encoder"])
+    text = load_text_encoder(SHIPPED["text_encoder"])
     z = sample_noise([number], (16, 2, 6, 6), seed, "generate/z")
     with torch.no_grad():
         return one_step(
@@ -205,7 +205,7 @@ def no_weights(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a weight was read")
 
-    for name in ("load_vae", "load_text_encoder_files"):
+    for name in ("load_vae", "load_text_encoder"):
         monkeypatch.setattr(sources, name, refuse)
     real = sources.load_backbone
 
@@ -327,7 +327,7 @@ def test_sizes_of_a_checkpoint_that_are_none(metadata, said):
 
 
 def test_a_text_encoder_without_its_tokenizer_is_refused_at_once(tmp_path, no_weights):
-    encoder = load_text_encoder_files(SHIPPED["text_encoder"])
+    encoder = load_text_encoder(SHIPPED["text_encoder"])
     save_text_encoder(tmp_path / "text.safetensors", encoder.model, b"", 32)
     from safetensors.torch import load_file, save_file
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from apt_core.errors import AptError
 from apt_core.files.tensorfile import read_header
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.models.text import TextEncoder, clean_prompt, save_text_encoder, train_tokenizer
 
 CAPTIONS = [
@@ -46,7 +46,7 @@ def file(model, pieces, tmp_path):
 
 @pytest.fixture
 def text(file):
-    return load_text_encoder_files(file)
+    return load_text_encoder(file)
 
 
 def test_tokenizer_is_deterministic_and_silent(pieces, capfd):
@@ -147,7 +147,7 @@ def test_a_file_of_any_floats_is_read_as_fp32(dtype, stored, model, pieces, tmp_
     file = tmp_path / "text.safetensors"
     save_text_encoder(file, copy.deepcopy(model).to(dtype), pieces, LENGTH)
     assert read_header(file).dtypes["shared.weight"] == stored
-    read = load_text_encoder_files(file)
+    read = load_text_encoder(file)
     assert torch.equal(read.model.shared.weight, model.shared.weight.to(dtype).float())
     assert read.model.shared.weight.dtype == read.encode(["a"])[0].dtype == torch.float32
 
@@ -187,7 +187,7 @@ def test_files_that_cannot_be_used(file, change, metadata, words):
         metadata = {"config": json.dumps(json.loads(strings["config"]) | metadata["config"])}
     save_file(tensors, file, metadata=strings | metadata)
     with pytest.raises(AptError) as caught:
-        load_text_encoder_files(file)
+        load_text_encoder(file)
     message = str(caught.value)
     assert all(word in message for word in (str(file), *words)) and "\n" not in message, message
 
@@ -198,4 +198,4 @@ def test_tokenizer_larger_than_the_encoder(model, file):
     strings["config"] = json.dumps(json.loads(strings["config"]) | {"vocab_size": 280})
     save_file(tensors, file, metadata=strings)
     with pytest.raises(AptError, match="284 pieces"):
-        load_text_encoder_files(file)
+        load_text_encoder(file)

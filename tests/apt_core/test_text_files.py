@@ -15,7 +15,7 @@ from apt_core.errors import AptError
 from apt_core.files.text_keys import BLOCK, TOP, is_t5, text_to_transformers
 from apt_core.loading import text_files
 from apt_core.loading.sources import SHIPPED, read_text_source
-from apt_core.loading.text_files import load_text_encoder_files, read_text_encoder
+from apt_core.loading.text_files import load_text_encoder, read_text_encoder
 from apt_core.models.text import TIED_KEY, save_text_encoder, train_tokenizer
 from trainer.checkpoints.inspect import inspect
 
@@ -94,7 +94,7 @@ def test_every_form_gives_the_same_embeddings(model, spiece, tmp_path):
         facts = read_text_encoder(path, tokenizer)
         assert (facts.width, facts.length) == (32, 24 if name == "own" else None)
         assert facts.parameters == sum(p.numel() for p in model.parameters())
-        encoder = load_text_encoder_files(path, tokenizer, 16)
+        encoder = load_text_encoder(path, tokenizer, 16)
         state = encoder.model.state_dict()
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
         (found[name],) = encoder.encode(["a red square"])

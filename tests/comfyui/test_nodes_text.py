@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import UMT5Config, UMT5EncoderModel
 
 from apt_core.files.tensorfile import read_tensors
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.models.text import TextEncoder, save_text_encoder, train_tokenizer
 from trainer.mini import ASSETS
 
@@ -76,7 +76,7 @@ def run(comfyui, tmp_path_factory):
 @pytest.mark.parametrize("name", ["apt_mini_text_encoder", "other.safetensors"])
 def test_embeddings_are_those_of_the_training(run, name):
     files, embeddings, _ = run
-    encoder = load_text_encoder_files(BUILT_IN if name == "apt_mini_text_encoder" else files / name)
+    encoder = load_text_encoder(BUILT_IN if name == "apt_mini_text_encoder" else files / name)
     rows = encoder.encode(CAPTIONS)
     expected = TextEncoder.pad(rows, encoder.text_length)
     assert len({len(row) for row in rows}) > 2

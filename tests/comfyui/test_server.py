@@ -31,7 +31,7 @@ from server import Rejected, failure
 
 from apt_core.files.checkpoint_header import read_header, read_metadata
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.method.generator import one_step
 from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD
 from trainer.mini import ASSETS, GENERATOR, VAE
@@ -122,7 +122,7 @@ def test_latents_of_our_sampler_of_ksampler_and_of_apt_core_are_equal(server, he
     z = torch.randn(
         1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=torch.Generator().manual_seed(seed)
     )
-    encoder = load_text_encoder_files(ASSETS / "text_encoder.safetensors")
+    encoder = load_text_encoder(ASSETS / "text_encoder.safetensors")
     text = encoder.pad(encoder.encode([CAPTION]), encoder.text_length)
     with torch.no_grad():
         clean = one_step(load_transformer(GENERATOR), z, text)

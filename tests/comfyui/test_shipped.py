@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.method.generator import one_step
 from apt_core.models.latents import denormalize, normalize
 from apt_core.models.vae import decode, load_vae
@@ -20,7 +20,7 @@ def test_the_shipped_transformer_in_one_step(comfyui, tmp_path):
     file, vae = ASSETS / "transformer.safetensors", load_vae(VAE)
     torch.manual_seed(0)
     z = torch.randn(2, 16, 3, 6, 6)
-    text = load_text_encoder_files(ASSETS / "text_encoder.safetensors").encode(
+    text = load_text_encoder(ASSETS / "text_encoder.safetensors").encode(
         ["a red circle moving left on a green background"]
     )[0][None]
     save_file({"noise": z, "text": text}, tmp_path / "in.safetensors")

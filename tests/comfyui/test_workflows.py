@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from server import failure
 
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.method.generator import predict_velocity
 from apt_core.method.noise import draw
 from apt_core.models.latents import normalize
@@ -353,7 +353,7 @@ def test_a_draft_is_refined_by_noise_of_time_0_7_and_a_second_call(frontend, ser
     prompt = convert(frontend, "apt_draft_and_refine")
     draft, refined = latents(server, prompt, "Draft", "Refine")
     model, vae = load_transformer(GENERATOR), load_vae(VAE)
-    encoder = load_text_encoder_files(ASSETS / "text_encoder.safetensors")
+    encoder = load_text_encoder(ASSETS / "text_encoder.safetensors")
     text = encoder.pad(encoder.encode([caption_of(prompt)]), encoder.text_length)
     z, fresh = (draw("comfyui", seed, 0, draft.shape[1:])[None] for seed in (5, 1))
     with torch.no_grad():

@@ -3,19 +3,31 @@ parts.
 """
 
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
+from apt_core.engine.text_cache import TextCache
+from apt_core.errors import AptError
+from apt_core.files.tensorfile import write_tensors
 from apt_core.loading.checkpoint import load_transformer, save_generator
 from apt_core.loading.sources import SHIPPED, read_sources
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.models.tiny_decoder import TinyDecoder
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.inspect import inspect
+from trainer.data.prompts import write_prompts
+from trainer.data.shards import INDEX
+from trainer.evaluate.compare import RESULT as EVALUATION
+from trainer.evaluate.measured import Record
+from trainer.mini import ASSETS
+from trainer.run.folders import ABOUT, DIFFERENCES, FACTS, STATE
+from trainer.run.monitor import Monitor
 
 NEEDS = "needs a vae of 16 channels (Wan 2.1) and a text_encoder of width 96"
 
@@ -26,7 +38,7 @@ def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     WanTransformer3DModel.save_pretrained(load_transformer(SHIPPED["base"]), folder / "transformer")
     AutoencoderKLWan.save_pretrained(load_vae(SHIPPED["vae"]), folder / "vae")
-    encoder = load_text_encoder_files(SHIPPED["text_encoder"])
+    encoder = load_text_encoder(SHIPPED["text_encoder"])
     UMT5EncoderModel.save_pretrained(encoder.model, folder / "text_encoder")
     (folder / "tokenizer").mkdir()
     spiece = bytes(load_file(SHIPPED["text_encoder"])["spiece_model"].tolist())
@@ -105,3 +117,64 @@ def test_a_model_for_images_beside_the_noise_is_no_checkpoint(tmp_path):
     )
     save_generator(tmp_path / "i2v.safetensors", model, model.config, {"kind": "base"})
     assert "takes 36 channels and makes 16" in inspect(tmp_path / "i2v.safetensors")["loads"]
+
+
+def test_every_file_that_is_shipped_or_left_by_a_run_has_a_name(tmp_path):
+    """Each as the code itself writes it."""
+    text = SimpleNamespace(text_length=32, dim=4, encode=lambda prompts: [torch.ones(3, 4)] * len(prompts))
+    write_prompts(tmp_path, text, ["a red circle", "bad quality"])
+    TextCache(tmp_path / "cache", "encoder").get(["a red circle"], text.encode)
+    Record({"motion": 0.5}, {"fid": np.zeros((1, 2))}, None).write(tmp_path / "000001.npz")
+    write_tensors(tmp_path / DIFFERENCES, {"blocks.0.norm3.diff": torch.ones(4)}, {})
+    for name in (ABOUT, FACTS, INDEX, EVALUATION):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    Monitor(tmp_path)(1, 1, {"loss": 1.0})
+    (kept,) = (tmp_path / "cache").iterdir()
+    files = [path for path in tmp_path.iterdir() if path.is_file() and not path.name.startswith("events.")]
+    found = {path.name: inspect(path) for path in files} | {"kept": inspect(kept)}
+    assert {name: facts["what"] for name, facts in found.items()} == {
+        "prompts.safetensors": "embeddings of prompts",
+        "kept": "embedding of one prompt, kept for the next time",
+        "000001.npz": "what an evaluation has measured on one clip",
+        "differences.safetensors": "what a LoRA's start changes beside adapters",
+        "about.json": "says what the training states beside it were trained from",
+        "run.json": "facts of the training state that its folder is",
+        "index.json": "index of the shards that its folder holds",
+        "evaluation.json": "figures of an evaluation",
+        "history.csv": "log of a stage, which `plot` draws",
+    }
+    assert found["prompts.safetensors"]["prompts"] == "a red circle\nbad quality"
+    assert found["000001.npz"]["figures"] == "motion  0.5" and "as a start" not in found[DIFFERENCES]
+    assert inspect(tmp_path / "prompts.safetensors", deep=True)["loads"] == "yes"
+    write_prompts(tmp_path, text, [])
+    assert inspect(tmp_path / "prompts.safetensors")["what"] == "embeddings of prompts"
+    shipped = [path for path in ASSETS.rglob("*.safetensors") if "unknown" in inspect(path)["what"]]
+    assert shipped == [] and "judge" in inspect(ASSETS / "features.safetensors")["what"]
+
+
+def test_a_file_of_another_program_is_not_taken_for_one_of_ours(tmp_path):
+    for metadata in ({"about": "a model"}, {"about": '{"prompts": ["x"]}'}, {"about": '{"prompts": 3}'}, {}):
+        save_file({"0": torch.ones(2), "1": torch.ones(2)}, tmp_path / "x.safetensors", metadata)
+        assert inspect(tmp_path / "x.safetensors")["what"] == "unknown (0 is its first key)"
+    np.savez(tmp_path / "x.npz", a=np.zeros(1))
+    (tmp_path / "other.json").write_text("{}", encoding="utf-8")
+    for name in ("x.npz", "other.json"):
+        with pytest.raises(AptError):
+            inspect(tmp_path / name)
+
+
+def test_folders_of_a_run_without_a_result_and_of_an_evaluation(tmp_path):
+    (tmp_path / "run" / "latents").mkdir(parents=True)
+    (tmp_path / "run" / "latents" / INDEX).touch()
+    what = {"what": "folder of a run that has finished no stage", "latents": f"{tmp_path}/run/latents"}
+    assert inspect(tmp_path / "run") == what
+    state = tmp_path / "run" / "states" / "distill" / "step-000020"
+    state.mkdir(parents=True), (state / FACTS).touch(), (state / STATE).touch()
+    on = {"distill goes on": f"from {state}"}
+    assert inspect(tmp_path / "run") == what | on
+    assert inspect(tmp_path / "run" / "states") == {"what": "training states of a run"} | on
+    (tmp_path / "page").mkdir()
+    with pytest.raises(AptError, match="is not a folder of a Wan transformer"):
+        inspect(tmp_path / "page")
+    (tmp_path / "page" / EVALUATION).touch()
+    assert inspect(tmp_path / "page")["what"] == "folder of an evaluation"

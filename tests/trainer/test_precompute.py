@@ -321,10 +321,10 @@ def test_fingerprints_tell_models_apart():
     reason="the miniature is not built yet",
 )
 def test_the_miniatures_own_models(data, tmp_path):
-    from apt_core.loading.text_files import load_text_encoder_files
+    from apt_core.loading.text_files import load_text_encoder
     from apt_core.models.vae import encode, load_vae
 
-    vae, text = load_vae(VAE), load_text_encoder_files(ASSETS / "text_encoder.safetensors")
+    vae, text = load_vae(VAE), load_text_encoder(ASSETS / "text_encoder.safetensors")
     precompute(data, tmp_path / "out", vae, text, **SIZE)
     videos = ShardDataset(tmp_path / "out", "video")
     latents, padded, captions = videos.batch([2, 6])

@@ -10,7 +10,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from apt_core.errors import AptError
 from apt_core.loading.sources import SHIPPED, Sources, TextSource, TransformerSource, VaeSource
-from apt_core.loading.text_files import TextFacts, load_text_encoder_files
+from apt_core.loading.text_files import TextFacts, load_text_encoder
 from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD, stride
 from apt_core.models.precision import cast
 from apt_core.models.text import TextEncoder
@@ -79,7 +79,7 @@ class Shapes:
         return random_weights(lambda: AutoencoderKLWan(**VAE_CONFIGS[self.preset.model.vae]), device, dtype)
 
     def text_encoder(self, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-        shipped = load_text_encoder_files(SHIPPED["text_encoder"]).model if self.mini else None
+        shipped = load_text_encoder(SHIPPED["text_encoder"]).model if self.mini else None
         config = shipped.config if shipped else UMT5Config(**UMT5_XXL)
         return random_weights(lambda: UMT5EncoderModel(config), device, dtype)
 

@@ -1,6 +1,7 @@
 """`inspect`: show what a file or folder of a run or model holds, and whether it would load.
 
-It knows checkpoints, adapters, VAEs, text encoders, folders of shards, and training states.
+It knows checkpoints, adapters, VAEs, text encoders, folders of shards, and training states; `own_files` knows
+what else a run leaves.
 """
 
 import json
@@ -38,6 +39,7 @@ from apt_core.models.lora_files import LoraFile, official_shapes, own_names, rea
 from apt_core.models.text import Tokenizer
 from apt_core.models.tiny_decoder import is_tiny_decoder, load_tiny_decoder, other_tiny_decoder
 from apt_core.models.vae import load_vae
+from trainer.checkpoints.own_files import folder_facts, note_facts, own_facts, own_kind
 from trainer.checkpoints.starting_models import times_note
 from trainer.checkpoints.trained_models import State, base_of
 from trainer.data.shards import INDEX, ShardDataset
@@ -69,7 +71,12 @@ def inspect(path: Path, deep: bool = False, base: str | None = None) -> dict[str
         return _state(path, deep)
     if path.is_dir():
         return _folder(path, deep)
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except AptError:
+        if facts := note_facts(path):
+            return facts
+        raise
     apt = metadata_json(path, header.metadata, "apt")
     made_by = origin(header.shapes)
     facts = {
@@ -96,6 +103,8 @@ def _size(count: int) -> str:
 
 def _what(path: Path, header: Header) -> str:
     keys = header.shapes
+    if own := own_kind(path, header):
+        return own.what
     if is_lora_file(metadata_json(path, header.metadata, "apt"), keys):
         return "LoRA"
     if (kind := kind_of_file(path)).name != WAN:
@@ -105,8 +114,6 @@ def _what(path: Path, header: Header) -> str:
         return f"{'T5' if is_t5(keys) else 'UMT5'} text encoder{form}"
     if is_tiny_decoder(header) or other_tiny_decoder(header):
         return f"tiny decoder{form}"
-    if {"latents", "text", "offsets"} <= keys.keys():
-        return "shard of latents"
     for name, detect in (("Wan transformer", detect_layout), ("Wan VAE", detect_vae_layout)):
         try:
             layout = detect([key for key in keys if key.rpartition(".")[2] not in BESIDE])
@@ -139,16 +146,17 @@ def _by_kind(path: Path, header: Header, deep: bool, base: str | None) -> dict[s
         return _text_encoder(path, deep)
     if what == "LoRA":
         return _lora(path, deep, base)
+    own = own_kind(path, header)
+    facts = own_facts(path, own, header) if own else {}
     try:
-        refuse_shard(path)
-        plain_header(path, header)
+        if not own:
+            refuse_shard(path)
+            plain_header(path, header)
     except AptError as error:
         return {"loads": f"no: {error}"}
-    return (
-        {"loads": _attempt(lambda: check_finite(path, read_tensors(path, floats_only=False)[0]))}
-        if deep
-        else {}
-    )
+    if deep:
+        facts["loads"] = _attempt(lambda: check_finite(path, read_tensors(path, floats_only=False)[0]))
+    return facts
 
 
 def _lora(path: Path, deep: bool, base: str | None) -> dict[str, str]:
@@ -236,6 +244,8 @@ def _folder(path: Path, deep: bool) -> dict[str, str]:
     kinds = about.get("architectures") if isinstance(about.get("architectures"), list) else []
     if about.get("model_type") in ("t5", "umt5") or any("T5" in str(kind) for kind in kinds):
         return {"what": "folder of a text encoder"} | _text_encoder(path, deep)
+    if not about and (found := folder_facts(path)):
+        return found
     facts = {}
     if transformer_folder(path) != path or not (path / "vae").is_dir():
         facts = {"what": "folder of a Wan transformer", **_numbers(read_config(path)), **_note(path)}

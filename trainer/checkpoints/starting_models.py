@@ -16,7 +16,7 @@ from apt_core.files.tensorfile import Header, read_header
 from apt_core.loading.backbones import kind_named, kind_of_file
 from apt_core.loading.sources import MINI, WHAT
 from apt_core.loading.sources import locate as find_part
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.models.text import TextEncoder
 from apt_core.models.vae import load_vae
 from trainer.config import Files, Model, Preset
@@ -196,6 +196,6 @@ def open_vae(files: Files):
 def open_text_encoder(files: Files, text_length: int) -> TextEncoder:
     """Load a preset's text encoder with its tokenizer, on the CPU.
 
-    Raises AptError as `locate` and `apt_core.loading.text_files.load_text_encoder_files` do.
+    Raises AptError as `locate` and `apt_core.loading.text_files.load_text_encoder` do.
     """
-    return load_text_encoder_files(locate(files, "text_encoder"), files.tokenizer or None, text_length)
+    return load_text_encoder(locate(files, "text_encoder"), files.tokenizer or None, text_length)

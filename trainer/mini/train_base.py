@@ -18,7 +18,7 @@ from torch import Tensor
 
 from apt_core.files.atomic import replacing
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.method.flow import interpolate, shift, velocity
 from apt_core.method.generator import euler_cfg
 from apt_core.models.vae import decode, encode, load_vae
@@ -130,7 +130,7 @@ def train_base(
 
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    vae, text = load_vae(vae_file).to(device), load_text_encoder_files(text_file)
+    vae, text = load_vae(vae_file).to(device), load_text_encoder(text_file)
     captions = Captions(text)
     pools = {}
     for kind, count in (("image", images), ("video", videos)):

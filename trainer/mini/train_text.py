@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.models.text import save_text_encoder, train_tokenizer
 
 from .clips import COLOR_NAMES, DIRECTION_NAMES, NEGATIVE_PROMPT, SHAPES, Scene, scene
@@ -83,7 +83,7 @@ def train_text_encoder(
     )
     model = UMT5EncoderModel(config)
     save_text_encoder(out, model, pieces, TEXT_LENGTH)
-    tokenize = load_text_encoder_files(out).tokenize
+    tokenize = load_text_encoder(out).tokenize
 
     heads = nn.ModuleDict(
         {

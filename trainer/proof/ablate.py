@@ -22,7 +22,7 @@ import torch
 from apt_core.errors import AptError, NotFinite
 from apt_core.files.atomic import make_folder
 from apt_core.files.jsonfile import write_json
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.export import export
 from trainer.checkpoints.starting_models import describe_state
@@ -180,7 +180,7 @@ class Ablation:
 
     def _source(self, seed: int, run: Path | None) -> Source:
         if run:
-            text = load_text_encoder_files(ASSETS / "text_encoder.safetensors")
+            text = load_text_encoder(ASSETS / "text_encoder.safetensors")
             shards = run / LATENTS
             batches = Batches(shards, text, seed, self.preset.data.held_out)
             names = {"distill": run / DISTILLED} | results(run, self.preset)

@@ -13,7 +13,7 @@ from apt_core.errors import AptError
 from apt_core.files.atomic import make_folder, replacing
 from apt_core.files.jsonfile import read_object, write_json
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from trainer.config import Preset, comparable
 from trainer.data.batches import Batches
 from trainer.data.shards import INDEX
@@ -101,7 +101,7 @@ class Demo:
         _keep_base(self.out)
         state.stage("distill", lambda: run_distill(preset, self.out, seed=self.seed), names["distill"])
         batches = Batches(
-            latents, load_text_encoder_files(ASSETS / "text_encoder.safetensors"), self.seed, size.held_out
+            latents, load_text_encoder(ASSETS / "text_encoder.safetensors"), self.seed, size.held_out
         )
         kinds = [kind for kind in ("image", "video") if kind in batches.datasets]
         for kind in kinds[: {"distill": 0, "image": 1}.get(last)]:

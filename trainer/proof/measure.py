@@ -6,7 +6,7 @@ import numpy as np
 
 from apt_core.errors import AptError
 from apt_core.files.jsonfile import read_object, write_json
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.models.vae import load_vae
 from trainer.config import Preset
 from trainer.data.batches import Embedder
@@ -78,7 +78,7 @@ def _measure(run: Path, preset: Preset, seed: int, samples: int, fp8: bool) -> d
     if len(figures) == len(PHASES):
         return figures
     vae, net = load_vae(VAE), load_features(ASSETS / "features.safetensors")
-    text = Embedder(load_text_encoder_files(ASSETS / "text_encoder.safetensors"))
+    text = Embedder(load_text_encoder(ASSETS / "text_encoder.safetensors"))
     negative = text.embed([preset.sampling.negative_prompt])
     for kind, file in results(run, preset).items():
         if kind in figures:

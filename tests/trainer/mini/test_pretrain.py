@@ -8,7 +8,7 @@ import torch
 
 from apt_core.errors import AptError
 from apt_core.loading.checkpoint import load_transformer
-from apt_core.loading.text_files import load_text_encoder_files
+from apt_core.loading.text_files import load_text_encoder
 from apt_core.models.latents import LATENTS_MEAN, LATENTS_STD
 from apt_core.models.vae import decode, encode, load_vae
 from trainer.mini import ASSETS, VAE, train_base, train_vae
@@ -124,7 +124,7 @@ def test_vae_training_starts_as_an_image_network_per_frame_and_folds_its_statist
 
 def test_text_and_features_write_what_the_library_loads(tmp_path):
     train_text_encoder(tmp_path / "text.safetensors", updates=2, batch=4, report=quiet)
-    text = load_text_encoder_files(tmp_path / "text.safetensors")
+    text = load_text_encoder(tmp_path / "text.safetensors")
     assert text.text_length == 32 and text.encode(["a red circle"])[0].shape[1] == 96
     train_features(tmp_path / "features.safetensors", updates=2, batch=4, report=quiet)
     assert load_features(tmp_path / "features.safetensors")(torch.zeros(1, 3, 48, 48))[1].shape == (
