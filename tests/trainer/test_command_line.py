@@ -250,7 +250,8 @@ def test_demo_takes_preset_and_recipe_and_their_old_places(monkeypatch, argument
     class Loaded:
         stage2 = {"demo": None, "proof": None, "stable": None}
 
-        def with_recipe(self, name):
+        def with_recipe(self, name, overrides, sections):
+            assert not overrides and not sections
             asked.append(name)
             return self
 
