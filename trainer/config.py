@@ -36,6 +36,7 @@ __all__ = [
     "Sampling",
     "Settings",
     "Train",
+    "check_phase",
     "load_preset",
     "load_recipe",
 ]
@@ -145,12 +146,20 @@ def load_recipe(
     """A preset as a run has it: as one of its recipes changes it, by default its first, and then `overrides`.
 
     phase: "image" or "video", in whose settings of the recipe a key is looked up before the other `sections`.
-    Returns the recipe's name too. Raises AptError as `load_preset` and `Preset.with_recipe` do.
+    Returns the recipe's name too. Raises AptError as `check_phase`, `load_preset` and `with_recipe` do.
     """
+    if phase is not None:
+        check_phase(phase)
     preset = load_preset(name)
     recipe = recipe or preset.default_recipe
     first = (f"stage2.{recipe}.{phase}",) if phase else ()
     return preset.with_recipe(recipe, overrides, (*first, *sections)), recipe
+
+
+def check_phase(phase: str) -> None:
+    """Raise AptError if this is no phase of stage 2."""
+    if phase not in ("image", "video"):
+        raise AptError(f"--phase {phase} is not known: use image or video.")
 
 
 def comparable(preset: Mapping, recipe: str) -> dict:

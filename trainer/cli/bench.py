@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from apt_core.errors import AptError
 from trainer.cli.app import USE, Device, Json, Overrides, Phase, Preset, Recipe, app
 
 bench = typer.Typer(
@@ -61,8 +60,6 @@ def bench_train(
     from trainer.bench.train import run
     from trainer.config import load_recipe
 
-    if phase not in ("image", "video"):
-        raise AptError(f"--phase {phase} is not known: use image or video.")
     loaded, recipe = load_recipe(preset, recipe, overrides or (), ("train", "data", "model"), phase)
     given = {override.partition("=")[0].rpartition(".")[2] for override in overrides or ()}
     run(loaded, recipe, phase, updates, json, batch_given="batch" in given)

@@ -139,8 +139,6 @@ def adversarial_command(
     """Stage 2: one phase of adversarial post-training. The same command continues a run that was stopped."""
     from trainer.config import load_recipe
 
-    if phase not in ("image", "video"):
-        raise AptError(f"--phase {phase} is not known: use image or video.")
     sections = ("train", "files", "data", "sampling", "model")
     loaded, recipe = load_recipe(preset, recipe, overrides or (), sections, phase)
     out = out or RUNS / loaded.name

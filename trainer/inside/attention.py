@@ -15,6 +15,7 @@ from apt_core.method.discriminator import Discriminator
 from apt_core.method.flow import shift
 from apt_core.method.noise import APT, draw
 from trainer.checkpoints.trained_models import open_discriminator
+from trainer.config import check_phase
 from trainer.data.batches import held_positions
 from trainer.data.shards import ShardDataset
 from trainer.inside.opening import embed_all, frames_of, show_frame
@@ -33,8 +34,8 @@ def find_state(path: Path, phase: str | None = None) -> Path:
     It may be a state itself, a stage's folder (its newest state), or a run's folder (that of its last phase).
     Raises AptError when there is none.
     """
-    if phase not in (None, "image", "video"):
-        raise AptError(f"--phase {phase} is not known: use image or video.")
+    if phase is not None:
+        check_phase(phase)
     if is_state(path):
         return path
     folders = [path, *(path / "states" / name for name in ([phase] if phase else ["video", "image"]))]

@@ -22,7 +22,6 @@ from trainer.run.monitor import Work
 from trainer.stages.networks import Lora, Start, lora_of
 
 LATENTS = "latents"
-STAGES = ("distill", "image", "video")
 MOST_GPUS = 4096
 
 

@@ -26,7 +26,7 @@ from apt_core.loading.text_files import load_text_encoder
 from apt_core.models.vae import load_vae
 from trainer.checkpoints.export import export
 from trainer.checkpoints.starting_models import describe_state
-from trainer.config import Preset, load_preset
+from trainer.config import Preset, check_phase, load_preset
 from trainer.data.batches import Batches
 from trainer.jobs.plan import LATENTS, final_file
 from trainer.jobs.plan import metadata as stage_metadata
@@ -352,8 +352,7 @@ def ablation(
 
     Raises AptError for a run that is not a finished demo, and as `load_preset` and `Preset.with_recipe` do.
     """
-    if phase not in ("image", "video"):
-        raise AptError(f"--phase {phase} is not known: use image or video.")
+    check_phase(phase)
     found = [read_run(run) for run in runs]
     if found and preset is None:
         loaded, settings = found[0]
